@@ -1,0 +1,200 @@
+"""Configurations: frozen dataclasses, their JSON form and the presets. Imports no torch."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class MARConfig:
+    """Sizes of the context network and the token head."""
+
+    token_grid: tuple[int, int]  # rows, columns
+    token_dim: int  # channels C of one token
+    num_classes: int
+    encoder_dim: int
+    encoder_depth: int
+    encoder_heads: int
+    decoder_dim: int
+    decoder_depth: int
+    decoder_heads: int
+    head_width: int
+    head_depth: int
+    buffer_size: int = 64
+    mlp_ratio: float = 4.0
+    learn_variance: bool = True
+    dropout: float = 0.0  # in training only
+
+    @property
+    def num_tokens(self) -> int:
+        """L, the number of tokens of an image."""
+        return math.prod(self.token_grid)
+
+    @classmethod
+    def fashion(cls, token_grid: tuple[int, int], token_dim: int, num_classes: int) -> "MARConfig":
+        """The small model that two CPU cores can train: 4 million parameters for 49 tokens of 16 channels."""
+        return cls(
+            token_grid, token_dim, num_classes,
+            encoder_dim=160, encoder_depth=3, encoder_heads=4,
+            decoder_dim=160, decoder_depth=3, decoder_heads=4,
+            head_width=256, head_depth=5, buffer_size=4, learn_variance=False,
+        )  # fmt: skip
+
+    @classmethod
+    def imagenet256(cls, size: Literal["base", "large", "huge"]) -> "MARConfig":
+        """MAR-B, MAR-L and MAR-H on 16x16 latents of KL-16 (MAR, appendix B): 208M, 479M and 943M parameters."""
+        width, depth, heads, head_depth, head_width = {
+            "base": (768, 12, 12, 6, 1024),
+            "large": (1024, 16, 16, 8, 1280),
+            "huge": (1280, 20, 16, 12, 1536),
+        }[size]
+        return cls(
+            (16, 16), 16, 1000,
+            encoder_dim=width, encoder_depth=depth, encoder_heads=heads,
+            decoder_dim=width, decoder_depth=depth, decoder_heads=heads,
+            head_width=head_width, head_depth=head_depth, dropout=0.1,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PixelSpace:
+    """Tokens are `patch` x `patch` pixel patches: `(image - shift) * scale`, images in [0, 1]."""
+
+    image_size: tuple[int, int]  # rows, columns
+    channels: int
+    patch: int
+    shift: float
+    scale: float
+    kind: Literal["pixels"] = "pixels"
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.image_size[0] // self.patch, self.image_size[1] // self.patch
+
+    @property
+    def token_dim(self) -> int:
+        """Channels of one token."""
+        return self.channels * self.patch**2
+
+    @property
+    def token_range(self) -> tuple[float, float]:
+        """The values that black and white have as tokens."""
+        return (0 - self.shift) * self.scale, (1 - self.shift) * self.scale
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """Tokens are `patch` x `patch` patches of a VAE's latent: `(latent - shift) * scale`."""
+
+    image_size: tuple[int, int]
+    vae: str  # a folder in the form of diffusers' AutoencoderKL, or a hub id
+    vae_stride: int = 16
+    latent_channels: int = 16
+    patch: int = 1
+    shift: float = 0.0
+    scale: float = 0.2325
+    kind: Literal["latents"] = "latents"
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        side = self.vae_stride * self.patch
+        return self.image_size[0] // side, self.image_size[1] // side
+
+    @property
+    def token_dim(self) -> int:
+        """Channels of one token."""
+        return self.latent_channels * self.patch**2
+
+    @property
+    def token_range(self) -> None:
+        """Latents have no fixed range."""
+        return None
+
+
+Schedule = Literal["linear", "constant"]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A teacher's way to draw a token: `steps` of guided ancestral sampling."""
+
+    guidance: float = 1.0  # w; 1 is no guidance
+    guidance_schedule: Schedule = "linear"
+    steps: int = 100
+    temperature: float = 1.0  # scales the noise added at each step
+    clip: bool = False  # keep x_0 within the data's range at each step
+    kind: Literal["chain"] = "chain"
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """A student's way to draw a token: one call of the head at `timestep` (t*)."""
+
+    timestep: int = 755
+    clip: bool = False
+    kind: Literal["one_step"] = "one_step"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that a checkpoint's tensors do not say."""
+
+    mar: MARConfig
+    space: PixelSpace | LatentSpace
+    draw: Chain | OneStep
+    class_names: tuple[str, ...]
+    iterations: int  # K, the default number of AR iterations
+    name: str = ""
+    source: str = ""  # the command and commit that made the weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and numbers, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "ModelConfig":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field is missing, unknown, or of an unknown kind.
+        """
+        try:
+            data = dict(data)
+            space = dict(data.pop("space"))
+            draw = dict(data.pop("draw"))
+            mar = dict(data.pop("mar"))
+            space["image_size"] = tuple(space["image_size"])
+            mar["token_grid"] = tuple(mar["token_grid"])
+            return cls(
+                mar=MARConfig(**mar),
+                space={"pixels": PixelSpace, "latents": LatentSpace}[space["kind"]](**space),
+                draw={"chain": Chain, "one_step": OneStep}[draw["kind"]](**draw),
+                class_names=tuple(data.pop("class_names")),
+                **data,
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a marval model configuration: {error}") from error
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a teacher is trained. Training state is saved every `save_every` iterations."""
+
+    iterations: int
+    batch_size: int = 128
+    tokens_per_image: int = 24  # masked tokens of an image that enter the loss
+    learning_rate: float = 1e-3
+    warmup: int = 500  # iterations of linear warm-up
+    decay: int = 2000  # iterations of linear decay to 0, at the end
+    weight_decay: float = 0.02
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.9995
+    label_drop: float = 0.1
+    mask_ratio_min: float = 0.7
+    autocast: bool = True  # bf16 for the transformer and the inner layers of the head
+    seed: int = 0
+    save_every: int = 250
+    log_every: int = 10

@@ -1,0 +1,1 @@
+"""Files: checkpoints, foreign formats and images."""

@@ -1,0 +1,84 @@
+"""Models on disk: a folder with `model.safetensors` (which carries its configuration) and a readable `config.json`."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from marval.config import ModelConfig
+from marval.io.files import atomic_path, write_text
+from marval.model import MAR
+
+WEIGHTS = "model.safetensors"
+
+
+def save_model(folder: Path | str, model: MAR, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+    """Write weights and configuration; the weights' file alone is a whole model.
+
+    Raises:
+        ValueError: the folder cannot be written to, or the disk is full.
+    """
+    folder = Path(folder)
+    text = json.dumps(config.to_dict(), indent=2)
+    tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in model.state_dict().items()}
+    with atomic_path(folder / WEIGHTS) as partial:
+        try:
+            save_file(tensors, partial, metadata={"format": "pt", "marval": text})
+        except SafetensorError as error:
+            raise ValueError(f"cannot write {folder / WEIGHTS}: {error}") from error
+    write_text(folder / "config.json", text + "\n")
+
+
+def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[MAR, ModelConfig]:
+    """Read a model folder (or its `.safetensors` file) into an evaluation-mode float32 network.
+
+    Raises:
+        ValueError: no such file, a damaged one, one without marval's configuration, or one whose tensors
+            do not fit the configuration.
+    """
+    path = Path(path)
+    file = path / WEIGHTS if path.is_dir() else path
+    tensors, config = read_tensors(file)
+    with torch.device("meta"):
+        model = MAR(config.mar)
+    check_tensors(file, tensors, model.state_dict())
+    model.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=True, assign=True)
+    return model.to(device).eval().requires_grad_(False), config
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig]:
+    """The tensors and the configuration of a `.safetensors` file.
+
+    Raises:
+        ValueError: as `load_model`.
+    """
+    try:
+        with safe_open(file, framework="pt") as content:
+            metadata = content.metadata() or {}
+            if "marval" not in metadata:
+                raise ValueError(f"{file} is not a marval model: it has no configuration inside")
+            config = ModelConfig.from_dict(json.loads(metadata["marval"]))
+            return {name: content.get_tensor(name) for name in content.keys()}, config
+    except FileNotFoundError:
+        raise ValueError(f"{file} does not exist") from None
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is damaged or not a safetensors file ({error})") from None
+
+
+def check_tensors(file: Path | str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        ValueError: names the first missing, unknown or misshapen tensor.
+    """
+    for name, tensor in expected.items():
+        if name not in found:
+            raise ValueError(f"{file}: tensor {name} is missing")
+        if found[name].shape != tensor.shape:
+            raise ValueError(f"{file}: {name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
+    for name in found:
+        if name not in expected:
+            raise ValueError(f"{file}: unknown tensor {name}")

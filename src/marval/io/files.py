@@ -1,0 +1,42 @@
+"""Writing files so that a reader, or a crash, never meets half of one."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_path(target: Path | str) -> Iterator[Path]:
+    """A temporary path beside `target`; it is renamed to `target` when the block ends, and removed if it raises.
+
+    Raises:
+        ValueError: the folder cannot be made or written to, or the disk is full.
+    """
+    target = Path(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        os.close(handle)
+        partial = Path(name)
+        try:
+            yield partial
+            os.chmod(partial, 0o666 & ~_umask())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write {target}: {error.strerror or error}; free some space or choose another place") from error
+
+
+def write_text(target: Path | str, text: str) -> None:
+    """Write `text` to `target`, whole or not at all."""
+    with atomic_path(target) as partial:
+        partial.write_text(text)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,106 @@
+"""The token head: the small AdaLN MLP that denoises one token given its context (MAR, section 3.2)."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def timestep_features(t: Float[Tensor, " n"], dim: int = 256) -> Float[Tensor, "n dim"]:
+    """Sinusoidal features of the time step: `[cos(t f_j), sin(t f_j)]`, `f_j` falling from 1 to 1e-4."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device))
+    angles = t[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal features, then a two-layer SiLU network."""
+
+    def __init__(self, width: int, features: int = 256):
+        super().__init__()
+        self.features = features
+        self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Float[Tensor, " n"]) -> Float[Tensor, "n w"]:
+        return self.mlp(timestep_features(t.float(), self.features).to(self.mlp[0].weight.dtype))
+
+
+class ResBlock(nn.Module):
+    """`x + gate * mlp(norm(x) * (1 + scale) + shift)`; shift, scale and gate come from the condition."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.in_ln = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    def forward(self, x: Float[Tensor, "n w"], y: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, self.in_ln(x), 1 + scale)))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and the output projection."""
+
+    def __init__(self, width: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Float[Tensor, "n w"], y: Float[Tensor, "n w"]) -> Float[Tensor, "n o"]:
+        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
+        x = torch.addcmul(shift, self.norm_final(x), 1 + scale)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.linear(x.to(self.linear.weight.dtype))
+
+
+class TokenHead(nn.Module):
+    """Predicts the noise in a token (and, when `learn_variance`, the variance channel) from its context.
+
+    Inputs are a noisy token `x_t` (N, C), the time step `t` (N,) in [0, 999] and the context `c` (N, D);
+    the output is (N, C), or (N, 2C) with the variance channel behind the noise.
+    """
+
+    def __init__(self, token_dim: int, context_dim: int, width: int, depth: int, learn_variance: bool):
+        super().__init__()
+        self.token_dim = token_dim
+        out_channels = 2 * token_dim if learn_variance else token_dim
+        self.time_embed = TimeEmbedding(width)
+        self.cond_embed = nn.Linear(context_dim, width)
+        self.input_proj = nn.Linear(token_dim, width)
+        self.res_blocks = nn.ModuleList([ResBlock(width) for _ in range(depth)])
+        self.final_layer = FinalLayer(width, out_channels)
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Xavier weights; zero modulation and output layers, so that the untrained head answers 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02, generator=generator)
+        for block in [*self.res_blocks, self.final_layer]:
+            nn.init.zeros_(block.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(
+        self, x_t: Float[Tensor, "n c"], t: Float[Tensor, " n"], context: Float[Tensor, "n d"]
+    ) -> Float[Tensor, "n o"]:
+        return self.denoise(x_t, self.time_embed(t) + self.cond_embed(context))
+
+    def denoise(self, x_t: Float[Tensor, "n c"], y: Float[Tensor, "n w"]) -> Float[Tensor, "n o"]:
+        """The head for an embedded condition `y = time_embed(t) + cond_embed(context)`.
+
+        Samplers call this: over a chain the context's embedding stays the same and the time's is shared
+        by all tokens, so neither is worth computing again for every token and step.
+        """
+        # Tokens enter and leave at full precision even under autocast: at small t the noise to predict is
+        # smaller than bf16's rounding of the token.
+        with torch.autocast(x_t.device.type, enabled=False):
+            x = self.input_proj(x_t)
+        for block in self.res_blocks:
+            x = block(x, y)
+        return self.final_layer(x, y)

@@ -1,0 +1,141 @@
+"""The MAR network (Li et al. 2024, arXiv 2406.11838): a masked transformer that gives every masked token a context."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from marval.config import MARConfig
+from marval.model.blocks import Block
+from marval.model.head import TokenHead
+
+
+def gather_rows(x: Float[Tensor, "b n d"], index: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
+    """Row `index[i, j]` of `x[i]`, for every i and j."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+class MAR(nn.Module):
+    """Masked auto-regressive model: context network and token head, with the official parameter names.
+
+    The encoder sees the buffer tokens (which carry the class) and the visible tokens; the decoder sees the
+    buffer, the encoded visible tokens and a mask token at every other position. All index tensors hold
+    positions in the token grid, row by row.
+    """
+
+    def __init__(self, config: MARConfig):
+        super().__init__()
+        self.config = config
+        width, decoder_width = config.encoder_dim, config.decoder_dim
+        places = config.buffer_size + config.num_tokens
+        self.class_emb = nn.Embedding(config.num_classes, width)
+        self.fake_latent = nn.Parameter(torch.empty(1, width))  # the null class
+        self.z_proj = nn.Linear(config.token_dim, width)
+        self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
+        self.encoder_pos_embed_learned = nn.Parameter(torch.empty(1, places, width))
+        self.encoder_blocks = nn.ModuleList(
+            [Block(width, config.encoder_heads, config.mlp_ratio, config.dropout) for _ in range(config.encoder_depth)]
+        )
+        self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.decoder_embed = nn.Linear(width, decoder_width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_width))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, places, decoder_width))
+        self.decoder_blocks = nn.ModuleList(
+            [
+                Block(decoder_width, config.decoder_heads, config.mlp_ratio, config.dropout)
+                for _ in range(config.decoder_depth)
+            ]
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, config.num_tokens, decoder_width))
+        # The official checkpoints keep the head under `diffloss.net`.
+        self.diffloss = nn.ModuleDict(
+            {
+                "net": TokenHead(
+                    config.token_dim, decoder_width, config.head_width, config.head_depth, config.learn_variance
+                )
+            }
+        )
+
+    @property
+    def head(self) -> TokenHead:
+        """The token head, the part that distillation turns into a one-step generator."""
+        return self.diffloss["net"]  # type: ignore[return-value]
+
+    def initialize(self, generator: torch.Generator) -> "MAR":
+        """Draw fresh weights as the official code does: normal(0.02) embeddings, Xavier linear layers."""
+        embeddings = [
+            self.class_emb.weight,
+            self.fake_latent,
+            self.mask_token,
+            self.encoder_pos_embed_learned,
+            self.decoder_pos_embed_learned,
+            self.diffusion_pos_embed_learned,
+        ]
+        for embedding in embeddings:
+            nn.init.normal_(embedding, std=0.02, generator=generator)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+        self.head.initialize(generator)
+        return self
+
+    def class_embedding(
+        self, labels: Int[Tensor, " b"], drop: Float[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        """Class embeddings; where `drop` is 1 the null embedding stands in (label drop, and guidance)."""
+        embedding = self.class_emb(labels)
+        return embedding if drop is None else torch.lerp(embedding, self.fake_latent, drop[:, None])
+
+    def null_embedding(self, batch: int) -> Float[Tensor, "b d"]:
+        """The null class, `batch` times."""
+        return self.fake_latent.expand(batch, -1)
+
+    def encode(
+        self,
+        tokens: Float[Tensor, "b l c"],
+        visible: Int[Tensor, "b v"],
+        class_embedding: Float[Tensor, "b d"],
+    ) -> Float[Tensor, "b n d"]:
+        """Encode the buffer and the visible tokens; hidden tokens are neither read nor computed."""
+        buffer = self.config.buffer_size
+        places = self.encoder_pos_embed_learned.expand(len(tokens), -1, -1)
+        x = torch.cat(
+            [
+                class_embedding[:, None] + places[:, :buffer],
+                self.z_proj(gather_rows(tokens, visible)) + gather_rows(places[:, buffer:], visible),
+            ],
+            dim=1,
+        )
+        x = self.z_proj_ln(x)
+        for block in self.encoder_blocks:
+            x = block(x)
+        return self.encoder_norm(x)
+
+    def decode(
+        self,
+        encoded: Float[Tensor, "b n d"],
+        visible: Int[Tensor, "b v"],
+        positions: Int[Tensor, "b q"],
+    ) -> Float[Tensor, "b q e"]:
+        """The context of the tokens at `positions`; the last block is computed there and nowhere else."""
+        buffer, batch = self.config.buffer_size, len(encoded)
+        x = self.decoder_embed(encoded)
+        hidden = self.mask_token.to(x.dtype).expand(batch, self.config.num_tokens, -1)
+        index = visible[..., None].expand(-1, -1, x.shape[-1])
+        x = torch.cat([x[:, :buffer], hidden.scatter(1, index, x[:, buffer:])], dim=1) + self.decoder_pos_embed_learned
+        *blocks, last = self.decoder_blocks
+        for block in blocks:
+            x = block(x)
+        x = self.decoder_norm(last(x, gather_rows(x, positions + buffer)))
+        return x + gather_rows(self.diffusion_pos_embed_learned.expand(batch, -1, -1), positions)
+
+    def context(
+        self,
+        tokens: Float[Tensor, "b l c"],
+        visible: Int[Tensor, "b v"],
+        positions: Int[Tensor, "b q"],
+        class_embedding: Float[Tensor, "b d"],
+    ) -> Float[Tensor, "b q e"]:
+        """The context vector `c` of every token at `positions`, given the tokens at `visible`."""
+        return self.decode(self.encode(tokens, visible, class_embedding), visible, positions)

@@ -1,0 +1,113 @@
+"""The noise schedule: `x_t = alpha_t x_0 + sigma_t eps`, with its conversions and its ancestral posterior.
+
+Cosine schedule of Nichol & Dhariwal 2021 (arXiv 2102.09672), 1000 steps; respaced to fewer steps as there.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+NUM_TIMESTEPS = 1000
+
+
+def cosine_alpha_bars(steps: int = NUM_TIMESTEPS, max_beta: float = 0.999) -> Float[Tensor, " t"]:
+    """`abar_t`, the product of `1 - beta_s` with `beta_s` from the squared cosine, capped at `max_beta` (float64)."""
+
+    def f(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    betas = [min(1 - f((s + 1) / steps) / f(s / steps), max_beta) for s in range(steps)]
+    return torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), dim=0)
+
+
+def respaced_timesteps(steps: int, total: int = NUM_TIMESTEPS) -> Int[Tensor, " s"]:
+    """`steps` evenly spaced time steps from 0 to `total - 1`, ascending, both ends included.
+
+    Raises:
+        ValueError: `steps` is not between 2 and `total`.
+    """
+    if not 2 <= steps <= total:
+        raise ValueError(f"{steps} diffusion steps: expected a number from 2 to {total}")
+    return torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long()
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The forward process at chosen time steps; entry i of each table belongs to `timesteps[i]`.
+
+    `NoiseSchedule.full()` has all 1000 steps (training), `NoiseSchedule.respaced(T)` the T of a chain.
+    Tables are float32 on one device: index them with the step's index, not with its time step.
+    """
+
+    timesteps: Tensor  # time steps as the head knows them, in [0, 999]
+    alpha: Tensor  # sqrt(abar)
+    sigma: Tensor  # sqrt(1 - abar)
+    log_beta: Tensor  # log of the step's forward variance, the upper end of the learned range
+    log_posterior_variance: Tensor  # log of the posterior variance, the lower end; entry 0 repeats entry 1
+    posterior_mean_x0: Tensor  # coefficient of x_0 in the posterior mean
+    posterior_mean_xt: Tensor  # coefficient of x_t in the posterior mean
+
+    @classmethod
+    def at(cls, timesteps: Int[Tensor, " s"], device: torch.device | str = "cpu") -> "NoiseSchedule":
+        """The schedule at ascending `timesteps` (DDPM, arXiv 2006.11239, equations 4 and 7)."""
+        abar = cosine_alpha_bars()[timesteps.cpu()]
+        previous = torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])
+        beta = 1 - abar / previous
+        variance = beta * (1 - previous) / (1 - abar)
+        variance = torch.cat([variance[1:2], variance[1:]])  # entry 0 would be log 0
+        tables = (
+            abar.sqrt(),
+            (1 - abar).sqrt(),
+            beta.log(),
+            variance.log(),
+            beta * previous.sqrt() / (1 - abar),
+            (1 - previous) * (1 - beta).sqrt() / (1 - abar),
+        )
+        return cls(timesteps.to(device), *(table.float().to(device) for table in tables))
+
+    @classmethod
+    def full(cls, device: torch.device | str = "cpu") -> "NoiseSchedule":
+        """All 1000 steps."""
+        return cls.at(torch.arange(NUM_TIMESTEPS), device)
+
+    @classmethod
+    def respaced(cls, steps: int, device: torch.device | str = "cpu") -> "NoiseSchedule":
+        """`steps` of the 1000, evenly spaced."""
+        return cls.at(respaced_timesteps(steps), device)
+
+    def add_noise(
+        self, x_0: Float[Tensor, "n c"], eps: Float[Tensor, "n c"], i: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n c"]:
+        """`x_t = alpha_t x_0 + sigma_t eps`."""
+        return self.alpha[i, None] * x_0 + self.sigma[i, None] * eps
+
+    def x0_from_eps(
+        self, x_t: Float[Tensor, "n c"], eps: Float[Tensor, "n c"], i: Int[Tensor, "*n"]
+    ) -> Float[Tensor, "n c"]:
+        """`x_0 = (x_t - sigma_t eps) / alpha_t`."""
+        return (x_t - self.sigma[i, None] * eps) / self.alpha[i, None]
+
+    def eps_from_x0(
+        self, x_t: Float[Tensor, "n c"], x_0: Float[Tensor, "n c"], i: Int[Tensor, "*n"]
+    ) -> Float[Tensor, "n c"]:
+        """`eps = (x_t - alpha_t x_0) / sigma_t`."""
+        return (x_t - self.alpha[i, None] * x_0) / self.sigma[i, None]
+
+    def score_from_eps(self, eps: Float[Tensor, "n c"], i: Int[Tensor, "*n"]) -> Float[Tensor, "n c"]:
+        """`s(x_t) = -eps / sigma_t`."""
+        return -eps / self.sigma[i, None]
+
+    def log_variance(self, variance_channel: Float[Tensor, "n c"], i: Int[Tensor, "*n"]) -> Float[Tensor, "n c"]:
+        """Learned range (arXiv 2102.09672, equation 15): channel -1 is the posterior's variance, +1 is beta."""
+        fraction = (variance_channel + 1) / 2
+        low, high = self.log_posterior_variance[i, None], self.log_beta[i, None]
+        return fraction * high + (1 - fraction) * low
+
+    def posterior_mean(
+        self, x_0: Float[Tensor, "n c"], x_t: Float[Tensor, "n c"], i: Int[Tensor, "*n"]
+    ) -> Float[Tensor, "n c"]:
+        """The mean of `q(x_{t-1} | x_t, x_0)` (arXiv 2006.11239, equation 7)."""
+        return self.posterior_mean_x0[i, None] * x_0 + self.posterior_mean_xt[i, None] * x_t

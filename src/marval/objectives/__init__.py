@@ -1,0 +1,1 @@
+"""Losses: pure functions beside their formulas, tensors in, losses and diagnostics out."""

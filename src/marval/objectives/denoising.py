@@ -1,0 +1,69 @@
+"""The diffusion loss that trains a MAR teacher (MAR, equation 1; learned variance as in arXiv 2102.09672)."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from marval.model import NoiseSchedule, TokenHead
+
+
+def denoising_loss(
+    head: TokenHead,
+    schedule: NoiseSchedule,
+    x_0: Float[Tensor, "n c"],
+    context: Float[Tensor, "n d"],
+    t: Int[Tensor, " n"],
+    eps: Float[Tensor, "n c"],
+) -> Float[Tensor, " n"]:
+    """`|eps - eps_theta(x_t, t, c)|^2` per token, averaged over channels, plus the variance bound where it is learned."""
+    x_t = schedule.add_noise(x_0, eps, t)
+    output = head(x_t, t.float(), context).float()
+    predicted, variance_channel = output[:, : head.token_dim], output[:, head.token_dim :]
+    loss = (predicted - eps).square().mean(dim=1)
+    if variance_channel.shape[1] == 0:
+        return loss
+    return loss + variance_bound(schedule, x_0, x_t, t, predicted.detach(), variance_channel)
+
+
+def variance_bound(
+    schedule: NoiseSchedule,
+    x_0: Float[Tensor, "n c"],
+    x_t: Float[Tensor, "n c"],
+    t: Int[Tensor, " n"],
+    predicted_eps: Float[Tensor, "n c"],
+    variance_channel: Float[Tensor, "n c"],
+) -> Float[Tensor, " n"]:
+    """One term of the variational bound in bits per channel (arXiv 2102.09672, equations 4 to 7), averaged over channels.
+
+    The mean comes in detached, so that this term trains the variance channel alone.
+    """
+    true_mean = schedule.posterior_mean(x_0, x_t, t)
+    true_log_variance = schedule.log_posterior_variance[t, None]
+    mean = schedule.posterior_mean(schedule.x0_from_eps(x_t, predicted_eps, t), x_t, t)
+    log_variance = schedule.log_variance(variance_channel, t)
+    kl = 0.5 * (
+        log_variance
+        - true_log_variance
+        - 1
+        + (true_log_variance - log_variance).exp()
+        + (true_mean - mean).square() * (-log_variance).exp()
+    )
+    first_step = -discretized_log_likelihood(x_0, mean, log_variance)
+    return torch.where(t[:, None] == 0, first_step, kl).mean(dim=1) / math.log(2)
+
+
+def discretized_log_likelihood(
+    x: Float[Tensor, "n c"], mean: Float[Tensor, "n c"], log_variance: Float[Tensor, "n c"]
+) -> Float[Tensor, "n c"]:
+    """Log-probability of 8-bit values in [-1, 1] under a Gaussian (DDPM, equation 13), by the tanh form of its CDF."""
+
+    def cdf(u: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+
+    inverse_scale = (-0.5 * log_variance).exp()
+    upper = cdf(inverse_scale * (x - mean + 1 / 255))
+    lower = cdf(inverse_scale * (x - mean - 1 / 255))
+    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return probability.clamp(min=1e-12).log()

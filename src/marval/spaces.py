@@ -1,0 +1,81 @@
+"""Token spaces: how an image becomes tokens and tokens become an image."""
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from marval.config import LatentSpace, PixelSpace
+
+
+class TokenSpace(Protocol):
+    """What samplers and trainers need of a token space. Images are in [0, 1]; tokens run row by row."""
+
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]: ...
+
+    def decode(self, tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b c h w"]: ...
+
+
+def patchify(x: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b l d"]:
+    """Cut into `patch` x `patch` squares, row by row; a token lists its channels, then its rows, then its columns."""
+    x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # b c rows p columns q
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(tokens: Float[Tensor, "b l d"], grid: tuple[int, int], patch: int) -> Float[Tensor, "b c h w"]:
+    """The inverse of `patchify`; `grid` is (rows, columns) of tokens."""
+    x = tokens.unflatten(2, (-1, patch, patch)).unflatten(1, grid)  # b rows columns c p q
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+class Pixels:
+    """Pixel patches, for small images."""
+
+    def __init__(self, config: PixelSpace):
+        self.config = config
+
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
+        """Images in [0, 1] to tokens."""
+        return patchify((images - self.config.shift) * self.config.scale, self.config.patch)
+
+    def decode(self, tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b c h w"]:
+        """Tokens to images, clamped to [0, 1]."""
+        images = unpatchify(tokens, self.config.token_grid, self.config.patch)
+        return (images / self.config.scale + self.config.shift).clamp(0, 1)
+
+
+class Latents:
+    """Latents of a frozen VAE, for large images."""
+
+    def __init__(self, config: LatentSpace, vae: torch.nn.Module):
+        self.config = config
+        self.vae = vae.eval().requires_grad_(False)
+
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
+        """Images in [0, 1] to tokens, by the mean of the VAE's posterior."""
+        latents = self.vae.encode(images * 2 - 1).latent_dist.mean
+        return patchify((latents - self.config.shift) * self.config.scale, self.config.patch)
+
+    def decode(self, tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b c h w"]:
+        """Tokens to images, clamped to [0, 1]."""
+        latents = unpatchify(tokens, self.config.token_grid, self.config.patch)
+        return (self.vae.decode(latents / self.config.scale + self.config.shift).sample / 2 + 0.5).clamp(0, 1)
+
+
+def token_space(config: PixelSpace | LatentSpace, device: torch.device | str = "cpu") -> TokenSpace:
+    """The token space of a configuration; a VAE is loaded with diffusers.
+
+    Raises:
+        ValueError: latents without diffusers installed, or without the VAE's files.
+    """
+    if isinstance(config, PixelSpace):
+        return Pixels(config)
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ValueError("this model draws VAE latents: install diffusers (pip install 'marval[vae]')") from error
+    try:
+        return Latents(config, AutoencoderKL.from_pretrained(config.vae).to(device))
+    except OSError as error:
+        raise ValueError(f"the VAE {config.vae!r} cannot be loaded: {error}") from error

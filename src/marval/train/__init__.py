@@ -1,0 +1,1 @@
+"""Training: one flat loop per stage."""
