@@ -134,7 +134,6 @@ class OneStep:
     """A student's way to draw a token: one call of the head at `timestep` (t*)."""
 
     timestep: int = 755
-    clip: bool = False
     kind: Literal["one_step"] = "one_step"
 
 
@@ -198,3 +197,56 @@ class TrainConfig:
     seed: int = 0
     save_every: int = 250
     log_every: int = 10
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """How a student is distilled (GSIM). Where the paper is silent the values are ours, chosen by measurement."""
+
+    iterations: int
+    objective: Literal["gsim", "sim", "sid", "dmd"] = "sim"
+    guidance: float = 1.6  # w of the teacher
+    guidance_schedule: Schedule = "constant"
+    timestep: int = 755  # t*, the level at which the student is called
+    batch_size: int = 64
+    tokens_per_image: int = 16
+    mask_ratio_min: float = 0.7
+    learning_rate: float = 1e-4  # theta
+    auxiliary_learning_rate: float = 2e-4  # phi
+    auxiliary_steps: int = 2  # updates of phi for one of theta
+    warmup: int = 100  # first iterations in which only phi learns
+    decay: int = 1  # last iterations in which theta's learning rate falls to 0
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.998
+    autocast: bool = True  # bf16 for the transformers; heads and score arithmetic stay float32
+    sample_iterations: int = 8  # the student's default K
+    seed: int = 0
+    name: str = "student"
+    save_every: int = 250
+    log_every: int = 10
+    probe_every: int = 250
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How a student is tuned with a reward (MARVAL-RL)."""
+
+    iterations: int
+    sample_iterations: int = 8  # K
+    backprop_iterations: int = 8  # M, the last iterations that gradients flow through
+    batch_size: int = 32
+    learning_rate: float = 2e-5
+    anchor: float = 0.0  # weight of the GSIM loss against the teacher
+    anchor_warmup: int = 100  # iterations in which phi alone learns, before the first update
+    train: Literal["all", "head"] = "all"
+    prompt: str = "a high-quality and harmonious picture of {}"
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.99
+    max_distance_ratio: float = 1.10  # stop when the Fréchet distance exceeds this times the student's
+    min_diversity_ratio: float = 0.95  # stop when the diversity falls below this times the student's
+    patience: int = 3  # probes without a better held-out reward before stopping
+    seed: int = 0
+    name: str = "tuned"
+    save_every: int = 25
+    log_every: int = 5
+    probe_every: int = 25

@@ -36,7 +36,7 @@ class ResBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
-    def forward(self, x: Float[Tensor, "n w"], y: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
+    def forward(self, x: Float[Tensor, "*h n w"], y: Float[Tensor, "*g n w"]) -> Float[Tensor, "*g n w"]:
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
         return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, self.in_ln(x), 1 + scale)))
 
@@ -50,7 +50,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Float[Tensor, "n w"], y: Float[Tensor, "n w"]) -> Float[Tensor, "n o"]:
+    def forward(self, x: Float[Tensor, "*g n w"], y: Float[Tensor, "*g n w"]) -> Float[Tensor, "*g n o"]:
         shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
         x = torch.addcmul(shift, self.norm_final(x), 1 + scale)
         with torch.autocast(x.device.type, enabled=False):
@@ -91,11 +91,12 @@ class TokenHead(nn.Module):
     ) -> Float[Tensor, "n o"]:
         return self.denoise(x_t, self.time_embed(t) + self.cond_embed(context))
 
-    def denoise(self, x_t: Float[Tensor, "n c"], y: Float[Tensor, "n w"]) -> Float[Tensor, "n o"]:
+    def denoise(self, x_t: Float[Tensor, "n c"], y: Float[Tensor, "*g n w"]) -> Float[Tensor, "*g n o"]:
         """The head for an embedded condition `y = time_embed(t) + cond_embed(context)`.
 
         Samplers call this: over a chain the context's embedding stays the same and the time's is shared
-        by all tokens, so neither is worth computing again for every token and step.
+        by all tokens, so neither is worth computing again for every token and step. With guidance, `y` has
+        the conditional and the null embedding stacked in front, and what depends on `x_t` alone is computed once.
         """
         # Tokens enter and leave at full precision even under autocast: at small t the noise to predict is
         # smaller than bf16's rounding of the token.

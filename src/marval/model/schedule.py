@@ -79,35 +79,41 @@ class NoiseSchedule:
         return cls.at(respaced_timesteps(steps), device)
 
     def add_noise(
-        self, x_0: Float[Tensor, "n c"], eps: Float[Tensor, "n c"], i: Int[Tensor, " n"]
+        self, x_0: Float[Tensor, "n c"], eps: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int
     ) -> Float[Tensor, "n c"]:
         """`x_t = alpha_t x_0 + sigma_t eps`."""
-        return self.alpha[i, None] * x_0 + self.sigma[i, None] * eps
+        return _at(self.alpha, i) * x_0 + _at(self.sigma, i) * eps
 
     def x0_from_eps(
-        self, x_t: Float[Tensor, "n c"], eps: Float[Tensor, "n c"], i: Int[Tensor, "*n"]
+        self, x_t: Float[Tensor, "n c"], eps: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int
     ) -> Float[Tensor, "n c"]:
         """`x_0 = (x_t - sigma_t eps) / alpha_t`."""
-        return (x_t - self.sigma[i, None] * eps) / self.alpha[i, None]
+        return (x_t - _at(self.sigma, i) * eps) / _at(self.alpha, i)
 
     def eps_from_x0(
-        self, x_t: Float[Tensor, "n c"], x_0: Float[Tensor, "n c"], i: Int[Tensor, "*n"]
+        self, x_t: Float[Tensor, "n c"], x_0: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int
     ) -> Float[Tensor, "n c"]:
         """`eps = (x_t - alpha_t x_0) / sigma_t`."""
-        return (x_t - self.alpha[i, None] * x_0) / self.sigma[i, None]
+        return (x_t - _at(self.alpha, i) * x_0) / _at(self.sigma, i)
 
-    def score_from_eps(self, eps: Float[Tensor, "n c"], i: Int[Tensor, "*n"]) -> Float[Tensor, "n c"]:
+    def score_from_eps(self, eps: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int) -> Float[Tensor, "n c"]:
         """`s(x_t) = -eps / sigma_t`."""
-        return -eps / self.sigma[i, None]
+        return -eps / _at(self.sigma, i)
 
-    def log_variance(self, variance_channel: Float[Tensor, "n c"], i: Int[Tensor, "*n"]) -> Float[Tensor, "n c"]:
+    def log_variance(
+        self, variance_channel: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int
+    ) -> Float[Tensor, "n c"]:
         """Learned range (arXiv 2102.09672, equation 15): channel -1 is the posterior's variance, +1 is beta."""
         fraction = (variance_channel + 1) / 2
-        low, high = self.log_posterior_variance[i, None], self.log_beta[i, None]
-        return fraction * high + (1 - fraction) * low
+        return fraction * _at(self.log_beta, i) + (1 - fraction) * _at(self.log_posterior_variance, i)
 
     def posterior_mean(
-        self, x_0: Float[Tensor, "n c"], x_t: Float[Tensor, "n c"], i: Int[Tensor, "*n"]
+        self, x_0: Float[Tensor, "n c"], x_t: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int
     ) -> Float[Tensor, "n c"]:
         """The mean of `q(x_{t-1} | x_t, x_0)` (arXiv 2006.11239, equation 7)."""
-        return self.posterior_mean_x0[i, None] * x_0 + self.posterior_mean_xt[i, None] * x_t
+        return _at(self.posterior_mean_x0, i) * x_0 + _at(self.posterior_mean_xt, i) * x_t
+
+
+def _at(table: Float[Tensor, " s"], i: Int[Tensor, " n"] | int) -> Float[Tensor, "n 1"] | float:
+    """A column for a batch of indices; a plain number for one (samplers keep their tables on the CPU: no sync)."""
+    return table[i].item() if isinstance(i, int) else table[i, None]

@@ -1,0 +1,311 @@
+"""Drawing images: the auto-regressive loop over tokens, shared by teacher and student, and the two ways to draw a token."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from marval.config import Chain, ModelConfig, OneStep, Schedule
+from marval.model import MAR, NoiseSchedule, TokenHead
+from marval.randomness import generator
+
+OrderFunction = Callable[[tuple[int, int], int], Int[Tensor, " l"]]
+Orders = str | Int[Tensor, "*b l"] | OrderFunction
+Hook = Callable[[int, Float[Tensor, "b l c"], Bool[Tensor, "b l"]], None]
+
+
+@runtime_checkable
+class DrawTokens(Protocol):
+    """Draws tokens given their contexts. `noise_draws` Gaussian draws per token are handed in, never drawn inside."""
+
+    noise_draws: int
+    guidance: float
+    guidance_schedule: Schedule
+
+    def __call__(
+        self,
+        head: TokenHead,
+        context: Float[Tensor, "n d"],
+        null_context: Float[Tensor, "n d"] | None,
+        guidance: float,
+        noise: Float[Tensor, "s n c"],
+    ) -> Float[Tensor, "n c"]: ...
+
+
+@dataclass(frozen=True)
+class DrawByChain:
+    """The teacher's inner loop: guided ancestral sampling over respaced steps (MAR, section 3.2; DDPM, algorithm 2)."""
+
+    config: Chain
+    token_range: tuple[float, float] | None = None
+    schedule: NoiseSchedule = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", NoiseSchedule.respaced(self.config.steps))
+
+    @property
+    def noise_draws(self) -> int:
+        """The start and one draw for each step but the last, which adds none."""
+        return self.config.steps
+
+    @property
+    def guidance(self) -> float:
+        """w; 1 is no guidance."""
+        return self.config.guidance
+
+    @property
+    def guidance_schedule(self) -> Schedule:
+        """How w grows with the revealed fraction."""
+        return self.config.guidance_schedule
+
+    def __call__(
+        self,
+        head: TokenHead,
+        context: Float[Tensor, "n d"],
+        null_context: Float[Tensor, "n d"] | None,
+        guidance: float,
+        noise: Float[Tensor, "s n c"],
+    ) -> Float[Tensor, "n c"]:
+        schedule, steps = self.schedule, self.config.steps
+        clip = self.token_range if self.config.clip else None
+        contexts = context[None] if null_context is None else torch.stack([context, null_context])
+        embedded = head.cond_embed(contexts)
+        times = head.time_embed(schedule.timesteps.float().to(context.device))
+        x_t = noise[0]
+        for i in reversed(range(steps)):
+            output = head.denoise(x_t, embedded + times[i])
+            eps = guided_eps(output[..., : head.token_dim], guidance)
+            x_0 = schedule.x0_from_eps(x_t, eps, i)
+            if clip is not None:
+                x_0 = x_0.clamp(*clip)
+            x_t = schedule.posterior_mean(x_0, x_t, i)
+            if i > 0:
+                step_noise = self.config.temperature * noise[steps - i]
+                if output.shape[-1] > head.token_dim:
+                    log_variance = schedule.log_variance(output[0, :, head.token_dim :], i)
+                    x_t = x_t + (0.5 * log_variance).exp() * step_noise
+                else:
+                    x_t = x_t + math.exp(0.5 * schedule.log_posterior_variance[i].item()) * step_noise
+        return x_t
+
+
+@dataclass(frozen=True)
+class DrawInOneStep:
+    """The student's single call (MARVAL, section "GSIM"): from pure noise at the level of `timestep` to `x_0`."""
+
+    config: OneStep = OneStep()
+    noise_draws: int = 1
+    guidance: float = 1.0  # guidance is baked into the student
+    guidance_schedule: Schedule = "constant"
+    schedule: NoiseSchedule = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", NoiseSchedule.at(torch.tensor([self.config.timestep])))
+
+    def __call__(
+        self,
+        head: TokenHead,
+        context: Float[Tensor, "n d"],
+        null_context: Float[Tensor, "n d"] | None,
+        guidance: float,
+        noise: Float[Tensor, "s n c"],
+    ) -> Float[Tensor, "n c"]:
+        x_t = self.schedule.sigma[0].item() * noise[0]
+        time = head.time_embed(self.schedule.timesteps.float().to(context.device))
+        eps = head.denoise(x_t, head.cond_embed(context) + time)[:, : head.token_dim]
+        return self.schedule.x0_from_eps(x_t, eps, 0)
+
+
+def draw_function(config: ModelConfig) -> DrawByChain | DrawInOneStep:
+    """The way a model's configuration says its tokens are drawn."""
+    if isinstance(config.draw, Chain):
+        return DrawByChain(config.draw, config.space.token_range)
+    return DrawInOneStep(config.draw)
+
+
+def guided_eps(eps: Float[Tensor, "g n c"], guidance: float) -> Float[Tensor, "n c"]:
+    """`eps_w = eps_null + w (eps_c - eps_null)`, from conditional and null predictions stacked; alone, the first.
+
+    `w` is MAR's: 1 is no guidance. MARVAL writes `(1 + w) S(c) - w S(null)` but labels its unguided row w = 1,
+    which fits this convention only.
+    """
+    return eps[0] if len(eps) == 1 else torch.lerp(eps[1], eps[0], guidance)
+
+
+def guidance_at(guidance: float, schedule: Schedule, revealed: float) -> float:
+    """w at a revealed fraction of the tokens: constant, or `1 + (w - 1) * revealed` (MAR, section 5)."""
+    return guidance if schedule == "constant" else 1 + (guidance - 1) * revealed
+
+
+def draw_counts(tokens: int, iterations: int) -> list[int]:
+    """How many of `tokens` each AR iteration draws: cosine schedule, at least one each (MaskGIT; MAR, section 4).
+
+    Raises:
+        ValueError: `iterations` is not between 1 and `tokens`.
+    """
+    if not 1 <= iterations <= tokens:
+        raise ValueError(f"{iterations} iterations for {tokens} tokens: expected a number from 1 to {tokens}")
+    counts, masked = [], tokens
+    for k in range(iterations - 1):
+        target = math.floor(tokens * math.cos(math.pi / 2 * (k + 1) / iterations))
+        remaining = max(1, min(masked - 1, target))
+        counts.append(masked - remaining)
+        masked = remaining
+    return [*counts, masked]
+
+
+def raster_order(grid: tuple[int, int], seed: int) -> Int[Tensor, " l"]:
+    """Row by row."""
+    return torch.arange(math.prod(grid))
+
+
+def random_order(grid: tuple[int, int], seed: int) -> Int[Tensor, " l"]:
+    """A random permutation for each image."""
+    return torch.randperm(math.prod(grid), generator=generator(seed, "order"))
+
+
+def halton_order(grid: tuple[int, int], seed: int) -> Int[Tensor, " l"]:
+    """Spread out evenly: the Halton sequence in bases 2 and 3 (Besnier et al. 2025), the same for every image."""
+
+    def radical_inverse(n: int, base: int) -> float:
+        value, scale = 0.0, 1.0
+        while n:
+            scale /= base
+            n, digit = divmod(n, base)
+            value += digit * scale
+        return value
+
+    order: dict[int, None] = {}
+    n = 1
+    while len(order) < math.prod(grid):
+        row, column = int(radical_inverse(n, 2) * grid[0]), int(radical_inverse(n, 3) * grid[1])
+        order[row * grid[1] + column] = None
+        n += 1
+    return torch.tensor(list(order))
+
+
+ORDERS: dict[str, OrderFunction] = {"random": random_order, "raster": raster_order, "halton": halton_order}
+
+
+def drawing_orders(orders: Orders, grid: tuple[int, int], seeds: Sequence[int]) -> Int[Tensor, "b l"]:
+    """The positions of each image in the order in which they are drawn (the reverse of the official code's `orders`).
+
+    Args:
+        orders: "random", "raster" or "halton"; a function of (grid, seed); or positions (L,) or (B, L).
+
+    Raises:
+        ValueError: an unknown name, or rows that do not hold every position once.
+    """
+    count = math.prod(grid)
+    if isinstance(orders, str):
+        if orders not in ORDERS:
+            raise ValueError(f"unknown order {orders!r}: expected one of {', '.join(ORDERS)}")
+        orders = ORDERS[orders]
+    rows = orders if isinstance(orders, Tensor) else torch.stack([orders(grid, seed) for seed in seeds])
+    if rows.shape[-1] != count or not torch.equal(rows.sort(dim=-1).values, torch.arange(count).expand_as(rows)):
+        raise ValueError(f"an order must name each of the {count} positions once")
+    return rows.expand(len(seeds), count)
+
+
+def image_noise(seed: int, draws: int, tokens: int, channels: int) -> Float[Tensor, "s l c"]:
+    """The noise of one image: a start for each position, then `draws - 1` steps; the start is the same for every `draws`."""
+    rng = generator(seed, "image")
+    start = torch.randn(1, tokens, channels, generator=rng)
+    return torch.cat([start, torch.randn(draws - 1, tokens, channels, generator=rng)])
+
+
+def sample(
+    model: MAR,
+    draw_tokens: DrawTokens,
+    labels: Int[Tensor, " b"],
+    *,
+    iterations: int,
+    seeds: Sequence[int],
+    orders: Orders = "random",
+    known: tuple[Float[Tensor, "b l c"], Bool[Tensor, "b l"]] | None = None,
+    noise: Float[Tensor, "s b l c"] | None = None,
+    on_iteration: Hook | None = None,
+    gradient_iterations: int = 0,
+) -> Float[Tensor, "b l c"]:
+    """Draw the tokens of a batch of images in `iterations` AR iterations (MAR, algorithm of section 3.3).
+
+    Args:
+        labels: classes, on the model's device.
+        iterations: K, from 1 to the number of tokens to draw.
+        seeds: one per image; an image depends on its own seed, class and order, not on its batch.
+        orders: see `drawing_orders`.
+        known: tokens and a mask of those to keep (inpainting); every image keeps the same number.
+        noise: the Gaussian draws for every position, instead of those that the seeds give.
+        on_iteration: called after each iteration with its number (from 1), the tokens (0 where not yet drawn)
+            and the mask of those that are known or drawn.
+        gradient_iterations: M, the last iterations that gradients flow through; each is checkpointed, so that
+            memory holds one iteration's activations at a time.
+
+    Raises:
+        ValueError: too many iterations, a bad order, or kept counts that differ within the batch.
+    """
+    config, device = model.config, labels.device
+    batch, total = len(labels), config.num_tokens
+    order = drawing_orders(orders, config.token_grid, seeds)
+    tokens, shown = torch.zeros(batch, total, config.token_dim, device=device), 0
+    if known is not None:
+        given, keep = known[0], known[1].cpu()
+        shown = int(keep[0].sum())
+        if (keep.sum(dim=1) != shown).any():
+            raise ValueError("every image of a batch must keep the same number of tokens: draw the others apart")
+        kept_first = keep.gather(1, order).int().argsort(dim=1, descending=True, stable=True)
+        order = order.gather(1, kept_first)
+        tokens = torch.where(keep.to(device)[..., None], given, tokens)
+    counts = draw_counts(total - shown, iterations)
+    if noise is None:
+        draws = draw_tokens.noise_draws
+        noise = torch.stack([image_noise(seed, draws, total, config.token_dim) for seed in seeds], dim=1)
+    noise, order = noise.to(device), order.to(device)
+
+    def iterate(tokens: Tensor, visible: Tensor, positions: Tensor, guidance: float) -> Tensor:
+        context = model_contexts(model, tokens, visible, positions, labels, guided=draw_tokens.guidance != 1.0)
+        index = positions[..., None].expand(-1, -1, config.token_dim)
+        local_noise = noise.gather(2, index.expand(len(noise), -1, -1, -1)).flatten(1, 2)
+        null = context[1] if len(context) > 1 else None
+        drawn = draw_tokens(model.head, context[0], null, guidance, local_noise)
+        return tokens.scatter(1, index, drawn.unflatten(0, positions.shape).to(tokens.dtype))
+
+    for k, count in enumerate(counts):
+        visible, positions = order[:, :shown], order[:, shown : shown + count]
+        shown += count
+        # MAR's linear schedule counts one token as hidden in the last iteration.
+        revealed = min(shown, total - 1) / total
+        guidance = guidance_at(draw_tokens.guidance, draw_tokens.guidance_schedule, revealed)
+        if k < iterations - gradient_iterations:
+            with torch.no_grad():
+                tokens = iterate(tokens, visible, positions, guidance)
+        else:
+            tokens = checkpoint(
+                iterate, tokens, visible, positions, guidance, use_reentrant=False, preserve_rng_state=False
+            )
+        if on_iteration is not None:
+            drawn = torch.zeros(batch, total, dtype=torch.bool, device=device)
+            on_iteration(k + 1, tokens.detach(), drawn.scatter(1, order[:, :shown], True))
+    return tokens
+
+
+def model_contexts(
+    model: MAR,
+    tokens: Float[Tensor, "b l c"],
+    visible: Int[Tensor, "b v"],
+    positions: Int[Tensor, "b q"],
+    labels: Int[Tensor, " b"],
+    guided: bool,
+) -> Float[Tensor, "g n d"]:
+    """The contexts at `positions`, flattened over the batch: conditional and, when `guided`, null, in one pass."""
+    embedding = model.class_embedding(labels)
+    if guided:
+        embedding = torch.cat([embedding, model.null_embedding(len(labels))])
+        tokens, visible, positions = (torch.cat([x, x]) for x in (tokens, visible, positions))
+    context = model.context(tokens, visible, positions, embedding)
+    return context.unflatten(0, (2 if guided else 1, -1)).flatten(1, 2)
