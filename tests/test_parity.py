@@ -91,8 +91,6 @@ def test_whole_run_masks_guidance_and_latents(reference, reference_model):
         assert abs(guidance_at(3.0, "linear", revealed) - expected) < TOLERANCE
         recorded = reference[f"ar.noise.{k}"][:-1].unflatten(1, (2, count))
         noise.scatter_(2, positions[None, :, :, None].expand(10, -1, -1, 16), recorded)
-    found = sample(
-        reference_model, draw, reference["labels"], iterations=5, seeds=[0, 1], orders=orders, noise=noise
-    )
+    found = sample(reference_model, draw, reference["labels"], iterations=5, seeds=[0, 1], orders=orders, noise=noise)
     expected = tokens_of(reference["ar.latents"])
     assert relative_error(found, expected) < TOLERANCE

@@ -147,7 +147,8 @@ class ModelConfig:
     class_names: tuple[str, ...]
     iterations: int  # K, the default number of AR iterations
     name: str = ""
-    source: str = ""  # the command and commit that made the weights
+    data: str = ""  # what it was trained on, as --data takes it
+    source: str = ""  # the command that made the weights
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers, ready for JSON."""
@@ -182,7 +183,7 @@ class ModelConfig:
 class TrainConfig:
     """How a teacher is trained. Training state is saved every `save_every` iterations."""
 
-    iterations: int
+    iterations: int = 14_000
     batch_size: int = 128
     tokens_per_image: int = 24  # masked tokens of an image that enter the loss
     learning_rate: float = 1e-3
@@ -203,7 +204,7 @@ class TrainConfig:
 class DistillConfig:
     """How a student is distilled (GSIM). Where the paper is silent the values are ours, chosen by measurement."""
 
-    iterations: int
+    iterations: int = 3000
     objective: Literal["gsim", "sim", "sid", "dmd"] = "sim"
     guidance: float = 1.6  # w of the teacher
     guidance_schedule: Schedule = "constant"
@@ -231,7 +232,7 @@ class DistillConfig:
 class FinetuneConfig:
     """How a student is tuned with a reward (MARVAL-RL)."""
 
-    iterations: int
+    iterations: int = 200
     sample_iterations: int = 8  # K
     backprop_iterations: int = 8  # M, the last iterations that gradients flow through
     batch_size: int = 32

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from marval.config import ModelConfig, PixelSpace
 from marval.randomness import generator
 
 FASHION_CLASSES = (
@@ -59,6 +61,101 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Int[Tens
 @functools.lru_cache(maxsize=4)
 def _shuffled(count: int, seed: int, epoch: int) -> Int[Tensor, " n"]:
     return torch.randperm(count, generator=generator(seed, "epoch", epoch))
+
+
+def load_data(spec: str, split: str = "train", size: tuple[int, int] | None = None) -> ImageData:
+    """A data set by its specification: "fashion-mnist", "fashion-mnist:FOLDER" or "folder:DIR".
+
+    Args:
+        size: rows and columns that folder images are brought to; inferred when None.
+
+    Raises:
+        ValueError: an unknown specification, or data that cannot be read.
+    """
+    kind, _, where = spec.partition(":")
+    if kind == "fashion-mnist":
+        return load_fashion_mnist(split, where or None)
+    if kind == "folder" and where:
+        return load_folder(where, size)
+    raise ValueError(f"unknown data {spec!r}: expected fashion-mnist, fashion-mnist:FOLDER or folder:DIR")
+
+
+def load_folder(folder: Path | str, size: tuple[int, int] | None = None) -> ImageData:
+    """Images in one sub-folder per class (the class's name), scaled to cover `size`, then cropped at the centre.
+
+    The size is inferred when None: that of the images where all agree, else a square of the smallest side; cut
+    down to a multiple of 4, at most 64. Images are grey when every file is.
+
+    Raises:
+        ValueError: no such folder, fewer than one class with images, or files that are not images.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder: expected one with a sub-folder of images for each class")
+    classes = sorted(path for path in root.iterdir() if path.is_dir())
+    files = [
+        (file, label)
+        for label, path in enumerate(classes)
+        for file in sorted(path.rglob("*"))
+        if file.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if not files:
+        raise ValueError(f"{root} holds no images: expected DIR/CLASS/IMAGE.png, one sub-folder for each class")
+    missing = [path.name for i, path in enumerate(classes) if not any(label == i for _, label in files)]
+    if missing:
+        raise ValueError(f"{root}: no images in {', '.join(missing[:5])}; remove such folders or fill them")
+    pictures = [_open(file) for file, _ in files]
+    mode = "L" if all(picture.mode in ("1", "L", "I;16", "LA") for picture in pictures) else "RGB"
+    size = size or _common_size([picture.size for picture in pictures])
+    images = np.stack([np.asarray(ImageOps.fit(p.convert(mode), (size[1], size[0]))) for p in pictures])
+    tensor = torch.from_numpy(images)
+    tensor = tensor[:, None] if mode == "L" else tensor.permute(0, 3, 1, 2).contiguous()
+    return ImageData(tensor, torch.tensor([label for _, label in files]), tuple(path.name for path in classes))
+
+
+def _open(file: Path) -> Image.Image:
+    try:
+        picture = Image.open(file)
+        picture.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} cannot be read as an image ({error}): mend or remove it") from None
+    return picture
+
+
+def _common_size(sizes: list[tuple[int, int]]) -> tuple[int, int]:
+    width, height = sizes[0] if len(set(sizes)) == 1 else (min(min(size) for size in sizes),) * 2
+    rows, columns = (min(side, 64) // 4 * 4 for side in (height, width))
+    if min(rows, columns) < 8:
+        raise ValueError(f"the smallest image is {width}x{height}: expected at least 8 pixels a side")
+    return rows, columns
+
+
+def split_data(data: ImageData, seed: int, share: float = 0.1) -> tuple[ImageData, ImageData]:
+    """A random split into (1 - share) and share of the images."""
+    order = torch.randperm(len(data), generator=generator(seed, "split"))
+    cut = len(data) - max(1, round(share * len(data)))
+    first, second = order[:cut], order[cut:]
+    return (
+        ImageData(data.images[first], data.labels[first], data.class_names),
+        ImageData(data.images[second], data.labels[second], data.class_names),
+    )
+
+
+def check_data(data: ImageData, config: ModelConfig) -> None:
+    """Whether a model can be trained further on `data`.
+
+    Raises:
+        ValueError: other classes, size or channels than the model's.
+    """
+    if data.class_names != config.class_names:
+        raise ValueError(
+            f"the data's classes ({', '.join(data.class_names[:4])}, ...) are not the model's "
+            f"({', '.join(config.class_names[:4])}, ...): name the model's own data with --data"
+        )
+    if isinstance(config.space, PixelSpace):
+        expected = (config.space.channels, *config.space.image_size)
+        if tuple(data.images.shape[1:]) != expected:
+            raise ValueError(f"the images are {tuple(data.images.shape[1:])}, the model's are {expected}")
 
 
 def load_fashion_mnist(split: str = "train", folder: Path | str | None = None) -> ImageData:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from marval.config import Chain, ModelConfig
-from marval.io.checkpoint import load_model, save_model
+from marval.io.checkpoint import WEIGHTS, load_model, save_model
 from marval.model import MAR
 from marval.sampling import Orders, draw_function, sample
 from marval.spaces import token_space
@@ -32,12 +32,15 @@ def find_model(name: str | Path) -> Path:
         ValueError: neither; the nearest names are suggested.
     """
     if Path(name).exists():
-        return Path(name)
+        in_run = Path(name) / "model"  # a training run's folder
+        return in_run if (in_run / WEIGHTS).is_file() else Path(name)
     known = bundled_models()
     if str(name) in known:
         return known[str(name)]
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or list(known)
-    raise ValueError(f"no model {str(name)!r}: expected a folder, or a bundled model such as {', '.join(near) or 'none'}")
+    raise ValueError(
+        f"no model {str(name)!r}: expected a folder, or a bundled model such as {', '.join(near) or 'none'}"
+    )
 
 
 def load(name: str | Path, device: torch.device | str = "cpu") -> "Pipeline":

@@ -1,4 +1,4 @@
-"""Drawing images: the auto-regressive loop over tokens, shared by teacher and student, and the two ways to draw a token."""
+"""Drawing images: the AR loop over tokens, shared by teacher and student, and the two ways to draw a token."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,9 +23,14 @@ Hook = Callable[[int, Float[Tensor, "b l c"], Bool[Tensor, "b l"]], None]
 class DrawTokens(Protocol):
     """Draws tokens given their contexts. `noise_draws` Gaussian draws per token are handed in, never drawn inside."""
 
-    noise_draws: int
-    guidance: float
-    guidance_schedule: Schedule
+    @property
+    def noise_draws(self) -> int: ...
+
+    @property
+    def guidance(self) -> float: ...
+
+    @property
+    def guidance_schedule(self) -> Schedule: ...
 
     def __call__(
         self,
@@ -98,7 +103,7 @@ class DrawByChain:
 class DrawInOneStep:
     """The student's single call (MARVAL, section "GSIM"): from pure noise at the level of `timestep` to `x_0`."""
 
-    config: OneStep = OneStep()
+    config: OneStep = field(default_factory=OneStep)
     noise_draws: int = 1
     guidance: float = 1.0  # guidance is baked into the student
     guidance_schedule: Schedule = "constant"
@@ -213,7 +218,7 @@ def drawing_orders(orders: Orders, grid: tuple[int, int], seeds: Sequence[int]) 
 
 
 def image_noise(seed: int, draws: int, tokens: int, channels: int) -> Float[Tensor, "s l c"]:
-    """The noise of one image: a start for each position, then `draws - 1` steps; the start is the same for every `draws`."""
+    """One image's noise: a start for each position (the same for every `draws`), then `draws - 1` steps."""
     rng = generator(seed, "image")
     start = torch.randn(1, tokens, channels, generator=rng)
     return torch.cat([start, torch.randn(draws - 1, tokens, channels, generator=rng)])

@@ -1,6 +1,6 @@
 """Token spaces: how an image becomes tokens and tokens become an image."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -48,7 +48,7 @@ class Pixels:
 class Latents:
     """Latents of a frozen VAE, for large images."""
 
-    def __init__(self, config: LatentSpace, vae: torch.nn.Module):
+    def __init__(self, config: LatentSpace, vae: Any):
         self.config = config
         self.vae = vae.eval().requires_grad_(False)
 

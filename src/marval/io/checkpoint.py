@@ -61,7 +61,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig]:
             if "marval" not in metadata:
                 raise ValueError(f"{file} is not a marval model: it has no configuration inside")
             config = ModelConfig.from_dict(json.loads(metadata["marval"]))
-            return {name: content.get_tensor(name) for name in content.keys()}, config
+            return {name: content.get_tensor(name) for name in content.keys()}, config  # noqa: SIM118
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist") from None
     except (SafetensorError, OSError, json.JSONDecodeError) as error:

@@ -27,7 +27,9 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot write {target}: {error.strerror or error}; free some space or choose another place") from error
+        raise ValueError(
+            f"cannot write {target}: {error.strerror or error}; free some space or choose another place"
+        ) from error
 
 
 def write_text(target: Path | str, text: str) -> None:

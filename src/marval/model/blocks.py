@@ -57,9 +57,7 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.drop = nn.Dropout(dropout)
 
-    def forward(
-        self, x: Float[Tensor, "b n d"], rows: Float[Tensor, "b q d"] | None = None
-    ) -> Float[Tensor, "b m d"]:
+    def forward(self, x: Float[Tensor, "b n d"], rows: Float[Tensor, "b q d"] | None = None) -> Float[Tensor, "b m d"]:
         """The block's output at `rows` (a gathered subset of `x`), or everywhere when None."""
         queries = None if rows is None else self.norm1(rows)
         rows = x if rows is None else rows

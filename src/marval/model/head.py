@@ -24,7 +24,7 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Float[Tensor, " n"]) -> Float[Tensor, "n w"]:
-        return self.mlp(timestep_features(t.float(), self.features).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_features(t.float(), self.features).to(next(self.mlp.parameters()).dtype))
 
 
 class ResBlock(nn.Module):
@@ -80,8 +80,9 @@ class TokenHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 nn.init.zeros_(module.bias)
-        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02, generator=generator)
+        for name, parameter in self.time_embed.named_parameters():
+            if name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02, generator=generator)
         for block in [*self.res_blocks, self.final_layer]:
             nn.init.zeros_(block.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)

@@ -100,9 +100,7 @@ class NoiseSchedule:
         """`s(x_t) = -eps / sigma_t`."""
         return -eps / _at(self.sigma, i)
 
-    def log_variance(
-        self, variance_channel: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int
-    ) -> Float[Tensor, "n c"]:
+    def log_variance(self, variance_channel: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int) -> Float[Tensor, "n c"]:
         """Learned range (arXiv 2102.09672, equation 15): channel -1 is the posterior's variance, +1 is beta."""
         fraction = (variance_channel + 1) / 2
         return fraction * _at(self.log_beta, i) + (1 - fraction) * _at(self.log_posterior_variance, i)

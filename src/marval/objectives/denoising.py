@@ -17,7 +17,7 @@ def denoising_loss(
     t: Int[Tensor, " n"],
     eps: Float[Tensor, "n c"],
 ) -> Float[Tensor, " n"]:
-    """`|eps - eps_theta(x_t, t, c)|^2` per token, averaged over channels, plus the variance bound where it is learned."""
+    """`|eps - eps_theta(x_t, t, c)|^2` per token, averaged over channels; plus the variance bound where learned."""
     x_t = schedule.add_noise(x_0, eps, t)
     output = head(x_t, t.float(), context).float()
     predicted, variance_channel = output[:, : head.token_dim], output[:, head.token_dim :]
@@ -35,7 +35,7 @@ def variance_bound(
     predicted_eps: Float[Tensor, "n c"],
     variance_channel: Float[Tensor, "n c"],
 ) -> Float[Tensor, " n"]:
-    """One term of the variational bound in bits per channel (arXiv 2102.09672, equations 4 to 7), averaged over channels.
+    """One term of the variational bound (arXiv 2102.09672, equations 4 to 7) in bits, averaged over channels.
 
     The mean comes in detached, so that this term trains the variance channel alone.
     """

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -60,7 +59,7 @@ def gsim_terms(
 def distribution_matching_loss(
     teacher_eps: Float[Tensor, "n c"], auxiliary_eps: Float[Tensor, "n c"], x_t: Float[Tensor, "n c"]
 ) -> Float[Tensor, " n"]:
-    """`stop_gradient(y / |y|)^T x_t`: descends KL(student, teacher) without a gradient through the scores (DMD's baseline)."""
+    """`stop_gradient(y / |y|)^T x_t`: descends the KL without a gradient through the scores (the DMD baseline)."""
     y = (teacher_eps - auxiliary_eps).detach()
     return (pseudo_huber(y)[1] * x_t).sum(dim=1)
 

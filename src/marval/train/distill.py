@@ -19,7 +19,16 @@ from marval.pipeline import Pipeline
 from marval.randomness import generator
 from marval.sampling import DrawInOneStep, guidance_at, guided_eps, model_contexts
 from marval.spaces import token_space
-from marval.train.run import Log, ema_of, fast_attention, learning_rate_factor, load_state, prepare_folder, save_state
+from marval.train.run import (
+    LOG,
+    Log,
+    fast_attention,
+    learning_rate_factor,
+    load_state,
+    prepare_folder,
+    save_state,
+    update_ema,
+)
 from marval.train.teacher import masked_count, split_tokens
 
 
@@ -75,9 +84,7 @@ def guide(teacher: MAR, batch: Batch, settings: DistillConfig) -> Guided:
     return Guided(teacher.head, contexts.float(), guidance)
 
 
-def student_tokens(
-    student: MAR, draw: DrawInOneStep, batch: Batch, settings: DistillConfig
-) -> Float[Tensor, "n c"]:
+def student_tokens(student: MAR, draw: DrawInOneStep, batch: Batch, settings: DistillConfig) -> Float[Tensor, "n c"]:
     """`x_0 = g_theta(z, c_theta)`: one AR iteration, all targets at once."""
     with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=settings.autocast):
         context = model_contexts(student, batch.tokens, batch.visible, batch.targets, batch.labels, guided=False)
@@ -141,11 +148,15 @@ def distill(
         teacher_config, draw=OneStep(settings.timestep), name=settings.name, iterations=settings.sample_iterations
     )
     described = {**config.to_dict(), "source": "", "images": len(data), **dataclasses.asdict(settings)}
-    space, schedule, draw = token_space(config.space, device), NoiseSchedule.full(device), DrawInOneStep(config.draw)
+    space, schedule, draw = (
+        token_space(config.space, device),
+        NoiseSchedule.full(device),
+        DrawInOneStep(OneStep(settings.timestep)),
+    )
     teacher.eval().requires_grad_(False)
     student = copy.deepcopy(teacher).requires_grad_(True)  # dropout stays off
     auxiliary = copy.deepcopy(teacher.head).requires_grad_(True)
-    ema = ema_of(student, settings.ema_decay)
+    ema = copy.deepcopy(teacher)
     betas = (0.0, 0.999)
     student_optimizer = torch.optim.Adam(student.parameters(), settings.learning_rate, betas, fused=True)
     auxiliary_optimizer = torch.optim.Adam(auxiliary.parameters(), settings.auxiliary_learning_rate, betas, fused=True)
@@ -154,7 +165,7 @@ def distill(
         "student_optimizer": student_optimizer, "auxiliary_optimizer": auxiliary_optimizer,
     }  # fmt: skip
     start = load_state(out, described, **parts) if resume else 0
-    log = Log(out, start, settings.iterations, settings.batch_size, quiet)
+    log = Log(out / LOG, start, settings.iterations, settings.batch_size, quiet)
 
     for step in range(start, settings.iterations):
         rng = generator(settings.seed, "distill", step)
@@ -175,7 +186,7 @@ def distill(
                     group["lr"] = settings.learning_rate * factor
                 student_optimizer.step()
                 student_optimizer.zero_grad()
-                ema.update_parameters(student)
+                update_ema(ema, student, step - settings.warmup, settings.ema_decay)
                 auxiliary.requires_grad_(True)
 
             for _ in range(settings.auxiliary_steps):
@@ -194,8 +205,8 @@ def distill(
                 "gradient_norm": norm.item(), "auxiliary_gradient_norm": phi_norm.item(),
             }  # fmt: skip
             if probe is not None and (done % settings.probe_every == 0 or done == settings.iterations):
-                figures |= probe(Pipeline(ema.module, config))
+                figures |= probe(Pipeline(ema, config))
             log(done, **figures)
         if done % settings.save_every == 0 or done == settings.iterations:
             save_state(out, done, described, **parts)
-            save_model(out / "model", ema.module, config)
+            save_model(out / "model", ema, config)

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim.swa_utils import AveragedModel
 
 from marval.io.files import atomic_path, write_text
 
@@ -21,14 +20,11 @@ LOG = "log.jsonl"
 MAY_CHANGE = {"iterations", "save_every", "log_every"}  # settings that a resumed run may have different
 
 
-def ema_of(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights; the decay ramps up as (1 + n) / (10 + n)."""
-
-    def average(ema: list[Tensor], new: list[Tensor], updates: Tensor) -> None:
-        rate = 1 - torch.clamp((1 + updates) / (10 + updates), max=decay)
-        torch._foreach_lerp_(ema, new, rate.to(ema[0].device))
-
-    return AveragedModel(model, multi_avg_fn=average)
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, updates: int, decay: float) -> None:
+    """Move the averaged weights towards the new ones; the decay ramps up as (1 + n) / (10 + n), n = `updates`."""
+    rate = 1 - min(decay, (1 + updates) / (10 + updates))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), rate)
 
 
 def learning_rate_factor(step: int, warmup: int, decay: int, total: int) -> float:
@@ -96,8 +92,8 @@ def prepare_folder(folder: Path, resume: bool) -> None:
 class Log:
     """Appends one JSON object per line to the run's log and prints the progress line."""
 
-    def __init__(self, folder: Path, start: int, total: int, images_per_step: int, quiet: bool = False):
-        self.file = folder / LOG
+    def __init__(self, file: Path, start: int, total: int, images_per_step: int, quiet: bool = False):
+        self.file = file
         self.start, self.total, self.images_per_step = start, total, images_per_step
         self.began = self.printed = time.monotonic()
         self.console = Console(quiet=quiet)

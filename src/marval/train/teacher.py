@@ -1,5 +1,6 @@
 """Training a MAR teacher: masked tokens of real images, the diffusion loss, one flat loop."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from marval.config import ModelConfig, TrainConfig
+from marval.config import Chain, MARConfig, ModelConfig, PixelSpace, TrainConfig
 from marval.data import ImageData, batch_indices
 from marval.io.checkpoint import save_model
 from marval.model import MAR, NoiseSchedule
@@ -15,7 +16,34 @@ from marval.model.mar import gather_rows
 from marval.objectives.denoising import denoising_loss
 from marval.randomness import generator
 from marval.spaces import token_space
-from marval.train.run import Log, ema_of, fast_attention, learning_rate_factor, load_state, prepare_folder, save_state
+from marval.train.run import (
+    LOG,
+    Log,
+    fast_attention,
+    learning_rate_factor,
+    load_state,
+    prepare_folder,
+    save_state,
+    update_ema,
+)
+
+
+def teacher_config(name: str, data: ImageData, data_spec: str, source: str = "") -> ModelConfig:
+    """The small teacher for a data set: pixel patches (8 tokens a side or fewer), centred and scaled to the data.
+
+    Fashion-MNIST gives 49 tokens of 4 x 4 pixels.
+    """
+    rows, columns = data.images.shape[-2:]
+    patch = next(p for p in (4, 8, 16, 32, 64) if max(rows, columns) <= 8 * p)
+    if rows % patch or columns % patch:
+        raise ValueError(f"images of {rows}x{columns} pixels cannot be cut into {patch}x{patch} patches")
+    pixels = data.images[:: max(1, len(data) // 5000)].double() / 255
+    shift, scale = round(pixels.mean().item(), 3), round(1 / max(pixels.std().item(), 1e-3), 3)
+    space = PixelSpace((rows, columns), data.images.shape[1], patch, shift, scale)
+    mar = MARConfig.fashion(space.token_grid, space.token_dim, len(data.class_names))
+    iterations = min(16, mar.num_tokens)
+    draw = Chain(guidance=1.6, clip=True)
+    return ModelConfig(mar, space, draw, data.class_names, iterations, name, data_spec, source)
 
 
 def masked_count(num_tokens: int, ratio_min: float, rng: torch.Generator) -> int:
@@ -76,13 +104,13 @@ def train_teacher(
     described = {**config.to_dict(), "source": "", "images": len(data), **dataclasses.asdict(settings)}
     space = token_space(config.space, device)
     model = MAR(config.mar).initialize(generator(settings.seed, "weights")).to(device).train()
-    ema = ema_of(model, settings.ema_decay)
+    ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         model.parameters(), settings.learning_rate, (0.9, 0.95), weight_decay=settings.weight_decay, fused=True
     )
     start = load_state(out, described, model=model, ema=ema, optimizer=optimizer) if resume else 0
     schedule = NoiseSchedule.full(device)
-    log = Log(out, start, settings.iterations, settings.batch_size, quiet)
+    log = Log(out / LOG, start, settings.iterations, settings.batch_size, quiet)
 
     for step in range(start, settings.iterations):
         factor = learning_rate_factor(step, settings.warmup, settings.decay, settings.iterations)
@@ -99,11 +127,11 @@ def train_teacher(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()
-        ema.update_parameters(model)
+        update_ema(ema, model, step, settings.ema_decay)
 
         done = step + 1
         if done % settings.log_every == 0 or done == settings.iterations:
             log(done, loss=loss.item(), gradient_norm=norm.item(), learning_rate=settings.learning_rate * factor)
         if done % settings.save_every == 0 or done == settings.iterations:
             save_state(out, done, described, model=model, ema=ema, optimizer=optimizer)
-            save_model(out / "model", ema.module, config)
+            save_model(out / "model", ema, config)

@@ -1,0 +1,1 @@
+"""Evaluation: distances on features, held-out classification, diversity, speed."""

@@ -1,0 +1,6 @@
+"""Differentiable rewards: `reward(images in [0, 1], prompts) -> one number per image`."""
+
+from marval.rewards.base import Reward, find_reward, weighted_reward
+from marval.rewards.classifier import Classifier, ClassifierReward, load_classifier
+
+__all__ = ["Classifier", "ClassifierReward", "Reward", "find_reward", "load_classifier", "weighted_reward"]

@@ -1,0 +1,81 @@
+"""Training the small classifiers: the reward's and, by another recipe, the held-out judge."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from marval.data import ImageData, batch_indices
+from marval.randomness import generator
+from marval.rewards.classifier import Architecture, Classifier, save_classifier
+from marval.train.run import Log
+
+
+def shift_and_erase(images: Float[Tensor, "b c h w"], rng: torch.Generator, shift: int = 2) -> Float[Tensor, "b c h w"]:
+    """Move the batch by up to `shift` pixels and blank a random quarter-sized square (one draw per batch)."""
+    height, width = images.shape[-2:]
+    dy, dx = (int(x) for x in torch.randint(0, 2 * shift + 1, (2,), generator=rng))
+    images = F.pad(images, (shift,) * 4)[..., dy : dy + height, dx : dx + width].clone()
+    top = int(torch.randint(0, height * 3 // 4 + 1, (1,), generator=rng))
+    left = int(torch.randint(0, width * 3 // 4 + 1, (1,), generator=rng))
+    images[..., top : top + height // 4, left : left + width // 4] = 0
+    return images
+
+
+def train_classifier(
+    architecture: Architecture,
+    data: ImageData,
+    test: ImageData,
+    out: Path,
+    *,
+    epochs: int,
+    batch_size: int = 128,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    quiet: bool = False,
+) -> float:
+    """Train a classifier, write it to `out` and return its accuracy on `test`.
+
+    `plain`: SGD with momentum, images as they are. `residual`: AdamW, label smoothing, shifts and erasing.
+    """
+    residual = architecture == "residual"
+    with torch.random.fork_rng(devices=[]):  # torch's layers draw their weights from the global generator
+        torch.manual_seed(generator(seed, architecture).initial_seed())
+        classifier = Classifier(architecture, data.images.shape[1], data.class_names).to(device).train()
+    if residual:
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(classifier.parameters(), 2e-3, weight_decay=0.02)
+    else:
+        optimizer = torch.optim.SGD(classifier.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    steps = epochs * (len(data) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    log = Log(out.with_suffix(".jsonl"), 0, steps, batch_size, quiet)
+    for step in range(steps):
+        images, labels = data.batch(batch_indices(len(data), batch_size, step, seed))
+        images, labels = images.to(device), labels.to(device)
+        if residual:
+            images = shift_and_erase(images, generator(seed, "augment", step))
+        loss = F.cross_entropy(classifier(images), labels, label_smoothing=0.05 if residual else 0.0)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            log(step + 1, loss=loss.item())
+    classifier.eval()
+    accuracy = classifier_accuracy(classifier, test)
+    save_classifier(out, classifier, {"test_accuracy": accuracy, "epochs": epochs, "seed": seed, "images": len(data)})
+    return accuracy
+
+
+@torch.inference_mode()
+def classifier_accuracy(classifier: Classifier, data: ImageData, batch_size: int = 1000) -> float:
+    """The share of `data` that the classifier gets right."""
+    device = next(classifier.parameters()).device
+    right = 0
+    for indices in torch.arange(len(data)).split(batch_size):
+        images, labels = data.batch(indices)
+        right += int((classifier(images.to(device)).argmax(dim=1).cpu() == labels).sum())
+    return right / len(data)

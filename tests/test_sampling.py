@@ -1,0 +1,563 @@
+"""Drawing images: schedules and orders, independence of the batch, guidance, inpainting, gradients, randomness."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from marval.config import Chain, MARConfig, ModelConfig, OneStep, PixelSpace, TrainConfig
+from marval.model import MAR, NoiseSchedule
+from marval.pipeline import Pipeline
+from marval.randomness import generator
+from marval.sampling import (
+    ORDERS,
+    DrawByChain,
+    DrawInOneStep,
+    draw_counts,
+    drawing_orders,
+    guidance_at,
+    guided_eps,
+    image_noise,
+    model_contexts,
+    sample,
+)
+from marval.train.teacher import teacher_loss
+
+SPACE = PixelSpace((6, 8), 1, 2, shift=0.5, scale=2.0)  # 3 x 4 tokens of 4 channels in [-1, 1]
+TOKENS, CHANNELS = 12, 4
+CHAIN = Chain(guidance=2.0, steps=6, clip=True)
+DRAWS = {"chain": DrawByChain(CHAIN, SPACE.token_range), "one_step": DrawInOneStep()}
+grids = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+def small_model(grid=(3, 4), channels=CHANNELS, learn_variance=True):
+    """A small MAR in which nothing is zero, so that its tokens depend on class, context and noise."""
+    config = MARConfig(
+        grid, channels, 5,
+        encoder_dim=16, encoder_depth=1, encoder_heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2,
+        head_width=16, head_depth=2, buffer_size=3, learn_variance=learn_variance,
+    )  # fmt: skip
+    model = MAR(config).initialize(generator("test model"))
+    rng = generator("test model", "noise")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.15 * torch.randn(weight.shape, generator=rng)
+    return model.eval().requires_grad_(False)
+
+
+def pipeline(kind):
+    draw = CHAIN if kind == "chain" else OneStep()
+    return Pipeline(small_model(), ModelConfig(small_model().config, SPACE, draw, tuple("abcde"), 4))
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def as_bytes(images):
+    return (images * 255).round().to(torch.uint8)
+
+
+def draw_start_noise(head, context, null_context, guidance, noise):
+    """A way to draw a token that answers its start noise: cheap, and every token is known in advance."""
+    return noise[0]
+
+
+draw_start_noise.noise_draws = 1
+draw_start_noise.guidance = 1.0
+draw_start_noise.guidance_schedule = "constant"
+
+
+# --- how many, and in which order ---
+
+
+@given(tokens=st.integers(1, 300), data=st.data())
+def test_draw_counts_are_positive_and_sum_to_the_tokens(tokens, data):
+    iterations = data.draw(st.integers(1, tokens))
+    counts = draw_counts(tokens, iterations)
+    assert len(counts) == iterations
+    assert sum(counts) == tokens
+    assert min(counts) >= 1
+
+
+def test_draw_counts_follow_the_cosine():
+    assert draw_counts(256, 1) == [256]
+    assert draw_counts(5, 5) == [1, 1, 1, 1, 1]
+    # 256 cos(pi/2 k/4) = 236.5, 181.0, 97.97, 0
+    assert draw_counts(256, 4) == [256 - 236, 236 - 181, 181 - 97, 97]
+
+
+@given(tokens=st.integers(0, 50), iterations=st.integers(-3, 60))
+def test_impossible_numbers_of_iterations_are_rejected(tokens, iterations):
+    if 1 <= iterations <= tokens:
+        return
+    with pytest.raises(ValueError, match=f"{iterations} iterations for {tokens} tokens"):
+        draw_counts(tokens, iterations)
+
+
+@settings(deadline=None, max_examples=25)
+@given(grid=st.tuples(st.integers(1, 4), st.integers(1, 4)), order=st.sampled_from(sorted(ORDERS)), data=st.data())
+def test_every_token_is_drawn_once_with_its_own_noise(grid, order, data):
+    total = math.prod(grid)
+    iterations, seeds = data.draw(st.integers(1, total)), [3, 4]
+    seen = []
+    tokens = sample(
+        small_model(grid, 2), draw_start_noise, torch.tensor([0, 1]), iterations=iterations, seeds=seeds,
+        orders=order, on_iteration=lambda k, tokens, drawn: seen.append((k, tokens, drawn)),
+    )  # fmt: skip
+    expected = torch.stack([image_noise(seed, 1, total, 2)[0] for seed in seeds])
+    assert torch.equal(tokens, expected)
+    orders = drawing_orders(order, grid, seeds)
+    shown, before = 0, torch.zeros(2, total, dtype=torch.bool)
+    for (k, partial, drawn), count in zip(seen, draw_counts(total, iterations), strict=True):
+        shown += count
+        assert (drawn | before).equal(drawn)  # nothing is hidden again
+        assert drawn.equal(torch.zeros_like(drawn).scatter(1, orders[:, :shown], True))
+        assert torch.equal(partial, torch.where(drawn[..., None], expected, 0.0))
+        before = drawn
+    assert [k for k, *_ in seen] == list(range(1, iterations + 1))
+    assert before.all()
+
+
+@given(grid=grids, name=st.sampled_from(sorted(ORDERS)), seed=st.integers(0, 100))
+def test_named_orders_are_permutations(grid, name, seed):
+    rows = drawing_orders(name, grid, [seed, seed + 1])
+    assert rows.shape == (2, math.prod(grid))
+    for row in rows:
+        assert sorted(row.tolist()) == list(range(math.prod(grid)))
+
+
+@given(grid=grids, seed=st.integers(0, 100))
+def test_orders_may_be_tensors_or_functions(grid, seed):
+    count = math.prod(grid)
+    one = torch.randperm(count, generator=generator(seed))
+    assert drawing_orders(one, grid, [0, 1, 2]).tolist() == [one.tolist()] * 3
+    rows = torch.stack([one, one.flip(0)])
+    assert torch.equal(drawing_orders(rows, grid, [0, 1]), rows)
+
+    def rolled(asked, seed):
+        assert asked == grid
+        return torch.arange(count).roll(seed)
+
+    found = drawing_orders(rolled, grid, [0, 1])
+    assert torch.equal(found, torch.stack([rolled(grid, 0), rolled(grid, 1)]))
+
+
+def test_what_each_named_order_is():
+    seeds = list(range(4))
+    assert drawing_orders("raster", (3, 4), seeds).tolist() == [list(range(12))] * 4
+    random = drawing_orders("random", (3, 4), seeds)
+    assert len({tuple(row.tolist()) for row in random}) == 4
+    assert torch.equal(random[2], drawing_orders("random", (3, 4), [2])[0])
+    halton = drawing_orders("halton", (8, 8), seeds)
+    assert torch.equal(halton[0], halton[3])
+    # The first points of the sequence: (1/2, 1/3), (1/4, 2/3), (3/4, 1/9), (1/8, 4/9).
+    assert halton[0, :4].tolist() == [4 * 8 + 2, 2 * 8 + 5, 6 * 8 + 0, 1 * 8 + 3]
+
+
+def test_halton_covers_the_quadrants_evenly_from_the_start():
+    first = drawing_orders("halton", (8, 8), [0])[0, :16]
+    quadrants = (first // 8 // 4) * 2 + first % 8 // 4
+    assert quadrants.bincount(minlength=4).tolist() == pytest.approx([4, 4, 4, 4], abs=1)
+
+
+@pytest.mark.parametrize(
+    "orders",
+    [
+        torch.tensor([0, 1, 2, 2]),
+        torch.tensor([0, 1, 2]),
+        torch.tensor([1, 2, 3, 4]),
+        torch.tensor([[0, 1, 2, 3], [0, 1, 1, 3]]),
+        lambda grid, seed: torch.zeros(4, dtype=torch.long),
+    ],
+)
+def test_orders_that_are_no_permutations_are_rejected(orders):
+    with pytest.raises(ValueError, match="each of the 4 positions once"):
+        drawing_orders(orders, (2, 2), [0, 1])
+
+
+def test_unknown_orders_are_rejected_with_the_known_names():
+    with pytest.raises(ValueError, match="'spiral'.*random, raster, halton"):
+        drawing_orders("spiral", (2, 2), [0])
+
+
+def test_the_given_order_is_the_order_of_drawing():
+    orders, seen = torch.stack([torch.arange(12).flip(0), torch.arange(12).roll(5)]), []
+    sample(
+        small_model(), draw_start_noise, torch.tensor([0, 1]), iterations=12, seeds=[0, 1], orders=orders,
+        on_iteration=lambda k, tokens, drawn: seen.append(drawn.clone()),
+    )  # fmt: skip
+    for k in range(12):
+        new = seen[k] & ~seen[k - 1] if k else seen[k]
+        assert new.nonzero()[:, 1].tolist() == orders[:, k].tolist()
+
+
+# --- seeds and batches ---
+
+
+@pytest.mark.parametrize("kind", ["chain", "one_step"])
+def test_an_image_is_the_same_alone_and_in_any_batch(kind):
+    model, classes, seeds = pipeline(kind), [0, 3, 3, 1, 4], [7, 8, 9, 10, 11]
+    together = model.sample(classes, seed=seeds)
+    for batch_size in (1, 2, 3):
+        parts = model.sample(classes, seed=seeds, batch_size=batch_size)
+        torch.testing.assert_close(parts, together, rtol=0, atol=1e-4)
+        assert torch.equal(as_bytes(parts), as_bytes(together))
+    shuffle = [3, 0, 4, 2, 1]
+    other = model.sample([classes[i] for i in shuffle], seed=[seeds[i] for i in shuffle])
+    torch.testing.assert_close(other, together[shuffle], rtol=0, atol=1e-4)
+    assert torch.equal(as_bytes(other), as_bytes(together[shuffle]))
+
+
+@pytest.mark.parametrize("kind", ["chain", "one_step"])
+def test_images_depend_on_seed_class_and_order(kind):
+    model = pipeline(kind)
+    base = model.sample([1], seed=0, order="raster")
+    assert torch.equal(model.sample([1], seed=0, order="raster"), base)
+    for other in (
+        model.sample([1], seed=1, order="raster"),
+        model.sample([2], seed=0, order="raster"),
+        model.sample([1], seed=0, order="halton"),
+        model.sample([1], seed=0, order="raster", iterations=2),
+    ):
+        assert (other - base).abs().max() > 0.01
+
+
+def test_the_first_seed_counts_on():
+    model = pipeline("one_step")
+    assert torch.equal(model.sample([1, 2, 3], seed=5), model.sample([1, 2, 3], seed=[5, 6, 7]))
+    with pytest.raises(ValueError, match="2 seeds for 3 images"):
+        model.sample([1, 2, 3], seed=[5, 6])
+
+
+def test_student_and_teacher_start_from_the_same_noise():
+    start = image_noise(11, 1, TOKENS, CHANNELS)
+    for draws in (2, 50, 100):
+        noise = image_noise(11, draws, TOKENS, CHANNELS)
+        assert noise.shape == (draws, TOKENS, CHANNELS)
+        assert torch.equal(noise[:1], start)
+    assert not torch.equal(image_noise(12, 1, TOKENS, CHANNELS), start)
+    assert DRAWS["one_step"].noise_draws == 1
+    assert DRAWS["chain"].noise_draws == CHAIN.steps
+
+
+@pytest.mark.parametrize("kind", ["chain", "one_step"])
+def test_given_noise_replaces_the_seeds(kind):
+    model, draw, labels = small_model(), DRAWS[kind], torch.tensor([0, 1])
+    noise = torch.stack([image_noise(seed, draw.noise_draws, TOKENS, CHANNELS) for seed in (5, 6)], dim=1)
+    common = {"iterations": 3, "orders": "raster"}
+    expected = sample(model, draw, labels, seeds=[5, 6], **common)
+    assert torch.equal(sample(model, draw, labels, seeds=[0, 0], noise=noise, **common), expected)
+    assert not torch.equal(sample(model, draw, labels, seeds=[0, 0], **common), expected)
+
+
+def test_the_student_is_one_call_of_the_head_at_its_level():
+    """`x_0 = (sigma z - sigma eps(sigma z, t*, c)) / alpha`, with the head called in the ordinary way."""
+    head, context, z = small_model().head, randn(5, 16), randn(1, 5, CHANNELS, seed=1)
+    schedule = NoiseSchedule.full()
+    alpha, sigma = schedule.alpha[700], schedule.sigma[700]
+    eps = head(sigma * z[0], torch.full((5,), 700.0), context)[:, :CHANNELS]
+    found = DrawInOneStep(OneStep(700))(head, context, None, 1.0, z)
+    torch.testing.assert_close(found, sigma * (z[0] - eps) / alpha, rtol=1e-4, atol=1e-4)
+
+
+# --- guidance and temperature ---
+
+
+def encoder_batches(model):
+    """A list that grows by the batch size of every encoder pass."""
+    sizes = []
+    model.encoder_norm.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    return sizes
+
+
+@pytest.mark.parametrize(("guidance", "rows"), [(1.0, 3), (2.5, 6), (0.0, 6)])
+def test_guidance_1_needs_no_null_rows(guidance, rows):
+    model = small_model()
+    sizes = encoder_batches(model)
+    draw = DrawByChain(Chain(guidance=guidance, steps=2, clip=True), SPACE.token_range)
+    sample(model, draw, torch.tensor([0, 1, 2]), iterations=4, seeds=[0, 1, 2])
+    assert sizes == [rows] * 4
+
+
+def test_the_student_needs_no_null_rows():
+    model = small_model()
+    sizes = encoder_batches(model)
+    sample(model, DrawInOneStep(), torch.tensor([0, 1, 2]), iterations=4, seeds=[0, 1, 2])
+    assert sizes == [3] * 4
+
+
+def test_guidance_1_equals_explicit_guidance_with_scale_1():
+    """The null pass is computed here and multiplied away, so only rounding may differ."""
+    single = DrawByChain(Chain(guidance=1.0, steps=6, clip=True), SPACE.token_range)
+    given_null = []
+
+    def explicit(head, context, null_context, guidance, noise):
+        given_null.append(null_context is not None)
+        return single(head, context, null_context, 1.0, noise)
+
+    explicit.noise_draws, explicit.guidance, explicit.guidance_schedule = single.noise_draws, 2.0, "constant"
+    model, labels = small_model(), torch.tensor([0, 1])
+    expected = sample(model, explicit, labels, iterations=3, seeds=[0, 1])
+    assert given_null == [True] * 3
+    torch.testing.assert_close(
+        sample(model, single, labels, iterations=3, seeds=[0, 1]), expected, rtol=1e-4, atol=1e-4
+    )
+    guided = sample(model, DRAWS["chain"], labels, iterations=3, seeds=[0, 1])
+    assert (guided - expected).abs().max() > 0.01
+
+
+def test_guided_prediction():
+    conditional, null = randn(3, 4), randn(3, 4, seed=1)
+    eps = torch.stack([conditional, null])
+    torch.testing.assert_close(guided_eps(eps, 1.0), conditional)
+    torch.testing.assert_close(guided_eps(eps, 0.0), null)
+    torch.testing.assert_close(guided_eps(eps, 2.5), null + 2.5 * (conditional - null))
+    assert torch.equal(guided_eps(conditional[None], 2.5), conditional)
+
+
+def test_contexts_are_the_class_and_the_null_class():
+    model, tokens = small_model(), randn(2, TOKENS, CHANNELS)
+    order = torch.rand(2, TOKENS, generator=generator("order")).argsort(dim=1)
+    visible, positions, labels = order[:, :4], order[:, 4:9], torch.tensor([2, 4])
+    found = model_contexts(model, tokens, visible, positions, labels, guided=True)
+    for row, embedding in zip(found, (model.class_emb(labels), model.fake_latent.expand(2, -1)), strict=True):
+        expected = model.context(tokens, visible, positions, embedding).flatten(0, 1)
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_schedules():
+    assert [guidance_at(3.0, "constant", r) for r in (0.0, 0.5, 1.0)] == [3.0, 3.0, 3.0]
+    assert [guidance_at(3.0, "linear", r) for r in (0.0, 0.25, 0.5, 1.0)] == [1.0, 1.5, 2.0, 3.0]
+    assert guidance_at(1.0, "linear", 0.7) == 1.0
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_the_loop_hands_the_scheduled_guidance_to_the_draw(schedule):
+    given = []
+
+    def draw(head, context, null_context, guidance, noise):
+        given.append(guidance)
+        return noise[0]
+
+    draw.noise_draws, draw.guidance, draw.guidance_schedule = 1, 3.0, schedule
+    sample(small_model(), draw, torch.tensor([0]), iterations=3, seeds=[0])
+    shown = [12 - 10, 12 - 6, 11]  # 12 cos(pi/6) = 10.4, 12 cos(pi/3) = 6; the last counts one as hidden
+    assert given == pytest.approx([3.0] * 3 if schedule == "constant" else [1 + 2 * n / 12 for n in shown])
+
+
+@pytest.mark.parametrize("learn_variance", [True, False])
+def test_temperature_0_leaves_the_start_noise_only(learn_variance):
+    head, context = small_model(learn_variance=learn_variance).head, randn(5, 16)
+    noise, other = randn(6, 5, CHANNELS, seed=1), randn(6, 5, CHANNELS, seed=2)
+    mixed = torch.cat([noise[:1], other[1:]])
+
+    def run(temperature, noise):
+        draw = DrawByChain(Chain(steps=6, temperature=temperature, clip=True), SPACE.token_range)
+        return draw(head, context, None, 1.0, noise)
+
+    assert torch.equal(run(0.0, noise), run(0.0, mixed))
+    assert (run(0.0, noise) - run(0.0, other)).abs().max() > 1e-4
+    assert (run(1.0, noise) - run(1.0, mixed)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("learn_variance", [True, False])
+def test_temperature_scales_the_step_noise_and_not_the_start(learn_variance):
+    head, context, noise = small_model(learn_variance=learn_variance).head, randn(5, 16), randn(6, 5, CHANNELS, seed=1)
+    cold = DrawByChain(Chain(steps=6, temperature=0.7, clip=True), SPACE.token_range)
+    plain = DrawByChain(Chain(steps=6, clip=True), SPACE.token_range)
+    scaled = torch.cat([noise[:1], 0.7 * noise[1:]])
+    found = cold(head, context, None, 1.0, noise)
+    torch.testing.assert_close(found, plain(head, context, None, 1.0, scaled), rtol=1e-4, atol=1e-5)
+    assert (found - plain(head, context, None, 1.0, noise)).abs().max() > 0.01
+
+
+def test_clipping_keeps_tokens_in_range_and_is_off_by_default():
+    head, context, noise = small_model().head, randn(5, 16), randn(6, 5, CHANNELS, seed=1)
+    low, high = SPACE.token_range
+    clipped = DrawByChain(Chain(steps=6, clip=True), SPACE.token_range)(head, context, None, 1.0, noise)
+    assert clipped.min() >= low - 1e-6
+    assert clipped.max() <= high + 1e-6
+    free = DrawByChain(Chain(steps=6), SPACE.token_range)(head, context, None, 1.0, noise)
+    assert free.abs().max() > 10 * high  # 1 / alpha is 2e4 at the first step
+
+
+# --- inpainting ---
+
+
+def kept_mask(*rows):
+    return torch.stack([torch.zeros(TOKENS, dtype=torch.bool).index_fill(0, torch.tensor(row), True) for row in rows])
+
+
+@pytest.mark.parametrize("kind", ["chain", "one_step"])
+@pytest.mark.parametrize("orders", ["random", "raster"])
+def test_known_tokens_stay_bit_identical(kind, orders):
+    given, keep, seen = randn(2, TOKENS, CHANNELS), kept_mask([0, 5, 11], [1, 2, 3]), []
+    model, labels = small_model(), torch.tensor([0, 1])
+    tokens = sample(
+        model, DRAWS[kind], labels, iterations=4, seeds=[0, 1], orders=orders, known=(given, keep),
+        on_iteration=lambda k, tokens, drawn: seen.append((tokens, drawn)),
+    )  # fmt: skip
+    assert torch.equal(tokens[keep], given[keep])
+    assert (tokens[~keep] != given[~keep]).all()
+    for partial, drawn in seen:
+        assert drawn[keep].all()
+        assert torch.equal(partial[keep], given[keep])
+    assert [int(drawn[0].sum()) for _, drawn in seen] == [3 + sum(draw_counts(9, 4)[: k + 1]) for k in range(4)]
+
+
+def test_only_known_tokens_are_read_and_they_are_read():
+    given, keep = randn(1, TOKENS, CHANNELS), kept_mask([0, 5, 11])
+    model, labels, common = small_model(), torch.tensor([0]), {"iterations": 4, "seeds": [0]}
+
+    def draw(given):
+        return sample(model, DRAWS["one_step"], labels, known=(given, keep), **common)
+
+    expected = draw(given)
+    assert torch.equal(draw(torch.where(keep[..., None], given, torch.nan)), expected)
+    other = draw(torch.where(keep[..., None], given + 1, given))
+    assert (other - expected)[~keep].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["chain", "one_step"])
+def test_kept_pixels_stay_bit_identical(kind):
+    model = pipeline(kind)
+    images = torch.randint(0, 256, (2, 1, 6, 8), generator=generator("images")).float() / 255
+    keep = kept_mask([0, 5, 11], [1, 2, 3])
+    drawn = model.sample([0, 1], seed=3, images=images, keep=keep)
+    pixels = torch.zeros(2, 1, 6, 8, dtype=torch.bool)
+    for i, place in keep.nonzero().tolist():
+        row, column = 2 * (place // 4), 2 * (place % 4)
+        pixels[i, 0, row : row + 2, column : column + 2] = True
+    assert torch.equal(drawn[pixels], images[pixels])
+    assert (drawn[~pixels] != images[~pixels]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["chain", "one_step"])
+def test_keeping_different_numbers_of_tokens_is_rejected(kind):
+    keep, images = kept_mask([0, 5, 11], [1, 2]), torch.zeros(2, 1, 6, 8)
+    with pytest.raises(ValueError, match="same number"):
+        pipeline(kind).sample([0, 1], images=images, keep=keep)
+
+
+# --- gradients ---
+
+
+def manual_sample(model, draw, labels, noise, iterations, gradient_iterations):
+    """The same images in raster order, spelled out, without checkpointing."""
+    tokens, shown = torch.zeros(len(labels), TOKENS, CHANNELS), 0
+    for k, count in enumerate(draw_counts(TOKENS, iterations)):
+        places = torch.arange(TOKENS).expand(len(labels), -1)
+        visible, positions = places[:, :shown], places[:, shown : shown + count]
+        with torch.set_grad_enabled(k >= iterations - gradient_iterations):
+            context = model_contexts(model, tokens, visible, positions, labels, guided=False)[0]
+            drawn = draw(model.head, context, None, 1.0, noise[:, :, shown : shown + count].flatten(1, 2))
+            new = drawn.unflatten(0, (len(labels), count))
+            tokens = torch.cat([tokens[:, :shown], new, tokens[:, shown + count :]], dim=1)
+        shown += count
+    return tokens
+
+
+def gradients(model, tokens):
+    """The gradient of the squared tokens by every parameter; zeros where there is none."""
+    found = torch.autograd.grad(tokens.square().sum(), list(model.parameters()), allow_unused=True)
+    zipped = zip(found, model.parameters(), strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zipped])
+
+
+@pytest.mark.parametrize("draw", [DrawInOneStep(), DrawByChain(Chain(steps=3, clip=True), SPACE.token_range)])
+def test_checkpointing_changes_no_gradient(draw, monkeypatch):
+    model, labels = small_model().requires_grad_(True), torch.tensor([0, 1])
+    common = {"iterations": 3, "seeds": [0, 1], "gradient_iterations": 3}
+    checkpointed = sample(model, draw, labels, **common)
+    found = gradients(model, checkpointed)
+    calls = []
+
+    def plain(function, *arguments, **_):
+        calls.append(function)
+        return function(*arguments)
+
+    monkeypatch.setattr("marval.sampling.checkpoint", plain)
+    tokens = sample(model, draw, labels, **common)
+    assert len(calls) == 3
+    assert torch.equal(checkpointed, tokens)
+    expected = gradients(model, tokens)
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_gradients_flow_through_the_last_iterations_only(kept):
+    model, labels, draw = small_model().requires_grad_(True), torch.tensor([0, 1]), DrawInOneStep()
+    noise = randn(1, 2, TOKENS, CHANNELS)
+    tokens = sample(
+        model, draw, labels, iterations=3, seeds=[0, 1], orders="raster", noise=noise, gradient_iterations=kept
+    )
+    manual = manual_sample(model, draw, labels, noise, 3, kept)
+    torch.testing.assert_close(tokens, manual, rtol=1e-4, atol=1e-5)
+    found, expected = gradients(model, tokens), gradients(model, manual)
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * scale)
+    for other in {1, 2, 3} - {kept}:
+        truncated = gradients(model, manual_sample(model, draw, labels, noise, 3, other))
+        assert (found - truncated).abs().max() > 0.01 * scale
+
+
+def test_without_gradient_iterations_nothing_requires_a_gradient():
+    model = small_model().requires_grad_(True)
+    tokens = sample(model, DrawInOneStep(), torch.tensor([0]), iterations=3, seeds=[0])
+    assert not tokens.requires_grad
+    kept = sample(model, DrawInOneStep(), torch.tensor([0]), iterations=3, seeds=[0], gradient_iterations=1)
+    assert kept.requires_grad
+    assert torch.equal(kept, tokens)
+
+
+# --- randomness ---
+
+
+def sample_with(draw):
+    return lambda model: sample(model, draw, torch.tensor([0, 1]), iterations=3, seeds=[0, 1])
+
+
+def sample_with_gradients(model):
+    model.requires_grad_(True)
+    tokens = sample(model, DrawInOneStep(), torch.tensor([0, 1]), iterations=3, seeds=[0, 1], gradient_iterations=3)
+    tokens.sum().backward()
+
+
+def compute_teacher_loss(model):
+    tokens, settings_ = randn(2, TOKENS, CHANNELS), TrainConfig(iterations=1, autocast=False)
+    teacher_loss(model, NoiseSchedule.full(), tokens, torch.tensor([0, 1]), settings_, generator("loss"))
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        sample_with(DRAWS["chain"]),
+        sample_with(DRAWS["one_step"]),
+        sample_with_gradients,
+        compute_teacher_loss,
+        lambda model: model.initialize(generator("fresh")),
+    ],
+    ids=["chain", "one_step", "gradients", "teacher_loss", "initialize"],
+)
+def test_the_global_random_state_is_left_alone(job):
+    model = small_model()  # torch's own constructors do draw from it
+    state = torch.get_rng_state()
+    job(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_global_random_state_changes_no_image_and_no_loss():
+    model, labels = small_model(), torch.tensor([0, 1])
+    settings_, results = TrainConfig(iterations=1, autocast=False), []
+    for seed in (1, 2):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            tokens = sample(model, DRAWS["chain"], labels, iterations=3, seeds=[0, 1])
+            loss = teacher_loss(model, NoiseSchedule.full(), tokens, labels, settings_, generator("loss"))
+            results.append((tokens, loss))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])

@@ -1,0 +1,109 @@
+"""Token spaces: cutting images into tokens and putting them together again."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from marval.config import LatentSpace, PixelSpace
+from marval.spaces import Latents, Pixels, patchify, token_space, unpatchify
+
+sizes = st.integers(1, 4)
+
+
+def images_in_unit_range(*shape, seed):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(deadline=None, max_examples=40)
+@given(batch=sizes, channels=sizes, rows=sizes, columns=sizes, patch=sizes)
+def test_patchify_and_unpatchify_are_inverse(batch, channels, rows, columns, patch):
+    images = torch.arange(batch * channels * rows * columns * patch**2).float()
+    images = images.reshape(batch, channels, rows * patch, columns * patch)
+    tokens = patchify(images, patch)
+    assert tokens.shape == (batch, rows * columns, channels * patch**2)
+    assert torch.equal(unpatchify(tokens, (rows, columns), patch), images)
+    assert torch.equal(patchify(unpatchify(tokens, (rows, columns), patch), patch), tokens)
+
+
+def test_layout_of_tokens_is_the_official_one():
+    images = torch.arange(2 * 3 * 4 * 6).float().reshape(2, 3, 4, 6)
+    cut = images.reshape(2, 3, 2, 2, 3, 2)  # n c h p w q
+    expected = torch.einsum("nchpwq->nhwcpq", cut).reshape(2, 6, 12)
+    assert torch.equal(patchify(images, 2), expected)
+
+
+def test_a_token_lists_its_channels_then_rows_then_columns():
+    images = torch.arange(2 * 4 * 4).float().reshape(1, 2, 4, 4)
+    # The second token is the upper right square: rows 0 and 1, columns 2 and 3.
+    assert patchify(images, 2)[0, 1].tolist() == [2, 3, 6, 7, 18, 19, 22, 23]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    channels=st.sampled_from([1, 3]),
+    rows=sizes,
+    columns=sizes,
+    patch=sizes,
+    shift=st.floats(-1, 1, width=32),
+    scale=st.floats(0.25, 8, width=32),
+    seed=st.integers(0, 100),
+)
+def test_pixels_encode_and_decode_are_inverse(channels, rows, columns, patch, shift, scale, seed):
+    space = Pixels(PixelSpace((rows * patch, columns * patch), channels, patch, shift, scale))
+    images = images_in_unit_range(2, channels, rows * patch, columns * patch, seed=seed)
+    tokens = space.encode(images)
+    assert tokens.shape[1:] == (rows * columns, space.config.token_dim)
+    torch.testing.assert_close(space.decode(tokens), images, rtol=0, atol=1e-6)
+
+
+def test_token_range_is_what_black_and_white_become():
+    config = PixelSpace((4, 8), 3, 2, shift=0.3, scale=2.5)
+    space = Pixels(config)
+    black, white = space.encode(torch.zeros(1, 3, 4, 8)), space.encode(torch.ones(1, 3, 4, 8))
+    low, high = config.token_range
+    assert low < high
+    torch.testing.assert_close(black, torch.full_like(black, low))
+    torch.testing.assert_close(white, torch.full_like(white, high))
+
+
+def test_pixels_decode_clamps_to_the_unit_range():
+    space = Pixels(PixelSpace((2, 2), 1, 2, shift=0.5, scale=2.0))
+    images = space.decode(torch.tensor([[[-5.0, -1.0, 0.0, 5.0]]]))
+    assert images.flatten().tolist() == [0.0, 0.0, 0.5, 1.0]
+
+
+def test_pixels_have_no_batch_statistics():
+    space = Pixels(PixelSpace((4, 4), 1, 2, shift=0.5, scale=2.0))
+    images = images_in_unit_range(3, 1, 4, 4, seed=0)
+    assert torch.equal(space.encode(images)[1:2], space.encode(images[1:2]))
+
+
+def test_grids_and_channels_of_both_kinds_of_space():
+    pixels = PixelSpace((28, 20), 3, 4, shift=0.0, scale=1.0)
+    assert (pixels.token_grid, pixels.token_dim) == ((7, 5), 48)
+    latents = LatentSpace((256, 512), "a-vae", patch=2)
+    assert (latents.token_grid, latents.token_dim) == ((8, 16), 64)
+    assert latents.token_range is None
+
+
+def test_latents_without_diffusers_are_a_value_error_that_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # as if it were not installed
+    with pytest.raises(ValueError, match="install diffusers"):
+        token_space(LatentSpace((256, 256), "a-vae"))
+
+
+def test_latents_scale_shift_and_cut_what_a_vae_gives():
+    """A stand-in VAE of stride 1: its latents are the pixels in [-1, 1]."""
+    vae = torch.nn.Identity()
+    vae.encode = lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mean=x))
+    vae.decode = lambda x: SimpleNamespace(sample=x)
+    config = LatentSpace((4, 6), "stand-in", vae_stride=1, latent_channels=3, patch=2, shift=0.25, scale=0.5)
+    images = images_in_unit_range(2, 3, 4, 6, seed=0)
+    space = Latents(config, vae)
+    tokens = space.encode(images)
+    torch.testing.assert_close(tokens, patchify((images * 2 - 1 - 0.25) * 0.5, 2))
+    torch.testing.assert_close(space.decode(tokens), images)

@@ -1,0 +1,103 @@
+"""The layering of the package: imports go downwards only, and nothing is tied to one device."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "marval"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# A room may import rooms of a lower level, and itself; rooms of one level do not know each other.
+LEVELS = {
+    "config": 0,
+    "randomness": 0,
+    "model": 1,
+    "sampling": 2,
+    "spaces": 2,
+    "data": 2,
+    "io": 2,
+    "pipeline": 3,
+    "objectives": 3,
+    "rewards": 3,
+    "train": 4,
+    "evaluate": 4,
+    "__init__": 5,  # the public API, lazy
+    "demo": 6,
+    "cli": 7,
+}
+ONLY = {"config": set(), "randomness": set(), "model": {"config"}}  # narrower than their level
+
+
+def room(file):
+    """The room that a file belongs to: its first folder, or its own name."""
+    return file.relative_to(SOURCE).with_suffix("").parts[0]
+
+
+def package(file):
+    """The dotted name that a file's relative imports start from."""
+    return ["marval", *file.relative_to(SOURCE).parts[:-1]]
+
+
+def imported_modules(file):
+    """The dotted names that a file imports, wherever in the file: `from a import b` gives `a.b`."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package(file)[: len(package(file)) - node.level + 1] if node.level else []
+            stem = ".".join([*parts, *([node.module] if node.module else [])])
+            yield from (f"{stem}.{alias.name}" for alias in node.names)
+
+
+def imported_rooms(file):
+    """The rooms of marval that a file imports; a name of the public API counts as `__init__`."""
+    rooms = set()
+    for name in imported_modules(file):
+        parts = name.split(".")
+        if parts[0] == "marval":
+            known = len(parts) > 1 and any((SOURCE / f"{parts[1]}{end}").exists() for end in ("", ".py"))
+            rooms.add(parts[1] if known else "__init__")
+    return rooms
+
+
+def name_of(file):
+    return str(file.relative_to(SOURCE))
+
+
+def test_the_source_is_found():
+    assert {"config.py", "sampling.py", "model/mar.py", "train/distill.py"} <= {name_of(file) for file in FILES}
+    assert imported_rooms(SOURCE / "sampling.py") == {"config", "model", "randomness"}
+    assert "torch.Tensor" in set(imported_modules(SOURCE / "sampling.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_every_module_has_a_level(file):
+    assert room(file) in LEVELS, f"give {room(file)} a level in the table above"
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_imports_go_downwards_only(file):
+    own = room(file)
+    for other in imported_rooms(file) - {own}:
+        assert LEVELS[other] < LEVELS[own], f"{own} must not import {other}"
+        assert own not in ONLY or other in ONLY[own], f"{own} must not import {other}"
+
+
+def test_config_needs_nothing_but_the_standard_library():
+    roots = {name.split(".")[0] for name in imported_modules(SOURCE / "config.py")}
+    assert roots
+    assert roots <= sys.stdlib_module_names
+
+
+def test_importing_config_does_not_import_torch():
+    script = "import sys, marval.config; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_no_device_is_hard_coded(file):
+    assert ".cuda(" not in file.read_text()
