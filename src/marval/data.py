@@ -4,6 +4,8 @@ import functools
 import gzip
 import hashlib
 import os
+import subprocess
+import tempfile
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from marval.config import ModelConfig, PixelSpace
+from marval.io.files import atomic_path
 from marval.randomness import generator
 
 FASHION_CLASSES = (
@@ -176,31 +179,49 @@ def load_fashion_mnist(split: str = "train", folder: Path | str | None = None) -
 
 
 def fashion_mnist_folder() -> Path:
-    """The folder that holds the four files; they are fetched into the user's cache where no copy is found.
+    """The folder that holds the four files; where no copy is found they are fetched into the user's cache.
+
+    The network's copy is asked first, then Debian's package (unpacked without root).
 
     Raises:
-        ValueError: no copy and no network, or a file with the wrong checksum.
+        ValueError: no copy is to be had, or one with the wrong checksum.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "marval" / "fashion-mnist"
     for root in (FASHION_DEBIAN, cache):
         if all((root / name).is_file() for name in FASHION_MD5):
             return root
-    cache.mkdir(parents=True, exist_ok=True)
-    for name, checksum in FASHION_MD5.items():
-        try:
-            with urllib.request.urlopen(FASHION_URL + name, timeout=30) as response:
-                content = response.read()
-        except OSError as error:
+    try:
+        contents = {name: _fetch(FASHION_URL + name) for name in FASHION_MD5}
+    except OSError as error:
+        contents = _from_debian_package()
+        if not contents:
             raise ValueError(
                 f"Fashion-MNIST is not here and could not be fetched ({error}): install Debian's package "
                 f"dataset-fashion-mnist, or put its four .gz files into {cache}"
             ) from error
-        if hashlib.md5(content).hexdigest() != checksum:
-            raise ValueError(f"{FASHION_URL}{name} arrived damaged (checksum differs): try again")
-        partial = cache / (name + ".part")
-        partial.write_bytes(content)
-        partial.replace(cache / name)
+    for name, content in contents.items():
+        if hashlib.md5(content).hexdigest() != FASHION_MD5[name]:
+            raise ValueError(f"{name} of Fashion-MNIST arrived damaged (checksum differs): try again")
+        with atomic_path(cache / name) as partial:
+            partial.write_bytes(content)
     return cache
+
+
+def _fetch(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=30) as response:
+        return response.read()
+
+
+def _from_debian_package() -> dict[str, bytes]:
+    """The files out of Debian's package, where apt can fetch it; else nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for command in ("apt-get download dataset-fashion-mnist", "dpkg-deb -x dataset-fashion-mnist*.deb ."):
+                subprocess.run(command, shell=True, cwd=folder, check=True, capture_output=True, timeout=300)
+        except (OSError, subprocess.SubprocessError):
+            return {}
+        root = Path(folder) / FASHION_DEBIAN.relative_to("/")
+        return {name: (root / name).read_bytes() for name in FASHION_MD5}
 
 
 def _read_idx(path: Path) -> UInt8[Tensor, "n *rest"]:

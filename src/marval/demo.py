@@ -23,8 +23,7 @@ FULL_SIZE = {"fashion-teacher": (16,), "fashion-student": (4, 8, 16), "fashion-t
 
 def run(out: Path, device: str) -> None:
     """Draw, time and score the bundled models on the same seeds; then distil the teacher anew for a minute or two."""
-    data = load_data("fashion-mnist")
-    judge = load_judge("fashion-mnist", None, lambda: data)
+    judge = load_judge("fashion-mnist", None, lambda: load_data("fashion-mnist"))
     rows: list[dict[str, Any]] = []
     pictures, labels_shown = [], []
     for name, iterations in FULL_SIZE.items():
@@ -43,13 +42,14 @@ def run(out: Path, device: str) -> None:
             faster = (
                 f"{first['seconds_alone'] / single:.0f}x alone, {first['seconds_in_batch'] / seconds:.0f}x in a batch"
             )
-            print(f"{name} K={k}: {single * 1000:.0f} ms alone, {seconds * 1000:.1f} ms in a batch ({faster}); "
-                  f"accuracy {rows[-1]['accuracy']:.2f}, FD-EfficientNet {rows[-1]['fd']:.1f} ({SAMPLES} samples)")  # fmt: skip
+            scores = f"accuracy {rows[-1]['accuracy']:.2f}, FD-EfficientNet {rows[-1]['fd']:.1f} ({SAMPLES} samples)"
+            print(
+                f"{name} K={k}: {single * 1000:.0f} ms alone, {seconds * 1000:.1f} ms in a batch ({faster}); {scores}"
+            )
             pictures.append(images[:10].float() / 255)
             labels_shown.append(f"{name.removeprefix('fashion-')}, K={k}\n{single * 1000:.0f} ms / image")
-    names = data.class_names
     title = "The same seeds: teacher (100 diffusion steps per token, guided), one-step student, reward-tuned student"
-    save_picture(out / "demo.png", grid(pictures, labels_shown, names[:10], title, scale=3))
+    save_picture(out / "demo.png", grid(pictures, labels_shown, pipeline.config.class_names, title, scale=3))
     curve = live_distillation(out, device, judge)
     write_text(out / "demo.json", json.dumps({**provenance(0), "rows": rows, "live_distillation": curve}, indent=1))
     print(f"\nPictures: {out / 'demo.png'}, {out / 'distillation.png'}   Report: {out / 'demo.json'}")

@@ -1,6 +1,6 @@
 """Token spaces: how an image becomes tokens and tokens become an image."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -9,6 +9,7 @@ from torch import Tensor
 from marval.config import LatentSpace, PixelSpace
 
 
+@runtime_checkable
 class TokenSpace(Protocol):
     """What samplers and trainers need of a token space. Images are in [0, 1]; tokens run row by row."""
 

@@ -75,3 +75,10 @@ def fill_markdown(document: Path, root: Path) -> bool:
     if filled != text:
         write_text(document, filled)
     return filled != text
+
+
+if __name__ == "__main__":  # python -m marval.evaluate.tables README.md ...
+    import sys
+
+    for name in sys.argv[1:]:
+        print(f"{name}: {'filled' if fill_markdown(Path(name), Path.cwd()) else 'unchanged'}")

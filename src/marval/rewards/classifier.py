@@ -31,13 +31,13 @@ def plain_network(channels: int, classes: int) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with group norm and SiLU around a skip connection."""
+    """Two 3x3 convolutions with batch norm and SiLU, before each, around a skip connection."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
         self.body = nn.Sequential(
-            nn.GroupNorm(8, inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, stride, 1),
-            nn.GroupNorm(8, outputs), nn.SiLU(), nn.Conv2d(outputs, outputs, 3, 1, 1),
+            nn.BatchNorm2d(inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, stride, 1),
+            nn.BatchNorm2d(outputs), nn.SiLU(), nn.Conv2d(outputs, outputs, 3, 1, 1),
         )  # fmt: skip
         self.skip = nn.Conv2d(inputs, outputs, 1, stride) if (inputs, stride) != (outputs, 1) else nn.Identity()
 
@@ -50,7 +50,7 @@ def residual_network(channels: int, classes: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(channels, 16, 3, 1, 1), ResidualBlock(16, 32, 2), ResidualBlock(32, 32, 1),
         ResidualBlock(32, 64, 2), ResidualBlock(64, 64, 1),
-        nn.GroupNorm(8, 64), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(64, classes),
+        nn.BatchNorm2d(64), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(64, classes),
     )  # fmt: skip
 
 

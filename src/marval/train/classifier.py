@@ -13,15 +13,11 @@ from marval.rewards.classifier import Architecture, Classifier, save_classifier
 from marval.train.run import Log
 
 
-def shift_and_erase(images: Float[Tensor, "b c h w"], rng: torch.Generator, shift: int = 2) -> Float[Tensor, "b c h w"]:
-    """Move the batch by up to `shift` pixels and blank a random quarter-sized square (one draw per batch)."""
+def shift(images: Float[Tensor, "b c h w"], rng: torch.Generator, most: int = 1) -> Float[Tensor, "b c h w"]:
+    """Move the batch by up to `most` pixels in each direction (one draw for all of it)."""
     height, width = images.shape[-2:]
-    dy, dx = (int(x) for x in torch.randint(0, 2 * shift + 1, (2,), generator=rng))
-    images = F.pad(images, (shift,) * 4)[..., dy : dy + height, dx : dx + width].clone()
-    top = int(torch.randint(0, height * 3 // 4 + 1, (1,), generator=rng))
-    left = int(torch.randint(0, width * 3 // 4 + 1, (1,), generator=rng))
-    images[..., top : top + height // 4, left : left + width // 4] = 0
-    return images
+    dy, dx = (int(x) for x in torch.randint(0, 2 * most + 1, (2,), generator=rng))
+    return F.pad(images, (most,) * 4)[..., dy : dy + height, dx : dx + width]
 
 
 def train_classifier(
@@ -38,7 +34,7 @@ def train_classifier(
 ) -> float:
     """Train a classifier, write it to `out` and return its accuracy on `test`.
 
-    `plain`: SGD with momentum, images as they are. `residual`: AdamW, label smoothing, shifts and erasing.
+    `plain`: SGD with momentum, images as they are. `residual`: AdamW, label smoothing and shifted images.
     """
     residual = architecture == "residual"
     with torch.random.fork_rng(devices=[]):  # torch's layers draw their weights from the global generator
@@ -56,7 +52,7 @@ def train_classifier(
         images, labels = data.batch(batch_indices(len(data), batch_size, step, seed))
         images, labels = images.to(device), labels.to(device)
         if residual:
-            images = shift_and_erase(images, generator(seed, "augment", step))
+            images = shift(images, generator(seed, "augment", step))
         loss = F.cross_entropy(classifier(images), labels, label_smoothing=0.05 if residual else 0.0)
         loss.backward()
         optimizer.step()

@@ -197,16 +197,20 @@ def distill(
                 auxiliary_optimizer.zero_grad()
 
         done = step + 1
-        if step >= settings.warmup and (done % settings.log_every == 0 or done == settings.iterations):
+        saving = done % settings.save_every == 0 or done == settings.iterations
+        probing = probe is not None and (done % settings.probe_every == 0 or done == settings.iterations)
+        if saving or probing or done % settings.log_every == 0:  # figures are checked before anything is saved
             figures = {
-                "l1": terms.l1.mean().item(), "l2": terms.l2.mean().item(), "auxiliary_loss": phi_loss.item(),
+                "auxiliary_loss": phi_loss.item(), "auxiliary_gradient_norm": phi_norm.item(),
                 "token_mean": x_0.mean().item(), "token_std": x_0.std().item(),
                 "real_mean": tokens.mean().item(), "real_std": tokens.std().item(),
-                "gradient_norm": norm.item(), "auxiliary_gradient_norm": phi_norm.item(),
             }  # fmt: skip
-            if probe is not None and (done % settings.probe_every == 0 or done == settings.iterations):
+            if step >= settings.warmup:
+                l1, l2 = terms.l1.mean().item(), terms.l2.mean().item()
+                figures |= {"l1": l1, "l2": l2, "gradient_norm": norm.item()}
+            if probe is not None and probing:
                 figures |= probe(Pipeline(ema, config))
             log(done, **figures)
-        if done % settings.save_every == 0 or done == settings.iterations:
+        if saving:
             save_state(out, done, described, **parts)
             save_model(out / "model", ema, config)

@@ -162,8 +162,9 @@ def finetune(
             update_ema(ema, student, step - warmup, settings.ema_decay)
 
         done = step + 1
+        saving = done % settings.save_every == 0 or done == settings.iterations
         probing = done % settings.probe_every == 0 or done == settings.iterations
-        if probing or done % settings.log_every == 0:
+        if saving or probing or done % settings.log_every == 0:  # figures are checked before anything is saved
             figures = {"reward": rewards.mean().item(), "gradient_norm": norm.item()}
             if probing:
                 held_out = probe(Pipeline(ema, config))
@@ -171,6 +172,6 @@ def finetune(
                 if keeper.see(held_out):
                     save_model(out / "model", ema, config)
             log(done, **figures)
-        if probing or done % settings.save_every == 0:
+        if saving:
             save_state(out, done, described, **parts)
     return keeper.stopped or f"all {settings.iterations} iterations done"

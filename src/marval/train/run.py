@@ -36,7 +36,10 @@ def save_state(folder: Path, step: int, settings: dict[str, Any], **parts: Any) 
     """Write the whole training state (anything with a `state_dict`) of the run at `folder`, atomically."""
     state = {name: part.state_dict() for name, part in parts.items()}
     with atomic_path(folder / STATE) as partial:
-        torch.save({"step": step, "settings": json.dumps(settings, sort_keys=True), **state}, partial)
+        try:
+            torch.save({"step": step, "settings": json.dumps(settings, sort_keys=True), **state}, partial)
+        except RuntimeError as error:  # torch's writer hides the system's error
+            raise OSError(f"{str(error).splitlines()[0]}; is the disk full?") from error
 
 
 def load_state(folder: Path, settings: dict[str, Any], **parts: Any) -> int:

@@ -130,8 +130,9 @@ def train_teacher(
         update_ema(ema, model, step, settings.ema_decay)
 
         done = step + 1
-        if done % settings.log_every == 0 or done == settings.iterations:
+        saving = done % settings.save_every == 0 or done == settings.iterations
+        if saving or done % settings.log_every == 0:  # figures are checked before anything is saved
             log(done, loss=loss.item(), gradient_norm=norm.item(), learning_rate=settings.learning_rate * factor)
-        if done % settings.save_every == 0 or done == settings.iterations:
+        if saving:
             save_state(out, done, described, model=model, ema=ema, optimizer=optimizer)
             save_model(out / "model", ema, config)

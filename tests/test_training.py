@@ -1,0 +1,275 @@
+"""The training loops: resumed runs equal uninterrupted ones to the bit, frozen networks stay frozen, errors help."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from marval.config import Chain, DistillConfig, FinetuneConfig, MARConfig, ModelConfig, OneStep, PixelSpace, TrainConfig
+from marval.data import ImageData, batch_indices
+from marval.model import MAR
+from marval.pipeline import Pipeline, load
+from marval.randomness import generator
+from marval.train import distill as distill_module
+from marval.train import finetune as finetune_module
+from marval.train import teacher as teacher_module
+from marval.train.run import learning_rate_factor
+
+NAMES = ("cross", "square")
+
+
+@pytest.fixture(scope="module")
+def data():
+    """64 images of 8x8 pixels in two classes."""
+    rng = generator("tiny data")
+    images = torch.randint(0, 40, (64, 1, 8, 8), generator=rng, dtype=torch.uint8)
+    labels = torch.arange(64) % 2
+    images[labels == 0, :, 3:5] += 200
+    images[labels == 1, :, 2:6, 2:6] += 200
+    return ImageData(images, labels, NAMES)
+
+
+@pytest.fixture(scope="module")
+def config():
+    space = PixelSpace((8, 8), 1, 2, shift=0.3, scale=3.0)
+    mar = MARConfig(
+        space.token_grid, space.token_dim, 2,
+        encoder_dim=16, encoder_depth=1, encoder_heads=2, decoder_dim=16, decoder_depth=2, decoder_heads=2,
+        head_width=16, head_depth=2, buffer_size=2, learn_variance=False,
+    )  # fmt: skip
+    return ModelConfig(mar, space, Chain(guidance=1.5, steps=8, clip=True), NAMES, 4, "tiny")
+
+
+TRAIN = TrainConfig(
+    iterations=12, batch_size=8, tokens_per_image=6, warmup=3, decay=4, save_every=5, log_every=1, autocast=False
+)
+DISTILL = DistillConfig(
+    iterations=12, batch_size=8, tokens_per_image=6, warmup=2, save_every=5, log_every=1, autocast=False
+)
+FINETUNE = FinetuneConfig(
+    iterations=12, sample_iterations=4, backprop_iterations=4, batch_size=4, learning_rate=1e-3, save_every=5,
+    log_every=1, probe_every=50,
+)  # fmt: skip
+
+
+def tiny_model(config, seed=0):
+    """A small network whose head is not all zeros."""
+    model = MAR(config.mar).initialize(generator(seed, "tiny"))
+    for parameter in model.head.final_layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.05, generator=generator(seed, "head"))
+    return model.eval().requires_grad_(False)
+
+
+def brightness(images, prompts):
+    return images.mean(dim=(1, 2, 3))
+
+
+def steady_probe(pipeline):
+    return {"fd": 1.0, "diversity": 1.0, "log_probability": -1.0}
+
+
+def run_train(config, data, out, resume=False, settings=TRAIN):
+    teacher_module.train_teacher(config, settings, data, out, resume=resume, quiet=True)
+
+
+def run_distill(config, data, out, resume=False, settings=DISTILL):
+    distill_module.distill(tiny_model(config), config, settings, data, out, resume=resume, quiet=True)
+
+
+def run_finetune(config, data, out, resume=False, settings=FINETUNE, reward=brightness, probe=steady_probe):
+    student = dataclasses.replace(config, draw=OneStep())
+    return finetune_module.finetune(
+        tiny_model(config), student, reward, settings, out, probe=probe, resume=resume, quiet=True
+    )
+
+
+def run_anchored(config, data, out, resume=False):
+    student = dataclasses.replace(config, draw=OneStep())
+    settings = dataclasses.replace(FINETUNE, anchor=0.5, anchor_warmup=2)
+    anchor = finetune_module.Anchor(tiny_model(config, 1), data, DISTILL)
+    finetune_module.finetune(
+        tiny_model(config), student, brightness, settings, out, probe=steady_probe, anchor=anchor, resume=resume,
+        quiet=True,
+    )  # fmt: skip
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("run", "module", "inner"),
+    [
+        (run_train, teacher_module, "teacher_loss"),
+        (run_distill, distill_module, "masked_batch"),
+        (run_finetune, finetune_module, "policy_loss"),
+        (run_anchored, finetune_module, "policy_loss"),
+    ],
+)
+def test_resumed_run_equals_uninterrupted_to_the_bit(run, module, inner, data, config, tmp_path, monkeypatch):
+    run(config, data, tmp_path / "whole")
+    calls, original = [], getattr(module, inner)
+
+    def dies_in_the_eighth_step(*arguments):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KilledError
+        return original(*arguments)
+
+    monkeypatch.setattr(module, inner, dies_in_the_eighth_step)
+    with pytest.raises(KilledError):
+        run(config, data, tmp_path / "parts")
+    monkeypatch.setattr(module, inner, original)
+    run(config, data, tmp_path / "parts", resume=True)
+
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+    whole = torch.load(tmp_path / "whole/state.pt", weights_only=True)
+    parts = torch.load(tmp_path / "parts/state.pt", weights_only=True)
+    name = "model" if "model" in whole else "student"
+    assert whole["step"] == parts["step"] == 12
+    for key, value in whole[name].items():
+        assert torch.equal(value, parts[name][key]), key
+    first, second = (load_file(tmp_path / side / "model/model.safetensors") for side in ("whole", "parts"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_distillation_moves_the_student_and_not_the_teacher(data, config, tmp_path):
+    teacher = tiny_model(config)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    distill_module.distill(teacher, config, DISTILL, data, tmp_path / "run", quiet=True)
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    student = load(tmp_path / "run")
+    assert isinstance(student.config.draw, OneStep)
+    assert any(not torch.equal(value, before[key]) for key, value in student.model.state_dict().items())
+
+
+def test_teacher_learns(data, config, tmp_path):
+    settings = dataclasses.replace(TRAIN, iterations=150, learning_rate=3e-3, decay=50, save_every=150)
+    run_train(config, data, tmp_path / "run", settings=settings)
+    losses = [line["loss"] for line in log_of(tmp_path / "run")]
+    assert sum(losses[-20:]) < 0.75 * sum(losses[:20])
+
+
+def test_tuning_raises_the_reward_and_trains_the_named_part_only(data, config, tmp_path):
+    settings = dataclasses.replace(FINETUNE, iterations=25, train="head", learning_rate=3e-3, patience=99)
+    run_finetune(config, data, tmp_path / "run", settings=settings)
+    rewards = [line["reward"] for line in log_of(tmp_path / "run") if "reward" in line]
+    assert sum(rewards[-5:]) > sum(rewards[:5])
+    state = torch.load(tmp_path / "run/state.pt", weights_only=True)["student"]
+    for key, value in tiny_model(config).state_dict().items():
+        assert torch.equal(value, state[key]) != key.startswith("diffloss") or "in_ln" in key, key
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "reason", "last_step"),
+    [
+        ("fd", [1.0, 1.05, 1.2, 1.0], "Fréchet", 4),
+        ("diversity", [1.0, 0.97, 0.9, 1.0], "diversity", 4),
+        ("log_probability", [-1.0, -0.5, -0.6, -0.7, -0.8], "held-out", 8),
+    ],
+)
+def test_tuning_stops_when_held_out_figures_turn_and_keeps_the_best(
+    name, values, reason, last_step, data, config, tmp_path
+):
+    seen = iter(values)
+    rising = iter(range(100))
+
+    def probe(pipeline):
+        figures = {"fd": 1.0, "diversity": 1.0, "log_probability": -1.0 + 0.01 * next(rising)}
+        return figures | {name: next(seen)}
+
+    out = tmp_path / "run"
+    settings = dataclasses.replace(FINETUNE, iterations=100, probe_every=2, patience=3)
+    ended = run_finetune(config, data, out, settings=settings, probe=probe)
+    assert reason in ended
+    assert log_of(out)[-1]["step"] == last_step
+    best_step = 2  # in all three cases the first probe after the start is the last good one
+    other = tmp_path / "until-best"
+    run_finetune(config, data, other, settings=dataclasses.replace(settings, iterations=best_step, probe_every=50))
+    expected = torch.load(other / "state.pt", weights_only=True)["ema"]
+    found = load_file(out / "model/model.safetensors")
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_a_student_is_refused_as_teacher_and_a_teacher_as_student(data, config, tmp_path):
+    with pytest.raises(ValueError, match="one-step student already"):
+        run_distill(dataclasses.replace(config, draw=OneStep()), data, tmp_path)
+    with pytest.raises(ValueError, match="distil it first"):
+        finetune_module.finetune(tiny_model(config), config, brightness, FINETUNE, tmp_path, probe=steady_probe)
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(data, config, tmp_path):
+    run_train(config, data, tmp_path / "run")
+    with pytest.raises(ValueError, match="--resume"):
+        run_train(config, data, tmp_path / "run")
+    with pytest.raises(ValueError, match="batch_size was 8, now 4"):
+        run_train(config, data, tmp_path / "run", resume=True, settings=dataclasses.replace(TRAIN, batch_size=4))
+    with pytest.raises(ValueError, match="nothing to resume"):
+        run_train(config, data, tmp_path / "other", resume=True)
+
+
+def test_a_damaged_state_is_one_clear_error(data, config, tmp_path):
+    run_train(config, data, tmp_path / "run")
+    state = tmp_path / "run/state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged"):
+        run_train(config, data, tmp_path / "run", resume=True)
+
+
+def test_not_a_number_stops_the_run_and_keeps_the_last_checkpoint(data, config, tmp_path, monkeypatch):
+    original = teacher_module.teacher_loss
+    calls = []
+
+    def broken(*arguments):
+        calls.append(1)
+        return original(*arguments) * (float("nan") if len(calls) == 8 else 1.0)
+
+    monkeypatch.setattr(teacher_module, "teacher_loss", broken)
+    with pytest.raises(ValueError, match="loss is nan at step 8"):
+        run_train(config, data, tmp_path / "run")
+    state = torch.load(tmp_path / "run/state.pt", weights_only=True)
+    assert state["step"] == 5
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert load(tmp_path / "run").sample([0]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda images, prompts: images.mean(), "expected one number per image"),
+        (lambda images, prompts: images.detach().mean(dim=(1, 2, 3)), "no gradient"),
+        (lambda images, prompts: images.mean(dim=(1, 2, 3)) * float("nan"), "not finite for the prompt"),
+    ],
+)
+def test_a_bad_reward_is_named(reward, message, data, config, tmp_path):
+    from marval.rewards import weighted_reward
+
+    with pytest.raises(ValueError, match=message):
+        run_finetune(config, data, tmp_path / "run", reward=weighted_reward({"mine": (reward, 1.0)}))
+    assert isinstance(load(tmp_path / "run"), Pipeline)  # the student that it started from
+
+
+def test_batches_cover_every_image_once_per_epoch():
+    drawn = torch.cat([batch_indices(10, 4, step, seed=0) for step in range(5)])
+    assert drawn[:10].sort().values.tolist() == drawn[10:].sort().values.tolist() == list(range(10))
+    assert drawn[:10].tolist() != drawn[10:].tolist()
+
+
+def test_learning_rate_rises_stays_and_falls():
+    factors = [learning_rate_factor(step, 4, 5, 20) for step in range(20)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert set(factors[4:16]) == {1.0}
+    assert factors[15:] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_a_finished_run_survives_a_move(data, config, tmp_path):
+    run_train(config, data, tmp_path / "run")
+    shutil.move(tmp_path / "run", tmp_path / "elsewhere")
+    assert load(tmp_path / "elsewhere/model").sample(["cross"], seed=3).shape == (1, 1, 8, 8)
