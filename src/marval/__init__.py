@@ -1,1 +1,27 @@
-"""marval: masked auto-regressive diffusion in one step (MARVAL, CVPR 2026)."""
+"""marval: masked auto-regressive diffusion in one step (MARVAL, CVPR 2026).
+
+student = marval.load("fashion-student")
+images = student.sample(["sneaker", "bag"], seed=0)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from marval.pipeline import Pipeline, bundled_models, load
+    from marval.sampling import sample
+
+__all__ = ["Pipeline", "bundled_models", "load", "sample"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and the rest only when they are asked for."""
+    if name in ("Pipeline", "bundled_models", "load"):
+        from marval import pipeline
+
+        return getattr(pipeline, name)
+    if name == "sample":
+        from marval.sampling import sample
+
+        return sample
+    raise AttributeError(f"module 'marval' has no attribute {name!r}")

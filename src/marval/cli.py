@@ -215,6 +215,7 @@ def evaluate(
     data: str | None = None,
     judge: Path | None = None,
     seed: int = 0,
+    autocast: bool = False,
     out: Path = Path("results/evaluate.json"),
     device: str = "auto",
 ) -> None:
@@ -235,6 +236,7 @@ def evaluate(
         data: the real images; those of the model when left out.
         judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
         seed: of the samples.
+        autocast: draw the samples for quality in bf16 (the result says so; times are always float32).
         out: the JSON file; rows that it holds already are not drawn again.
         device: "auto", "cpu", "cuda", "mps", ...
     """
@@ -258,6 +260,7 @@ def evaluate(
         samples=samples,
         out=out,
         seed=seed,
+        autocast=autocast,
     )
     if batches:
         time_models(loaded, iterations=iterations, batches=batches, repeats=repeats, out=out)

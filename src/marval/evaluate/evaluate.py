@@ -94,12 +94,13 @@ def balanced_labels(count: int, classes: int) -> list[int]:
 
 
 def draw_bytes(
-    pipeline: Pipeline, count: int, iterations: int, seed: int, batch_size: int = 250
+    pipeline: Pipeline, count: int, iterations: int, seed: int, batch_size: int = 250, autocast: bool = False
 ) -> tuple[UInt8[Tensor, "n c h w"], Int[Tensor, " n"]]:
     """`count` class-balanced images as rounded bytes, and their labels; image i has seed `seed * 1_000_000 + i`."""
     labels = balanced_labels(count, len(pipeline.config.class_names))
     seeds = range(seed * 1_000_000, seed * 1_000_000 + count)
-    images = pipeline.sample(labels, seed=list(seeds), iterations=iterations, batch_size=batch_size)
+    with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=autocast):
+        images = pipeline.sample(labels, seed=list(seeds), iterations=iterations, batch_size=batch_size)
     return (images * 255).round().byte(), torch.tensor(labels)
 
 
@@ -167,6 +168,7 @@ def evaluate(
     samples: int,
     out: Path,
     seed: int = 0,
+    autocast: bool = False,
     report: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Figures of every model at every K, kept in `out` after each row; rows that are there already are not drawn again.
@@ -182,10 +184,11 @@ def evaluate(
                 raise ValueError(f"{out} holds figures of other weights named {row['model']}: choose another --out")
         for k in iterations or (pipeline.config.iterations,):
             key = {**describe(pipeline), "sha256": digest, "iterations": k, "samples": samples, "seed": seed}
+            key["autocast"] = autocast
             if any(all(row.get(name) == value for name, value in key.items()) for row in rows):
                 continue
             began = time.monotonic()
-            figures = judge.figures(*draw_bytes(pipeline, samples, k, seed))
+            figures = judge.figures(*draw_bytes(pipeline, samples, k, seed, autocast=autocast))
             rows.append({**key, **figures, "gflops_per_image": flops_per_image(pipeline, k) / 1e9})
             write_results(out, "quality", rows, seed)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())

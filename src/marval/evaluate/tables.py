@@ -63,12 +63,52 @@ def markdown_table(file: Path) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def speedup_table(file: Path) -> str:
+    """Every other model against the first (the teacher) in Markdown: FD ratio and speed-ups at the same K.
+
+    The last lines name each model's smallest K whose FD is not above the first model's at K = 16 with as many
+    samples, and the speed-up there: the same quality.
+    """
+    results = read_results(file)
+    quality, timing = results["quality"]["rows"], results["timing"]["rows"]
+    teacher = quality[0]["model"]
+    fd: dict[tuple[str, int, int], float] = {(r["model"], r["iterations"], r["samples"]): r["fd"] for r in quality}
+    seconds = {(r["model"], r["iterations"], r["batch"]): r["seconds_per_image"] for r in timing}
+    batches = sorted({r["batch"] for r in timing})
+    lines = [["model", "K", "samples", f"FD / {teacher}'s", *(f"speed-up, batch {b}" for b in batches)]]
+    lines.append(["---"] * len(lines[0]))
+    for (model, k, samples), value in fd.items():
+        if model != teacher and (teacher, k, samples) in fd:
+            speed = [f"{seconds[teacher, k, b] / seconds[model, k, b]:.0f}x" for b in batches]
+            lines.append([model, str(k), str(samples), f"{value / fd[teacher, k, samples]:.3f}", *speed])
+    notes = []
+    reference = 16
+    for model in dict.fromkeys(m for m, _, _ in fd if m != teacher):
+        enough = [
+            (k, samples)
+            for (m, k, samples), value in sorted(fd.items(), key=lambda item: item[0][1])
+            if m == model and (teacher, reference, samples) in fd and value <= fd[teacher, reference, samples]
+        ]
+        if enough:
+            k, samples = enough[0]
+            speed = [f"{seconds[teacher, reference, b] / seconds[model, k, b]:.0f}x at batch {b}" for b in batches]
+            notes.append(
+                f"{model} reaches the FD of {teacher} at K = {reference} with K = {k} ({samples} samples): "
+                + ", ".join(speed)
+                + "."
+            )
+        else:
+            notes.append(f"{model} does not reach the FD of {teacher} at K = {reference} at any K measured.")
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + "\n".join(notes)
+
+
 def fill_markdown(document: Path, root: Path) -> bool:
-    """Fill every `<!-- results: FILE -->` ... `<!-- end -->` of a document with FILE's table; True if it changed."""
+    """Fill every `<!-- results: FILE -->` (or `speed:`) ... `<!-- end -->` with FILE's table; True if it changed."""
     text = document.read_text()
+    makers = {"results": markdown_table, "speed": speedup_table}
     filled = re.sub(
-        r"<!-- results: (\S+) -->.*?<!-- end -->",
-        lambda m: f"<!-- results: {m[1]} -->\n{markdown_table(root / m[1])}\n<!-- end -->",
+        r"<!-- (results|speed): (\S+) -->.*?<!-- end -->",
+        lambda m: f"<!-- {m[1]}: {m[2]} -->\n{makers[m[1]](root / m[2])}\n<!-- end -->",
         text,
         flags=re.DOTALL,
     )

@@ -48,8 +48,8 @@ class ResidualBlock(nn.Module):
 def residual_network(channels: int, classes: int) -> nn.Module:
     """Pre-activation residual blocks and global average pooling."""
     return nn.Sequential(
-        nn.Conv2d(channels, 16, 3, 1, 1), ResidualBlock(16, 32, 2), ResidualBlock(32, 32, 1),
-        ResidualBlock(32, 64, 2), ResidualBlock(64, 64, 1),
+        nn.Conv2d(channels, 16, 3, 1, 1),
+        ResidualBlock(16, 32, 2), ResidualBlock(32, 64, 2), ResidualBlock(64, 64, 1),
         nn.BatchNorm2d(64), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(64, classes),
     )  # fmt: skip
 

@@ -53,7 +53,9 @@ def train_classifier(
         images, labels = images.to(device), labels.to(device)
         if residual:
             images = shift(images, generator(seed, "augment", step))
-        loss = F.cross_entropy(classifier(images), labels, label_smoothing=0.05 if residual else 0.0)
+        with torch.autocast(images.device.type, torch.bfloat16):
+            logits = classifier(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.05 if residual else 0.0)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

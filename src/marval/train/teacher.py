@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -37,9 +38,12 @@ def teacher_config(name: str, data: ImageData, data_spec: str, source: str = "")
     patch = next(p for p in (4, 8, 16, 32, 64) if max(rows, columns) <= 8 * p)
     if rows % patch or columns % patch:
         raise ValueError(f"images of {rows}x{columns} pixels cannot be cut into {patch}x{patch} patches")
-    pixels = data.images[:: max(1, len(data) // 5000)].double() / 255
-    shift, scale = round(pixels.mean().item(), 3), round(1 / max(pixels.std().item(), 1e-3), 3)
-    space = PixelSpace((rows, columns), data.images.shape[1], patch, shift, scale)
+    moments = [
+        ((part / 255).double().mean(), (part / 255).double().square().mean()) for part in data.images.split(1000)
+    ]
+    mean, square = (torch.stack(values).mean().item() for values in zip(*moments, strict=True))
+    shift, spread = round(mean, 3), max(round(math.sqrt(square - mean**2), 3), 0.001)
+    space = PixelSpace((rows, columns), data.images.shape[1], patch, shift, 1 / spread)
     mar = MARConfig.fashion(space.token_grid, space.token_dim, len(data.class_names))
     iterations = min(16, mar.num_tokens)
     draw = Chain(guidance=1.6, clip=True)

@@ -1,0 +1,197 @@
+"""Distances against float64 references, known answers, and results files that resume and refuse."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from marval.config import Chain, MARConfig, ModelConfig, OneStep, PixelSpace
+from marval.data import load_fashion_mnist
+from marval.evaluate.evaluate import Judge, draw_bytes, evaluate, flops_per_image, time_models
+from marval.evaluate.features import (
+    EfficientNetFeatures,
+    Statistics,
+    diversity_within_class,
+    extract,
+    frechet_distance,
+)
+from marval.evaluate.tables import fill_markdown, speedup_table
+from marval.model import MAR
+from marval.pipeline import Pipeline
+from marval.randomness import generator
+from marval.rewards import ClassifierReward, find_reward
+from marval.rewards.classifier import Classifier, load_classifier, save_classifier
+
+
+@pytest.fixture(scope="module")
+def network():
+    return EfficientNetFeatures()
+
+
+def tiny_pipeline(draw, name="tiny", seed=0):
+    space = PixelSpace((8, 8), 1, 2, shift=0.3, scale=3.0)
+    mar = MARConfig(
+        space.token_grid, space.token_dim, 2,
+        encoder_dim=16, encoder_depth=1, encoder_heads=2, decoder_dim=16, decoder_depth=2, decoder_heads=2,
+        head_width=16, head_depth=2, buffer_size=2, learn_variance=False,
+    )  # fmt: skip
+    model = MAR(mar).initialize(generator(seed)).eval().requires_grad_(False)
+    torch.nn.init.normal_(model.head.final_layer.linear.weight, std=0.1, generator=generator(seed))
+    return Pipeline(model, ModelConfig(mar, space, draw, ("cross", "square"), 4, name))
+
+
+def test_frechet_distance_equals_scipy_in_float64():
+    rng = np.random.default_rng(0)
+    real, drawn = rng.normal(size=(500, 12)), rng.normal(size=(300, 12)) @ rng.normal(size=(12, 12)) + 0.3
+    difference = real.mean(0) - drawn.mean(0)
+    first, second = np.cov(real, rowvar=False), np.cov(drawn, rowvar=False)
+    root = scipy.linalg.sqrtm(first @ second).real
+    expected = difference @ difference + np.trace(first + second - 2 * root)
+    statistics = Statistics.of(torch.from_numpy(real).split(70))
+    found = frechet_distance(torch.from_numpy(drawn), statistics)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(torch.from_numpy(real), statistics) == pytest.approx(0, abs=1e-6)
+
+
+def test_statistics_come_back_from_disk_and_other_features_are_refused(tmp_path):
+    features = torch.randn(200, 8, generator=generator("features"))
+    statistics = Statistics.of([features])
+    np.testing.assert_allclose(statistics.covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-9)
+    statistics.save(tmp_path / "s.safetensors")
+    again = Statistics.load(tmp_path / "s.safetensors")
+    assert again.count == 200
+    torch.testing.assert_close(again.covariance, statistics.covariance, rtol=1e-6, atol=1e-7)
+    from safetensors.torch import save_file
+
+    save_file(
+        {"mean": torch.zeros(3)}, tmp_path / "other.safetensors", metadata={"features": "Inception", "count": "1"}
+    )
+    with pytest.raises(ValueError, match="Inception"):
+        Statistics.load(tmp_path / "other.safetensors")
+
+
+def test_features_tell_real_images_from_blurred_ones_and_noise(network):
+    train, test = load_fashion_mnist("train"), load_fashion_mnist("test")
+    real = Statistics.of([extract(network, train.images[:400])])
+    images = test.images[:200]
+    blurred = torch.nn.functional.avg_pool2d(images.float(), 5, 1, 2).byte()
+    noise = torch.randint(0, 256, images.shape, generator=generator("noise"), dtype=torch.uint8)
+    distances = [frechet_distance(extract(network, x), real) for x in (images, blurred, noise)]
+    assert distances[0] * 1.5 < distances[1]
+    assert distances[1] * 1.5 < distances[2]
+
+
+def test_gradients_reach_every_pixel_of_the_features(network):
+    images = torch.rand(1, 1, 28, 28, generator=generator("pixels"), requires_grad=True)
+    x = images.expand(-1, 3, -1, -1) * 255 - 127
+    x = torch.nn.functional.interpolate(x / 128, (64, 64), mode="bilinear", antialias=True)
+    network.net.extract_features(x).square().sum().backward()
+    assert images.grad.isfinite().all()
+    assert (images.grad != 0).all()
+
+
+def test_diversity_is_the_mean_distance_within_a_class():
+    features = torch.tensor([[0.0, 0.0], [3.0, 4.0], [10.0, 0.0], [10.0, 1.0]])
+    assert diversity_within_class(features, torch.tensor([0, 0, 1, 1])) == pytest.approx((5 + 1) / 2)
+
+
+def test_drawn_images_do_not_depend_on_the_batch_size():
+    pipeline = tiny_pipeline(Chain(guidance=1.5, steps=8, clip=True))
+    images, labels = draw_bytes(pipeline, 7, 3, seed=2)
+    again, _ = draw_bytes(pipeline, 7, 3, seed=2, batch_size=2)
+    assert torch.equal(images, again)
+    assert labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
+
+
+def test_flops_of_a_one_token_chain_count_every_call():
+    teacher, student = tiny_pipeline(Chain(guidance=1.0, steps=8)), tiny_pipeline(OneStep())
+    guided = tiny_pipeline(Chain(guidance=2.0, guidance_schedule="constant", steps=8))
+    once, chain, doubled = (flops_per_image(pipeline, 4) for pipeline in (student, teacher, guided))
+    assert once < chain < doubled < 2.01 * chain
+
+
+def test_results_resume_and_refuse_other_weights(network, tmp_path):
+    judge = Judge(network, Statistics.of([torch.randn(50, 1280, generator=generator("real"))]), None)
+    folder, out = tmp_path / "model", tmp_path / "figures.json"
+    pipeline = tiny_pipeline(OneStep())
+    pipeline.save(folder)
+    said: list[str] = []
+    run = {"iterations": (2, 3), "samples": 6, "out": out, "report": said.append}
+    rows = evaluate([(folder, pipeline)], judge, **run)
+    assert [row["iterations"] for row in rows] == [2, 3]
+    assert len(said) == 2
+    evaluate([(folder, pipeline)], judge, **run)
+    assert len(said) == 2  # nothing is drawn again
+    time_models([(folder, pipeline)], iterations=(2, 3), batches=(1, 2), repeats=1, out=out, report=said.append)
+    results = json.loads(out.read_text())
+    assert len(results["quality"]["rows"]) == 2
+    assert len(results["timing"]["rows"]) == 4
+    assert {"command", "commit", "seed", "torch"} <= set(results["quality"])
+    tiny_pipeline(OneStep(), seed=1).save(folder)
+    with pytest.raises(ValueError, match="other weights named tiny"):
+        evaluate([(folder, pipeline)], judge, **run)
+    out.write_text("[]")
+    with pytest.raises(ValueError, match="not a results file"):
+        evaluate([(folder, pipeline)], judge, **run)
+
+
+def test_tables_name_the_smallest_k_of_the_same_quality(tmp_path):
+    def quality(model, k, fd):
+        return {"model": model, "draw": {}, "iterations": k, "samples": 10, "fd": fd}
+
+    def timing(model, k, seconds):
+        return {"model": model, "draw": {}, "iterations": k, "batch": 1, "seconds_per_image": seconds}
+
+    results = {
+        "quality": {
+            "rows": [quality("t", 8, 12.0), quality("t", 16, 10.0), quality("s", 8, 10.0), quality("s", 16, 9.0)]
+        },
+        "timing": {"rows": [timing("t", 8, 5.0), timing("t", 16, 8.0), timing("s", 8, 0.1), timing("s", 16, 0.2)]},
+    }
+    (tmp_path / "r.json").write_text(json.dumps(results))
+    table = speedup_table(tmp_path / "r.json")
+    assert "| s | 16 | 10 | 0.900 | 40x |" in table
+    assert "K = 8 (10 samples): 80x at batch 1" in table
+    document = tmp_path / "README.md"
+    document.write_text("a\n<!-- results: r.json -->\nold\n<!-- end -->\nb")
+    assert fill_markdown(document, tmp_path)
+    assert "old" not in document.read_text()
+    assert "| t | 8 | 10 | 12.00 |" in document.read_text()
+    assert not fill_markdown(document, tmp_path)
+
+
+def test_a_classifier_comes_back_from_disk_and_rewards_the_class_in_the_prompt(tmp_path):
+    for architecture in ("plain", "residual"):
+        classifier = Classifier(architecture, 1, ("shirt", "t-shirt", "bag")).eval()
+        save_classifier(tmp_path / "c.safetensors", classifier, {})
+        again = load_classifier(tmp_path / "c.safetensors")
+        images = torch.rand(3, 1, 28, 28, generator=generator("images"))
+        assert torch.equal(classifier(images), again(images))
+    reward = ClassifierReward(again)
+    images.requires_grad_(True)
+    values = reward(images, ["a picture of t-shirt", "shirt, please", "one bag"])
+    expected = again(images).log_softmax(dim=1)[[0, 1, 2], [1, 0, 2]]
+    assert torch.equal(values, expected)
+    values.sum().backward()
+    assert (images.grad != 0).any(dim=(1, 2, 3)).all()
+    with pytest.raises(ValueError, match="names no class"):
+        reward(images, ["a", "b", "c"])
+
+
+def test_unknown_rewards_are_refused():
+    with pytest.raises(ValueError, match="expected classifier"):
+        find_reward("pixscore")
+    with pytest.raises(ValueError, match="cannot import"):
+        find_reward("no_such_module:f")
+    with pytest.raises(ValueError, match="no function"):
+        find_reward("math:no_such_function")
+
+
+def test_a_chain_setting_for_a_student_is_refused():
+    with pytest.raises(ValueError, match="baked in"):
+        tiny_pipeline(OneStep()).with_chain(guidance=2.0)
+    changed = tiny_pipeline(Chain(steps=8)).with_chain(steps=4, guidance=None)
+    assert changed.config.draw == dataclasses.replace(Chain(steps=8), steps=4)

@@ -1,0 +1,143 @@
+"""Files: whole or not at all, strict, and the data sets that people have."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep, PixelSpace
+from marval.data import FASHION_CLASSES, load_data, load_fashion_mnist, load_folder
+from marval.io.checkpoint import load_model, save_model
+from marval.io.files import atomic_path
+from marval.io.images import grid, to_pil
+from marval.model import MAR
+from marval.randomness import generator
+
+
+def tiny(draw=OneStep()):  # noqa: B008
+    space = PixelSpace((8, 8), 1, 2, shift=0.3, scale=3.0)
+    mar = MARConfig(
+        space.token_grid, space.token_dim, 2,
+        encoder_dim=16, encoder_depth=1, encoder_heads=2, decoder_dim=16, decoder_depth=2, decoder_heads=2,
+        head_width=16, head_depth=2, buffer_size=2, learn_variance=False,
+    )  # fmt: skip
+    return MAR(mar).initialize(generator(0)), ModelConfig(mar, space, draw, ("cross", "square"), 4, "tiny")
+
+
+@pytest.mark.parametrize("draw", [OneStep(), Chain(guidance=2.0, steps=50)])
+def test_a_model_comes_back_as_it_was(draw, tmp_path):
+    model, config = tiny(draw)
+    save_model(tmp_path, model, config)
+    again, read = load_model(tmp_path)
+    assert read == config
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(config.to_dict()))
+    (tmp_path / "config.json").unlink()
+    assert load_model(tmp_path / "model.safetensors")[1] == config  # the weights' file alone is a whole model
+
+
+def test_half_precision_on_disk_is_float32_in_memory(tmp_path):
+    model, config = tiny()
+    save_model(tmp_path, model, config, torch.float16)
+    again, _ = load_model(tmp_path)
+    assert {value.dtype for value in again.state_dict().values()} == {torch.float32}
+    torch.testing.assert_close(
+        again.state_dict()["z_proj.weight"], model.state_dict()["z_proj.weight"], rtol=1e-3, atol=1e-6
+    )
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model, config = tiny()
+    save_model(tmp_path, model, config)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    metadata = {"marval": json.dumps(config.to_dict())}
+    for change, message in (
+        (lambda t: t.pop("mask_token"), "mask_token is missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "unknown tensor extra"),
+        (lambda t: t.update({"z_proj.bias": torch.zeros(3)}), r"z_proj.bias has shape \(3,\), expected \(16,\)"),
+    ):
+        changed = dict(tensors)
+        change(changed)
+        save_file(changed, file, metadata=metadata)
+        with pytest.raises(ValueError, match=message):
+            load_model(tmp_path)
+    save_file(tensors, file, metadata={"marval": '{"mar": {}}'})
+    with pytest.raises(ValueError, match="configuration"):
+        load_model(tmp_path)
+
+
+def test_latent_spaces_survive_json():
+    _, config = tiny()
+    space = LatentSpace((256, 256), "some/vae")
+    assert space.token_grid == (16, 16)
+    assert space.token_dim == 16
+    changed = ModelConfig(MARConfig.imagenet256("base"), space, Chain(), ("a",), 64)
+    assert ModelConfig.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("old")
+
+    def fails():
+        with atomic_path(file) as partial:
+            partial.write_text("new, but not all of i")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fails()
+    assert file.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_fashion_mnist_is_whole():
+    train, test = load_fashion_mnist("train"), load_fashion_mnist("test")
+    assert train.images.shape == (60_000, 1, 28, 28)
+    assert test.images.shape == (10_000, 1, 28, 28)
+    assert train.labels.bincount().tolist() == [6000] * 10
+    assert train.class_names == FASHION_CLASSES
+
+
+def test_damaged_fashion_files_are_named(tmp_path):
+    name = tmp_path / "train-images-idx3-ubyte.gz"
+    with pytest.raises(ValueError, match="does not exist"):
+        load_fashion_mnist("train", tmp_path)
+    for content in (b"not gzip", gzip.compress(b"\0\0\x08\x03\0\0\0\x02" + b"\0" * 20)):
+        name.write_bytes(content)
+        with pytest.raises(ValueError, match="damaged"):
+            load_fashion_mnist("train", tmp_path)
+
+
+def test_folders_give_size_channels_and_classes(tmp_path):
+    for name, shape in (("b", (30, 40)), ("a", (30, 40))):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.full(shape, 200, np.uint8)).save(tmp_path / name / "x.png")
+    data = load_folder(tmp_path)
+    assert data.images.shape == (2, 1, 28, 40)
+    assert data.class_names == ("a", "b")
+    assert data.labels.tolist() == [0, 1]
+    Image.fromarray(np.zeros((100, 90, 3), np.uint8)).save(tmp_path / "a" / "y.jpg")
+    data = load_folder(tmp_path)
+    assert data.images.shape == (3, 3, 28, 28)  # a colour image makes all RGB, unlike sizes make them square
+    assert load_data(f"folder:{tmp_path}", size=(16, 16)).images.shape == (3, 3, 16, 16)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images in empty"):
+        load_folder(tmp_path)
+    with pytest.raises(ValueError, match="unknown data"):
+        load_data("cifar")
+
+
+def test_pictures_round_and_grids_hold_every_image():
+    image = torch.tensor([[[0.0, 0.5], [1.0, 0.998]]])
+    assert np.asarray(to_pil(image)).tolist() == [[0, 128], [255, 255 - 1]] or np.asarray(to_pil(image))[1, 1] == 254
+    picture = grid([image.expand(3, 1, 2, 2)] * 2, ["one", "two"], ["a", "b", "c"], "title", scale=10)
+    values = np.asarray(picture.convert("L"))
+    assert (values == 0).sum() >= 6 * 100
+    assert picture.width > 3 * 20

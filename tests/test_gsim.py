@@ -1,0 +1,454 @@
+"""GSIM's losses: their identities, where gradients flow, and that they move a student onto a guided teacher."""
+
+import copy
+import inspect
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from marval.config import Chain, DistillConfig, MARConfig, ModelConfig, PixelSpace
+from marval.data import ImageData
+from marval.model import MAR, NoiseSchedule, TokenHead
+from marval.model.head import timestep_features
+from marval.objectives.gsim import (
+    HUBER_RADIUS,
+    OBJECTIVES,
+    auxiliary_loss,
+    distribution_matching_loss,
+    generator_loss,
+    gsim_terms,
+    pseudo_huber,
+    squared,
+)
+from marval.randomness import generator
+from marval.sampling import guided_eps
+from marval.train import distill as distillation
+from marval.train.distill import Guided, distill, student_step_loss
+
+FULL = NoiseSchedule.full()
+seeds = st.integers(0, 10_000)
+
+
+def randn(*shape, seed, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def predictions(seed, n=32, c=5):
+    """A teacher's, phi's and the true noise, in float64."""
+    return randn(n, c, seed=seed), randn(n, c, seed=seed + 1), randn(n, c, seed=seed + 2)
+
+
+# --- identities (design.md, section 1.2) ---
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=seeds, weight=st.sampled_from([-0.4, -0.2, 0.0, 1.0, 2.0]), t=st.integers(20, 980))
+def test_squared_distance_gives_sids_loss(seed, weight, t):
+    """SiD (Zhou et al. 2024): `(1 - alpha) |f_T - f_phi|^2 + (f_T - f_phi)^T (f_phi - x_0)`, where `f` predicts x_0.
+
+    A gap between predictions of x_0 is -sigma / a times that of noise; the factor 2 comes from `d'(y) = 2 y`.
+    """
+    alpha = 1 - weight / 2
+    teacher_eps, phi_eps, eps = predictions(seed)
+    a, sigma = FULL.alpha[t].double(), FULL.sigma[t].double()
+    x_0 = randn(32, 5, seed=seed + 3)
+    x_t = a * x_0 + sigma * eps
+    f_teacher, f_phi = (x_t - sigma * teacher_eps) / a, (x_t - sigma * phi_eps) / a
+    gap = f_teacher - f_phi
+    sid = (1 - alpha) * gap.square().sum(1) + (gap * (f_phi - x_0)).sum(1)
+    terms = gsim_terms(teacher_eps, phi_eps, eps, squared)
+    found = terms.l1 + weight * terms.l2
+    torch.testing.assert_close(found, 2 * (a / sigma) ** 2 * sid, rtol=1e-6, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=seeds, t=st.integers(20, 980))
+def test_squared_distance_gives_sids_loss_in_scores(seed, t):
+    """The same with scores `s = -eps / sigma`: `(1 - alpha) |y|^2 + (s_T - s_phi)^T (s_phi - grad log p)`."""
+    teacher_eps, phi_eps, eps = predictions(seed)
+    sigma = FULL.sigma[t].double()
+    s_teacher, s_phi, log_p = (-e / sigma for e in (teacher_eps, phi_eps, eps))
+    terms = gsim_terms(teacher_eps, phi_eps, eps, squared)
+    for alpha in (0.5, 1.0, 1.1):
+        y = s_phi - s_teacher
+        sid = (1 - alpha) * y.square().sum(1) - (y * (s_phi - log_p)).sum(1)
+        found = terms.l1 + 2 * (1 - alpha) * terms.l2
+        torch.testing.assert_close(found, 2 * sigma**2 * sid, rtol=1e-6, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=seeds, scale=st.sampled_from([1.0, 1e-3, 1e-5, 1e-7]))
+def test_pseudo_huber_terms_sum_to_the_teachers_projection_within_r(seed, scale):
+    """`L1 + L2 = -d'(y)^T (s_T - grad log p)`, also for gaps `y` around the radius r."""
+    teacher_eps, gap, eps = predictions(seed)
+    phi_eps = teacher_eps - scale * gap
+    terms = gsim_terms(teacher_eps, phi_eps, eps)
+    y = teacher_eps - phi_eps
+    slope = y / (y.square().sum(1, keepdim=True) + HUBER_RADIUS**2).sqrt()
+    expected = -(slope * (eps - teacher_eps)).sum(1)
+    # d(y) falls short of d'(y)^T y by r - r^2 / root, which lies between 0 and r
+    shortfall = expected - (terms.l1 + terms.l2)
+    assert shortfall.min() >= -1e-12
+    assert shortfall.max() <= HUBER_RADIUS + 1e-12
+
+
+@pytest.mark.parametrize("distance", [pseudo_huber, squared])
+@pytest.mark.parametrize("scale", [1.0, 1e-5, 1e-6])
+def test_returned_gradients_of_the_distances_equal_autograds(distance, scale):
+    y = (scale * randn(32, 5, seed=0)).requires_grad_(True)
+    value, slope = distance(y)
+    (expected,) = torch.autograd.grad(value.sum(), y)
+    torch.testing.assert_close(slope, expected, rtol=1e-9, atol=1e-15)
+
+
+def test_pseudo_huber_is_zero_at_zero_and_almost_the_norm_far_out():
+    value, slope = pseudo_huber(torch.zeros(2, 3, dtype=torch.float64))
+    assert value.tolist() == [0.0, 0.0]
+    assert slope.abs().max() == 0
+    y = randn(32, 5, seed=0)
+    torch.testing.assert_close(pseudo_huber(y)[0], y.norm(dim=1) - HUBER_RADIUS, rtol=1e-9, atol=1e-9)
+
+
+def test_named_objectives_are_their_terms():
+    teacher_eps, phi_eps, eps = predictions(0)
+    x_t = randn(32, 5, seed=9)
+    y = teacher_eps - phi_eps
+    unit = y / (y.square().sum(1, keepdim=True) + HUBER_RADIUS**2).sqrt()
+    distance = (y.square().sum(1) + HUBER_RADIUS**2).sqrt() - HUBER_RADIUS
+    projected = -(unit * (eps - phi_eps)).sum(1)
+    expected = {
+        "gsim": projected + distance,
+        "sim": projected,
+        "sid": -2 * (y * (eps - phi_eps)).sum(1) - 0.2 * y.square().sum(1),  # twice SiD's with alpha = 1.1
+        "dmd": (unit * x_t).sum(1),
+    }
+    assert set(expected) == set(OBJECTIVES)
+    for objective, per_token in expected.items():
+        loss, _ = generator_loss(objective, teacher_eps, phi_eps, eps, x_t)
+        torch.testing.assert_close(loss, per_token.mean(), rtol=1e-9, atol=1e-12)
+
+
+def test_auxiliary_loss_is_the_mean_square_and_keeps_its_gradient():
+    predicted, eps = randn(6, 3, seed=0).requires_grad_(True), randn(6, 3, seed=1)
+    loss = auxiliary_loss(predicted, eps)
+    torch.testing.assert_close(loss, ((predicted - eps) ** 2).sum() / 18)
+    loss.backward()
+    torch.testing.assert_close(predicted.grad, 2 * (predicted.detach() - eps) / 18)
+
+
+def test_unknown_objectives_are_rejected():
+    unchecked = inspect.unwrap(generator_loss)  # the type checker of the tests would refuse the name first
+    with pytest.raises(ValueError, match=r"'kl'.*gsim, sim, sid, dmd"):
+        unchecked("kl", *predictions(0), randn(32, 5, seed=9))
+
+
+# --- Gaussians, whose scores are known ---
+
+
+def gaussian_eps(x_t, t, mean, std):
+    """The exact `E[eps | x_t]` where `x_0` is normal with `mean` and standard deviation `std`."""
+    alpha, sigma = FULL.alpha[t, None].double(), FULL.sigma[t, None].double()
+    return sigma * (x_t - alpha * mean) / ((alpha * std) ** 2 + sigma**2)
+
+
+def noised(x_0, seed):
+    """Noisy tokens as in a step of theta: `x_t`, the levels and the noise."""
+    rng = torch.Generator().manual_seed(seed)
+    t = torch.randint(20, 981, (len(x_0),), generator=rng)
+    eps = torch.randn(x_0.shape, generator=rng, dtype=torch.float64)
+    return FULL.alpha[t, None].double() * x_0 + FULL.sigma[t, None].double() * eps, t, eps
+
+
+def standard_errors_from_zero(values):
+    """How many standard errors the mean over the rows lies from 0, for each column."""
+    return values.mean(0) / (values.std(0) / len(values) ** 0.5)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+@pytest.mark.parametrize("distance", [pseudo_huber, squared])
+def test_l1_is_zero_on_average_when_phi_is_exact_and_only_then(dimensions, distance):
+    mean, std, tokens = 0.7, 0.4, 100_000
+    x_t, t, eps = noised(mean + std * randn(tokens, dimensions, seed=0), seed=1)
+    teacher_eps = gaussian_eps(x_t, t, mean - 0.5, 2 * std)
+
+    def deviation(phi_eps):
+        return standard_errors_from_zero(gsim_terms(teacher_eps, phi_eps, eps, distance).l1[:, None]).item()
+
+    assert abs(deviation(gaussian_eps(x_t, t, mean, std))) < 4
+    assert abs(deviation(gaussian_eps(x_t, t, mean - 0.1, std))) > 8  # stale
+
+
+def student_gradients(objective, mean, std, teacher_mean, teacher_std, tokens=40_000, channels=4):
+    """Per-token gradients by the student's mean and scale, `x_0 = mean + std z`, with both scores exact."""
+    z = randn(tokens, channels, seed=0)
+    x_0 = (mean + std * z).requires_grad_(True)
+    x_t, t, eps = noised(x_0, seed=1)
+    teacher_eps, phi_eps = gaussian_eps(x_t, t, teacher_mean, teacher_std), gaussian_eps(x_t, t, mean, std)
+    loss, _ = generator_loss(objective, teacher_eps, phi_eps, eps, x_t)
+    (gradient,) = torch.autograd.grad(loss * tokens, x_0)
+    return torch.stack([gradient.mean(1), (gradient * z).mean(1)], dim=1)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradient_vanishes_where_the_student_is_the_teacher(objective):
+    gradients = student_gradients(objective, 0.5, 0.8, 0.5, 0.8)
+    bound = 4 * gradients.std(0) / len(gradients) ** 0.5 + 1e-6
+    assert (gradients.mean(0).abs() < bound).all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("side", [-1, 1])
+def test_descent_moves_a_shifted_student_towards_the_teacher(objective, side):
+    gradients = student_gradients(objective, 0.5 + 0.4 * side, 0.8, 0.5, 0.8)
+    assert side * standard_errors_from_zero(gradients)[0] > 8
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("side", [-1, 1])
+def test_descent_moves_a_scaled_student_towards_the_teacher(objective, side):
+    gradients = student_gradients(objective, 0.5, 0.8 * 1.5**side, 0.5, 0.8)
+    assert side * standard_errors_from_zero(gradients)[1] > 8
+
+
+def test_gradient_of_l1_is_that_of_the_distance_through_the_students_score():
+    """Score implicit matching (Luo et al. 2024, theorem 3.1): theta enters `E[d(y)]` through its score alone."""
+    mean, std = 1.0, 0.6
+    found = student_gradients("sim", mean, std, 0.5, 0.8, tokens=100_000)
+    parameters = torch.tensor([mean, std], dtype=torch.float64, requires_grad=True)
+    x_t, t, _ = noised(mean + std * randn(100_000, 4, seed=0), seed=1)
+    gap = gaussian_eps(x_t, t, 0.5, 0.8) - gaussian_eps(x_t, t, parameters[0], parameters[1])
+    (expected,) = torch.autograd.grad(pseudo_huber(gap)[0].mean(), parameters)
+    found = found * 4  # the sum over channels, not their mean
+    error = (found.mean(0) - expected).abs()
+    assert (error < 4 * found.std(0) / len(found) ** 0.5).all()
+    assert (expected.abs() > 20 * found.std(0) / len(found) ** 0.5).all()  # so the check has teeth
+
+
+# --- where gradients flow ---
+
+
+def shake(network, rng):
+    """Add noise to all weights, so that no layer is zero."""
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight += 0.2 * torch.randn(weight.shape, generator=rng)
+
+
+def small_head(name, channels=3, context=6, learn_variance=False):
+    """A head that answers to all its inputs."""
+    head = TokenHead(channels, context, 16, 2, learn_variance)
+    rng = generator("head", name)
+    head.initialize(rng)
+    shake(head, rng)
+    return head
+
+
+def theta_step(learn_variance=False):
+    """What theta's step works on: student tokens, the guided teacher, phi."""
+    x_0 = randn(16, 3, seed=0, dtype=torch.float32).requires_grad_(True)
+    teacher = small_head("teacher", learn_variance=learn_variance).requires_grad_(False)
+    phi = small_head("phi", learn_variance=learn_variance).requires_grad_(False)
+    return x_0, Guided(teacher, randn(2, 16, 6, seed=1, dtype=torch.float32), 1.7), phi
+
+
+def settings_for(objective, **changes):
+    return DistillConfig(iterations=4, objective=objective, autocast=False, **changes)
+
+
+@pytest.mark.parametrize("learn_variance", [False, True])
+@pytest.mark.parametrize("objective", ["gsim", "sim", "sid"])
+def test_x_t_is_detached_in_neither_network(objective, learn_variance):
+    x_0, guided, phi = theta_step(learn_variance)
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, x_0)[0]
+
+    found = gradient(student_step_loss(x_0, guided, phi, FULL, settings_for(objective), generator("step"))[0])
+    rng = generator("step")
+    t = torch.randint(20, 981, (16,), generator=rng)
+    eps = torch.randn(16, 3, generator=rng)
+    x_t = FULL.add_noise(x_0, eps, t)
+    conditional, null = (guided.head(x_t, t.float(), context)[:, :3] for context in guided.contexts)
+    teacher_eps, phi_eps = null + 1.7 * (conditional - null), phi(x_t, t.float(), guided.contexts[0])[:, :3]
+
+    def explicit(teacher_eps, phi_eps):
+        loss = generator_loss(objective, teacher_eps, phi_eps, eps, x_t)[0]
+        return torch.autograd.grad(loss, x_0, retain_graph=True)[0]
+
+    expected = explicit(teacher_eps, phi_eps)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+    for other in (explicit(teacher_eps.detach(), phi_eps), explicit(teacher_eps, phi_eps.detach())):
+        assert (found - other).abs().max() > 0.01 * found.abs().max()
+
+
+def test_levels_are_uniform_over_20_to_980_for_theta_and_over_all_for_phi(monkeypatch):
+    tokens, levels = 50_000, []
+    phi = small_head("phi", 1, 2)
+    guided = Guided(small_head("teacher", 1, 2), torch.zeros(1, tokens, 2), 1.0)
+
+    def record(x_t, t, context):
+        levels.append(t)
+        return x_t
+
+    monkeypatch.setattr(phi, "forward", record)
+    x_0 = torch.zeros(tokens, 1)
+    student_step_loss(x_0, guided, phi, FULL, settings_for("sim"), generator("levels"))
+    distillation.auxiliary_step_loss(x_0, guided, phi, FULL, generator("levels"))
+    for (low, high), t in zip(((20, 980), (0, 999)), levels, strict=True):
+        assert (t.min(), t.max()) == (low, high)
+        assert abs(t.mean() - (low + high) / 2) < 4 * (high - low) / (12 * tokens) ** 0.5
+
+
+def test_dmds_gradient_by_x_t_is_the_unit_score_gap():
+    x_t = randn(16, 5, seed=0).requires_grad_(True)
+    teacher_eps, phi_eps = x_t.sin() * 2, x_t.square()  # any functions of x_t: their gradients must not count
+    (found,) = torch.autograd.grad(distribution_matching_loss(teacher_eps, phi_eps, x_t).sum(), x_t)
+    y = (teacher_eps - phi_eps).detach()
+    torch.testing.assert_close(found, y / y.norm(dim=1, keepdim=True), rtol=1e-8, atol=1e-8)
+
+
+def tiny_teacher():
+    """A teacher of 4 x 4 pixels in four tokens, whose head is not zero."""
+    config = MARConfig(
+        (2, 2), 4, 3,
+        encoder_dim=16, encoder_depth=1, encoder_heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2,
+        head_width=16, head_depth=1, buffer_size=2, learn_variance=False,
+    )  # fmt: skip
+    teacher = MAR(config).initialize(generator("teacher"))
+    shake(teacher.head, generator("teacher", "head"))
+    return teacher, ModelConfig(config, PixelSpace((4, 4), 1, 2, 0.5, 2.0), Chain(), ("a", "b", "c"), 2)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_distillation_freezes_the_teacher_always_and_phi_in_thetas_step(objective, tmp_path, monkeypatch):
+    teacher, config = tiny_teacher()
+    before = copy.deepcopy(teacher.state_dict())
+    student_loss, phi_loss = distillation.student_step_loss, distillation.auxiliary_step_loss
+    jobs = []
+
+    def theta(x_0, guided, auxiliary, *rest):
+        assert x_0.requires_grad
+        assert not guided.contexts.requires_grad
+        assert not any(p.requires_grad for net in (guided.head, auxiliary) for p in net.parameters())
+        jobs.append("theta")
+        return student_loss(x_0, guided, auxiliary, *rest)
+
+    def phi(x_0, guided, auxiliary, *rest):
+        assert not x_0.requires_grad
+        assert not guided.contexts.requires_grad
+        assert all(p.requires_grad and p.grad is None for p in auxiliary.parameters())  # theta's step left nothing
+        assert all(p.grad is None for p in teacher.parameters())
+        jobs.append("phi")
+        return phi_loss(x_0, guided, auxiliary, *rest)
+
+    monkeypatch.setattr(distillation, "student_step_loss", theta)
+    monkeypatch.setattr(distillation, "auxiliary_step_loss", phi)
+    images = torch.randint(0, 256, (12, 1, 4, 4), generator=generator("images"), dtype=torch.uint8)
+    data = ImageData(images, torch.arange(12) % 3, ("a", "b", "c"))
+    distill(
+        teacher, config, settings_for(objective, warmup=1, batch_size=4, learning_rate=1e-3), data, tmp_path, quiet=True
+    )
+    assert jobs == ["phi", "phi", *["theta", "phi", "phi"] * 3]  # the warm-up belongs to phi
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+# --- a toy that must learn ---
+
+RING = torch.tensor([[math.cos(k * math.pi / 3), math.sin(k * math.pi / 3)] for k in range(6)])
+RING_STD = 0.15
+GUIDANCE = 1.5
+
+
+def mixture_eps(x_t, alpha, sigma, means):
+    """The exact `E[eps | x_t]` of an even mixture of Gaussians."""
+    variance = (alpha * RING_STD) ** 2 + sigma**2
+    differences = x_t[:, None] - alpha[:, None] * means
+    weights = (-differences.square().sum(-1) / (2 * variance)).softmax(dim=1)
+    return sigma * (weights[..., None] * differences).sum(1) / variance
+
+
+def ring_teacher(x_t, alpha, sigma):
+    """Guided: the class is two of six Gaussians on a ring, the null class is all of them."""
+    return guided_eps(torch.stack([mixture_eps(x_t, alpha, sigma, means) for means in (RING[:2], RING)]), GUIDANCE)
+
+
+def ring_teacher_samples(count, seed):
+    """Ancestral sampling with 100 steps."""
+    schedule, rng = NoiseSchedule.respaced(100), generator("ring", seed)
+    x_t = torch.randn(count, 2, generator=rng)
+    for i in reversed(range(100)):
+        alpha, sigma = (table[i].expand(count, 1) for table in (schedule.alpha, schedule.sigma))
+        x_0 = schedule.x0_from_eps(x_t, ring_teacher(x_t, alpha, sigma), i)
+        x_t = schedule.posterior_mean(x_0, x_t, i)
+        if i > 0:
+            x_t = x_t + (0.5 * schedule.log_posterior_variance[i]).exp() * torch.randn(count, 2, generator=rng)
+    return x_t
+
+
+def energy_distance(a, b):
+    """Unbiased: 0 on average for samples of one distribution."""
+
+    def within(x):
+        return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
+
+    return (2 * torch.cdist(a, b).mean() - within(a) - within(b)).item()
+
+
+def small_mlp(inputs, name):
+    """A two-layer network with weights of its own."""
+    net = nn.Sequential(nn.Linear(inputs, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+    rng = generator("mlp", name)
+    with torch.no_grad():
+        for layer in (net[0], net[2], net[4]):
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=rng) / layer.in_features**0.5)
+            layer.bias.zero_()
+    return net
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_toy_student_learns_the_guided_teacher(objective):
+    steps, batch, learning_rate = 600, 256, 2e-3
+    rng = generator("toy")
+    student, phi = small_mlp(2, "student"), small_mlp(2 + 16, "phi")
+    student_optimizer = torch.optim.Adam(student.parameters(), learning_rate, (0.0, 0.999))
+    phi_optimizer = torch.optim.Adam(phi.parameters(), 2 * learning_rate, (0.0, 0.999))
+
+    def phi_eps(x_t, t):
+        return phi(torch.cat([x_t, timestep_features(t.float(), 16)], dim=1))
+
+    def noise(x_0, low, high):
+        t, eps = torch.randint(low, high, (batch,), generator=rng), torch.randn(batch, 2, generator=rng)
+        return FULL.add_noise(x_0, eps, t), t, eps
+
+    target, z = ring_teacher_samples(1500, 0), torch.randn(1500, 2, generator=generator("z"))
+    assert energy_distance(target, ring_teacher_samples(1500, 1)) < 0.01  # what the distance calls equal
+
+    def distance():
+        with torch.no_grad():
+            return energy_distance(z + student(z), target)
+
+    start = distance()
+    for step in range(steps):
+        noise_in = torch.randn(batch, 2, generator=rng)
+        x_0 = noise_in + student(noise_in)
+        if step >= 100:
+            student_optimizer.param_groups[0]["lr"] = learning_rate * min(1, 2 * (1 - step / steps))
+            phi.requires_grad_(False)
+            x_t, t, eps = noise(x_0, 20, 981)
+            teacher_eps = ring_teacher(x_t, FULL.alpha[t, None], FULL.sigma[t, None])
+            generator_loss(objective, teacher_eps, phi_eps(x_t, t), eps, x_t)[0].backward()
+            student_optimizer.step()
+            student_optimizer.zero_grad()
+            phi.requires_grad_(True)
+        for _ in range(2):
+            x_t, t, eps = noise(x_0.detach(), 0, 1000)
+            auxiliary_loss(phi_eps(x_t, t), eps).backward()
+            phi_optimizer.step()
+            phi_optimizer.zero_grad()
+    assert start > 0.3
+    assert distance() < start / 10
