@@ -24,6 +24,7 @@ def train(
     data: str | None = None,
     out: Path = Path("runs/teacher"),
     name: str = "teacher",
+    init: str | None = None,
     settings: OmitArgPrefixes[TrainConfig] = TrainConfig(),
     resume: bool = False,
     device: str = "auto",
@@ -39,6 +40,7 @@ def train(
         data: "fashion-mnist", "fashion-mnist:FOLDER", or "folder:DIR" with one sub-folder of images per class.
         out: the run's folder; the model is left in its sub-folder `model`.
         name: the model's name.
+        init: a model of the same sizes to start from, instead of fresh weights.
         resume: go on from the run's last saved state.
         device: "auto", "cpu", "cuda", "mps", ...
     """
@@ -47,7 +49,8 @@ def train(
 
     images = load_data(data or preset)
     config = teacher_config(name, images, data or preset, _source())
-    train_teacher(config, settings, images, out, resume=resume, device=_device(device))
+    start = _load(init, device).model if init is not None else None
+    train_teacher(config, settings, images, out, init=start, resume=resume, device=_device(device))
 
 
 def distill(

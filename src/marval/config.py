@@ -183,17 +183,18 @@ class ModelConfig:
 class TrainConfig:
     """How a teacher is trained. Training state is saved every `save_every` iterations."""
 
-    iterations: int = 14_000
+    iterations: int = 11_000
     batch_size: int = 128
     tokens_per_image: int = 24  # masked tokens of an image that enter the loss
     learning_rate: float = 1e-3
     warmup: int = 500  # iterations of linear warm-up
-    decay: int = 2000  # iterations of linear decay to 0, at the end
+    decay: int = 3000  # iterations of linear decay to 0, at the end
     weight_decay: float = 0.02
     gradient_clip: float = 1.0
     ema_decay: float = 0.9995
     label_drop: float = 0.1
-    mask_ratio_min: float = 0.7
+    mask_ratio_min: float = 0.0  # MAR: 0.7; low ratios teach the last iterations, which few tokens need
+    mask_ratio_std: float = 0.6  # MAR: 0.25
     autocast: bool = True  # bf16 for the transformer and the inner layers of the head
     seed: int = 0
     save_every: int = 250
@@ -211,7 +212,8 @@ class DistillConfig:
     timestep: int = 755  # t*, the level at which the student is called
     batch_size: int = 64
     tokens_per_image: int = 16
-    mask_ratio_min: float = 0.7
+    mask_ratio_min: float = 0.0
+    mask_ratio_std: float = 0.6
     learning_rate: float = 1e-4  # theta
     auxiliary_learning_rate: float = 2e-4  # phi
     auxiliary_steps: int = 2  # updates of phi for one of theta

@@ -65,7 +65,7 @@ def masked_batch(
 ) -> Batch:
     """Hide a random part of every image (one ratio for the batch) and choose the tokens to draw."""
     batch, total, channels = tokens.shape
-    masked = masked_count(total, settings.mask_ratio_min, rng)
+    masked = masked_count(total, settings.mask_ratio_min, settings.mask_ratio_std, rng)
     visible, targets = split_tokens(batch, total, masked, settings.tokens_per_image, rng)
     z = torch.randn(targets.numel(), channels, generator=rng)
     device = tokens.device

@@ -124,5 +124,6 @@ class Log:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.console.print(
             f"step {step}/{self.total}  {shown}  {rate * self.images_per_step:.0f} images/s  "
-            f"{int(left // 60)} min {int(left % 60)} s left"
+            f"{int(left // 60)} min {int(left % 60)} s left",
+            soft_wrap=True,
         )

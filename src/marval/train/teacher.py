@@ -50,12 +50,12 @@ def teacher_config(name: str, data: ImageData, data_spec: str, source: str = "")
     return ModelConfig(mar, space, draw, data.class_names, iterations, name, data_spec, source)
 
 
-def masked_count(num_tokens: int, ratio_min: float, rng: torch.Generator) -> int:
-    """How many tokens to mask: the ratio is a normal around 1 (std 0.25) cut to [ratio_min, 1] (MAR, section 4)."""
-    low, high = torch.special.ndtr(torch.tensor([(ratio_min - 1) / 0.25, 0.0], dtype=torch.float64))
+def masked_count(num_tokens: int, ratio_min: float, ratio_std: float, rng: torch.Generator) -> int:
+    """How many tokens to mask: the ratio is a normal around 1 cut to [ratio_min, 1] (MAR, section 4; 0.7, std 0.25)."""
+    low, high = torch.special.ndtr(torch.tensor([(ratio_min - 1) / ratio_std, 0.0], dtype=torch.float64))
     u = low + (high - low) * torch.rand((), generator=rng, dtype=torch.float64)
-    ratio = 1 + 0.25 * torch.special.ndtri(u).clamp(max=0.0)
-    return min(num_tokens, int(torch.ceil(num_tokens * ratio)))
+    ratio = 1 + ratio_std * torch.special.ndtri(u).clamp(max=0.0)
+    return min(num_tokens, max(1, int(torch.ceil(num_tokens * ratio))))
 
 
 def split_tokens(
@@ -77,7 +77,7 @@ def teacher_loss(
 ) -> Float[Tensor, ""]:
     """The loss of one batch; every random draw comes from `rng` (on the CPU, so that devices agree)."""
     batch, device = len(tokens), tokens.device
-    masked = masked_count(model.config.num_tokens, settings.mask_ratio_min, rng)
+    masked = masked_count(model.config.num_tokens, settings.mask_ratio_min, settings.mask_ratio_std, rng)
     visible, targets = split_tokens(batch, model.config.num_tokens, masked, settings.tokens_per_image, rng)
     drop = (torch.rand(batch, generator=rng) < settings.label_drop).float()
     t = torch.randint(0, len(schedule.timesteps), (targets.numel(),), generator=rng)
@@ -95,19 +95,26 @@ def train_teacher(
     data: ImageData,
     out: Path,
     *,
+    init: MAR | None = None,
     resume: bool = False,
     device: torch.device | str = "cpu",
     quiet: bool = False,
 ) -> None:
     """Train a teacher and leave its EMA in `out/model`; the training state lies beside it.
 
+    Args:
+        init: start from these weights instead of fresh ones.
+
     Raises:
-        ValueError: `out` holds another run, cannot be written to, or the loss is no longer finite.
+        ValueError: `init` has other sizes than `config`, `out` holds another run, cannot be written to, or the loss is no longer finite.
     """
     prepare_folder(out, resume)
     described = {**config.to_dict(), "source": "", "images": len(data), **dataclasses.asdict(settings)}
     space = token_space(config.space, device)
-    model = MAR(config.mar).initialize(generator(settings.seed, "weights")).to(device).train()
+    if init is not None and init.config != config.mar:
+        raise ValueError(f"the initial model's sizes are {init.config}, the data asks for {config.mar}")
+    model = init or MAR(config.mar).initialize(generator(settings.seed, "weights"))
+    model = copy.deepcopy(model).requires_grad_(True).to(device).train()
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         model.parameters(), settings.learning_rate, (0.9, 0.95), weight_decay=settings.weight_decay, fused=True
