@@ -1,5 +1,6 @@
 """Drawing images: schedules and orders, independence of the batch, guidance, inpainting, gradients, randomness."""
 
+import copy
 import math
 
 import pytest
@@ -560,3 +561,46 @@ def test_the_global_random_state_changes_no_image_and_no_loss():
             results.append((tokens, loss))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+def test_bad_input_is_refused_with_what_was_expected():
+    student = pipeline("one_step")
+    images, keep = torch.zeros(1, 1, 6, 8), torch.zeros(1, 12, dtype=torch.bool)
+    for call, message in (
+        (lambda: student.sample([]), "0 classes"),
+        (lambda: student.sample([0], batch_size=0), "batches of 0"),
+        (lambda: student.sample([0], images=images), "both"),
+        (lambda: student.sample([0], keep=keep), "both"),
+        (lambda: student.sample(["²"]), "unknown class"),
+        (lambda: student.sample([0, 1], seed=[1]), "1 seeds for 2"),
+        (lambda: student.sample([0, 1], order=torch.arange(12).expand(3, -1)), "shape"),
+        (lambda: student.sample([0, 1], images=images.expand(2, -1, -1, -1), keep=keep), "expected"),
+        (lambda: OneStep(-1), "timestep -1"),
+        (lambda: OneStep(1000), "timestep 1000"),
+        (lambda: Chain(steps=0), "0 diffusion steps"),
+        (lambda: Chain(guidance_schedule="cosine"), "cosine"),
+        (lambda: Chain(temperature=-1.0), "temperature"),
+        (lambda: Chain(guidance=float("nan")), "guidance nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_inpainting_draws_what_is_left_and_no_more():
+    student = pipeline("one_step")
+    images = torch.rand(1, 1, 6, 8, generator=generator("inpainting"))
+    keep = torch.ones(1, 12, dtype=torch.bool)
+    assert torch.equal(student.sample([0], images=images, keep=keep), images)
+    keep[0, :2] = False
+    drawn = student.sample([0], images=images, keep=keep)  # the default K is 4, two tokens are left
+    assert torch.equal(drawn[..., 2:, :], images[..., 2:, :])
+    assert not torch.equal(drawn, images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_any_dtype_draws(dtype):
+    student = pipeline("one_step")
+    model = copy.deepcopy(student.model).to(dtype)
+    tokens = Pipeline(model, student.config).sample_tokens([0, 1], seeds=[0, 1])
+    assert tokens.dtype == dtype
+    assert tokens.isfinite().all()

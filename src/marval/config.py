@@ -128,6 +128,16 @@ class Chain:
     clip: bool = False  # keep x_0 within the data's range at each step
     kind: Literal["chain"] = "chain"
 
+    def __post_init__(self) -> None:
+        if not 2 <= self.steps <= 1000:
+            raise ValueError(f"{self.steps} diffusion steps: expected a number from 2 to 1000")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance {self.guidance}: expected a number from 0, where 1 is no guidance")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature {self.temperature}: expected a number from 0")
+        if self.guidance_schedule not in ("linear", "constant"):
+            raise ValueError(f"guidance schedule {self.guidance_schedule!r}: expected linear or constant")
+
 
 @dataclass(frozen=True)
 class OneStep:
@@ -135,6 +145,10 @@ class OneStep:
 
     timestep: int = 755
     kind: Literal["one_step"] = "one_step"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.timestep < 999:
+            raise ValueError(f"timestep {self.timestep}: expected a number from 0 to 998 (1/alpha explodes at 999)")
 
 
 @dataclass(frozen=True)

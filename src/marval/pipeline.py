@@ -5,12 +5,13 @@ import difflib
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from marval.config import Chain, ModelConfig
+from marval.config import Chain, ModelConfig, Schedule
 from marval.io.checkpoint import WEIGHTS, load_model, save_model
 from marval.model import MAR
 from marval.sampling import Orders, draw_function, sample
@@ -64,18 +65,28 @@ class Pipeline:
         """Where the weights are."""
         return self.model.mask_token.device
 
-    def with_chain(self, **changes: object) -> "Pipeline":
-        """The same teacher with other settings of its chain: `steps`, `guidance`, `guidance_schedule`, `temperature`.
+    def with_chain(
+        self,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        guidance_schedule: Schedule | None = None,
+        temperature: float | None = None,
+    ) -> "Pipeline":
+        """The same teacher with other settings of its chain (see `marval.config.Chain`); None keeps the model's own.
 
         Raises:
             ValueError: the model is a student, or a value is out of range.
         """
-        changes = {name: value for name, value in changes.items() if value is not None}
+        given: dict[str, Any] = {
+            "steps": steps, "guidance": guidance, "guidance_schedule": guidance_schedule, "temperature": temperature,
+        }  # fmt: skip
+        changes = {name: value for name, value in given.items() if value is not None}
         if not changes:
             return self
         if not isinstance(self.config.draw, Chain):
             raise ValueError(f"{', '.join(changes)}: not for a one-step student, whose guidance is baked in")
-        draw = dataclasses.replace(self.config.draw, **changes)  # type: ignore[arg-type]
+        draw = dataclasses.replace(self.config.draw, **changes)
         return Pipeline(self.model, dataclasses.replace(self.config, draw=draw))
 
     def labels(self, classes: Sequence[str | int]) -> list[int]:
@@ -89,7 +100,7 @@ class Pipeline:
         for item in classes:
             if isinstance(item, str) and item in names:
                 found.append(names.index(item))
-            elif str(item).isdigit() and int(item) < len(names):
+            elif str(item).isdecimal() and int(item) < len(names):
                 found.append(int(item))
             else:
                 near = difflib.get_close_matches(str(item), names, n=3, cutoff=0.5) or names[:10]
@@ -142,7 +153,7 @@ class Pipeline:
 
         Args:
             seed: the first image's seed (the next ones count on from it), or a seed for each image.
-            iterations: K; the model's own default when None.
+            iterations: K; the model's own default when None, or the number of tokens to draw where that is smaller.
             order: "random", "raster", "halton", positions, or a function of (grid, seed).
             images, keep: inpainting: the tokens of `images` where `keep` is True stay as they are.
             on_iteration: called with the iteration, the partial images and the mask of tokens drawn so far.
@@ -151,12 +162,20 @@ class Pipeline:
             ValueError: an unknown class, K out of range, or a bad order.
         """
         labels = self.labels(classes)
+        if not labels or batch_size < 1:
+            raise ValueError(f"{len(labels)} classes in batches of {batch_size}: expected at least one of each")
+        if (images is None) != (keep is None):
+            raise ValueError("inpainting needs both `images` and `keep`")
         seeds = list(range(seed, seed + len(labels))) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(labels):
             raise ValueError(f"{len(seeds)} seeds for {len(labels)} images: expected one for each, or a single number")
         known = None
         if images is not None and keep is not None:
             known = (self.space.encode(images.to(self.device)), keep)
+            hidden = int((~keep).sum(dim=1).max())
+            if hidden == 0:
+                return images.cpu().clone()
+            iterations = min(self.config.iterations, hidden) if iterations is None else iterations
 
         def show(k: int, tokens: Tensor, drawn: Tensor) -> None:
             if on_iteration is not None:

@@ -212,8 +212,12 @@ def drawing_orders(orders: Orders, grid: tuple[int, int], seeds: Sequence[int]) 
             raise ValueError(f"unknown order {orders!r}: expected one of {', '.join(ORDERS)}")
         orders = ORDERS[orders]
     rows = orders if isinstance(orders, Tensor) else torch.stack([orders(grid, seed) for seed in seeds])
-    if rows.shape[-1] != count or not torch.equal(rows.sort(dim=-1).values, torch.arange(count).expand_as(rows)):
-        raise ValueError(f"an order must name each of the {count} positions once")
+    fits = rows.shape in ((count,), (len(seeds), count)) and not rows.is_floating_point()
+    if not fits or not torch.equal(rows.sort(dim=-1).values, torch.arange(count).expand_as(rows)):
+        raise ValueError(
+            f"an order must name each of the {count} positions once, in whole numbers of shape ({count},) or "
+            f"({len(seeds)}, {count}): this one has shape {tuple(rows.shape)} and {rows.dtype}"
+        )
     return rows.expand(len(seeds), count)
 
 
@@ -252,14 +256,18 @@ def sample(
             memory holds one iteration's activations at a time.
 
     Raises:
-        ValueError: too many iterations, a bad order, or kept counts that differ within the batch.
+        ValueError: too many iterations, a bad order, a wrong number of seeds, or kept counts that differ within the batch.
     """
-    config, device = model.config, labels.device
+    config, device, dtype = model.config, labels.device, model.mask_token.dtype
     batch, total = len(labels), config.num_tokens
+    if len(seeds) != batch:
+        raise ValueError(f"{len(seeds)} seeds for {batch} images: expected one for each")
     order = drawing_orders(orders, config.token_grid, seeds)
-    tokens, shown = torch.zeros(batch, total, config.token_dim, device=device), 0
+    tokens, shown = torch.zeros(batch, total, config.token_dim, device=device, dtype=dtype), 0
     if known is not None:
-        given, keep = known[0], known[1].cpu()
+        given, keep = known[0].to(tokens), known[1].cpu()
+        if keep.shape != (batch, total):
+            raise ValueError(f"a mask of shape {tuple(keep.shape)}: expected ({batch}, {total}), images and tokens")
         shown = int(keep[0].sum())
         if (keep.sum(dim=1) != shown).any():
             raise ValueError("every image of a batch must keep the same number of tokens: draw the others apart")
@@ -270,7 +278,7 @@ def sample(
     if noise is None:
         draws = draw_tokens.noise_draws
         noise = torch.stack([image_noise(seed, draws, total, config.token_dim) for seed in seeds], dim=1)
-    noise, order = noise.to(device), order.to(device)
+    noise, order = noise.to(device, dtype), order.to(device)
 
     def iterate(tokens: Tensor, visible: Tensor, positions: Tensor, guidance: float) -> Tensor:
         context = model_contexts(model, tokens, visible, positions, labels, guided=draw_tokens.guidance != 1.0)

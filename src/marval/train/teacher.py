@@ -51,7 +51,7 @@ def teacher_config(name: str, data: ImageData, data_spec: str, source: str = "")
 
 
 def masked_count(num_tokens: int, ratio_min: float, ratio_std: float, rng: torch.Generator) -> int:
-    """How many tokens to mask: the ratio is a normal around 1 cut to [ratio_min, 1] (MAR, section 4; 0.7, std 0.25)."""
+    """How many tokens to mask: the ratio is a normal around 1, cut to [ratio_min, 1] (MAR: 0.7 and std 0.25)."""
     low, high = torch.special.ndtr(torch.tensor([(ratio_min - 1) / ratio_std, 0.0], dtype=torch.float64))
     u = low + (high - low) * torch.rand((), generator=rng, dtype=torch.float64)
     ratio = 1 + ratio_std * torch.special.ndtri(u).clamp(max=0.0)
@@ -106,7 +106,8 @@ def train_teacher(
         init: start from these weights instead of fresh ones.
 
     Raises:
-        ValueError: `init` has other sizes than `config`, `out` holds another run, cannot be written to, or the loss is no longer finite.
+        ValueError: `init` has other sizes than `config`, `out` holds another run or cannot be written to, or the
+            loss is no longer finite.
     """
     prepare_folder(out, resume)
     described = {**config.to_dict(), "source": "", "images": len(data), **dataclasses.asdict(settings)}
