@@ -256,7 +256,8 @@ def sample(
             memory holds one iteration's activations at a time.
 
     Raises:
-        ValueError: too many iterations, a bad order, a wrong number of seeds, or kept counts that differ within the batch.
+        ValueError: too many iterations, a bad order, a wrong number of seeds, or kept counts that
+            differ within the batch.
     """
     config, device, dtype = model.config, labels.device, model.mask_token.dtype
     batch, total = len(labels), config.num_tokens
