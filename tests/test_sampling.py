@@ -577,7 +577,6 @@ def test_bad_input_is_refused_with_what_was_expected():
         (lambda: OneStep(-1), "timestep -1"),
         (lambda: OneStep(1000), "timestep 1000"),
         (lambda: Chain(steps=0), "0 diffusion steps"),
-        (lambda: Chain(guidance_schedule="cosine"), "cosine"),
         (lambda: Chain(temperature=-1.0), "temperature"),
         (lambda: Chain(guidance=float("nan")), "guidance nan"),
     ):
