@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from marval.config import Chain, MARConfig, ModelConfig, PixelSpace
 from marval.io.checkpoint import save_model
-from marval.model import MAR
-from marval.randomness import generator
+from tiny import tiny_config, tiny_model
 
 MARVAL = [sys.executable, "-m", "marval"]
 
@@ -45,14 +43,7 @@ def work(tmp_path_factory):
         for i in range(8):
             array = rng.integers(0, 255, (18, 20, 3), dtype=np.uint8)
             Image.fromarray(array).save(root / "pictures" / name / f"{i}.png")
-    space = PixelSpace((8, 8), 1, 2, shift=0.3, scale=3.0)
-    mar = MARConfig(
-        space.token_grid, space.token_dim, 2,
-        encoder_dim=16, encoder_depth=1, encoder_heads=2, decoder_dim=16, decoder_depth=2, decoder_heads=2,
-        head_width=16, head_depth=2, buffer_size=2, learn_variance=False,
-    )  # fmt: skip
-    config = ModelConfig(mar, space, Chain(guidance=1.5, steps=8, clip=True), ("cross", "square"), 4, "tiny")
-    save_model(root / "tiny", MAR(config.mar).initialize(generator(0)), config)
+    save_model(root / "tiny", tiny_model(), tiny_config())
     return root
 
 

@@ -8,7 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from marval.config import Chain, MARConfig, ModelConfig, OneStep, PixelSpace
+from marval.config import Chain, OneStep
 from marval.data import load_fashion_mnist
 from marval.evaluate.evaluate import Judge, draw_bytes, evaluate, flops_per_image, time_models
 from marval.evaluate.features import (
@@ -19,11 +19,11 @@ from marval.evaluate.features import (
     frechet_distance,
 )
 from marval.evaluate.tables import fill_markdown, speedup_table
-from marval.model import MAR
 from marval.pipeline import Pipeline
 from marval.randomness import generator
 from marval.rewards import ClassifierReward, find_reward
 from marval.rewards.classifier import Classifier, load_classifier, save_classifier
+from tiny import tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +31,8 @@ def network():
     return EfficientNetFeatures()
 
 
-def tiny_pipeline(draw, name="tiny", seed=0):
-    space = PixelSpace((8, 8), 1, 2, shift=0.3, scale=3.0)
-    mar = MARConfig(
-        space.token_grid, space.token_dim, 2,
-        encoder_dim=16, encoder_depth=1, encoder_heads=2, decoder_dim=16, decoder_depth=2, decoder_heads=2,
-        head_width=16, head_depth=2, buffer_size=2, learn_variance=False,
-    )  # fmt: skip
-    model = MAR(mar).initialize(generator(seed)).eval().requires_grad_(False)
-    torch.nn.init.normal_(model.head.final_layer.linear.weight, std=0.1, generator=generator(seed))
-    return Pipeline(model, ModelConfig(mar, space, draw, ("cross", "square"), 4, name))
+def tiny_pipeline(draw, seed=0):
+    return Pipeline(tiny_model(seed), dataclasses.replace(tiny_config(), draw=draw))
 
 
 def test_frechet_distance_equals_scipy_in_float64():

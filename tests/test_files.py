@@ -1,5 +1,6 @@
 """Files: whole or not at all, strict, and the data sets that people have."""
 
+import dataclasses
 import gzip
 import json
 
@@ -8,28 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
-from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep, PixelSpace
+from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep
 from marval.data import FASHION_CLASSES, load_data, load_fashion_mnist, load_folder
 from marval.io.checkpoint import load_model, save_model
 from marval.io.files import atomic_path
 from marval.io.images import grid, to_pil
-from marval.model import MAR
-from marval.randomness import generator
+from tiny import tiny_config, tiny_model
 
 
-def tiny(draw=OneStep()):  # noqa: B008
-    space = PixelSpace((8, 8), 1, 2, shift=0.3, scale=3.0)
-    mar = MARConfig(
-        space.token_grid, space.token_dim, 2,
-        encoder_dim=16, encoder_depth=1, encoder_heads=2, decoder_dim=16, decoder_depth=2, decoder_heads=2,
-        head_width=16, head_depth=2, buffer_size=2, learn_variance=False,
-    )  # fmt: skip
-    return MAR(mar).initialize(generator(0)), ModelConfig(mar, space, draw, ("cross", "square"), 4, "tiny")
+@pytest.fixture
+def tiny():
+    return tiny_model(), dataclasses.replace(tiny_config(), draw=OneStep())
 
 
 @pytest.mark.parametrize("draw", [OneStep(), Chain(guidance=2.0, steps=50)])
-def test_a_model_comes_back_as_it_was(draw, tmp_path):
-    model, config = tiny(draw)
+def test_a_model_comes_back_as_it_was(draw, tiny, tmp_path):
+    model, config = tiny[0], dataclasses.replace(tiny[1], draw=draw)
     save_model(tmp_path, model, config)
     again, read = load_model(tmp_path)
     assert read == config
@@ -39,8 +34,8 @@ def test_a_model_comes_back_as_it_was(draw, tmp_path):
     assert load_model(tmp_path / "model.safetensors")[1] == config  # the weights' file alone is a whole model
 
 
-def test_half_precision_on_disk_is_float32_in_memory(tmp_path):
-    model, config = tiny()
+def test_half_precision_on_disk_is_float32_in_memory(tiny, tmp_path):
+    model, config = tiny
     save_model(tmp_path, model, config, torch.float16)
     again, _ = load_model(tmp_path)
     assert {value.dtype for value in again.state_dict().values()} == {torch.float32}
@@ -49,10 +44,10 @@ def test_half_precision_on_disk_is_float32_in_memory(tmp_path):
     )
 
 
-def test_tensors_that_do_not_fit_are_named(tmp_path):
+def test_tensors_that_do_not_fit_are_named(tiny, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    model, config = tiny()
+    model, config = tiny
     save_model(tmp_path, model, config)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
@@ -73,13 +68,12 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
 
 
 def test_latent_spaces_survive_json():
-    _, config = tiny()
     space = LatentSpace((256, 256), "some/vae")
     assert space.token_grid == (16, 16)
     assert space.token_dim == 16
     changed = ModelConfig(MARConfig.imagenet256("base"), space, Chain(), ("a",), 64)
     assert ModelConfig.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
-    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert ModelConfig.from_dict(json.loads(json.dumps(tiny_config().to_dict()))) == tiny_config()
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -8,17 +8,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from marval.config import Chain, DistillConfig, FinetuneConfig, MARConfig, ModelConfig, OneStep, PixelSpace, TrainConfig
+from marval.config import DistillConfig, FinetuneConfig, OneStep, TrainConfig
 from marval.data import ImageData, batch_indices
-from marval.model import MAR
 from marval.pipeline import Pipeline, load
 from marval.randomness import generator
 from marval.train import distill as distill_module
 from marval.train import finetune as finetune_module
 from marval.train import teacher as teacher_module
 from marval.train.run import learning_rate_factor
+from tiny import tiny_config, tiny_model
 
-NAMES = ("cross", "square")
+
+@pytest.fixture
+def config():
+    return CONFIG
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +32,10 @@ def data():
     labels = torch.arange(64) % 2
     images[labels == 0, :, 3:5] += 200
     images[labels == 1, :, 2:6, 2:6] += 200
-    return ImageData(images, labels, NAMES)
+    return ImageData(images, labels, CONFIG.class_names)
 
 
-@pytest.fixture(scope="module")
-def config():
-    space = PixelSpace((8, 8), 1, 2, shift=0.3, scale=3.0)
-    mar = MARConfig(
-        space.token_grid, space.token_dim, 2,
-        encoder_dim=16, encoder_depth=1, encoder_heads=2, decoder_dim=16, decoder_depth=2, decoder_heads=2,
-        head_width=16, head_depth=2, buffer_size=2, learn_variance=False,
-    )  # fmt: skip
-    return ModelConfig(mar, space, Chain(guidance=1.5, steps=8, clip=True), NAMES, 4, "tiny")
-
-
+CONFIG = tiny_config()
 TRAIN = TrainConfig(
     iterations=12, batch_size=8, tokens_per_image=6, warmup=3, decay=4, save_every=5, log_every=1, autocast=False
 )
@@ -53,14 +46,6 @@ FINETUNE = FinetuneConfig(
     iterations=12, sample_iterations=4, backprop_iterations=4, batch_size=4, learning_rate=1e-3, save_every=5,
     log_every=1, probe_every=50,
 )  # fmt: skip
-
-
-def tiny_model(config, seed=0):
-    """A small network whose head is not all zeros."""
-    model = MAR(config.mar).initialize(generator(seed, "tiny"))
-    for parameter in model.head.final_layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.05, generator=generator(seed, "head"))
-    return model.eval().requires_grad_(False)
 
 
 def brightness(images, prompts):
@@ -76,22 +61,22 @@ def run_train(config, data, out, resume=False, settings=TRAIN):
 
 
 def run_distill(config, data, out, resume=False, settings=DISTILL):
-    distill_module.distill(tiny_model(config), config, settings, data, out, resume=resume, quiet=True)
+    distill_module.distill(tiny_model(), config, settings, data, out, resume=resume, quiet=True)
 
 
 def run_finetune(config, data, out, resume=False, settings=FINETUNE, reward=brightness, probe=steady_probe):
     student = dataclasses.replace(config, draw=OneStep())
     return finetune_module.finetune(
-        tiny_model(config), student, reward, settings, out, probe=probe, resume=resume, quiet=True
+        tiny_model(), student, reward, settings, out, probe=probe, resume=resume, quiet=True
     )
 
 
 def run_anchored(config, data, out, resume=False):
     student = dataclasses.replace(config, draw=OneStep())
     settings = dataclasses.replace(FINETUNE, anchor=0.5, anchor_warmup=2)
-    anchor = finetune_module.Anchor(tiny_model(config, 1), data, DISTILL)
+    anchor = finetune_module.Anchor(tiny_model(1), data, DISTILL)
     finetune_module.finetune(
-        tiny_model(config), student, brightness, settings, out, probe=steady_probe, anchor=anchor, resume=resume,
+        tiny_model(), student, brightness, settings, out, probe=steady_probe, anchor=anchor, resume=resume,
         quiet=True,
     )  # fmt: skip
 
@@ -141,7 +126,7 @@ def test_resumed_run_equals_uninterrupted_to_the_bit(run, module, inner, data, c
 
 
 def test_distillation_moves_the_student_and_not_the_teacher(data, config, tmp_path):
-    teacher = tiny_model(config)
+    teacher = tiny_model()
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     distill_module.distill(teacher, config, DISTILL, data, tmp_path / "run", quiet=True)
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
@@ -163,7 +148,7 @@ def test_tuning_raises_the_reward_and_trains_the_named_part_only(data, config, t
     rewards = [line["reward"] for line in log_of(tmp_path / "run") if "reward" in line]
     assert sum(rewards[-5:]) > sum(rewards[:5])
     state = torch.load(tmp_path / "run/state.pt", weights_only=True)["student"]
-    for key, value in tiny_model(config).state_dict().items():
+    for key, value in tiny_model().state_dict().items():
         assert torch.equal(value, state[key]) != key.startswith("diffloss") or "in_ln" in key, key
 
 
@@ -202,7 +187,7 @@ def test_a_student_is_refused_as_teacher_and_a_teacher_as_student(data, config, 
     with pytest.raises(ValueError, match="one-step student already"):
         run_distill(dataclasses.replace(config, draw=OneStep()), data, tmp_path)
     with pytest.raises(ValueError, match="distil it first"):
-        finetune_module.finetune(tiny_model(config), config, brightness, FINETUNE, tmp_path, probe=steady_probe)
+        finetune_module.finetune(tiny_model(), config, brightness, FINETUNE, tmp_path, probe=steady_probe)
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(data, config, tmp_path):

@@ -63,7 +63,7 @@ class Statistics:
     count: int
 
     @classmethod
-    def of(cls, parts: Iterable[Float[Tensor, "n f"]]) -> "Statistics":
+    def of(cls, parts: Iterable[Float[Tensor, "_ f"]]) -> "Statistics":
         """The statistics of features that come in parts, summed in float64."""
         count, total, outer = 0, torch.tensor(0.0), torch.tensor(0.0)
         for part in parts:
