@@ -15,7 +15,7 @@ from marval.config import Chain, ModelConfig, Schedule
 from marval.io.checkpoint import WEIGHTS, load_model, save_model
 from marval.model import MAR
 from marval.sampling import Orders, draw_function, sample
-from marval.spaces import token_space
+from marval.spaces import TokenSpace, token_space
 
 ImageHook = Callable[[int, Float[Tensor, "b c h w"], Bool[Tensor, "b l"]], None]
 
@@ -56,9 +56,9 @@ def load(name: str | Path, device: torch.device | str = "cpu") -> "Pipeline":
 class Pipeline:
     """Draws images with a teacher or a student."""
 
-    def __init__(self, model: MAR, config: ModelConfig):
+    def __init__(self, model: MAR, config: ModelConfig, space: TokenSpace | None = None):
         self.model, self.config = model, config
-        self.space = token_space(config.space, self.device)
+        self.space = space or token_space(config.space, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +87,7 @@ class Pipeline:
         if not isinstance(self.config.draw, Chain):
             raise ValueError(f"{', '.join(changes)}: not for a one-step student, whose guidance is baked in")
         draw = dataclasses.replace(self.config.draw, **changes)
-        return Pipeline(self.model, dataclasses.replace(self.config, draw=draw))
+        return Pipeline(self.model, dataclasses.replace(self.config, draw=draw), self.space)
 
     def labels(self, classes: Sequence[str | int]) -> list[int]:
         """Class names or numbers to numbers.

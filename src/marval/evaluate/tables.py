@@ -106,12 +106,14 @@ def fill_markdown(document: Path, root: Path) -> bool:
     """Fill every `<!-- results: FILE -->` (or `speed:`) ... `<!-- end -->` with FILE's table; True if it changed."""
     text = document.read_text()
     makers = {"results": markdown_table, "speed": speedup_table}
-    filled = re.sub(
-        r"<!-- (results|speed): (\S+) -->.*?<!-- end -->",
-        lambda m: f"<!-- {m[1]}: {m[2]} -->\n{makers[m[1]](root / m[2])}\n<!-- end -->",
-        text,
-        flags=re.DOTALL,
-    )
+
+    def table(match: re.Match[str]) -> str:
+        kind, name = match[1], match[2]
+        if not (root / name).is_file():
+            raise ValueError(f"{document} shows {name}, which is not there: write it with marval evaluate --out {name}")
+        return f"<!-- {kind}: {name} -->\n{makers[kind](root / name)}\n<!-- end -->"
+
+    filled = re.sub(r"<!-- (results|speed): (\S+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
     if filled != text:
         write_text(document, filled)
     return filled != text

@@ -209,7 +209,7 @@ def distill(
                 l1, l2 = terms.l1.mean().item(), terms.l2.mean().item()
                 figures |= {"l1": l1, "l2": l2, "gradient_norm": norm.item()}
             if probe is not None and probing:
-                figures |= probe(Pipeline(ema, config))
+                figures |= probe(Pipeline(ema, config, space))
             log(done, **figures)
         if saving:
             save_state(out, done, described, **parts)

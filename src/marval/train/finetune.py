@@ -118,7 +118,7 @@ def finetune(
     start = load_state(out, described, **parts) if resume else 0
     log = Log(out / LOG, start, settings.iterations, settings.batch_size, quiet)
     if start == 0:
-        keeper.see(probe(Pipeline(ema, config)))
+        keeper.see(probe(Pipeline(ema, config, space)))
         save_model(out / "model", ema, config)
         log(0, **keeper.first)
 
@@ -167,7 +167,7 @@ def finetune(
         if saving or probing or done % settings.log_every == 0:  # figures are checked before anything is saved
             figures = {"reward": rewards.mean().item(), "gradient_norm": norm.item()}
             if probing:
-                held_out = probe(Pipeline(ema, config))
+                held_out = probe(Pipeline(ema, config, space))
                 figures |= held_out
                 if keeper.see(held_out):
                     save_model(out / "model", ema, config)
