@@ -40,7 +40,15 @@ TRAIN = TrainConfig(
     iterations=12, batch_size=8, tokens_per_image=6, warmup=3, decay=4, save_every=5, log_every=1, autocast=False
 )
 DISTILL = DistillConfig(
-    iterations=12, batch_size=8, tokens_per_image=6, warmup=2, save_every=5, log_every=1, autocast=False
+    iterations=12,
+    batch_size=8,
+    tokens_per_image=6,
+    warmup=2,
+    save_every=5,
+    log_every=1,
+    autocast=False,
+    guidance=1.5,
+    guidance_schedule="linear",
 )
 FINETUNE = FinetuneConfig(
     iterations=12, sample_iterations=4, backprop_iterations=4, batch_size=4, learning_rate=1e-3, save_every=5,

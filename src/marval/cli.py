@@ -144,7 +144,11 @@ def finetune(
             raise ValueError(f"--reward {reward}: {error}") from error
     anchor = None
     if teacher is not None:
-        anchor = Anchor(_load(teacher, device).model, _data_of(pipeline, data), DistillConfig())
+        guide = _load(teacher, device)
+        if not isinstance(guide.config.draw, Chain):
+            raise ValueError(f"--teacher {teacher}: this is a one-step student; expected the teacher it came from")
+        distilling = DistillConfig().with_guidance_of(guide.config.draw)
+        anchor = Anchor(guide.model, _data_of(pipeline, data), distilling)
     ended = run(
         pipeline.model,
         dataclasses.replace(pipeline.config, source=_source()),

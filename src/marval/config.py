@@ -221,8 +221,8 @@ class DistillConfig:
 
     iterations: int = 3000
     objective: Literal["gsim", "sim", "sid", "dmd"] = "sim"
-    guidance: float = 1.6  # w of the teacher
-    guidance_schedule: Schedule = "constant"
+    guidance: float | None = None  # w of the teacher; its own when None
+    guidance_schedule: Schedule | None = None  # the teacher's own when None
     timestep: int = 755  # t*, the level at which the student is called
     batch_size: int = 64
     tokens_per_image: int = 16
@@ -242,6 +242,14 @@ class DistillConfig:
     save_every: int = 250
     log_every: int = 10
     probe_every: int = 250
+
+    def with_guidance_of(self, teacher: Chain) -> "DistillConfig":
+        """The same settings, with the teacher's guidance where none is given."""
+        return dataclasses.replace(
+            self,
+            guidance=teacher.guidance if self.guidance is None else self.guidance,
+            guidance_schedule=self.guidance_schedule or teacher.guidance_schedule,
+        )
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,8 @@ def masked_batch(
 def guide(teacher: MAR, batch: Batch, settings: DistillConfig) -> Guided:
     """The teacher's contexts for a batch and its guidance there."""
     revealed = batch.visible.shape[1] / batch.tokens.shape[1]
+    if settings.guidance is None or settings.guidance_schedule is None:
+        raise ValueError("settings without guidance: take the teacher's with `with_guidance_of`")
     guidance = guidance_at(settings.guidance, settings.guidance_schedule, revealed)
     with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=settings.autocast):
         contexts = model_contexts(
@@ -142,6 +144,7 @@ def distill(
     """
     if not isinstance(teacher_config.draw, Chain):
         raise ValueError(f"{teacher_config.name or 'this model'} is a one-step student already: expected a teacher")
+    settings = settings.with_guidance_of(teacher_config.draw)
     prepare_folder(out, resume)
     device = teacher.mask_token.device
     config = dataclasses.replace(
