@@ -59,7 +59,9 @@ def test_help_is_quick_and_lists_the_verbs(work):
     assert min(times) < 0.5
 
 
-@pytest.mark.parametrize("verb", ["train", "distill", "finetune", "sample", "evaluate", "train-classifier", "demo"])
+@pytest.mark.parametrize(
+    "verb", ["train", "distill", "finetune", "sample", "evaluate", "train-classifier", "convert", "demo"]
+)
 def test_each_verb_shows_two_commands(verb, work):
     result = marval(verb, "--help", cwd=work)
     assert result.returncode == 0
@@ -168,3 +170,23 @@ def test_training_that_diverges_says_so(work, tmp_path):
     )  # fmt: skip
     assert refused(result, "nan", "lower the learning rate")
     assert not Path(tmp_path / "run/state.pt").exists()
+
+
+def test_an_official_checkpoint_comes_and_goes(work, tmp_path):
+    import torch
+
+    from marval.config import MARConfig
+    from marval.model import MAR
+    from marval.randomness import generator
+
+    sizes = MARConfig((4, 4), 16, 3, 16, 1, 2, 16, 1, 2, 16, 1, buffer_size=2)
+    tensors = MAR(sizes).initialize(generator(0)).state_dict()
+    torch.save({"model": tensors, "model_ema": tensors}, tmp_path / "a.pth")
+    assert refused(marval("convert", "mar", tmp_path / "a.pth", tmp_path / "model", cwd=work), "a.pth", "--heads")
+    assert not (tmp_path / "model").exists()
+    result = marval("convert", "mar", tmp_path / "a.pth", tmp_path / "model", "--heads", 2, cwd=work)
+    assert result.returncode == 0, result.stderr
+    result = marval("convert", "to-mar", tmp_path / "model", tmp_path / "b.pth", cwd=work)
+    assert result.returncode == 0, result.stderr
+    again = torch.load(tmp_path / "b.pth", weights_only=True)["model_ema"]
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())

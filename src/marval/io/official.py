@@ -1,0 +1,202 @@
+"""Checkpoints of the official MAR code (LTH14/mar): into marval's form, and back.
+
+An official `.pth` is a pickle with `model`, `model_ema` and the training's `args`; mirrors hold flat safetensors. The
+tensors' names are the same as ours, and sizes are read off the tensors. What tensors do not say (attention heads,
+image size, VAE stride, patch size) comes from the caller, from `args`, or from the presets, in that order.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from marval.config import Chain, LatentSpace, MARConfig, ModelConfig
+from marval.io.checkpoint import check_tensors
+from marval.io.files import atomic_path
+from marval.model import MAR
+
+HEADS_OF_WIDTH = {768: 12, 1024: 16, 1280: 16}  # MAR-B, -L, -H
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the caller knows of a checkpoint; None: not said."""
+
+    heads: int | None = None
+    image_size: int | None = None
+    vae_stride: int | None = None
+    patch_size: int | None = None
+
+
+def read_official(path: Path | str, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the `args` (empty where there are none) of an official checkpoint, memory-mapped.
+
+    Args:
+        path: a `.pth`, a `.safetensors` file, or a folder that holds one of either.
+        ema: take `model_ema` rather than `model` of a `.pth`.
+
+    Raises:
+        ValueError: no such file, a damaged one, one that holds anything but tensors and plain values (it is not
+            executed), or a `.pth` without the wanted weights.
+    """
+    file = find_file(Path(path))
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt") as content:
+                return {name: content.get_tensor(name) for name in content.keys()}, {}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged or not a safetensors file ({error})") from None
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # Only files of torch >= 1.6 are zip archives, and only those can be mapped.
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        blocked = re.search(r"GLOBAL ([\w.]+)|load ([\w.]+) whose module", str(error))
+        reason = f" ({blocked[1] or blocked[2]})" if blocked else ""
+        raise ValueError(f"{file} is refused: it is damaged or would run code when loaded{reason}") from None
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{file} is damaged or not a checkpoint ({str(error).splitlines()[0]})") from None
+    key = "model_ema" if ema else "model"
+    if not isinstance(content, dict) or not isinstance(content.get(key), dict):
+        raise ValueError(f"{file} has no {key}: expected an official MAR checkpoint with model, model_ema and args")
+    args = content.get("args")
+    return content[key], dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
+
+
+def find_file(path: Path) -> Path:
+    """`path`, or the only checkpoint in the folder `path`.
+
+    Raises:
+        ValueError: no such file, or not exactly one.
+    """
+    if path.is_file():
+        return path
+    found = [file for suffix in ("*.safetensors", "*.pth") for file in sorted(path.glob(suffix))]
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise ValueError(f"{path}: expected a .pth or .safetensors file, or a folder with one; found {names}")
+    return found[0]
+
+
+def infer_config(
+    tensors: dict[str, Tensor], args: dict[str, Any], given: Given, source: Path | str
+) -> tuple[MARConfig, LatentSpace]:
+    """Sizes and token space of an official checkpoint.
+
+    Raises:
+        ValueError: a tensor that the sizes are read off is missing, heads that nothing says, or a contradiction.
+    """
+
+    def shape(name: str) -> torch.Size:
+        if name not in tensors:
+            raise ValueError(f"{source}: tensor {name} is missing")
+        return tensors[name].shape
+
+    def depth(prefix: str) -> int:
+        return len({name.split(".")[prefix.count(".") + 1] for name in tensors if name.startswith(prefix + ".")})
+
+    def known(name: str, said: int | None, argument: str, default: int) -> int:
+        recorded = args.get(argument)
+        if said is not None and recorded is not None and said != recorded:
+            raise ValueError(f"{source}: {name} {said} contradicts the checkpoint's own {argument} {recorded}")
+        return said if said is not None else recorded if recorded is not None else default
+
+    width, token_dim = shape("z_proj.weight")
+    decoder_width = shape("decoder_embed.weight")[0]
+    tokens = shape("diffusion_pos_embed_learned")[1]
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        raise ValueError(f"{source}: {tokens} tokens make no square grid")
+    patch = known("patch size", given.patch_size, "patch_size", 1)
+    stride = known("VAE stride", given.vae_stride, "vae_stride", 16)
+    image = known("image size", given.image_size, "img_size", side * stride * patch)
+    if image != side * stride * patch:
+        raise ValueError(
+            f"{source}: image size {image} contradicts its {side}x{side} tokens "
+            f"(VAE stride {stride} x patch {patch} x {side} = {side * stride * patch})"
+        )
+    if token_dim % patch**2:
+        raise ValueError(f"{source}: tokens of {token_dim} channels contradict patches of {patch}x{patch}")
+    heads = given.heads or HEADS_OF_WIDTH.get(width)
+    decoder_heads = given.heads or HEADS_OF_WIDTH.get(decoder_width)
+    if heads is None or decoder_heads is None or width % heads or decoder_width % decoder_heads:
+        raise ValueError(f"{source}: widths {width} and {decoder_width} do not say the attention heads: add --heads")
+    head_width = shape("diffloss.net.input_proj.weight")[0]
+    mar = MARConfig(
+        token_grid=(side, side),
+        token_dim=token_dim,
+        num_classes=shape("class_emb.weight")[0],
+        encoder_dim=width,
+        encoder_depth=depth("encoder_blocks"),
+        encoder_heads=heads,
+        decoder_dim=decoder_width,
+        decoder_depth=depth("decoder_blocks"),
+        decoder_heads=decoder_heads,
+        head_width=head_width,
+        head_depth=depth("diffloss.net.res_blocks"),
+        buffer_size=shape("encoder_pos_embed_learned")[1] - tokens,
+        mlp_ratio=shape("encoder_blocks.0.mlp.fc1.weight")[0] / width,
+        learn_variance=shape("diffloss.net.final_layer.linear.weight")[0] == 2 * token_dim,
+        dropout=float(args.get("proj_dropout", 0.1)),
+    )
+    for name, size in (
+        ("diffloss_w", mar.head_width),
+        ("diffloss_d", mar.head_depth),
+        ("buffer_size", mar.buffer_size),
+    ):
+        if args.get(name, size) != size:
+            raise ValueError(f"{source}: its args say {name} {args[name]}, its tensors {size}")
+    channels = token_dim // patch**2
+    return mar, LatentSpace((image, image), "kl16", stride, channels, patch)
+
+
+def official_model(
+    path: Path | str, given: Given = Given(), *, ema: bool = True, vae: str = "kl16", class_names: tuple[str, ...] = ()
+) -> tuple[MAR, ModelConfig]:
+    """An official checkpoint as a network (its tensors stay memory-mapped) and configuration.
+
+    Raises:
+        ValueError: as `read_official` and `infer_config`; or a missing, unknown or misshapen tensor.
+    """
+    tensors, args = read_official(path, ema)
+    mar, space = infer_config(tensors, args, given, path)
+    space = dataclasses.replace(space, vae=vae)
+    with torch.device("meta"):
+        model = MAR(mar)
+    check_tensors(path, tensors, model.state_dict())
+    model.load_state_dict(tensors, strict=True, assign=True)
+    names = class_names or tuple(str(i) for i in range(mar.num_classes))
+    if len(names) != mar.num_classes:
+        raise ValueError(f"{len(names)} class names for {mar.num_classes} classes: expected one for each")
+    draw = Chain(guidance=float(args.get("cfg", 1.0)), guidance_schedule=args.get("cfg_schedule", "linear"))
+    config = ModelConfig(mar, space, draw, names, 64, Path(path).stem, source=f"{path} sha256 {file_hash(path)}")
+    return model.eval().requires_grad_(False), config
+
+
+def save_official(file: Path | str, model: MAR) -> None:
+    """Write a network as an official `.pth`: the same tensors as `model` and `model_ema`.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    tensors = {name: t.detach().cpu() for name, t in model.state_dict().items()}
+    with atomic_path(file) as partial:
+        try:
+            torch.save({"model": tensors, "model_ema": tensors}, partial)  # shared storage is written once
+        except RuntimeError as error:
+            raise OSError(str(error).splitlines()[0]) from error
+
+
+def file_hash(path: Path | str) -> str:
+    """SHA-256 of a checkpoint's file, read in pieces."""
+    with find_file(Path(path)).open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

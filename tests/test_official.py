@@ -1,0 +1,140 @@
+"""Official checkpoints: sizes read off the tensors, strict, never executed, and the same bits on the way back."""
+
+import argparse
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from marval.config import MARConfig
+from marval.io.checkpoint import load_model, save_model
+from marval.io.official import Given, official_model, read_official, save_official
+from marval.model import MAR
+from marval.randomness import generator
+
+CONFIG = MARConfig(
+    (4, 4), 32, 7,
+    encoder_dim=24, encoder_depth=3, encoder_heads=2, decoder_dim=32, decoder_depth=2, decoder_heads=2,
+    head_width=40, head_depth=4, buffer_size=5, dropout=0.2,
+)  # fmt: skip
+ARGS = {"img_size": 128, "vae_stride": 16, "patch_size": 2, "diffloss_w": 40, "cfg": 2.9, "proj_dropout": 0.2}
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return MAR(CONFIG).initialize(generator("official")).state_dict()
+
+
+def write(file, tensors, **args):
+    other = {name: t + 1 for name, t in tensors.items()}
+    content = {"model": other, "model_ema": tensors, "args": argparse.Namespace(**{**ARGS, **args}), "epoch": 3}
+    torch.save(content, file)
+    return file
+
+
+def test_sizes_are_read_off_the_tensors_and_ema_is_taken(tensors, tmp_path):
+    file = write(tmp_path / "checkpoint-last.pth", tensors)
+    model, config = official_model(file, Given(heads=2))
+    assert config.mar == CONFIG
+    assert config.space.image_size == (128, 128)
+    assert config.space.latent_channels == 8
+    assert config.draw.guidance == 2.9
+    assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
+    model, _ = official_model(file, Given(heads=2), ema=False)
+    assert torch.equal(model.state_dict()["mask_token"], tensors["mask_token"] + 1)
+
+
+def test_full_size_heads_come_from_the_presets():
+    from marval.io.official import infer_config
+
+    for size in ("base", "large", "huge"):
+        with torch.device("meta"):
+            tensors = MAR(MARConfig.imagenet256(size)).state_dict()
+        mar, space = infer_config(tensors, {}, Given(), "mar.pth")
+        assert mar == MARConfig.imagenet256(size)
+        assert space.image_size == (256, 256)
+
+
+def test_flat_safetensors_and_a_folder_with_one(tensors, tmp_path):
+    save_file(tensors, tmp_path / "mar-tiny.safetensors")
+    for path in (tmp_path, tmp_path / "mar-tiny.safetensors"):
+        _, config = official_model(path, Given(heads=2, patch_size=2))
+        assert config.mar == CONFIG.__class__(**{**CONFIG.__dict__, "dropout": 0.1})
+
+
+def test_the_round_trip_is_bit_identical(tensors, tmp_path):
+    model, config = official_model(write(tmp_path / "a.pth", tensors), Given(heads=2))
+    save_model(tmp_path / "ours", model, config)
+    again, _ = load_model(tmp_path / "ours")
+    save_official(tmp_path / "b.pth", again)
+    found, _ = read_official(tmp_path / "b.pth")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert os.path.getsize(tmp_path / "b.pth") < 1.5 * os.path.getsize(tmp_path / "ours/model.safetensors")
+    assert load_file(tmp_path / "ours/model.safetensors").keys() == tensors.keys()
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_a_pickle_that_would_run_code_is_refused_before_it_does(tensors, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model_ema": tensors, "args": Malicious()}, "a.pth")
+    (tmp_path / "b.pth").write_bytes(pickle.dumps({"model_ema": Malicious()}, protocol=2))
+    for name in ("a.pth", "b.pth"):
+        with pytest.raises(ValueError, match="refused") as error:
+            official_model(name)
+        assert len(str(error.value).splitlines()) == 1
+        assert "system" in str(error.value)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("decoder_norm.bias"), "decoder_norm.bias is missing"),
+        (lambda t: t.pop("z_proj.weight"), "z_proj.weight is missing"),
+        (lambda t: t.update(extra=torch.zeros(2)), "unknown tensor extra"),
+        (lambda t: t.update({"decoder_norm.bias": torch.zeros(3)}), r"decoder_norm.bias has shape \(3,\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(change, message, tensors, tmp_path):
+    changed = dict(tensors)
+    change(changed)
+    with pytest.raises(ValueError, match=message):
+        official_model(write(tmp_path / "a.pth", changed), Given(heads=2))
+
+
+@pytest.mark.parametrize(
+    ("args", "given", "words"),
+    [
+        ({}, Given(heads=2, image_size=256), ["256", "128"]),
+        ({"img_size": 256}, Given(heads=2), ["256", "128"]),
+        ({"diffloss_w": 64}, Given(heads=2), ["64", "40"]),
+        ({}, Given(heads=2, patch_size=1), ["1", "2"]),
+        ({}, Given(), ["24", "--heads"]),
+        ({}, Given(heads=5), ["24", "--heads"]),
+    ],
+)
+def test_contradictions_name_both(args, given, words, tensors, tmp_path):
+    with pytest.raises(ValueError, match=r"a\.pth") as error:
+        official_model(write(tmp_path / "a.pth", tensors, **args), given)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_damaged_and_absent_files(tensors, tmp_path):
+    file = write(tmp_path / "a.pth", tensors)
+    file.write_bytes(file.read_bytes()[:-2000])
+    (tmp_path / "b.safetensors").write_bytes(b"nothing")
+    for name in ("a.pth", "b.safetensors"):
+        with pytest.raises(ValueError, match="damaged"):
+            official_model(tmp_path / name)
+    with pytest.raises(ValueError, match="found none"):
+        official_model(tmp_path / "absent")
+    torch.save({"weights": tensors}, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match="no model_ema"):
+        official_model(tmp_path / "c.pth")
