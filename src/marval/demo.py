@@ -59,7 +59,7 @@ def run(out: Path, device: str) -> None:
 
 
 def live_distillation(out: Path, device: str, judge: Judge) -> list[dict[str, float]]:
-    """Distil the bundled teacher for 150 updates; figures and pictures before, in between and after."""
+    """Distil the bundled teacher for 200 updates; figures and pictures before, in between and after."""
     teacher = load("fashion-teacher", device)
     settings = DistillConfig(
         iterations=230, warmup=30, ema_decay=0.95, learning_rate=3e-4, auxiliary_learning_rate=4e-4,
@@ -82,10 +82,7 @@ def live_distillation(out: Path, device: str, judge: Judge) -> list[dict[str, fl
     folder = out / "live"
     shutil.rmtree(folder, ignore_errors=True)
     distill(teacher.model, teacher.config, settings, load_data("fashion-mnist"), folder, probe=watch)
-    labels = [f"{label}\nFD {figures['fd']:.1f}" for label, figures in zip(_stages(curve), curve, strict=True)]
+    updates = [max(0, min(i * settings.probe_every, settings.iterations) - settings.warmup) for i in range(len(curve))]
+    labels = [f"{n} updates\nFD {figures['fd']:.0f}" for n, figures in zip(updates, curve, strict=True)]
     save_picture(out / "distillation.png", grid(pictures, labels, title="One call per iteration, K=8, while it learns"))
     return curve
-
-
-def _stages(curve: list[dict[str, float]]) -> list[str]:
-    return ["before", *(f"probe {i}" for i in range(1, len(curve)))]
