@@ -10,7 +10,6 @@ from marval.model import MAR, NoiseSchedule
 from marval.randomness import generator
 from marval.sampling import DrawByChain, draw_counts, drawing_orders, guidance_at, image_noise, sample
 
-
 RANGE = (-2.0, 2.0)  # x_0 is clipped: without it, 1 / alpha at t = 999 magnifies float32's rounding 20,000 times
 
 
