@@ -18,7 +18,7 @@ from marval.pipeline import Pipeline, load
 from marval.train.distill import distill
 
 SAMPLES = 100  # images that each model is scored on
-FULL_SIZE = {"fashion-teacher": (16,), "fashion-student": (4, 8, 16), "fashion-tuned": (8,)}  # model: K
+DRAWN = {"fashion-teacher": (16,), "fashion-student": (4, 8, 16), "fashion-tuned": (8,)}  # model: K
 
 
 def run(out: Path, device: str) -> None:
@@ -26,7 +26,7 @@ def run(out: Path, device: str) -> None:
     judge = load_judge("fashion-mnist", None, lambda: load_data("fashion-mnist"))
     rows: list[dict[str, Any]] = []
     pictures, labels_shown = [], []
-    for name, iterations in FULL_SIZE.items():
+    for name, iterations in DRAWN.items():
         pipeline = load(name, device)
         pipeline.sample([0], iterations=1)  # warm-up
         for k in iterations:

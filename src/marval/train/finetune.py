@@ -167,11 +167,10 @@ def finetune(
         if saving or probing or done % settings.log_every == 0:  # figures are checked before anything is saved
             figures = {"reward": rewards.mean().item(), "gradient_norm": norm.item()}
             if probing:
-                held_out = probe(Pipeline(ema, config, space))
-                figures |= held_out
-                if keeper.see(held_out):
-                    save_model(out / "model", ema, config)
+                figures |= probe(Pipeline(ema, config, space))
             log(done, **figures)
+            if probing and keeper.see(figures):
+                save_model(out / "model", ema, config)
         if saving:
             save_state(out, done, described, **parts)
     return keeper.stopped or f"all {settings.iterations} iterations done"
