@@ -38,6 +38,24 @@ def find_reward(name: str, classifier: Path | None = None, device: torch.device 
     return getattr(module, function)
 
 
+def parse_rewards(
+    text: str, classifier: Path | None = None, device: torch.device | str = "cpu"
+) -> dict[str, tuple[Reward, float]]:
+    """Rewards and weights from "classifier", or "classifier=1,my_rewards:brightness=0.5"; the weight is 1 by default.
+
+    Raises:
+        ValueError: as `find_reward`, or a weight that is no number.
+    """
+    parts = {}
+    for part in text.split(","):
+        name, _, weight = part.strip().partition("=")
+        try:
+            parts[name] = (find_reward(name, classifier, device), float(weight or 1))
+        except ValueError as error:
+            raise ValueError(f"--reward {text}: {error}") from error
+    return parts
+
+
 def weighted_reward(rewards: dict[str, tuple[Reward, float]]) -> Reward:
     """The weighted sum of named rewards; checks what each returns.
 

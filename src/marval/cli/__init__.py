@@ -1,0 +1,51 @@
+"""The command line: one verb per job. Heavy imports stand inside the verbs, so that --help answers at once."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+
+from marval.cli.converting import convert
+from marval.cli.drawing import demo, evaluate, sample
+from marval.cli.training import distill, finetune, train, train_classifier
+
+VERBS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "distill": distill,
+    "finetune": finetune,
+    "sample": sample,
+    "evaluate": evaluate,
+    "train-classifier": train_classifier,
+    "convert": convert,
+    "demo": demo,
+}
+
+
+def main() -> None:
+    """Run a verb; a `ValueError` becomes one line on standard error and exit code 2."""
+    verb, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
+    if verb in ("-h", "--help"):
+        print(overview())
+        return
+    try:
+        if verb not in VERBS:
+            near = difflib.get_close_matches(verb, VERBS, n=1)
+            raise ValueError(f"unknown verb {verb!r}: " + (f"did you mean {near[0]}?" if near else "see marval --help"))
+        import tyro
+
+        tyro.cli(VERBS[verb], prog=f"marval {verb}", args=arguments)
+    except ValueError as error:
+        if os.environ.get("MARVAL_DEBUG"):
+            raise
+        print(f"marval: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("marval: interrupted; a training run goes on with --resume", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def overview() -> str:
+    """What `marval --help` says."""
+    lines = ["Masked auto-regressive diffusion in one step (MARVAL).", "", "usage: marval VERB [options]", ""]
+    lines += [f"  {verb:<17} {(function.__doc__ or '').splitlines()[0]}" for verb, function in VERBS.items()]
+    return "\n".join([*lines, "", "marval VERB --help lists a verb's options, with two commands to copy."])

@@ -1,0 +1,137 @@
+"""The verbs that draw and measure: sample, evaluate and demo."""
+
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from marval.cli.common import judge_for, load_pipeline, usable_device
+from marval.config import Chain
+
+
+def sample(
+    model: Positional[str],
+    *,
+    classes: str | None = None,
+    count: int = 16,
+    iterations: int | None = None,
+    seed: int = 0,
+    order: Literal["random", "raster", "halton"] = "random",
+    steps: int | None = None,
+    guidance: float | None = None,
+    temperature: float | None = None,
+    out: Path = Path("samples"),
+    device: str = "auto",
+) -> None:
+    """Draw images: PNG files and a grid.
+
+    marval sample fashion-student --classes sneaker,bag --count 16 --out samples
+
+    marval sample fashion-teacher --classes 0,1,2 --iterations 16 --steps 50 --guidance 2 --seed 7
+
+    Args:
+        model: a bundled model's name, or a model's or run's folder.
+        classes: names or numbers, separated by commas; all of them when left out.
+        count: how many images; the classes take turns.
+        iterations: K, the AR iterations; the model's default when left out.
+        seed: the first image's seed; the next images count on from it.
+        order: in which order tokens are drawn.
+        steps: T of a teacher's chain.
+        guidance: w of a teacher; 1 is no guidance.
+        temperature: of a teacher's chain.
+        out: a folder for the pictures.
+        device: "auto", "cpu", "cuda", "mps", ...
+    """
+    from marval.io.images import grid, save_picture, square_rows, to_pil
+
+    if count < 1:
+        raise ValueError(f"--count {count}: expected at least 1")
+    pipeline = load_pipeline(model, device).with_chain(steps=steps, guidance=guidance, temperature=temperature)
+    names = pipeline.config.class_names
+    chosen = pipeline.labels(classes.split(",")) if classes else list(range(len(names)))
+    labels = [chosen[i % len(chosen)] for i in range(count)]
+    images = pipeline.sample(labels, seed=seed, iterations=iterations, order=order)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        save_picture(out / f"{i:05d}-{names[label].replace(' ', '-').replace('/', '-')}-{seed + i}.png", to_pil(image))
+    save_picture(out / "grid.png", grid(square_rows(images), scale=max(1, 84 // images.shape[-1])))
+    print(f"{count} images and grid.png in {out}")
+
+
+def evaluate(
+    models: Positional[tuple[str, ...]],
+    *,
+    iterations: tuple[int, ...] = (),
+    samples: int = 10_000,
+    batches: tuple[int, ...] = (1, 64),
+    repeats: int = 5,
+    steps: int | None = None,
+    guidance: float | None = None,
+    data: str | None = None,
+    judge: Path | None = None,
+    seed: int = 0,
+    autocast: bool = False,
+    out: Path = Path("results/evaluate.json"),
+    device: str = "auto",
+) -> None:
+    """Measure models: FD-EfficientNet, held-out accuracy, diversity, time and FLOPs per image.
+
+    marval evaluate fashion-student
+
+    marval evaluate fashion-teacher fashion-student fashion-tuned --iterations 4 8 16 32 --samples 2000
+
+    Args:
+        models: bundled models' names, or models' or runs' folders.
+        iterations: the numbers K of AR iterations; each model's default when left out.
+        samples: images for the figures of quality (the real set's training split is the reference).
+        batches: batch sizes to time at, interleaved over all models; none: no timing.
+        repeats: timed rounds.
+        steps: T of the teachers' chains.
+        guidance: w of the teachers; 1 is no guidance.
+        data: the real images; those of the model when left out.
+        judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
+        seed: of the samples.
+        autocast: draw the samples for quality in bf16 (the result says so; times are always float32).
+        out: the JSON file; rows that it holds already are not drawn again.
+        device: "auto", "cpu", "cuda", "mps", ...
+    """
+    from marval.evaluate.evaluate import evaluate as run
+    from marval.evaluate.evaluate import time_models
+    from marval.evaluate.tables import print_table
+    from marval.pipeline import find_model
+
+    if not models:
+        raise ValueError("name at least one model, for example: marval evaluate fashion-student")
+    loaded = []
+    for name in models:
+        pipeline = load_pipeline(name, device)
+        if isinstance(pipeline.config.draw, Chain):
+            pipeline = pipeline.with_chain(steps=steps, guidance=guidance)
+        loaded.append((find_model(name), pipeline))
+    run(
+        loaded,
+        judge_for(loaded[0][1], data, judge),
+        iterations=iterations,
+        samples=samples,
+        out=out,
+        seed=seed,
+        autocast=autocast,
+    )
+    if batches:
+        time_models(loaded, iterations=iterations, batches=batches, repeats=repeats, out=out)
+    print_table(out)
+
+
+def demo(*, out: Path = Path("demo-out"), device: str = "auto") -> None:
+    """The main job on the bundled models, in minutes: draw, time and score them, then distil a student live.
+
+    marval demo
+
+    marval demo --out my-demo
+
+    Args:
+        out: a folder for the picture and the report.
+        device: "auto", "cpu", "cuda", "mps", ...
+    """
+    from marval.demo import run
+
+    run(out, usable_device(device))

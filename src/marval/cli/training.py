@@ -1,0 +1,184 @@
+"""The verbs that make models: train, distill, finetune and train-classifier."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import OmitArgPrefixes, Positional
+
+from marval.cli.common import command_line, data_of, judge_for, load_pipeline, usable_device
+from marval.config import Chain, DistillConfig, FinetuneConfig, TrainConfig
+
+
+def train(
+    preset: Positional[Literal["fashion-mnist"]] = "fashion-mnist",
+    *,
+    data: str | None = None,
+    out: Path = Path("runs/teacher"),
+    name: str = "teacher",
+    init: str | None = None,
+    settings: OmitArgPrefixes[TrainConfig] = TrainConfig(),
+    resume: bool = False,
+    device: str = "auto",
+) -> None:
+    """Train a MAR teacher.
+
+    marval train fashion-mnist --out runs/teacher
+
+    marval train --data folder:my-images --iterations 5000 --out runs/mine
+
+    Args:
+        preset: the recipe.
+        data: "fashion-mnist", "fashion-mnist:FOLDER", or "folder:DIR" with one sub-folder of images per class.
+        out: the run's folder; the model is left in its sub-folder `model`.
+        name: the model's name.
+        init: a model of the same sizes to start from, instead of fresh weights.
+        resume: go on from the run's last saved state.
+        device: "auto", "cpu", "cuda", "mps", ...
+    """
+    from marval.data import load_data
+    from marval.train.teacher import teacher_config, train_teacher
+
+    images = load_data(data or preset)
+    config = teacher_config(name, images, data or preset, command_line())
+    start = load_pipeline(init, device).model if init is not None else None
+    train_teacher(config, settings, images, out, init=start, resume=resume, device=usable_device(device))
+
+
+def distill(
+    teacher: Positional[str],
+    *,
+    data: str | None = None,
+    out: Path = Path("runs/student"),
+    settings: OmitArgPrefixes[DistillConfig] = DistillConfig(),
+    probe_samples: int = 500,
+    resume: bool = False,
+    device: str = "auto",
+) -> None:
+    """Distil a teacher's inner diffusion chain into one call (GSIM).
+
+    marval distill fashion-teacher --out runs/student
+
+    marval distill runs/mine --objective gsim --iterations 2000 --out runs/my-student
+
+    Args:
+        teacher: a bundled model's name, or a model's or run's folder.
+        data: the training images; those of the teacher when left out.
+        out: the run's folder; the model is left in its sub-folder `model`.
+        probe_samples: images of the small Fréchet distance that is logged (0: none).
+        resume: go on from the run's last saved state.
+        device: "auto", "cpu", "cuda", "mps", ...
+    """
+    from marval.evaluate.evaluate import probe
+    from marval.train.distill import distill as run
+
+    pipeline = load_pipeline(teacher, device)
+    images = data_of(pipeline, data)
+    judge = judge_for(pipeline, data, None) if probe_samples else None
+    run(
+        pipeline.model,
+        dataclasses.replace(pipeline.config, source=command_line()),
+        settings,
+        images,
+        out,
+        resume=resume,
+        probe=probe(judge, probe_samples, settings.sample_iterations) if judge else None,
+    )
+
+
+def finetune(
+    student: Positional[str],
+    *,
+    reward: str = "classifier",
+    classifier: Path | None = None,
+    teacher: str | None = None,
+    data: str | None = None,
+    judge: Path | None = None,
+    out: Path = Path("runs/tuned"),
+    settings: OmitArgPrefixes[FinetuneConfig] = FinetuneConfig(),
+    probe_samples: int = 1000,
+    resume: bool = False,
+    device: str = "auto",
+) -> None:
+    """Tune a student with a differentiable reward (MARVAL-RL).
+
+    marval finetune fashion-student --reward classifier --out runs/tuned
+
+    marval finetune runs/my-student --reward my_rewards:brightness=1,classifier=0.5 --classifier c.safetensors
+
+    Args:
+        student: a bundled model's name, or a model's or run's folder.
+        reward: "classifier" or package.module:function, or several with weights: "classifier=1,my:function=0.5".
+        classifier: the classifier of that reward; the bundled one for Fashion-MNIST when left out.
+        teacher: the teacher of the GSIM anchor (with --anchor).
+        data: the training images; those of the student when left out.
+        judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
+        out: the run's folder; the best model is left in its sub-folder `model`.
+        probe_samples: images of the held-out figures.
+        resume: go on from the run's last saved state.
+        device: "auto", "cpu", "cuda", "mps", ...
+    """
+    from marval.evaluate.evaluate import probe
+    from marval.rewards import parse_rewards, weighted_reward
+    from marval.train.finetune import Anchor
+    from marval.train.finetune import finetune as run
+
+    pipeline = load_pipeline(student, device)
+    held_out = judge_for(pipeline, data, judge)
+    if held_out.classifier is None:
+        raise ValueError("tuning needs a held-out classifier: make one with marval train-classifier, then --judge FILE")
+    anchor = None
+    if teacher is not None:
+        guide = load_pipeline(teacher, device)
+        if not isinstance(guide.config.draw, Chain):
+            raise ValueError(f"--teacher {teacher}: this is a one-step student; expected the teacher it came from")
+        distilling = DistillConfig().with_guidance_of(guide.config.draw)
+        anchor = Anchor(guide.model, data_of(pipeline, data), distilling)
+    ended = run(
+        pipeline.model,
+        dataclasses.replace(pipeline.config, source=command_line()),
+        weighted_reward(parse_rewards(reward, classifier, pipeline.device)),
+        settings,
+        out,
+        probe=probe(held_out, probe_samples, settings.sample_iterations),
+        anchor=anchor,
+        resume=resume,
+    )
+    print(f"{out / 'model'}: {ended}")
+
+
+def train_classifier(
+    preset: Positional[Literal["fashion-mnist"]] = "fashion-mnist",
+    *,
+    data: str | None = None,
+    architecture: Literal["plain", "residual"] = "plain",
+    epochs: int = 4,
+    seed: int = 0,
+    out: Path = Path("runs/classifier.safetensors"),
+    device: str = "auto",
+) -> None:
+    """Train a small classifier: "plain" for the reward, "residual" for the held-out judge.
+
+    marval train-classifier fashion-mnist --architecture plain --out runs/classifier.safetensors
+
+    marval train-classifier --data folder:my-images --architecture residual --epochs 6 --out runs/judge.safetensors
+
+    Args:
+        preset: the data set.
+        data: "fashion-mnist", "fashion-mnist:FOLDER", or "folder:DIR".
+        architecture: the network and its recipe.
+        epochs: passes over the images.
+        seed: of weights, order and augmentation.
+        out: the classifier's file.
+        device: "auto", "cpu", "cuda", "mps", ...
+    """
+    from marval.data import load_data, split_data
+    from marval.train.classifier import train_classifier as run
+
+    images = load_data(data or preset)
+    if (data or preset).startswith("fashion-mnist"):
+        test = load_data(data or preset, split="test")
+    else:
+        images, test = split_data(images, seed)
+    accuracy = run(architecture, images, test, out, epochs=epochs, seed=seed, device=usable_device(device))
+    print(f"{out}: accuracy {accuracy:.4f} on {len(test)} images that it was not trained on")
