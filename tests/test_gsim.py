@@ -267,10 +267,10 @@ def test_x_t_is_detached_in_neither_network(objective, learn_variance):
     def gradient(loss):
         return torch.autograd.grad(loss, x_0)[0]
 
-    found = gradient(student_step_loss(x_0, guided, phi, FULL, settings_for(objective), generator("step"))[0])
     rng = generator("step")
     t = torch.randint(20, 981, (16,), generator=rng)
     eps = torch.randn(16, 3, generator=rng)
+    found = gradient(student_step_loss(x_0, guided, phi, FULL, objective, t, eps)[0])
     x_t = FULL.add_noise(x_0, eps, t)
     conditional, null = (guided.head(x_t, t.float(), context)[:, :3] for context in guided.contexts)
     teacher_eps, phi_eps = null + 1.7 * (conditional - null), phi(x_t, t.float(), guided.contexts[0])[:, :3]
@@ -285,22 +285,25 @@ def test_x_t_is_detached_in_neither_network(objective, learn_variance):
         assert (found - other).abs().max() > 0.01 * found.abs().max()
 
 
-def test_levels_are_uniform_over_20_to_980_for_theta_and_over_all_for_phi(monkeypatch):
-    tokens, levels = 50_000, []
-    phi = small_head("phi", 1, 2)
-    guided = Guided(small_head("teacher", 1, 2), torch.zeros(1, tokens, 2), 1.0)
+def test_levels_are_uniform_over_20_to_980_for_theta_and_over_all_for_phi(tmp_path, monkeypatch):
+    teacher, config = tiny_teacher()
+    seen = {"student_step_loss": [], "auxiliary_step_loss": []}
+    for name, levels in seen.items():
+        original = getattr(distillation, name)
 
-    def record(x_t, t, context):
-        levels.append(t)
-        return x_t
+        def record(*arguments, original=original, levels=levels):
+            levels.append(arguments[-2])
+            return original(*arguments)
 
-    monkeypatch.setattr(phi, "forward", record)
-    x_0 = torch.zeros(tokens, 1)
-    student_step_loss(x_0, guided, phi, FULL, settings_for("sim"), generator("levels"))
-    distillation.auxiliary_step_loss(x_0, guided, phi, FULL, generator("levels"))
-    for (low, high), t in zip(((20, 980), (0, 999)), levels, strict=True):
+        monkeypatch.setattr(distillation, name, record)
+    data = ImageData(torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.arange(8) % 3, ("a", "b", "c"))
+    settings = settings_for("sim", warmup=0, batch_size=2000, mask_ratio_min=0.99)
+    distill(teacher, config, settings, data, tmp_path, quiet=True)
+    for (low, high), levels in zip(((20, 980), (0, 999)), seen.values(), strict=True):
+        t = torch.cat(levels).float()
+        assert len(t) >= 20_000
         assert (t.min(), t.max()) == (low, high)
-        assert abs(t.mean() - (low + high) / 2) < 4 * (high - low) / (12 * tokens) ** 0.5
+        assert abs(t.mean() - (low + high) / 2) < 4 * (high - low) / (12 * len(t)) ** 0.5
 
 
 def test_dmds_gradient_by_x_t_is_the_unit_score_gap():

@@ -24,6 +24,7 @@ from marval.sampling import (
     model_contexts,
     sample,
 )
+from marval.train.teacher import draw as teacher_draw
 from marval.train.teacher import teacher_loss
 
 SPACE = PixelSpace((6, 8), 1, 2, shift=0.5, scale=2.0)  # 3 x 4 tokens of 4 channels in [-1, 1]
@@ -528,8 +529,9 @@ def sample_with_gradients(model):
 
 
 def compute_teacher_loss(model):
-    tokens, settings_ = randn(2, TOKENS, CHANNELS), TrainConfig(iterations=1, autocast=False)
-    teacher_loss(model, NoiseSchedule.full(), tokens, torch.tensor([0, 1]), settings_, generator("loss"))
+    draws = teacher_draw(model.config, TrainConfig(batch_size=2), generator("loss"))
+    tokens = randn(2, TOKENS, CHANNELS)
+    teacher_loss(model, NoiseSchedule.full(), tokens, torch.tensor([0, 1]), draws, autocast=False)
 
 
 @pytest.mark.parametrize(
@@ -552,12 +554,13 @@ def test_the_global_random_state_is_left_alone(job):
 
 def test_the_global_random_state_changes_no_image_and_no_loss():
     model, labels = small_model(), torch.tensor([0, 1])
-    settings_, results = TrainConfig(iterations=1, autocast=False), []
+    settings, results = TrainConfig(batch_size=2), []
     for seed in (1, 2):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             tokens = sample(model, DRAWS["chain"], labels, iterations=3, seeds=[0, 1])
-            loss = teacher_loss(model, NoiseSchedule.full(), tokens, labels, settings_, generator("loss"))
+            draws = teacher_draw(model.config, settings, generator("loss"))
+            loss = teacher_loss(model, NoiseSchedule.full(), tokens, labels, draws, autocast=False)
             results.append((tokens, loss))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])

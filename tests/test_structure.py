@@ -17,6 +17,7 @@ LEVELS = {
     "model": 1,
     "sampling": 2,
     "spaces": 2,
+    "parallel": 2,
     "io": 2,
     "data": 3,  # writes files with io
     "pipeline": 3,

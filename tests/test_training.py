@@ -9,14 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from marval.config import DistillConfig, FinetuneConfig, OneStep, TrainConfig
-from marval.data import ImageData, batch_indices
+from marval.data import batch_indices
 from marval.pipeline import Pipeline, load
-from marval.randomness import generator
 from marval.train import distill as distill_module
 from marval.train import finetune as finetune_module
 from marval.train import teacher as teacher_module
 from marval.train.run import learning_rate_factor
-from tiny import tiny_config, tiny_model
+from tiny import tiny_config, tiny_data, tiny_model
 
 
 @pytest.fixture
@@ -26,13 +25,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def data():
-    """64 images of 8x8 pixels in two classes."""
-    rng = generator("tiny data")
-    images = torch.randint(0, 40, (64, 1, 8, 8), generator=rng, dtype=torch.uint8)
-    labels = torch.arange(64) % 2
-    images[labels == 0, :, 3:5] += 200
-    images[labels == 1, :, 2:6, 2:6] += 200
-    return ImageData(images, labels, CONFIG.class_names)
+    return tiny_data()
 
 
 CONFIG = tiny_config()
@@ -93,6 +86,13 @@ def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+def state_of(out, step):
+    """The tensors of the only saved state of a run, which is of this step."""
+    (state,) = out.glob("state-*")
+    assert json.loads((state / "run.json").read_text())["step"] == step
+    return {key: value for file in state.glob("*.safetensors") for key, value in load_file(file).items()}
+
+
 class KilledError(Exception):
     pass
 
@@ -101,7 +101,7 @@ class KilledError(Exception):
     ("run", "module", "inner"),
     [
         (run_train, teacher_module, "teacher_loss"),
-        (run_distill, distill_module, "masked_batch"),
+        (run_distill, distill_module, "hide_tokens"),
         (run_finetune, finetune_module, "policy_loss"),
         (run_anchored, finetune_module, "policy_loss"),
     ],
@@ -123,12 +123,11 @@ def test_resumed_run_equals_uninterrupted_to_the_bit(run, module, inner, data, c
     run(config, data, tmp_path / "parts", resume=True)
 
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
-    whole = torch.load(tmp_path / "whole/state.pt", weights_only=True)
-    parts = torch.load(tmp_path / "parts/state.pt", weights_only=True)
-    name = "model" if "model" in whole else "student"
-    assert whole["step"] == parts["step"] == 12
-    for key, value in whole[name].items():
-        assert torch.equal(value, parts[name][key]), key
+    whole, parts = state_of(tmp_path / "whole", 12), state_of(tmp_path / "parts", 12)
+    assert whole.keys() == parts.keys()
+    assert any("exp_avg_sq" in key for key in whole)
+    for key, value in whole.items():
+        assert torch.equal(value, parts[key]), key
     first, second = (load_file(tmp_path / side / "model/model.safetensors") for side in ("whole", "parts"))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -155,9 +154,9 @@ def test_tuning_raises_the_reward_and_trains_the_named_part_only(data, config, t
     run_finetune(config, data, tmp_path / "run", settings=settings)
     rewards = [line["reward"] for line in log_of(tmp_path / "run") if "reward" in line]
     assert sum(rewards[-5:]) > sum(rewards[:5])
-    state = torch.load(tmp_path / "run/state.pt", weights_only=True)["student"]
+    state = state_of(tmp_path / "run", 25)
     for key, value in tiny_model().state_dict().items():
-        assert torch.equal(value, state[key]) != key.startswith("diffloss") or "in_ln" in key, key
+        assert torch.equal(value, state[f"student.{key}"]) != key.startswith("diffloss") or "in_ln" in key, key
 
 
 @pytest.mark.parametrize(
@@ -186,9 +185,9 @@ def test_tuning_stops_when_held_out_figures_turn_and_keeps_the_best(
     best_step = 2  # in all three cases the first probe after the start is the last good one
     other = tmp_path / "until-best"
     run_finetune(config, data, other, settings=dataclasses.replace(settings, iterations=best_step, probe_every=50))
-    expected = torch.load(other / "state.pt", weights_only=True)["ema"]
+    expected = state_of(other, best_step)
     found = load_file(out / "model/model.safetensors")
-    assert all(torch.equal(found[key], expected[key]) for key in found)
+    assert all(torch.equal(found[key], expected[f"ema.{key}"]) for key in found)
 
 
 def test_a_student_is_refused_as_teacher_and_a_teacher_as_student(data, config, tmp_path):
@@ -210,26 +209,58 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(data, conf
 
 def test_a_damaged_state_is_one_clear_error(data, config, tmp_path):
     run_train(config, data, tmp_path / "run")
-    state = tmp_path / "run/state.pt"
-    state.write_bytes(state.read_bytes()[:1000])
+    (state,) = (tmp_path / "run").glob("state-*")
+    (shard,) = state.glob("*.safetensors")
+    content = shard.read_bytes()
+    for damaged in (content[:1000], b"", content[:-5]):
+        shard.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged"):
+            run_train(config, data, tmp_path / "run", resume=True)
+    shard.write_bytes(content)
+    (state / "run.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         run_train(config, data, tmp_path / "run", resume=True)
 
 
-def test_not_a_number_stops_the_run_and_keeps_the_last_checkpoint(data, config, tmp_path, monkeypatch):
-    original = teacher_module.teacher_loss
-    calls = []
+def break_losses(monkeypatch, steps):
+    """Losses of these teacher's steps (from 1) are not finite."""
+    original, calls = teacher_module.teacher_loss, []
 
     def broken(*arguments):
         calls.append(1)
-        return original(*arguments) * (float("nan") if len(calls) == 8 else 1.0)
+        return original(*arguments) * (float("nan") if len(calls) in steps else 1.0)
 
     monkeypatch.setattr(teacher_module, "teacher_loss", broken)
-    with pytest.raises(ValueError, match="loss is nan at step 8"):
-        run_train(config, data, tmp_path / "run")
-    state = torch.load(tmp_path / "run/state.pt", weights_only=True)
-    assert state["step"] == 5
-    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(data, config, tmp_path, monkeypatch):
+    break_losses(monkeypatch, {4, 8})
+    run_train(config, data, tmp_path / "run")
+    log = log_of(tmp_path / "run")
+    assert [line["skipped"] for line in log] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
+    assert [line["loss"] is None for line in log] == [step in (4, 8) for step in range(1, 13)]
+    state = state_of(tmp_path / "run", 12)
+    assert all(value.isfinite().all() for value in state.values())
+    assert state["optimizer.model.z_proj.weight.step"].item() == 10
+
+
+def test_a_skipped_step_changes_no_weight(data, config, tmp_path, monkeypatch):
+    run_train(config, data, tmp_path / "three", settings=dataclasses.replace(TRAIN, iterations=3, decay=1))
+    break_losses(monkeypatch, {4})
+    run_train(config, data, tmp_path / "four", settings=dataclasses.replace(TRAIN, iterations=4, decay=1))
+    before, after = state_of(tmp_path / "three", 3), state_of(tmp_path / "four", 4)
+    for key in before:
+        if key.startswith("model."):
+            assert torch.equal(before[key], after[key]), key
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run_and_keep_the_last_state(data, config, tmp_path, monkeypatch):
+    break_losses(monkeypatch, set(range(8, 99)))
+    settings = dataclasses.replace(TRAIN, iterations=99, max_skipped=3)
+    with pytest.raises(ValueError, match=r"3 updates in a row .* up to step 10.*learning_rate 0.001"):
+        run_train(config, data, tmp_path / "run", settings=settings)
+    state = state_of(tmp_path / "run", 5)
+    assert all(value.isfinite().all() for value in state.values())
     assert load(tmp_path / "run").sample([0]).isfinite().all()
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from marval.config import Chain, MARConfig, ModelConfig, PixelSpace
+from marval.data import ImageData
 from marval.model import MAR
 from marval.randomness import generator
 
@@ -24,3 +25,12 @@ def tiny_model(seed=0):
     for parameter in model.head.final_layer.parameters():
         torch.nn.init.normal_(parameter, std=0.05, generator=generator(seed, "head"))
     return model
+
+
+def tiny_data():
+    """64 images of 8x8 pixels in its two classes."""
+    images = torch.randint(0, 40, (64, 1, 8, 8), generator=generator("tiny data"), dtype=torch.uint8)
+    labels = torch.arange(64) % 2
+    images[labels == 0, :, 3:5] += 200
+    images[labels == 1, :, 2:6, 2:6] += 200
+    return ImageData(images, labels, tiny_config().class_names)

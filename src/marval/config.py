@@ -211,6 +211,9 @@ class TrainConfig:
     mask_ratio_std: float = 0.6  # MAR: 0.25
     autocast: bool = True  # bf16 for the transformer and the inner layers of the head
     seed: int = 0
+    accumulate: int = 1  # parts that a process's rows of a batch are computed in, to save memory
+    checkpoint_blocks: bool = False  # recompute the transformer's activations in the backward pass, to save memory
+    max_skipped: int = 10  # updates in a row with gradients that are not finite, before the run stops
     save_every: int = 250
     log_every: int = 10
 
@@ -239,6 +242,9 @@ class DistillConfig:
     sample_iterations: int = 8  # the student's default K
     seed: int = 0
     name: str = "student"
+    accumulate: int = 1  # parts that a process's rows of a batch are computed in, to save memory
+    checkpoint_blocks: bool = False  # recompute the transformer's activations in the backward pass, to save memory
+    max_skipped: int = 10  # updates in a row with gradients that are not finite, before the run stops
     save_every: int = 250
     log_every: int = 10
     probe_every: int = 250
@@ -272,6 +278,9 @@ class FinetuneConfig:
     patience: int = 3  # probes without a better held-out reward before stopping
     seed: int = 0
     name: str = "tuned"
+    accumulate: int = 1  # parts that a process's rows of a batch are computed in, to save memory
+    checkpoint_blocks: bool = False  # recompute the transformer's activations in the backward pass, to save memory
+    max_skipped: int = 10  # updates in a row with gradients that are not finite, before the run stops
     save_every: int = 25
     log_every: int = 5
     probe_every: int = 25

@@ -79,8 +79,8 @@ class DrawByChain:
         schedule, steps = self.schedule, self.config.steps
         clip = self.token_range if self.config.clip else None
         contexts = context[None] if null_context is None else torch.stack([context, null_context])
-        embedded = head.cond_embed(contexts)
-        times = head.time_embed(schedule.timesteps.float().to(context.device))
+        embedded = head.embed_context(contexts)
+        times = head.embed_time(schedule.timesteps.float().to(context.device))
         x_t = noise[0]
         for i in reversed(range(steps)):
             output = head.denoise(x_t, embedded + times[i])
@@ -121,8 +121,8 @@ class DrawInOneStep:
         noise: Float[Tensor, "s n c"],
     ) -> Float[Tensor, "n c"]:
         x_t = self.schedule.sigma[0].item() * noise[0]
-        time = head.time_embed(self.schedule.timesteps.float().to(context.device))
-        eps = head.denoise(x_t, head.cond_embed(context) + time)[:, : head.token_dim]
+        time = head.embed_time(self.schedule.timesteps.float().to(context.device))
+        eps = head.denoise(x_t, head.embed_context(context) + time)[:, : head.token_dim]
         return self.schedule.x0_from_eps(x_t, eps, 0)
 
 

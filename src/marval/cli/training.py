@@ -2,12 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
 from marval.cli.common import command_line, data_of, judge_for, load_pipeline, usable_device
 from marval.config import Chain, DistillConfig, FinetuneConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from marval.parallel import Workers
 
 
 def train(
@@ -37,12 +40,15 @@ def train(
         device: "auto", "cpu", "cuda", "mps", ...
     """
     from marval.data import load_data
+    from marval.parallel import start_workers
     from marval.train.teacher import teacher_config, train_teacher
 
     images = load_data(data or preset)
     config = teacher_config(name, images, data or preset, command_line())
-    start = load_pipeline(init, device).model if init is not None else None
-    train_teacher(config, settings, images, out, init=start, resume=resume, device=usable_device(device))
+    start = load_pipeline(init, "cpu").model if init is not None else None
+    with start_workers(usable_device(device)) as workers:
+        done = train_teacher(config, settings, images, out, init=start, resume=resume, workers=workers)
+        say_where(out, done, settings.iterations, workers)
 
 
 def distill(
@@ -70,20 +76,24 @@ def distill(
         device: "auto", "cpu", "cuda", "mps", ...
     """
     from marval.evaluate.evaluate import probe
+    from marval.parallel import start_workers
     from marval.train.distill import distill as run
 
-    pipeline = load_pipeline(teacher, device)
+    pipeline = load_pipeline(teacher, "cpu")
     images = data_of(pipeline, data)
     judge = judge_for(pipeline, data, None) if probe_samples else None
-    run(
-        pipeline.model,
-        dataclasses.replace(pipeline.config, source=command_line()),
-        settings,
-        images,
-        out,
-        resume=resume,
-        probe=probe(judge, probe_samples, settings.sample_iterations) if judge else None,
-    )
+    with start_workers(usable_device(device)) as workers:
+        done = run(
+            pipeline.model,
+            dataclasses.replace(pipeline.config, source=command_line()),
+            settings,
+            images,
+            out,
+            resume=resume,
+            probe=probe(judge, probe_samples, settings.sample_iterations, workers=workers) if judge else None,
+            workers=workers,
+        )
+        say_where(out, done, settings.iterations, workers)
 
 
 def finetune(
@@ -119,32 +129,42 @@ def finetune(
         device: "auto", "cpu", "cuda", "mps", ...
     """
     from marval.evaluate.evaluate import probe
+    from marval.parallel import start_workers
     from marval.rewards import parse_rewards, weighted_reward
     from marval.train.finetune import Anchor
     from marval.train.finetune import finetune as run
 
-    pipeline = load_pipeline(student, device)
+    pipeline = load_pipeline(student, "cpu")
     held_out = judge_for(pipeline, data, judge)
     if held_out.classifier is None:
         raise ValueError("tuning needs a held-out classifier: make one with marval train-classifier, then --judge FILE")
     anchor = None
     if teacher is not None:
-        guide = load_pipeline(teacher, device)
+        guide = load_pipeline(teacher, "cpu")
         if not isinstance(guide.config.draw, Chain):
             raise ValueError(f"--teacher {teacher}: this is a one-step student; expected the teacher it came from")
         distilling = DistillConfig().with_guidance_of(guide.config.draw)
         anchor = Anchor(guide.model, data_of(pipeline, data), distilling)
-    ended = run(
-        pipeline.model,
-        dataclasses.replace(pipeline.config, source=command_line()),
-        weighted_reward(parse_rewards(reward, classifier, pipeline.device)),
-        settings,
-        out,
-        probe=probe(held_out, probe_samples, settings.sample_iterations),
-        anchor=anchor,
-        resume=resume,
-    )
-    print(f"{out / 'model'}: {ended}")
+    with start_workers(usable_device(device)) as workers:
+        ended = run(
+            pipeline.model,
+            dataclasses.replace(pipeline.config, source=command_line()),
+            weighted_reward(parse_rewards(reward, classifier, workers.device)),
+            settings,
+            out,
+            probe=probe(held_out, probe_samples, settings.sample_iterations, workers=workers),
+            anchor=anchor,
+            resume=resume,
+            workers=workers,
+        )
+        if workers.main:
+            print(f"{out / 'model'}: {ended}")
+
+
+def say_where(out: Path, done: int, total: int, workers: "Workers") -> None:
+    """The last line of a training run."""
+    if workers.main:
+        print(f"{out / 'model'}: {done} of {total} iterations done" + ("; go on with --resume" if done < total else ""))
 
 
 def train_classifier(

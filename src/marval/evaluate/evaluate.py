@@ -30,6 +30,7 @@ from marval.evaluate.features import (
 )
 from marval.io.checkpoint import WEIGHTS
 from marval.io.files import write_text
+from marval.parallel import Workers
 from marval.pipeline import Pipeline
 from marval.rewards import Classifier, load_classifier
 
@@ -94,19 +95,32 @@ def balanced_labels(count: int, classes: int) -> list[int]:
 
 
 def draw_bytes(
-    pipeline: Pipeline, count: int, iterations: int, seed: int, batch_size: int = 250, autocast: bool = False
+    pipeline: Pipeline,
+    count: int,
+    iterations: int,
+    seed: int,
+    batch_size: int = 250,
+    autocast: bool = False,
+    workers: Workers | None = None,
 ) -> tuple[UInt8[Tensor, "n c h w"], Int[Tensor, " n"]]:
-    """`count` class-balanced images as rounded bytes, and their labels; image i has seed `seed * 1_000_000 + i`."""
+    """`count` class-balanced images as rounded bytes, and their labels; image i has seed `seed * 1_000_000 + i`.
+
+    The `workers` share the images, and all of them get all.
+    """
+    workers = workers or Workers()
     labels = balanced_labels(count, len(pipeline.config.class_names))
     seeds = range(seed * 1_000_000, seed * 1_000_000 + count)
+    (rows,) = workers.parts(count)
     with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=autocast):
-        images = pipeline.sample(labels, seed=list(seeds), iterations=iterations, batch_size=batch_size)
-    return (images * 255).round().byte(), torch.tensor(labels)
+        images = pipeline.sample(labels[rows], seed=list(seeds[rows]), iterations=iterations, batch_size=batch_size)
+    return workers.gather((images * 255).round().byte(), count), torch.tensor(labels)
 
 
-def probe(judge: Judge, count: int, iterations: int, seed: int = 0) -> Callable[[Pipeline], dict[str, float]]:
+def probe(
+    judge: Judge, count: int, iterations: int, seed: int = 0, workers: Workers | None = None
+) -> Callable[[Pipeline], dict[str, float]]:
     """A small evaluation on fixed seeds, for training loops."""
-    return lambda pipeline: judge.figures(*draw_bytes(pipeline, count, iterations, seed))
+    return lambda pipeline: judge.figures(*draw_bytes(pipeline, count, iterations, seed, workers=workers))
 
 
 def flops_per_image(pipeline: Pipeline, iterations: int) -> int:

@@ -21,12 +21,17 @@ def save_model(folder: Path | str, model: MAR, config: ModelConfig, dtype: torch
     Raises:
         ValueError: the folder cannot be written to, or the disk is full.
     """
+    save_tensors(folder, {name: t.detach().to("cpu", dtype) for name, t in model.state_dict().items()}, config)
+
+
+def save_tensors(folder: Path | str, tensors: dict[str, Tensor], config: ModelConfig) -> None:
+    """As `save_model`, from the tensors of a network's `state_dict` on the CPU."""
     folder = Path(folder)
     text = json.dumps(config.to_dict(), indent=2)
-    tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in model.state_dict().items()}
     with atomic_path(folder / WEIGHTS) as partial:
         try:
-            save_file(tensors, partial, metadata={"format": "pt", "marval": text})
+            whole = {name: t.contiguous() for name, t in tensors.items()}
+            save_file(whole, partial, metadata={"format": "pt", "marval": text})
         except SafetensorError as error:
             raise ValueError(f"cannot write {folder / WEIGHTS}: {error}") from error
     write_text(folder / "config.json", text + "\n")

@@ -90,15 +90,26 @@ class TokenHead(nn.Module):
     def forward(
         self, x_t: Float[Tensor, "n c"], t: Float[Tensor, " n"], context: Float[Tensor, "n d"]
     ) -> Float[Tensor, "n o"]:
-        return self.denoise(x_t, self.time_embed(t) + self.cond_embed(context))
+        return self._denoise(x_t, self.time_embed(t) + self.cond_embed(context))
+
+    def embed_time(self, t: Float[Tensor, " n"]) -> Float[Tensor, "n w"]:
+        """The embedding of time steps."""
+        return self.time_embed(t)
+
+    def embed_context(self, context: Float[Tensor, "*g n d"]) -> Float[Tensor, "*g n w"]:
+        """The embedding of contexts."""
+        return self.cond_embed(context)
 
     def denoise(self, x_t: Float[Tensor, "n c"], y: Float[Tensor, "*g n w"]) -> Float[Tensor, "*g n o"]:
-        """The head for an embedded condition `y = time_embed(t) + cond_embed(context)`.
+        """The head for an embedded condition `y = embed_time(t) + embed_context(context)`.
 
         Samplers call this: over a chain the context's embedding stays the same and the time's is shared
         by all tokens, so neither is worth computing again for every token and step. With guidance, `y` has
         the conditional and the null embedding stacked in front, and what depends on `x_t` alone is computed once.
         """
+        return self._denoise(x_t, y)
+
+    def _denoise(self, x_t: Float[Tensor, "n c"], y: Float[Tensor, "*g n w"]) -> Float[Tensor, "*g n o"]:
         # Tokens enter and leave at full precision even under autocast: at small t the noise to predict is
         # smaller than bf16's rounding of the token.
         with torch.autocast(x_t.device.type, enabled=False):

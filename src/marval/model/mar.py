@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from marval.config import MARConfig
 from marval.model.blocks import Block
@@ -25,6 +26,7 @@ class MAR(nn.Module):
     def __init__(self, config: MARConfig):
         super().__init__()
         self.config = config
+        self.checkpoint_blocks = False
         width, decoder_width = config.encoder_dim, config.decoder_dim
         places = config.buffer_size + config.num_tokens
         self.class_emb = nn.Embedding(config.num_classes, width)
@@ -89,7 +91,7 @@ class MAR(nn.Module):
 
     def null_embedding(self, batch: int) -> Float[Tensor, "b d"]:
         """The null class, `batch` times."""
-        return self.fake_latent.expand(batch, -1)
+        return self.fake_latent.repeat(batch, 1)  # no view: sharded weights are freed after the call
 
     def encode(
         self,
@@ -109,7 +111,7 @@ class MAR(nn.Module):
         )
         x = self.z_proj_ln(x)
         for block in self.encoder_blocks:
-            x = block(x)
+            x = self.run(block, x)
         return self.encoder_norm(x)
 
     def decode(
@@ -126,9 +128,15 @@ class MAR(nn.Module):
         x = torch.cat([x[:, :buffer], hidden.scatter(1, index, x[:, buffer:])], dim=1) + self.decoder_pos_embed_learned
         *blocks, last = self.decoder_blocks
         for block in blocks:
-            x = block(x)
-        x = self.decoder_norm(last(x, gather_rows(x, positions + buffer)))
+            x = self.run(block, x)
+        x = self.decoder_norm(self.run(last, x, gather_rows(x, positions + buffer)))
         return x + gather_rows(self.diffusion_pos_embed_learned.expand(batch, -1, -1), positions)
+
+    def run(self, block: nn.Module, *inputs: Float[Tensor, "b _ d"]) -> Float[Tensor, "b _ d"]:
+        """A block; with `checkpoint_blocks` its activations are computed again in the backward pass, not kept."""
+        if self.checkpoint_blocks and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def context(
         self,

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from marval.data import ImageData, batch_indices
+from marval.parallel import Workers
 from marval.randomness import generator
 from marval.rewards.classifier import Architecture, Classifier, save_classifier
 from marval.train.run import Log
@@ -47,7 +48,7 @@ def train_classifier(
     steps = epochs * (len(data) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     out.parent.mkdir(parents=True, exist_ok=True)
-    log = Log(out.with_suffix(".jsonl"), 0, steps, batch_size, quiet)
+    log = Log(out.with_suffix(".jsonl"), 0, steps, batch_size, quiet=quiet, workers=Workers())
     for step in range(steps):
         images, labels = data.batch(batch_indices(len(data), batch_size, step, seed))
         images, labels = images.to(device), labels.to(device)
@@ -61,7 +62,7 @@ def train_classifier(
         optimizer.zero_grad()
         schedule.step()
         if (step + 1) % 50 == 0 or step + 1 == steps:
-            log(step + 1, loss=loss.item())
+            log(step + 1, {"loss": loss.detach()})
     classifier.eval()
     accuracy = classifier_accuracy(classifier, test)
     save_classifier(out, classifier, {"test_accuracy": accuracy, "epochs": epochs, "seed": seed, "images": len(data)})

@@ -10,37 +10,61 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from marval.config import Chain, DistillConfig, ModelConfig, OneStep
+from marval.config import Chain, DistillConfig, MARConfig, ModelConfig, OneStep
 from marval.data import ImageData, batch_indices
-from marval.io.checkpoint import save_model
 from marval.model import MAR, NoiseSchedule, TokenHead
-from marval.objectives.gsim import Terms, auxiliary_loss, generator_loss
+from marval.model.schedule import NUM_TIMESTEPS
+from marval.objectives.gsim import Objective, Terms, auxiliary_loss, generator_loss
+from marval.parallel import Workers
 from marval.pipeline import Pipeline
 from marval.randomness import generator
 from marval.sampling import DrawInOneStep, guidance_at, guided_eps, model_contexts
-from marval.spaces import token_space
+from marval.spaces import TokenSpace, token_space
+from marval.train.draws import masked_count, noise_levels, split_tokens
 from marval.train.run import (
     LOG,
     Log,
+    Updates,
+    adam,
     fast_attention,
     learning_rate_factor,
     load_state,
     prepare_folder,
+    save_network,
     save_state,
+    state_tensors,
     update_ema,
 )
-from marval.train.teacher import masked_count, split_tokens
+
+THETA_LEVELS = (20, 980)
+PHI_LEVELS = (0, NUM_TIMESTEPS - 1)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What is hidden of every image of a batch, which hidden tokens are drawn, and the student's noise for them."""
+
+    visible: Int[Tensor, "b v"]
+    targets: Int[Tensor, "b q"]
+    z: Float[Tensor, "b q c"]
+
+    def rows(self, rows: slice, device: torch.device) -> "Masking":
+        """Some images' part, on the device."""
+        return Masking(*(x[rows].to(device, non_blocking=True) for x in (self.visible, self.targets, self.z)))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Masked real images: what every network of one step is asked about. N = images x target tokens."""
+    """Masked real images: what every network of one step is asked about."""
 
     tokens: Float[Tensor, "b l c"]
     labels: Int[Tensor, " b"]
-    visible: Int[Tensor, "b v"]
-    targets: Int[Tensor, "b q"]
-    z: Float[Tensor, "n c"]  # the student's noise
+    masking: Masking
+
+    @property
+    def context_inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens, visible positions, target positions and labels, as `model_contexts` takes them."""
+        return self.tokens, self.masking.visible, self.masking.targets, self.labels
 
 
 @dataclass(frozen=True)
@@ -53,44 +77,43 @@ class Guided:
 
     def eps(self, x_t: Float[Tensor, "n c"], t: Int[Tensor, " n"]) -> Float[Tensor, "n c"]:
         """`eps_w(x_t, t)`; differentiable in `x_t`."""
-        embedded = self.head.cond_embed(self.contexts) + self.head.time_embed(t.float())
+        embedded = self.head.embed_context(self.contexts) + self.head.embed_time(t.float())
         return guided_eps(self.head.denoise(x_t, embedded)[..., : self.head.token_dim], self.guidance)
 
 
-def masked_batch(
-    tokens: Float[Tensor, "b l c"],
-    labels: Int[Tensor, " b"],
-    settings: DistillConfig,
-    rng: torch.Generator,
-) -> Batch:
+def hide_tokens(mar: MARConfig, settings: DistillConfig, rng: torch.Generator) -> Masking:
     """Hide a random part of every image (one ratio for the batch) and choose the tokens to draw."""
-    batch, total, channels = tokens.shape
+    batch, total = settings.batch_size, mar.num_tokens
     masked = masked_count(total, settings.mask_ratio_min, settings.mask_ratio_std, rng)
     visible, targets = split_tokens(batch, total, masked, settings.tokens_per_image, rng)
-    z = torch.randn(targets.numel(), channels, generator=rng)
-    device = tokens.device
-    return Batch(tokens, labels, visible.to(device), targets.to(device), z.to(device))
+    return Masking(visible, targets, torch.randn(*targets.shape, mar.token_dim, generator=rng))
+
+
+def real_batch(
+    data: ImageData, indices: Int[Tensor, " b"], masking: Masking, space: TokenSpace, device: torch.device
+) -> Batch:
+    """The images `indices` as tokens, with their masking."""
+    images, labels = data.batch(indices)
+    return Batch(space.encode(images.to(device)), labels.to(device), masking)
 
 
 @torch.no_grad()
 def guide(teacher: MAR, batch: Batch, settings: DistillConfig) -> Guided:
     """The teacher's contexts for a batch and its guidance there."""
-    revealed = batch.visible.shape[1] / batch.tokens.shape[1]
+    revealed = batch.masking.visible.shape[1] / batch.tokens.shape[1]
     if settings.guidance is None or settings.guidance_schedule is None:
         raise ValueError("settings without guidance: take the teacher's with `with_guidance_of`")
     guidance = guidance_at(settings.guidance, settings.guidance_schedule, revealed)
     with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=settings.autocast):
-        contexts = model_contexts(
-            teacher, batch.tokens, batch.visible, batch.targets, batch.labels, guided=guidance != 1.0
-        )
+        contexts = model_contexts(teacher, *batch.context_inputs, guided=guidance != 1.0)
     return Guided(teacher.head, contexts.float(), guidance)
 
 
 def student_tokens(student: MAR, draw: DrawInOneStep, batch: Batch, settings: DistillConfig) -> Float[Tensor, "n c"]:
     """`x_0 = g_theta(z, c_theta)`: one AR iteration, all targets at once."""
     with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=settings.autocast):
-        context = model_contexts(student, batch.tokens, batch.visible, batch.targets, batch.labels, guided=False)
-    return draw(student.head, context[0].float(), None, 1.0, batch.z[None])
+        context = model_contexts(student, *batch.context_inputs, guided=False)
+    return draw(student.head, context[0].float(), None, 1.0, batch.masking.z.flatten(0, 1)[None])
 
 
 def student_step_loss(
@@ -98,15 +121,14 @@ def student_step_loss(
     guided: Guided,
     auxiliary: TokenHead,
     schedule: NoiseSchedule,
-    settings: DistillConfig,
-    rng: torch.Generator,
+    objective: Objective,
+    t: Int[Tensor, " n"],
+    eps: Float[Tensor, "n c"],
 ) -> tuple[Float[Tensor, ""], Terms]:
-    """The generator's loss at a random level t in [20, 980]; teacher and phi are frozen, their input is not."""
-    t = torch.randint(20, 981, (len(x_0),), generator=rng).to(x_0.device)
-    eps = torch.randn(x_0.shape, generator=rng).to(x_0.device)
+    """The generator's loss at the levels `t`; teacher and phi are frozen, their input is not."""
     x_t = schedule.add_noise(x_0, eps, t)
     auxiliary_eps = auxiliary(x_t, t.float(), guided.contexts[0])[:, : auxiliary.token_dim]
-    return generator_loss(settings.objective, guided.eps(x_t, t), auxiliary_eps, eps, x_t)
+    return generator_loss(objective, guided.eps(x_t, t), auxiliary_eps, eps, x_t)
 
 
 def auxiliary_step_loss(
@@ -114,13 +136,86 @@ def auxiliary_step_loss(
     guided: Guided,
     auxiliary: TokenHead,
     schedule: NoiseSchedule,
-    rng: torch.Generator,
+    t: Int[Tensor, " n"],
+    eps: Float[Tensor, "n c"],
 ) -> Float[Tensor, ""]:
-    """Phi's denoising loss on (detached) student samples at a random level t in [0, 999]."""
-    t = torch.randint(0, len(schedule.timesteps), (len(x_0),), generator=rng).to(x_0.device)
-    eps = torch.randn(x_0.shape, generator=rng).to(x_0.device)
+    """Phi's denoising loss on (detached) student samples at the levels `t`."""
     predicted = auxiliary(schedule.add_noise(x_0, eps, t), t.float(), guided.contexts[0])
     return auxiliary_loss(predicted[:, : auxiliary.token_dim], eps)
+
+
+def flat_rows(
+    levels: tuple[Int[Tensor, "b q"], Float[Tensor, "b q c"]], rows: slice, device: torch.device
+) -> tuple[Int[Tensor, " n"], Float[Tensor, "n c"]]:
+    """Some images' levels and noise, flattened over images and targets, on the device."""
+    t, eps = levels
+    return t[rows].flatten().to(device), eps[rows].flatten(0, 1).to(device)
+
+
+class GSIM:
+    """The GSIM loss for a student: frozen teacher, auxiliary network, and the real images that give contexts.
+
+    A step is `backward` (gradients for the student, to be used by the caller), then `update_auxiliary`.
+    """
+
+    def __init__(self, teacher: MAR, config: ModelConfig, settings: DistillConfig, data: ImageData, workers: Workers):
+        self.config, self.settings, self.data, self.workers = config, settings, data, workers
+        self.teacher = workers.place(copy.deepcopy(teacher).eval().requires_grad_(False))
+        self.auxiliary = workers.place(copy.deepcopy(teacher.head).eval().requires_grad_(True))
+        self.optimizer = adam(self.auxiliary, settings.auxiliary_learning_rate, (0.0, 0.999))
+        self.update = Updates(self.auxiliary, self.optimizer, settings.gradient_clip, settings.max_skipped)
+        self.space, self.schedule = token_space(config.space, workers.device), NoiseSchedule.full(workers.device)
+        self.draw = DrawInOneStep(OneStep(settings.timestep))
+        self.parts = workers.parts(settings.batch_size, settings.accumulate)
+
+    def backward(
+        self, student: MAR, step: int, rng: torch.Generator, *, learning: bool, weight: float = 1.0
+    ) -> dict[str, Tensor | float]:
+        """Draw the targets of step `step` with the student and leave `weight` times the loss's gradients in it.
+
+        Without `learning` the student only draws, so that phi can catch up. Returns the figures to log.
+        """
+        settings, device = self.settings, self.workers.device
+        indices = batch_indices(len(self.data), settings.batch_size, step, settings.seed)
+        self.masking = hide_tokens(self.config.mar, settings, rng)
+        levels = noise_levels(self.masking.z.shape, *THETA_LEVELS, rng) if learning else None
+        self.drawn = []
+        figures: dict[str, Tensor | float] = {}
+        self.auxiliary.requires_grad_(False)
+        for rows in self.parts:
+            batch = real_batch(self.data, indices[rows], self.masking.rows(rows, device), self.space, device)
+            guided = guide(self.teacher, batch, settings)
+            with torch.set_grad_enabled(learning):
+                x_0 = student_tokens(student, self.draw, batch, settings)
+            if levels is not None:
+                t, eps = flat_rows(levels, rows, device)
+                loss, terms = student_step_loss(x_0, guided, self.auxiliary, self.schedule, settings.objective, t, eps)
+                (loss * weight * self.workers.share(rows, settings.batch_size)).backward()
+                self._add(figures, rows, {"l1": terms.l1, "l2": terms.l2})
+            self.drawn.append((rows, guided, x_0.detach()))
+            self._add(figures, rows, {"token_mean": x_0, "token_square": x_0.square()})
+            self._add(figures, rows, {"real_mean": batch.tokens, "real_square": batch.tokens.square()})
+        self.auxiliary.requires_grad_(True)
+        return figures
+
+    def update_auxiliary(self, rng: torch.Generator) -> dict[str, Tensor | float]:
+        """Phi learns the tokens that `backward` drew, in `settings.auxiliary_steps` updates; figures to log."""
+        for _ in range(self.settings.auxiliary_steps):
+            figures: dict[str, Tensor | float] = {}
+            levels = noise_levels(self.masking.z.shape, *PHI_LEVELS, rng)
+            for rows, guided, x_0 in self.drawn:
+                t, eps = flat_rows(levels, rows, self.workers.device)
+                loss = auxiliary_step_loss(x_0, guided, self.auxiliary, self.schedule, t, eps)
+                (loss * self.workers.share(rows, self.settings.batch_size)).backward()
+                self._add(figures, rows, {"auxiliary_loss": loss})
+            norm = self.update(self.settings.auxiliary_learning_rate)
+        return {**figures, "auxiliary_gradient_norm": norm}
+
+    def _add(self, figures: dict[str, Tensor | float], rows: slice, parts: dict[str, Tensor]) -> None:
+        """Add a part's share of the batch's means."""
+        share = self.workers.share(rows, self.settings.batch_size)
+        for name, part in parts.items():
+            figures[name] = figures.get(name, 0.0) + part.detach().mean() * share
 
 
 def distill(
@@ -132,88 +227,63 @@ def distill(
     *,
     resume: bool = False,
     probe: Callable[[Pipeline], dict[str, float]] | None = None,
+    workers: Workers | None = None,
     quiet: bool = False,
-) -> None:
-    """Distil `teacher` into a one-step student and leave its EMA in `out/model`.
+) -> int:
+    """Distil `teacher` into a one-step student, leave its EMA in `out/model`, and return the last step.
 
     Args:
         probe: figures of a model, logged every `settings.probe_every` iterations (a small Fréchet distance).
+        workers: the processes that share the work; this one alone when None.
 
     Raises:
-        ValueError: the teacher is a student already, `out` holds another run, or a figure is no longer finite.
+        ValueError: the teacher is a student already, `out` holds another run, or too many steps in a row had
+            gradients that are not finite.
     """
     if not isinstance(teacher_config.draw, Chain):
         raise ValueError(f"{teacher_config.name or 'this model'} is a one-step student already: expected a teacher")
+    workers = workers or Workers()
     settings = settings.with_guidance_of(teacher_config.draw)
-    prepare_folder(out, resume)
-    device = teacher.mask_token.device
+    prepare_folder(out, resume, workers)
     config = dataclasses.replace(
         teacher_config, draw=OneStep(settings.timestep), name=settings.name, iterations=settings.sample_iterations
     )
     described = {**config.to_dict(), "source": "", "images": len(data), **dataclasses.asdict(settings)}
-    space, schedule, draw = (
-        token_space(config.space, device),
-        NoiseSchedule.full(device),
-        DrawInOneStep(OneStep(settings.timestep)),
+    gsim = GSIM(teacher, config, settings, data, workers)
+    student = workers.place(copy.deepcopy(teacher).eval().requires_grad_(True))  # dropout stays off
+    student.checkpoint_blocks = settings.checkpoint_blocks
+    ema = workers.place(copy.deepcopy(teacher).eval().requires_grad_(False))
+    optimizer = adam(student, settings.learning_rate, (0.0, 0.999))
+    update = Updates(student, optimizer, settings.gradient_clip, settings.max_skipped)
+    state = state_tensors(
+        {"student": student, "auxiliary": gsim.auxiliary, "ema": ema},
+        {"student": optimizer, "auxiliary": gsim.optimizer},
     )
-    teacher.eval().requires_grad_(False)
-    student = copy.deepcopy(teacher).requires_grad_(True)  # dropout stays off
-    auxiliary = copy.deepcopy(teacher.head).requires_grad_(True)
-    ema = copy.deepcopy(teacher)
-    betas = (0.0, 0.999)
-    student_optimizer = torch.optim.Adam(student.parameters(), settings.learning_rate, betas, fused=True)
-    auxiliary_optimizer = torch.optim.Adam(auxiliary.parameters(), settings.auxiliary_learning_rate, betas, fused=True)
-    parts = {
-        "student": student, "auxiliary": auxiliary, "ema": ema,
-        "student_optimizer": student_optimizer, "auxiliary_optimizer": auxiliary_optimizer,
-    }  # fmt: skip
-    start = load_state(out, described, **parts) if resume else 0
-    log = Log(out / LOG, start, settings.iterations, settings.batch_size, quiet)
+    start, _ = load_state(out, described, state, workers) if resume else (0, None)
+    log = Log(out / LOG, start, settings.iterations, settings.batch_size, quiet=quiet, workers=workers)
 
     for step in range(start, settings.iterations):
         rng = generator(settings.seed, "distill", step)
-        images, labels = data.batch(batch_indices(len(data), settings.batch_size, step, settings.seed))
-        tokens = space.encode(images.to(device))
-        batch = masked_batch(tokens, labels.to(device), settings, rng)
-        factor = learning_rate_factor(step - settings.warmup, 1, settings.decay, settings.iterations - settings.warmup)
-        with fast_attention(device):
-            guided = guide(teacher, batch, settings)
-            x_0 = student_tokens(student, draw, batch, settings)
-
-            if step >= settings.warmup:  # until then only phi learns
-                auxiliary.requires_grad_(False)
-                loss, terms = student_step_loss(x_0, guided, auxiliary, schedule, settings, rng)
-                loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.gradient_clip)
-                for group in student_optimizer.param_groups:
-                    group["lr"] = settings.learning_rate * factor
-                student_optimizer.step()
-                student_optimizer.zero_grad()
-                update_ema(ema, student, step - settings.warmup, settings.ema_decay)
-                auxiliary.requires_grad_(True)
-
-            for _ in range(settings.auxiliary_steps):
-                phi_loss = auxiliary_step_loss(x_0.detach(), guided, auxiliary, schedule, rng)
-                phi_loss.backward()
-                phi_norm = torch.nn.utils.clip_grad_norm_(auxiliary.parameters(), settings.gradient_clip)
-                auxiliary_optimizer.step()
-                auxiliary_optimizer.zero_grad()
+        learnt = step - settings.warmup  # until then only phi learns
+        with fast_attention(workers.device):
+            figures = gsim.backward(student, step, rng, learning=learnt >= 0)
+            if learnt >= 0:
+                factor = learning_rate_factor(learnt, 1, settings.decay, settings.iterations - settings.warmup)
+                figures["gradient_norm"] = update(settings.learning_rate * factor)
+                update_ema(ema, student, learnt, settings.ema_decay)
+            figures |= gsim.update_auxiliary(rng)
 
         done = step + 1
-        saving = done % settings.save_every == 0 or done == settings.iterations
+        last = done == settings.iterations or workers.stopping()
+        saving = last or done % settings.save_every == 0
         probing = probe is not None and (done % settings.probe_every == 0 or done == settings.iterations)
         if saving or probing or done % settings.log_every == 0:  # figures are checked before anything is saved
-            figures = {
-                "auxiliary_loss": phi_loss.item(), "auxiliary_gradient_norm": phi_norm.item(),
-                "token_mean": x_0.mean().item(), "token_std": x_0.std().item(),
-                "real_mean": tokens.mean().item(), "real_std": tokens.std().item(),
-            }  # fmt: skip
-            if step >= settings.warmup:
-                l1, l2 = terms.l1.mean().item(), terms.l2.mean().item()
-                figures |= {"l1": l1, "l2": l2, "gradient_norm": norm.item()}
             if probe is not None and probing:
-                figures |= probe(Pipeline(ema, config, space))
-            log(done, **figures)
+                figures |= probe(Pipeline(ema, config, gsim.space))
+            log(done, figures, [update, gsim.update])
         if saving:
-            save_state(out, done, described, **parts)
-            save_model(out / "model", ema, config)
+            save_network(out / "model", ema, config, workers)
+            save_state(out, done, described, state, {}, workers)
+        if last:
+            return done
+    return start

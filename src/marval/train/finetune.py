@@ -7,19 +7,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from marval.config import DistillConfig, FinetuneConfig, ModelConfig, OneStep
-from marval.data import ImageData, batch_indices
-from marval.io.checkpoint import save_model
-from marval.model import MAR, NoiseSchedule
+from marval.data import ImageData
+from marval.model import MAR
 from marval.objectives.policy import policy_loss
+from marval.parallel import Workers
 from marval.pipeline import Pipeline
 from marval.randomness import generator
 from marval.rewards import Reward
 from marval.sampling import DrawInOneStep, sample
 from marval.spaces import token_space
-from marval.train.distill import auxiliary_step_loss, guide, masked_batch, student_step_loss, student_tokens
-from marval.train.run import LOG, Log, fast_attention, load_state, prepare_folder, save_state, update_ema
+from marval.train.distill import GSIM
+from marval.train.run import (
+    LOG,
+    Log,
+    Updates,
+    adam,
+    fast_attention,
+    load_state,
+    prepare_folder,
+    save_network,
+    save_state,
+    state_tensors,
+    update_ema,
+)
 
 
 class Keeper:
@@ -79,6 +92,7 @@ def finetune(
     probe: Callable[[Pipeline], dict[str, float]],
     anchor: Anchor | None = None,
     resume: bool = False,
+    workers: Workers | None = None,
     quiet: bool = False,
 ) -> str:
     """Tune a student with `reward`, leave the best model in `out/model`, and say why tuning ended.
@@ -86,6 +100,7 @@ def finetune(
     Args:
         probe: held-out figures of a model (`fd`, `diversity`, `log_probability`), on fixed seeds.
         anchor: the teacher and data of the GSIM term; needed when `settings.anchor` is not 0.
+        workers: the processes that share the work; this one alone when None.
 
     Raises:
         ValueError: the model is a teacher, `out` holds another run, an anchor without a teacher, or a bad reward.
@@ -94,83 +109,79 @@ def finetune(
         raise ValueError(f"{student_config.name or 'this model'} is a teacher: distil it first (marval distill)")
     if settings.anchor and anchor is None:
         raise ValueError("the GSIM anchor needs the teacher: name it with --teacher")
-    prepare_folder(out, resume)
-    device = student.mask_token.device
+    if not settings.anchor:
+        anchor = None
+    workers = workers or Workers()
+    device = workers.device
+    prepare_folder(out, resume, workers)
     config = dataclasses.replace(student_config, name=settings.name, iterations=settings.sample_iterations)
     described = {**config.to_dict(), "source": "", **dataclasses.asdict(settings)}
-    space, schedule, draw = (
-        token_space(config.space, device),
-        NoiseSchedule.full(device),
-        DrawInOneStep(student_config.draw),
-    )
-    ema = copy.deepcopy(student).eval().requires_grad_(False)
-    student = copy.deepcopy(student).eval()
-    trained = student.head if settings.train == "head" else student
-    trained.requires_grad_(True)
-    auxiliary = copy.deepcopy(anchor.teacher.head if anchor else student.head).requires_grad_(True)
+    space, draw = token_space(config.space, device), DrawInOneStep(student_config.draw)
+    ema = workers.place(copy.deepcopy(student).eval().requires_grad_(False))
+    student = copy.deepcopy(student).eval().requires_grad_(False)
+    (student.head if settings.train == "head" else student).requires_grad_(True)
+    student = workers.place(student)
+    student.checkpoint_blocks = settings.checkpoint_blocks
+    optimizer = adam(student, settings.learning_rate, (0.9, 0.999))
+    update = Updates(student, optimizer, settings.gradient_clip, settings.max_skipped)
+    networks: dict[str, nn.Module] = {"student": student, "ema": ema}
+    optimizers, updates = {"student": optimizer}, [update]
+    gsim = None
+    if anchor is not None and settings.anchor:
+        gsim = GSIM(anchor.teacher, config, anchor.settings, anchor.data, workers)
+        networks["auxiliary"], optimizers["auxiliary"] = gsim.auxiliary, gsim.optimizer
+        updates.append(gsim.update)
     keeper = Keeper(settings)
-    optimizer = torch.optim.Adam(trained.parameters(), settings.learning_rate, fused=True)
-    auxiliary_optimizer = torch.optim.Adam(auxiliary.parameters(), 2e-4, (0.0, 0.999), fused=True)
-    parts = {
-        "student": student, "auxiliary": auxiliary, "ema": ema, "keeper": keeper,
-        "optimizer": optimizer, "auxiliary_optimizer": auxiliary_optimizer,
-    }  # fmt: skip
-    start = load_state(out, described, **parts) if resume else 0
-    log = Log(out / LOG, start, settings.iterations, settings.batch_size, quiet)
+    state = state_tensors(networks, optimizers)
+    start = 0
+    if resume:
+        start, kept = load_state(out, described, state, workers)
+        keeper.load_state_dict(kept)
+    log = Log(out / LOG, start, settings.iterations, settings.batch_size, quiet=quiet, workers=workers)
     if start == 0:
         keeper.see(probe(Pipeline(ema, config, space)))
-        save_model(out / "model", ema, config)
-        log(0, **keeper.first)
+        save_network(out / "model", ema, config, workers)
+        log(0, dict(keeper.first))
+    done = start
 
-    warmup = settings.anchor_warmup if settings.anchor else 0
     for step in range(start, settings.iterations):
         if keeper.stopped:
             break
         rng = generator(settings.seed, "finetune", step)
         labels = torch.randint(len(config.class_names), (settings.batch_size,), generator=rng)
         seeds = torch.randint(2**62, (settings.batch_size,), generator=rng).tolist()
-        loss = torch.zeros((), device=device)
+        learnt = step - (settings.anchor_warmup if gsim is not None else 0)  # until then only phi learns
+        figures: dict[str, Tensor | float] = {}
         with fast_attention(device):
-            if anchor and settings.anchor:
-                indices = batch_indices(len(anchor.data), anchor.settings.batch_size, step, settings.seed)
-                images, real_labels = anchor.data.batch(indices)
-                tokens = space.encode(images.to(device))
-                batch = masked_batch(tokens, real_labels.to(device), anchor.settings, rng)
-                guided = guide(anchor.teacher, batch, anchor.settings)
-                x_0 = student_tokens(student, draw, batch, anchor.settings)
-                for _ in range(anchor.settings.auxiliary_steps):
-                    auxiliary_step_loss(x_0.detach(), guided, auxiliary, schedule, rng).backward()
-                    auxiliary_optimizer.step()
-                    auxiliary_optimizer.zero_grad()
-                if step < warmup:
-                    continue
-                auxiliary.requires_grad_(False)
-                anchor_loss, _ = student_step_loss(x_0, guided, auxiliary, schedule, anchor.settings, rng)
-                auxiliary.requires_grad_(True)
-                loss = loss + settings.anchor * anchor_loss
-
-            tokens = sample(
-                student, draw, labels.to(device), iterations=settings.sample_iterations, seeds=seeds,
-                gradient_iterations=settings.backprop_iterations,
-            )  # fmt: skip
-            prompts = [settings.prompt.format(config.class_names[label]) for label in labels.tolist()]
-            tuned, rewards = policy_loss(reward, space.decode(tokens), prompts)
-            (loss + tuned).backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), settings.gradient_clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            update_ema(ema, student, step - warmup, settings.ema_decay)
+            if gsim is not None:
+                figures |= gsim.backward(student, step, rng, learning=learnt >= 0, weight=settings.anchor)
+                figures |= gsim.update_auxiliary(rng)
+            if learnt >= 0:
+                figures["reward"] = torch.zeros((), device=device)
+                for rows in workers.parts(settings.batch_size, settings.accumulate):
+                    tokens = sample(
+                        student, draw, labels[rows].to(device), iterations=settings.sample_iterations,
+                        seeds=seeds[rows], gradient_iterations=settings.backprop_iterations,
+                    )  # fmt: skip
+                    prompts = [settings.prompt.format(config.class_names[label]) for label in labels[rows].tolist()]
+                    loss, rewards = policy_loss(reward, space.decode(tokens), prompts)
+                    weight = workers.share(rows, settings.batch_size)
+                    (loss * weight).backward()
+                    figures["reward"] += rewards.detach().mean() * weight
+                figures["gradient_norm"] = update(settings.learning_rate)
+                update_ema(ema, student, learnt, settings.ema_decay)
 
         done = step + 1
-        saving = done % settings.save_every == 0 or done == settings.iterations
-        probing = done % settings.probe_every == 0 or done == settings.iterations
+        last = done == settings.iterations or workers.stopping()
+        saving = last or done % settings.save_every == 0
+        probing = learnt >= 0 and (done % settings.probe_every == 0 or done == settings.iterations)
         if saving or probing or done % settings.log_every == 0:  # figures are checked before anything is saved
-            figures = {"reward": rewards.mean().item(), "gradient_norm": norm.item()}
-            if probing:
-                figures |= probe(Pipeline(ema, config, space))
-            log(done, **figures)
-            if probing and keeper.see(figures):
-                save_model(out / "model", ema, config)
+            held_out = probe(Pipeline(ema, config, space)) if probing else {}
+            log(done, {**figures, **held_out}, updates)
+            if probing and keeper.see(held_out):
+                save_network(out / "model", ema, config, workers)
         if saving:
-            save_state(out, done, described, **parts)
-    return keeper.stopped or f"all {settings.iterations} iterations done"
+            save_state(out, done, described, state, keeper.state_dict(), workers)
+        if last:
+            break
+    return keeper.stopped or f"{done} of {settings.iterations} iterations done"

@@ -1,23 +1,33 @@
-"""What the training loops share: the run's folder, its log, its resumable state and its progress line."""
+"""What the training loops share: the run's folder, its log, its resumable state, safe updates and the progress line."""
 
 import contextlib
 import json
 import math
+import shutil
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from marval.io.files import atomic_path, write_text
+from marval.config import ModelConfig
+from marval.io.checkpoint import save_tensors
+from marval.io.files import write_text
+from marval.model import MAR
+from marval.parallel import Workers, whole, whole_state
 
-STATE = "state.pt"
 LOG = "log.jsonl"
-MAY_CHANGE = {"iterations", "save_every", "log_every"}  # settings that a resumed run may have different
+RUN = "run.json"  # beside the tensors of a saved state
+# Settings that a resumed run may have different: none of them changes what is computed.
+MAY_CHANGE = {"iterations", "save_every", "log_every", "accumulate", "checkpoint_blocks", "max_skipped"}
 
 
 @torch.no_grad()
@@ -32,43 +42,166 @@ def learning_rate_factor(step: int, warmup: int, decay: int, total: int) -> floa
     return min(1.0, (step + 1) / max(warmup, 1), (total - step) / max(decay, 1))
 
 
-def save_state(folder: Path, step: int, settings: dict[str, Any], **parts: Any) -> None:
-    """Write the whole training state (anything with a `state_dict`) of the run at `folder`, atomically."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    with atomic_path(folder / STATE) as partial:
-        try:
-            torch.save({"step": step, "settings": json.dumps(settings, sort_keys=True), **state}, partial)
-        except RuntimeError as error:  # torch's writer hides the system's error
-            raise OSError(f"{str(error).splitlines()[0]}; is the disk full?") from error
+def adam(
+    network: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """Adam (AdamW's weight decay) over a network's trainable weights, with its state allocated from the start."""
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, learning_rate, betas, weight_decay=weight_decay, fused=True)
+    for parameter in parameters:  # what a resumed run reads into
+        zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
+    return optimizer
 
 
-def load_state(folder: Path, settings: dict[str, Any], **parts: Any) -> int:
-    """Restore what `save_state` wrote, cut the log back to that step, and return the step.
+class Updates:
+    """Clipped updates of one network; those whose gradients are not finite are skipped, on the device, and counted."""
+
+    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, clip: float, max_skipped: int):
+        self.network, self.optimizer = network, optimizer
+        self.clip, self.max_skipped = clip, max_skipped
+        self.skipped = self.in_a_row = torch.zeros((), device=next(network.parameters()).device)
+
+    def __call__(self, learning_rate: float) -> Tensor:
+        """Update the network with its gradients, clear them, and return their norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), self.clip))
+        bad = (~norm.isfinite()).float()
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused Adam then leaves everything as it was
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.skipped = self.skipped + bad
+        self.in_a_row = (self.in_a_row + bad) * bad
+        return norm
+
+    def check(self, step: int, figures: dict[str, float]) -> None:
+        """Stop a run that gets nowhere.
+
+        Raises:
+            ValueError: `max_skipped` updates in a row, or more, were skipped.
+        """
+        if self.in_a_row >= self.max_skipped:
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            raise ValueError(
+                f"{int(self.in_a_row)} updates in a row were skipped up to step {step}: their gradients are not finite "
+                f"({shown}); lower the learning rate, or look for broken data; the last saved state is kept"
+            )
+
+
+def state_tensors(networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Every tensor of a run by name (views, so that reading into them restores it); `optimizers` by network."""
+    tensors = {f"{name}.{key}": t for name, network in networks.items() for key, t in network.state_dict().items()}
+    for name, optimizer in optimizers.items():
+        for key, parameter in networks[name].named_parameters():
+            for part, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{key}.{part}"] = value.view(1) if value.ndim == 0 else value
+    return tensors
+
+
+def save_state(
+    folder: Path,
+    step: int,
+    settings: dict[str, Any],
+    tensors: dict[str, Tensor],
+    extra: dict[str, Any],
+    workers: Workers,
+) -> None:
+    """Write the whole training state of the run at `folder` in shards, atomically; earlier states are removed.
+
+    Raises:
+        ValueError: it cannot be written; the last good state stays.
+    """
+    target = folder / f"state-{step:08d}"
+    partial = folder / f".{target.name}.partial"
+    if workers.main:
+        shutil.rmtree(partial, ignore_errors=True)
+    workers.barrier()
+    try:
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        with quiet_checkpoints():
+            dcp.save(tensors, storage_writer=writer, no_dist=workers.mesh is None)
+        if workers.main:
+            (partial / RUN).write_text(json.dumps({"step": step, "settings": settings, "extra": extra}))
+            old = saved_states(folder)
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+            for path in old:
+                if path != target:
+                    shutil.rmtree(path, ignore_errors=True)
+    except (CheckpointException, OSError, RuntimeError) as error:  # torch hides the system's error in its own
+        if workers.main:
+            shutil.rmtree(partial, ignore_errors=True)
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(
+            f"cannot write {target}: {reason}; free some space, then --resume: the last good state is kept"
+        ) from error
+    workers.barrier()
+
+
+@contextlib.contextmanager
+def quiet_checkpoints() -> Iterator[None]:
+    """Without torch's warning that a single process saves alone: it is meant to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """The whole states of a run, oldest first."""
+    return sorted(path for path in folder.glob("state-*") if (path / RUN).is_file())
+
+
+def load_state(folder: Path, settings: dict[str, Any], tensors: dict[str, Tensor], workers: Workers) -> tuple[int, Any]:
+    """Restore what `save_state` wrote (on any number of processes), cut the log back to that step; step and extra.
 
     Raises:
         ValueError: no state there, a damaged one, or one of a run with other settings.
     """
-    file = folder / STATE
-    if not file.is_file():
-        raise ValueError(f"nothing to resume in {folder}: it has no {STATE}; start without --resume")
+    found = saved_states(folder)
+    if not found:
+        raise ValueError(f"nothing to resume in {folder}: it has no saved state; start without --resume")
+    newest = found[-1]
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds here
-        raise ValueError(f"{file} is damaged or not a training state ({type(error).__name__})") from error
-    before, now = json.loads(state["settings"]), json.loads(json.dumps(settings))
+        run = json.loads((newest / RUN).read_text())
+        before, step, extra = run["settings"], int(run["step"]), run["extra"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{newest} is damaged or not a training state ({type(error).__name__})") from error
+    now = json.loads(json.dumps(settings))
     changed = [k for k in sorted({*before, *now} - MAY_CHANGE) if before.get(k) != now.get(k)]
     if changed:
         raise ValueError(
             f"{folder} was trained with other settings: "
             + ", ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in changed)
         )
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    log = folder / LOG
-    if log.is_file():
-        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= state["step"]]
-        write_text(log, "".join(line + "\n" for line in lines))
-    return int(state["step"])
+    try:
+        with quiet_checkpoints():
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(newest)), no_dist=workers.mesh is None)
+    except (CheckpointException, Exception) as error:  # safetensors and torch raise many kinds here
+        raise ValueError(f"{newest} is damaged or not a training state ({type(error).__name__})") from error
+    if workers.main:
+        cut_log(folder / LOG, step)
+    workers.barrier()
+    return step, extra
+
+
+def cut_log(log: Path, step: int) -> None:
+    """Drop the lines after `step`, and a last line that a kill cut short."""
+    if not log.is_file():
+        return
+    kept = []
+    for line in log.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    write_text(log, "".join(kept))
+
+
+def save_network(folder: Path, network: MAR, config: ModelConfig, workers: Workers) -> None:
+    """Write a (sharded) network as a model that anyone can load."""
+    tensors = whole_state(network)
+    if workers.main:
+        save_tensors(folder, tensors, config)
 
 
 @contextlib.contextmanager
@@ -81,47 +214,67 @@ def fast_attention(device: torch.device | str) -> Iterator[None]:
         yield
 
 
-def prepare_folder(folder: Path, resume: bool) -> None:
+def prepare_folder(out: Path, resume: bool, workers: Workers) -> None:
     """Make the run's folder.
 
     Raises:
         ValueError: it already holds a run and `resume` is off.
     """
-    if (folder / STATE).exists() and not resume:
-        raise ValueError(f"{folder} already holds a run: add --resume to continue it, or choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
+    if saved_states(out) and not resume:
+        raise ValueError(f"{out} already holds a run: add --resume to continue it, or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    workers.barrier()
+
+
+def spreads(figures: dict[str, float]) -> dict[str, float]:
+    """The same figures, with `NAME_square` and `NAME_mean` turned into a standard deviation `NAME_std`."""
+    found = {}
+    for name, value in figures.items():
+        stem = name.removesuffix("_square")
+        if stem == name:
+            found[name] = value
+        else:
+            found[f"{stem}_std"] = math.sqrt(max(0.0, value - figures[f"{stem}_mean"] ** 2))
+    return found
 
 
 class Log:
     """Appends one JSON object per line to the run's log and prints the progress line."""
 
-    def __init__(self, file: Path, start: int, total: int, images_per_step: int, quiet: bool = False):
-        self.file = file
+    def __init__(
+        self, file: Path, start: int, total: int, images_per_step: int, *, quiet: bool = False, workers: Workers
+    ):
+        self.file, self.workers = file, workers
         self.start, self.total, self.images_per_step = start, total, images_per_step
         self.began = self.printed = time.monotonic()
-        self.console = Console(quiet=quiet)
+        self.console = Console(quiet=quiet or not workers.main)
         self.interval = 1.0 if self.console.is_terminal else 30.0
 
-    def __call__(self, step: int, **figures: float) -> None:
-        """Record `figures` of step `step` (counted from 1).
+    def __call__(self, step: int, figures: dict[str, Tensor | float], updates: Sequence[Updates] = ()) -> None:
+        """Record `figures` of step `step` (counted from 1), averaged over the processes.
 
         Raises:
-            ValueError: a figure is not finite.
+            ValueError: too many of the `updates` were skipped; or, where none are given, a figure is not finite.
         """
-        for name, value in figures.items():
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"{name} is {value} at step {step}: lower the learning rate; the last checkpoint is kept"
-                )
-        with self.file.open("a") as out:
-            out.write(json.dumps({"step": step, **{name: float(f"{v:.6g}") for name, v in figures.items()}}) + "\n")
+        found = spreads(self.workers.mean(figures))
+        for update in updates:
+            update.check(step, found)
+        for name, value in found.items():
+            if not updates and not math.isfinite(value):
+                raise ValueError(f"{name} is {value} at step {step}: lower the learning rate, or look for broken data")
+        if updates:
+            found["skipped"] = sum(int(update.skipped) for update in updates)
+        if self.workers.main:
+            line = {name: float(f"{v:.6g}") if math.isfinite(v) else None for name, v in found.items()}
+            with self.file.open("a") as out:
+                out.write(json.dumps({"step": step, **line}) + "\n")
         now = time.monotonic()
         if now - self.printed < self.interval and step < self.total:
             return
         self.printed = now
         rate = (step - self.start) / max(now - self.began, 1e-9)
         left = (self.total - step) / max(rate, 1e-9)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items() if name != "skipped" or value)
         self.console.print(
             f"step {step}/{self.total}  {shown}  {rate * self.images_per_step:.0f} images/s  "
             f"{int(left // 60)} min {int(left % 60)} s left",

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,20 +12,26 @@ from torch import Tensor
 
 from marval.config import Chain, MARConfig, ModelConfig, PixelSpace, TrainConfig
 from marval.data import ImageData, batch_indices
-from marval.io.checkpoint import save_model
 from marval.model import MAR, NoiseSchedule
 from marval.model.mar import gather_rows
+from marval.model.schedule import NUM_TIMESTEPS
 from marval.objectives.denoising import denoising_loss
+from marval.parallel import Workers
 from marval.randomness import generator
 from marval.spaces import token_space
+from marval.train.draws import masked_count, noise_levels, split_tokens
 from marval.train.run import (
     LOG,
     Log,
+    Updates,
+    adam,
     fast_attention,
     learning_rate_factor,
     load_state,
     prepare_folder,
+    save_network,
     save_state,
+    state_tensors,
     update_ema,
 )
 
@@ -46,25 +53,34 @@ def teacher_config(name: str, data: ImageData, data_spec: str, source: str = "")
     space = PixelSpace((rows, columns), data.images.shape[1], patch, shift, 1 / spread)
     mar = MARConfig.fashion(space.token_grid, space.token_dim, len(data.class_names))
     iterations = min(16, mar.num_tokens)
-    draw = Chain(guidance=1.6, clip=True)
+    draw = Chain(guidance=3.0, clip=True)
     return ModelConfig(mar, space, draw, data.class_names, iterations, name, data_spec, source)
 
 
-def masked_count(num_tokens: int, ratio_min: float, ratio_std: float, rng: torch.Generator) -> int:
-    """How many tokens to mask: the ratio is a normal around 1, cut to [ratio_min, 1] (MAR: 0.7 and std 0.25)."""
-    low, high = torch.special.ndtr(torch.tensor([(ratio_min - 1) / ratio_std, 0.0], dtype=torch.float64))
-    u = low + (high - low) * torch.rand((), generator=rng, dtype=torch.float64)
-    ratio = 1 + ratio_std * torch.special.ndtri(u).clamp(max=0.0)
-    return min(num_tokens, max(1, int(torch.ceil(num_tokens * ratio))))
+@dataclass(frozen=True)
+class Draws:
+    """The random draws of a step, one row per image."""
+
+    visible: Int[Tensor, "b v"]
+    targets: Int[Tensor, "b q"]
+    drop: Float[Tensor, " b"]  # 1 where the label is dropped
+    t: Int[Tensor, "b q"]
+    eps: Float[Tensor, "b q c"]
+
+    def rows(self, rows: slice, device: torch.device) -> "Draws":
+        """Some images' draws, on the device."""
+        parts = (self.visible, self.targets, self.drop, self.t, self.eps)
+        return Draws(*(part[rows].to(device, non_blocking=True) for part in parts))
 
 
-def split_tokens(
-    batch: int, num_tokens: int, masked: int, targets: int, rng: torch.Generator
-) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b q"]]:
-    """A random order per image: its visible positions, and `targets` (at most) of its `masked` hidden ones."""
-    order = torch.rand(batch, num_tokens, generator=rng).argsort(dim=1)
-    visible = num_tokens - masked
-    return order[:, :visible], order[:, visible : visible + min(targets, masked)]
+def draw(mar: MARConfig, settings: TrainConfig, rng: torch.Generator) -> Draws:
+    """One mask ratio for the batch; for every image what is hidden, whether its label is, and noise for its targets."""
+    batch, total = settings.batch_size, mar.num_tokens
+    masked = masked_count(total, settings.mask_ratio_min, settings.mask_ratio_std, rng)
+    visible, targets = split_tokens(batch, total, masked, settings.tokens_per_image, rng)
+    drop = (torch.rand(batch, generator=rng) < settings.label_drop).float()
+    t, eps = noise_levels((*targets.shape, mar.token_dim), 0, NUM_TIMESTEPS - 1, rng)
+    return Draws(visible, targets, drop, t, eps)
 
 
 def teacher_loss(
@@ -72,20 +88,15 @@ def teacher_loss(
     schedule: NoiseSchedule,
     tokens: Float[Tensor, "b l c"],
     labels: Int[Tensor, " b"],
-    settings: TrainConfig,
-    rng: torch.Generator,
+    draws: Draws,
+    autocast: bool,
 ) -> Float[Tensor, ""]:
-    """The loss of one batch; every random draw comes from `rng` (on the CPU, so that devices agree)."""
-    batch, device = len(tokens), tokens.device
-    masked = masked_count(model.config.num_tokens, settings.mask_ratio_min, settings.mask_ratio_std, rng)
-    visible, targets = split_tokens(batch, model.config.num_tokens, masked, settings.tokens_per_image, rng)
-    drop = (torch.rand(batch, generator=rng) < settings.label_drop).float()
-    t = torch.randint(0, len(schedule.timesteps), (targets.numel(),), generator=rng)
-    eps = torch.randn(targets.numel(), model.config.token_dim, generator=rng)
-    visible, targets, drop, t, eps = (x.to(device, non_blocking=True) for x in (visible, targets, drop, t, eps))
-    with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
-        context = model.context(tokens, visible, targets, model.class_embedding(labels, drop)).flatten(0, 1)
-        x_0 = gather_rows(tokens, targets).flatten(0, 1)
+    """The diffusion loss of a batch's target tokens, in the context of its visible ones."""
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
+        embedding = model.class_embedding(labels, draws.drop)
+        context = model.context(tokens, draws.visible, draws.targets, embedding).flatten(0, 1)
+        x_0 = gather_rows(tokens, draws.targets).flatten(0, 1)
+        t, eps = draws.t.flatten(), draws.eps.flatten(0, 1)
         return denoising_loss(model.head, schedule, x_0, context, t, eps).mean()
 
 
@@ -97,54 +108,66 @@ def train_teacher(
     *,
     init: MAR | None = None,
     resume: bool = False,
-    device: torch.device | str = "cpu",
+    workers: Workers | None = None,
     quiet: bool = False,
-) -> None:
-    """Train a teacher and leave its EMA in `out/model`; the training state lies beside it.
+) -> int:
+    """Train a teacher, leave its EMA in `out/model` and the training state beside it; returns the last step.
 
     Args:
         init: start from these weights instead of fresh ones.
+        workers: the processes that share the work; this one alone when None.
 
     Raises:
-        ValueError: `init` has other sizes than `config`, `out` holds another run or cannot be written to, or the
-            loss is no longer finite.
+        ValueError: `init` has other sizes than `config`, `out` holds another run or cannot be written to, or too
+            many steps in a row had gradients that are not finite.
     """
-    prepare_folder(out, resume)
+    workers = workers or Workers()
+    device = workers.device
+    prepare_folder(out, resume, workers)
     described = {**config.to_dict(), "source": "", "images": len(data), **dataclasses.asdict(settings)}
     space = token_space(config.space, device)
     if init is not None and init.config != config.mar:
         raise ValueError(f"the initial model's sizes are {init.config}, the data asks for {config.mar}")
-    model = init or MAR(config.mar).initialize(generator(settings.seed, "weights"))
-    model = copy.deepcopy(model).requires_grad_(True).to(device).train()
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), settings.learning_rate, (0.9, 0.95), weight_decay=settings.weight_decay, fused=True
-    )
-    start = load_state(out, described, model=model, ema=ema, optimizer=optimizer) if resume else 0
+    first = init or MAR(config.mar).initialize(generator(settings.seed, "weights"))
+    model = workers.place(copy.deepcopy(first).requires_grad_(True).train())
+    model.checkpoint_blocks = settings.checkpoint_blocks
+    ema = workers.place(copy.deepcopy(first).requires_grad_(False))
+    optimizer = adam(model, settings.learning_rate, (0.9, 0.95), settings.weight_decay)
+    update = Updates(model, optimizer, settings.gradient_clip, settings.max_skipped)
+    state = state_tensors({"model": model, "ema": ema}, {"model": optimizer})
+    start, _ = load_state(out, described, state, workers) if resume else (0, None)
     schedule = NoiseSchedule.full(device)
-    log = Log(out / LOG, start, settings.iterations, settings.batch_size, quiet)
+    log = Log(out / LOG, start, settings.iterations, settings.batch_size, quiet=quiet, workers=workers)
+    parts = workers.parts(settings.batch_size, settings.accumulate)
 
     for step in range(start, settings.iterations):
+        indices = batch_indices(len(data), settings.batch_size, step, settings.seed)
+        draws = draw(config.mar, settings, generator(settings.seed, "noise", step))
+        loss = torch.zeros((), device=device)
+        for i, rows in enumerate(parts):
+            images, labels = data.batch(indices[rows])
+            tokens = space.encode(images.to(device))
+            if config.mar.dropout:
+                torch.manual_seed(generator(settings.seed, "dropout", step, workers.rank, i).initial_seed())
+            with fast_attention(device):
+                part = teacher_loss(
+                    model, schedule, tokens, labels.to(device), draws.rows(rows, device), settings.autocast
+                ) * workers.share(rows, settings.batch_size)
+                part.backward()
+            loss += part.detach()
         factor = learning_rate_factor(step, settings.warmup, settings.decay, settings.iterations)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * factor
-        images, labels = data.batch(batch_indices(len(data), settings.batch_size, step, settings.seed))
-        tokens = space.encode(images.to(device))
-        if config.mar.dropout:
-            torch.manual_seed(generator(settings.seed, "dropout", step).initial_seed())
-        with fast_attention(device):
-            rng = generator(settings.seed, "noise", step)
-            loss = teacher_loss(model, schedule, tokens, labels.to(device), settings, rng)
-            loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        norm = update(settings.learning_rate * factor)
         update_ema(ema, model, step, settings.ema_decay)
 
         done = step + 1
-        saving = done % settings.save_every == 0 or done == settings.iterations
+        last = done == settings.iterations or workers.stopping()
+        saving = last or done % settings.save_every == 0
         if saving or done % settings.log_every == 0:  # figures are checked before anything is saved
-            log(done, loss=loss.item(), gradient_norm=norm.item(), learning_rate=settings.learning_rate * factor)
+            rate = settings.learning_rate * factor
+            log(done, {"loss": loss, "gradient_norm": norm, "learning_rate": rate}, [update])
         if saving:
-            save_state(out, done, described, model=model, ema=ema, optimizer=optimizer)
-            save_model(out / "model", ema, config)
+            save_network(out / "model", ema, config, workers)
+            save_state(out, done, described, state, {}, workers)
+        if last:
+            return done
+    return start

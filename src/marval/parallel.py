@@ -1,0 +1,163 @@
+"""The processes of a run: one, or several under torchrun that share batches and networks.
+
+Every process makes the same random draws for the whole batch and takes its own rows of them, so that N processes
+do what one does.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from marval.model import MAR, TokenHead
+from marval.model.blocks import Block
+
+Network = TypeVar("Network", MAR, TokenHead)
+
+# What is called besides `forward`: FSDP gathers the weights at these calls.
+CALLED = {MAR: ("context", "class_embedding", "null_embedding"), TokenHead: ("denoise", "embed_context", "embed_time")}
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes of a run, seen from one of them."""
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: DeviceMesh | None = None
+    stop: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def parts(self, batch: int, accumulate: int = 1) -> list[slice]:
+        """This process's rows of a batch, in `accumulate` parts of nearly equal size.
+
+        Raises:
+            ValueError: fewer rows than parts.
+        """
+        pieces = self.count * accumulate
+        if batch < pieces:
+            raise ValueError(
+                f"a batch of {batch} cannot be split over {self.count} processes x {accumulate} parts: enlarge it"
+            )
+        cuts = [batch * i // pieces for i in range(pieces + 1)]
+        own = range(self.rank * accumulate, (self.rank + 1) * accumulate)
+        return [slice(cuts[i], cuts[i + 1]) for i in own]
+
+    def share(self, rows: slice, batch: int) -> float:
+        """The weight of a part's mean loss, for gradients that add up to the batch's (FSDP averages over processes)."""
+        return (rows.stop - rows.start) * self.count / batch
+
+    def place(self, network: Network) -> Network:
+        """Bring a network to the device and, among several processes, shard it (`fully_shard`, block by block)."""
+        if self.mesh is None:
+            return network.to(self.device)
+        for module in list(network.modules()):
+            if isinstance(module, Block | TokenHead) and module is not network:
+                self._shard(module)
+        self._shard(network)
+        return network
+
+    def _shard(self, module: nn.Module) -> None:
+        # Resharding after every forward lets `requires_grad` take effect at the next one.
+        called = next((names for kind, names in CALLED.items() if isinstance(module, kind)), ())
+        fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
+        for name in called:
+            register_fsdp_forward_method(module, name)
+
+    def mean(self, figures: dict[str, Tensor | float]) -> dict[str, float]:
+        """Figures averaged over the processes; one read from the device."""
+        values = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in _on_cpu(figures)])
+        if self.mesh is not None:
+            dist.all_reduce(values)
+            values /= self.count
+        return dict(zip(figures, values.tolist(), strict=True))
+
+    def gather(self, rows: Shaped[Tensor, "n *rest"], total: int) -> Shaped[Tensor, "total *rest"]:
+        """Every process's rows (as `parts(total)` cuts them), in order, on the CPU."""
+        if self.mesh is None:
+            return rows.cpu()
+        sizes = [total * (i + 1) // self.count - total * i // self.count for i in range(self.count)]
+        padded = torch.zeros(max(sizes), *rows.shape[1:], dtype=rows.dtype)
+        padded[: len(rows)] = rows.cpu()
+        found = [torch.empty_like(padded) for _ in range(self.count)]
+        dist.all_gather(found, padded)
+        return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+
+    def stopping(self) -> bool:
+        """Whether any process was asked to stop (SIGTERM); all of them get the same answer."""
+        if self.mesh is None:
+            return self.stop.is_set()
+        asked = torch.tensor(int(self.stop.is_set()))
+        dist.all_reduce(asked)
+        return bool(asked)
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+        if self.mesh is not None:
+            dist.barrier()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded; every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(network: nn.Module) -> dict[str, Tensor]:
+    """A network's whole weights on the CPU; every process must ask."""
+    return {name: whole(tensor).detach().cpu() for name, tensor in network.state_dict().items()}
+
+
+@contextlib.contextmanager
+def start_workers(device: str) -> Iterator[Workers]:
+    """This process's `Workers`: under torchrun they find each other, else there is one. SIGTERM asks them to stop.
+
+    Args:
+        device: "cpu", "cuda" (each process takes its own), ...
+    """
+    stop = threading.Event()
+    before: Any = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            yield Workers(device=torch.device(device), stop=stop)
+            return
+        kind = torch.device(device).type
+        if kind == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl", timeout=timedelta(minutes=30))
+        try:
+            count = dist.get_world_size()
+            local = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind != "cpu" else torch.device("cpu")
+            yield Workers(dist.get_rank(), count, local, init_device_mesh(kind, (count,)), stop)
+        finally:
+            dist.destroy_process_group()
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _on_cpu(figures: dict[str, Tensor | float]) -> list[Tensor | float]:
+    on_device = [value for value in figures.values() if isinstance(value, Tensor)]
+    if not on_device:
+        return list(figures.values())
+    read: Float[Tensor, " f"] = torch.stack([value.detach().float() for value in on_device]).cpu()
+    tensors = iter(read.unbind())
+    return [next(tensors) if isinstance(value, Tensor) else value for value in figures.values()]

@@ -1,0 +1,56 @@
+"""One tiny training run of a stage, alone or under torchrun: python parallel_run.py STAGE OUT STEPS [--resume]."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from marval.config import DistillConfig, FinetuneConfig, OneStep, TrainConfig
+from marval.evaluate.evaluate import draw_bytes
+from marval.parallel import start_workers
+from marval.train.distill import distill
+from marval.train.finetune import Anchor, finetune
+from marval.train.teacher import train_teacher
+from tiny import tiny_config, tiny_data, tiny_model
+
+COMMON = {"batch_size": 8, "log_every": 1, "save_every": 4}  # of three processes, two have 3 images and one has 2
+TRAIN = TrainConfig(**COMMON, tokens_per_image=6, warmup=3, decay=4, autocast=False)
+DISTILL = DistillConfig(**COMMON, tokens_per_image=6, warmup=2, autocast=False, guidance=1.5, probe_every=10)
+FINETUNE = FinetuneConfig(
+    **COMMON, sample_iterations=4, backprop_iterations=3, learning_rate=1e-3, probe_every=10, max_distance_ratio=1e9,
+    min_diversity_ratio=0.0, patience=99,
+)  # fmt: skip
+
+
+def brightness(images, prompts):
+    return images.mean(dim=(1, 2, 3))
+
+
+def main(stage, out, steps, resume, **changes):
+    config, data = tiny_config(), tiny_data()
+    student = dataclasses.replace(config, draw=OneStep())
+    with start_workers("cpu") as workers:
+
+        def probe(pipeline):
+            images, _ = draw_bytes(pipeline, 7, 4, seed=0, workers=workers)
+            bright = float(images.float().mean())
+            return {"fd": 1.0, "diversity": 1.0, "log_probability": bright}
+
+        options = {"resume": resume, "workers": workers, "quiet": True}
+        changes["iterations"] = steps
+        if stage == "train":
+            train_teacher(config, dataclasses.replace(TRAIN, **changes), data, out, **options)
+        elif stage == "distill":
+            distill(tiny_model(), config, dataclasses.replace(DISTILL, **changes), data, out, probe=probe, **options)
+        else:
+            anchor = None
+            if stage == "anchored":
+                changes |= {"anchor": 0.5, "anchor_warmup": 3}
+                anchor = Anchor(tiny_model(1), data, DISTILL.with_guidance_of(config.draw))
+            settings = dataclasses.replace(FINETUNE, **changes)
+            finetune(tiny_model(), student, brightness, settings, out, probe=probe, anchor=anchor, **options)
+
+
+if __name__ == "__main__":
+    flags = sys.argv[4:]
+    given = {name: int(value) for name, _, value in (flag.partition("=") for flag in flags if "=" in flag)}
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), "--resume" in flags, **given)

@@ -1,0 +1,151 @@
+"""Several processes do what one does, states move between numbers of processes, and kills lose nothing."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from marval.parallel import Workers
+
+SCRIPT = Path(__file__).parent / "parallel_run.py"
+STAGES = ["train", "distill", "finetune", "anchored"]
+
+
+def command(processes, *arguments):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), *map(str, arguments)]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
+
+
+def launch(processes, *arguments):
+    done = subprocess.run(
+        command(processes, *arguments), env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def weights(out):
+    return load_file(out / "model/model.safetensors")
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_close(first, second, tolerance=1e-5):
+    """Equal but for the bias of attention's keys: softmax ignores it, so Adam amplifies mere rounding there."""
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        if key.endswith("qkv.bias"):
+            width = len(value) // 3
+            for side in (first, second):
+                side[key][width : 2 * width] = 0
+        torch.testing.assert_close(value, second[key], rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Every stage by one process, 20 steps, started when it is first asked for."""
+    runs = {}
+
+    def run(stage):
+        if stage not in runs:
+            runs[stage] = tmp_path_factory.mktemp(stage) / "run"
+            launch(1, stage, runs[stage], 20)
+        return runs[stage]
+
+    return run
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_equal_one(stage, processes, alone, tmp_path):
+    launch(processes, stage, tmp_path / "run", 20)
+    assert_close(weights(alone(stage)), weights(tmp_path / "run"))
+    one, many = log_of(alone(stage)), log_of(tmp_path / "run")
+    assert len(one) == len(many) >= 20
+    for first, second in zip(one, many, strict=True):
+        assert second == pytest.approx(first, rel=2e-4, abs=1e-5)
+    assert one[0] != one[-1]
+
+
+@pytest.mark.parametrize("stage", ["train", "anchored"])
+def test_accumulation_and_checkpointing_change_nothing(stage, alone, tmp_path):
+    launch(1, stage, tmp_path / "run", 20, "accumulate=3", "checkpoint_blocks=1")
+    assert_close(weights(alone(stage)), weights(tmp_path / "run"))
+
+
+def test_a_state_saved_by_two_is_resumed_by_one_and_by_three(alone, tmp_path):
+    launch(2, "distill", tmp_path / "two", 12)
+    for processes in (1, 3):
+        out = tmp_path / f"on-{processes}"
+        subprocess.run(["cp", "-r", tmp_path / "two", out], check=True)
+        launch(processes, "distill", out, 20, "--resume")
+        assert_close(weights(alone("distill")), weights(out))
+        assert [line["step"] for line in log_of(out)] == list(range(1, 21))
+
+
+def kill_at_random(stage, out, kills, rng):
+    """Run `stage` to 20 steps, killed hard `kills` times at random moments and resumed each time."""
+    for _ in range(kills):
+        resume = ["--resume"] if list(out.glob("state-*/run.json")) else []
+        process = subprocess.Popen(
+            command(1, stage, out, 20, "save_every=1", *resume), env=environment(), stderr=subprocess.DEVNULL
+        )
+        began = time.monotonic()
+        states = set(out.glob("state-*"))
+        while process.poll() is None and set(out.glob("state-*")) == states and time.monotonic() - began < 60:
+            time.sleep(0.01)  # until it has saved once more, or is done
+        time.sleep(rng.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    launch(1, stage, out, 20, "save_every=1", "--resume")
+
+
+@pytest.mark.parametrize(("stage", "kills"), [("train", 3), pytest.param("distill", 20, marks=pytest.mark.slow)])
+def test_a_killed_run_resumes_from_a_whole_state_and_ends_the_same(stage, kills, alone, tmp_path):
+    kill_at_random(stage, tmp_path / "run", kills, random.Random(0))
+    first, second = weights(alone(stage)), weights(tmp_path / "run")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert len(list((tmp_path / "run").glob("state-*"))) == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_and_exits_cleanly(processes, alone, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        command(processes, "train", out, 100_000, "save_every=100000"),
+        env=environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (out / "log.jsonl").is_file() and process.poll() is None:
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    if processes == 1:  # torchrun's own exit code says that it was terminated
+        assert process.returncode == 0, errors
+    (state,) = out.glob("state-*")
+    step = json.loads((state / "run.json").read_text())["step"]
+    assert log_of(out)[-1]["step"] == step >= 1
+    assert (out / "model/model.safetensors").is_file()
+
+
+def test_rows_are_shared_out_without_gap_or_overlap():
+    for count in (1, 2, 3, 5):
+        for accumulate in (1, 2):
+            workers = [Workers(rank, count) for rank in range(count)]
+            parts = [part for worker in workers for part in worker.parts(17, accumulate)]
+            assert [i for part in parts for i in range(17)[part]] == list(range(17))
+            assert sum(workers[0].share(part, 17) for part in parts) == pytest.approx(count)
+    with pytest.raises(ValueError, match="a batch of 3 cannot be split over 2 processes x 2 parts"):
+        Workers(0, 2).parts(3, 2)
