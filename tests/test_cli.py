@@ -154,13 +154,26 @@ def test_damaged_and_foreign_checkpoints(work, tmp_path):
     assert refused(marval("sample", tmp_path / "nothing", cwd=work), "does not exist")
 
 
-def test_a_full_disk_leaves_nothing_half_written(work, tmp_path):
-    """A limit on file size stands in for the disk: the run's state does not fit under it."""
-    settings = ["--data", "folder:pictures", "--iterations", 2, "--batch-size", 4, "--no-autocast"]
-    limited = ("bash", "-c", 'ulimit -f 64; exec "$@"', "bash")
-    result = marval("train", *settings, "--out", tmp_path / "run", cwd=work, prefix=limited)
-    assert refused(result, "state.pt", "space")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.jsonl"]
+def test_a_full_disk_leaves_nothing_half_written_and_the_last_good_state(work, tmp_path):
+    """A limit on file size stands in for the disk: first nothing fits under it, then the model but not the state."""
+    out = tmp_path / "run"
+
+    def train(iterations, kilobytes, *flags):
+        settings = ["--data", "folder:pictures", "--batch-size", 4, "--no-autocast", "--out", out]
+        limited = ("bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "bash")
+        return marval("train", *settings, "--iterations", iterations, *flags, cwd=work, prefix=limited)
+
+    def files():
+        return sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+
+    assert refused(train(2, 64), "model.safetensors", "space")
+    assert files() == ["log.jsonl"]
+    assert train(2, "unlimited").returncode == 0
+    good = files()
+    assert refused(train(4, 20_000, "--resume"), "state-00000004", "space", "--resume")
+    assert files() == good
+    assert train(4, "unlimited", "--resume").returncode == 0
+    assert [line.name for line in out.glob("state-*")] == ["state-00000004"]
 
 
 def test_training_that_diverges_says_so(work, tmp_path):
@@ -168,8 +181,8 @@ def test_training_that_diverges_says_so(work, tmp_path):
         "train", "--data", "folder:pictures", "--iterations", 30, "--warmup", 1, "--batch-size", 4,
         "--learning-rate", 1e30, "--no-autocast", "--out", tmp_path / "run", cwd=work,
     )  # fmt: skip
-    assert refused(result, "nan", "lower the learning rate")
-    assert not Path(tmp_path / "run/state.pt").exists()
+    assert refused(result, "not finite", "loss nan", "lower the learning rate")
+    assert not list(tmp_path.glob("run/state-*"))
 
 
 def test_an_official_checkpoint_comes_and_goes(work, tmp_path):

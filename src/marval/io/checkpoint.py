@@ -33,7 +33,9 @@ def save_tensors(folder: Path | str, tensors: dict[str, Tensor], config: ModelCo
             whole = {name: t.contiguous() for name, t in tensors.items()}
             save_file(whole, partial, metadata={"format": "pt", "marval": text})
         except SafetensorError as error:
-            raise ValueError(f"cannot write {folder / WEIGHTS}: {error}") from error
+            raise ValueError(
+                f"cannot write {folder / WEIGHTS}: {error}; free some space or choose another place"
+            ) from error
     write_text(folder / "config.json", text + "\n")
 
 
