@@ -7,7 +7,7 @@ from tyro.conf import Positional
 
 
 def convert(
-    kind: Positional[Literal["mar", "to-mar"]],
+    kind: Positional[Literal["mar", "to-mar", "vae"]],
     source: Positional[str],
     out: Positional[Path],
     *,
@@ -25,7 +25,8 @@ def convert(
     marval convert to-mar runs/student student.pth
 
     Args:
-        kind: "mar": an official .pth, flat safetensors or a folder with one, to a model folder; "to-mar": back.
+        kind: "mar": an official .pth, flat safetensors or a folder with one, to a model folder; "to-mar": back;
+            "vae": the official kl16.ckpt to a diffusers folder.
         source: the checkpoint, or the model to write back.
         out: the model folder, or the .pth to write.
         heads: attention heads, where the widths are not MAR-B's, -L's or -H's.
@@ -37,9 +38,12 @@ def convert(
     """
     from marval.io.checkpoint import load_model, save_model
     from marval.io.official import Given, official_model, save_official
+    from marval.io.vae import convert_vae
     from marval.pipeline import find_model
 
-    if kind == "to-mar":
+    if kind == "vae":
+        convert_vae(source, out)
+    elif kind == "to-mar":
         save_official(out, load_model(find_model(source))[0])
     else:
         save_model(out, *official_model(source, Given(heads, image_size, vae_stride, patch_size), ema=ema, vae=vae))

@@ -37,37 +37,51 @@ class Given:
     patch_size: int | None = None
 
 
-def read_official(path: Path | str, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the `args` (empty where there are none) of an official checkpoint, memory-mapped.
-
-    Args:
-        path: a `.pth`, a `.safetensors` file, or a folder that holds one of either.
-        ema: take `model_ema` rather than `model` of a `.pth`.
+def read_checkpoint(path: Path | str) -> dict[str, Any]:
+    """What a `.pth`, `.ckpt` or `.safetensors` file (or a folder with one) holds; its tensors are memory-mapped.
 
     Raises:
-        ValueError: no such file, a damaged one, one that holds anything but tensors and plain values (it is not
-            executed), or a `.pth` without the wanted weights.
+        ValueError: no such file, a damaged one, or one that holds anything but tensors and plain values (it is not
+            executed).
     """
     file = find_file(Path(path))
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as content:
-                return {name: content.get_tensor(name) for name in content.keys()}, {}  # noqa: SIM118
+                return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is damaged or not a safetensors file ({error})") from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Only files of torch >= 1.6 are zip archives, and only those can be mapped.
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         blocked = re.search(r"GLOBAL ([\w.]+)|load ([\w.]+) whose module", str(error))
         reason = f" ({blocked[1] or blocked[2]})" if blocked else ""
         raise ValueError(f"{file} is refused: it is damaged or would run code when loaded{reason}") from None
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         raise ValueError(f"{file} is damaged or not a checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a {type(found).__name__}: expected a checkpoint's dictionary")
+    return found
+
+
+def read_official(path: Path | str, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the `args` (empty where there are none) of an official MAR checkpoint.
+
+    Args:
+        path: a `.pth`, a `.safetensors` file, or a folder that holds one of either.
+        ema: take `model_ema` rather than `model` of a `.pth`.
+
+    Raises:
+        ValueError: as `read_checkpoint`, or a `.pth` without the wanted weights.
+    """
+    content = read_checkpoint(path)
+    if find_file(Path(path)).suffix == ".safetensors":
+        return content, {}
     key = "model_ema" if ema else "model"
-    if not isinstance(content, dict) or not isinstance(content.get(key), dict):
-        raise ValueError(f"{file} has no {key}: expected an official MAR checkpoint with model, model_ema and args")
+    if not isinstance(content.get(key), dict):
+        raise ValueError(f"{path} has no {key}: expected an official MAR checkpoint with model, model_ema and args")
     args = content.get("args")
     return content[key], dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
 
@@ -80,7 +94,7 @@ def find_file(path: Path) -> Path:
     """
     if path.is_file():
         return path
-    found = [file for suffix in ("*.safetensors", "*.pth") for file in sorted(path.glob(suffix))]
+    found = [file for suffix in ("*.safetensors", "*.pth", "*.ckpt") for file in sorted(path.glob(suffix))]
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise ValueError(f"{path}: expected a .pth or .safetensors file, or a folder with one; found {names}")
