@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep
-from marval.data import FASHION_CLASSES, load_data, load_fashion_mnist, load_folder
+from marval.data import FASHION_CLASSES, load_fashion_mnist, load_folder, load_images
 from marval.io.checkpoint import load_model, save_model
 from marval.io.files import atomic_path
 from marval.io.images import grid, to_pil
@@ -120,12 +120,12 @@ def test_folders_give_size_channels_and_classes(tmp_path):
     Image.fromarray(np.zeros((100, 90, 3), np.uint8)).save(tmp_path / "a" / "y.jpg")
     data = load_folder(tmp_path)
     assert data.images.shape == (3, 3, 28, 28)  # a colour image makes all RGB, unlike sizes make them square
-    assert load_data(f"folder:{tmp_path}", size=(16, 16)).images.shape == (3, 3, 16, 16)
+    assert load_images(f"folder:{tmp_path}", size=(16, 16)).images.shape == (3, 3, 16, 16)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no images in empty"):
         load_folder(tmp_path)
     with pytest.raises(ValueError, match="unknown data"):
-        load_data("cifar")
+        load_images("cifar")
 
 
 def test_pictures_round_and_grids_hold_every_image():

@@ -93,7 +93,7 @@ def test_grids_and_channels_of_both_kinds_of_space():
 def test_latents_without_diffusers_are_a_value_error_that_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)  # as if it were not installed
     with pytest.raises(ValueError, match="install diffusers"):
-        token_space(LatentSpace((256, 256), "a-vae"))
+        token_space(LatentSpace((256, 256), "a-vae")).decode(torch.zeros(1, 256, 16))
 
 
 def test_latents_scale_shift_and_cut_what_a_vae_gives():
@@ -103,7 +103,7 @@ def test_latents_scale_shift_and_cut_what_a_vae_gives():
     vae.decode = lambda x: SimpleNamespace(sample=x)
     config = LatentSpace((4, 6), "stand-in", vae_stride=1, latent_channels=3, patch=2, shift=0.25, scale=0.5)
     images = images_in_unit_range(2, 3, 4, 6, seed=0)
-    space = Latents(config, vae)
+    space = Latents(config, vae=vae)
     tokens = space.encode(images)
     torch.testing.assert_close(tokens, patchify((images * 2 - 1 - 0.25) * 0.5, 2))
     torch.testing.assert_close(space.decode(tokens), images)

@@ -14,6 +14,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LEVELS = {
     "config": 0,
     "randomness": 0,
+    "imagenet": 0,
     "model": 1,
     "sampling": 2,
     "spaces": 2,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from marval.config import DistillConfig, OneStep
-from marval.data import load_data
+from marval.data import load_images
 from marval.evaluate.evaluate import Judge, draw_bytes, load_judge, provenance
 from marval.io.files import write_text
 from marval.io.images import grid, save_picture
@@ -23,7 +23,7 @@ DRAWN = {"fashion-teacher": (16,), "fashion-student": (4, 8, 16), "fashion-tuned
 
 def run(out: Path, device: str) -> None:
     """Draw, time and score the bundled models on the same seeds; then distil the teacher anew for a minute or two."""
-    judge = load_judge("fashion-mnist", None, lambda: load_data("fashion-mnist"))
+    judge = load_judge("fashion-mnist", None, lambda: load_images("fashion-mnist"))
     rows: list[dict[str, Any]] = []
     pictures, labels_shown = [], []
     for name, iterations in DRAWN.items():
@@ -81,7 +81,7 @@ def live_distillation(out: Path, device: str, judge: Judge) -> list[dict[str, fl
     print(f"before: FD-EfficientNet {before['fd']:.1f}")
     folder = out / "live"
     shutil.rmtree(folder, ignore_errors=True)
-    distill(teacher.model, teacher.config, settings, load_data("fashion-mnist"), folder, probe=watch)
+    distill(teacher.model, teacher.config, settings, load_images("fashion-mnist"), folder, probe=watch)
     updates = [max(0, min(i * settings.probe_every, settings.iterations) - settings.warmup) for i in range(len(curve))]
     labels = [f"{n} updates\nFD {figures['fd']:.0f}" for n, figures in zip(updates, curve, strict=True)]
     save_picture(out / "distillation.png", grid(pictures, labels, title="One call per iteration, K=8, while it learns"))

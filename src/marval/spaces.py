@@ -47,16 +47,30 @@ class Pixels:
 
 
 class Latents:
-    """Latents of a frozen VAE, for large images."""
+    """Latents of a frozen VAE, for large images; the VAE is loaded when it is first needed."""
 
-    def __init__(self, config: LatentSpace, vae: Any):
-        self.config = config
-        self.vae = vae.eval().requires_grad_(False)
+    def __init__(self, config: LatentSpace, device: torch.device | str = "cpu", vae: Any = None):
+        self.config, self.device = config, device
+        self.loaded = None if vae is None else vae.eval().requires_grad_(False)
+
+    @property
+    def vae(self) -> Any:
+        """The VAE (diffusers' `AutoencoderKL`).
+
+        Raises:
+            ValueError: diffusers is not installed, or the VAE's files are not there.
+        """
+        if self.loaded is None:
+            self.loaded = load_vae(self.config.vae, self.device)
+        return self.loaded
+
+    def tokens(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
+        """Latents to tokens."""
+        return patchify((latents - self.config.shift) * self.config.scale, self.config.patch)
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
         """Images in [0, 1] to tokens, by the mean of the VAE's posterior."""
-        latents = self.vae.encode(images * 2 - 1).latent_dist.mean
-        return patchify((latents - self.config.shift) * self.config.scale, self.config.patch)
+        return self.tokens(self.vae.encode(images * 2 - 1).latent_dist.mean)
 
     def decode(self, tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b c h w"]:
         """Tokens to images, clamped to [0, 1]."""
@@ -64,19 +78,25 @@ class Latents:
         return (self.vae.decode(latents / self.config.scale + self.config.shift).sample / 2 + 0.5).clamp(0, 1)
 
 
-def token_space(config: PixelSpace | LatentSpace, device: torch.device | str = "cpu") -> TokenSpace:
-    """The token space of a configuration; a VAE is loaded with diffusers.
+def load_vae(name: str, device: torch.device | str = "cpu") -> Any:
+    """A frozen VAE from a folder in diffusers' form, or from the hub.
 
     Raises:
-        ValueError: latents without diffusers installed, or without the VAE's files.
+        ValueError: diffusers is not installed, or the VAE's files are not there.
     """
-    if isinstance(config, PixelSpace):
-        return Pixels(config)
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise ValueError("this model draws VAE latents: install diffusers (pip install 'marval[vae]')") from error
+        raise ValueError("this needs a VAE: install diffusers (pip install 'marval[vae]')") from error
     try:
-        return Latents(config, AutoencoderKL.from_pretrained(config.vae).to(device))
-    except OSError as error:
-        raise ValueError(f"the VAE {config.vae!r} cannot be loaded: {error}") from error
+        return AutoencoderKL.from_pretrained(name).to(device).eval().requires_grad_(False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the VAE {name!r} cannot be loaded ({str(error).splitlines()[0]}): name a folder in diffusers' form, such "
+            "as marval convert vae makes"
+        ) from error
+
+
+def token_space(config: PixelSpace | LatentSpace, device: torch.device | str = "cpu") -> TokenSpace:
+    """The token space of a configuration."""
+    return Pixels(config) if isinstance(config, PixelSpace) else Latents(config, device)

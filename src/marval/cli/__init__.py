@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from marval.cli.converting import convert
+from marval.cli.converting import cache_latents, convert
 from marval.cli.drawing import demo, evaluate, sample
 from marval.cli.training import distill, finetune, train, train_classifier
 
@@ -17,6 +17,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "train-classifier": train_classifier,
     "convert": convert,
+    "cache-latents": cache_latents,
     "demo": demo,
 }
 

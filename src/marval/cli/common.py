@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from marval.data import ImageData
+    from marval.data import TrainingData
     from marval.evaluate.evaluate import Judge
     from marval.pipeline import Pipeline
 
@@ -34,7 +34,7 @@ def load_pipeline(name: str, device: str) -> "Pipeline":
     return load(name, usable_device(device))
 
 
-def data_of(pipeline: "Pipeline", data: str | None) -> "ImageData":
+def data_of(pipeline: "Pipeline", data: str | None) -> "TrainingData":
     """The images that `--data` names, or those that the model was trained on; checked against the model."""
     from marval.data import check_data, load_data
 
@@ -44,10 +44,18 @@ def data_of(pipeline: "Pipeline", data: str | None) -> "ImageData":
 
 
 def judge_for(pipeline: "Pipeline", data: str | None, classifier: Path | None) -> "Judge":
-    """What the model's images are judged by (`--judge`, or the bundled one)."""
+    """What the model's images are judged by: `--judge` or the bundled classifier, and the real images' features.
+
+    Raises:
+        ValueError: the data are latents, which have no pictures to compare with.
+    """
+    from marval.data import load_images
     from marval.evaluate.evaluate import load_judge
 
-    return load_judge(data or pipeline.config.data, classifier, lambda: data_of(pipeline, data))
+    spec = data or pipeline.config.data
+    if spec.startswith("latents:"):
+        raise ValueError(f"{spec} holds no pictures to compare with: name them with --data folder:DIR, or do not ask")
+    return load_judge(spec, classifier, lambda: load_images(spec, size=pipeline.config.space.image_size))
 
 
 def command_line() -> str:

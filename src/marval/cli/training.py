@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from marval.parallel import Workers
 
 
+Preset = Literal["fashion-mnist", "imagenet256-base", "imagenet256-large", "imagenet256-huge"]
+
+
 def train(
-    preset: Positional[Literal["fashion-mnist"]] = "fashion-mnist",
+    preset: Positional[Preset] = "fashion-mnist",
     *,
     data: str | None = None,
     out: Path = Path("runs/teacher"),
@@ -31,20 +34,27 @@ def train(
     marval train --data folder:my-images --iterations 5000 --out runs/mine
 
     Args:
-        preset: the recipe.
-        data: "fashion-mnist", "fashion-mnist:FOLDER", or "folder:DIR" with one sub-folder of images per class.
+        preset: the recipe; those of imagenet256 train on a cache of latents.
+        data: "fashion-mnist", "fashion-mnist:FOLDER", "folder:DIR" with one sub-folder of images per class, or
+            "latents:DIR" (marval cache-latents).
         out: the run's folder; the model is left in its sub-folder `model`.
         name: the model's name.
         init: a model of the same sizes to start from, instead of fresh weights.
         resume: go on from the run's last saved state.
         device: "auto", "cpu", "cuda", "mps", ...
     """
-    from marval.data import load_data
+    from marval.data import LatentData, load_data
     from marval.parallel import start_workers
-    from marval.train.teacher import teacher_config, train_teacher
+    from marval.train.teacher import latent_teacher_config, teacher_config, train_teacher
 
-    images = load_data(data or preset)
-    config = teacher_config(name, images, data or preset, command_line())
+    spec = data or preset
+    if preset != "fashion-mnist" and not spec.startswith("latents:"):
+        raise ValueError(f"{preset} trains on latents: make a cache with marval cache-latents, then --data latents:DIR")
+    images = load_data(spec)
+    if isinstance(images, LatentData):
+        config = latent_teacher_config(preset, name, images, spec, command_line())
+    else:
+        config = teacher_config(name, images, spec, command_line())
     start = load_pipeline(init, "cpu").model if init is not None else None
     with start_workers(usable_device(device)) as workers:
         done = train_teacher(config, settings, images, out, init=start, resume=resume, workers=workers)
@@ -192,12 +202,12 @@ def train_classifier(
         out: the classifier's file.
         device: "auto", "cpu", "cuda", "mps", ...
     """
-    from marval.data import load_data, split_data
+    from marval.data import load_images, split_data
     from marval.train.classifier import train_classifier as run
 
-    images = load_data(data or preset)
+    images = load_images(data or preset)
     if (data or preset).startswith("fashion-mnist"):
-        test = load_data(data or preset, split="test")
+        test = load_images(data or preset, split="test")
     else:
         images, test = split_data(images, seed)
     accuracy = run(architecture, images, test, out, epochs=epochs, seed=seed, device=usable_device(device))

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from marval.config import Chain, DistillConfig, MARConfig, ModelConfig, OneStep
-from marval.data import ImageData, batch_indices
+from marval.data import TrainingData, batch_indices
 from marval.model import MAR, NoiseSchedule, TokenHead
 from marval.model.schedule import NUM_TIMESTEPS
 from marval.objectives.gsim import Objective, Terms, auxiliary_loss, generator_loss
@@ -19,7 +19,7 @@ from marval.parallel import Workers
 from marval.pipeline import Pipeline
 from marval.randomness import generator
 from marval.sampling import DrawInOneStep, guidance_at, guided_eps, model_contexts
-from marval.spaces import TokenSpace, token_space
+from marval.spaces import token_space
 from marval.train.draws import masked_count, noise_levels, split_tokens
 from marval.train.run import (
     LOG,
@@ -89,14 +89,6 @@ def hide_tokens(mar: MARConfig, settings: DistillConfig, rng: torch.Generator) -
     return Masking(visible, targets, torch.randn(*targets.shape, mar.token_dim, generator=rng))
 
 
-def real_batch(
-    data: ImageData, indices: Int[Tensor, " b"], masking: Masking, space: TokenSpace, device: torch.device
-) -> Batch:
-    """The images `indices` as tokens, with their masking."""
-    images, labels = data.batch(indices)
-    return Batch(space.encode(images.to(device)), labels.to(device), masking)
-
-
 @torch.no_grad()
 def guide(teacher: MAR, batch: Batch, settings: DistillConfig) -> Guided:
     """The teacher's contexts for a batch and its guidance there."""
@@ -158,7 +150,9 @@ class GSIM:
     A step is `backward` (gradients for the student, to be used by the caller), then `update_auxiliary`.
     """
 
-    def __init__(self, teacher: MAR, config: ModelConfig, settings: DistillConfig, data: ImageData, workers: Workers):
+    def __init__(
+        self, teacher: MAR, config: ModelConfig, settings: DistillConfig, data: TrainingData, workers: Workers
+    ):
         self.config, self.settings, self.data, self.workers = config, settings, data, workers
         self.teacher = workers.place(copy.deepcopy(teacher).eval().requires_grad_(False))
         self.auxiliary = workers.place(copy.deepcopy(teacher.head).eval().requires_grad_(True))
@@ -183,7 +177,8 @@ class GSIM:
         figures: dict[str, Tensor | float] = {}
         self.auxiliary.requires_grad_(False)
         for rows in self.parts:
-            batch = real_batch(self.data, indices[rows], self.masking.rows(rows, device), self.space, device)
+            real = self.data.tokens(indices, rows, self.space, device, (settings.seed, "data", step))
+            batch = Batch(*real, self.masking.rows(rows, device))
             guided = guide(self.teacher, batch, settings)
             with torch.set_grad_enabled(learning):
                 x_0 = student_tokens(student, self.draw, batch, settings)
@@ -222,7 +217,7 @@ def distill(
     teacher: MAR,
     teacher_config: ModelConfig,
     settings: DistillConfig,
-    data: ImageData,
+    data: TrainingData,
     out: Path,
     *,
     resume: bool = False,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from marval.config import DistillConfig, FinetuneConfig, ModelConfig, OneStep
-from marval.data import ImageData
+from marval.data import TrainingData
 from marval.model import MAR
 from marval.objectives.policy import policy_loss
 from marval.parallel import Workers
@@ -78,7 +78,7 @@ class Anchor:
     """What the GSIM loss needs beside the student, to hold it near the teacher."""
 
     teacher: MAR
-    data: ImageData
+    data: TrainingData
     settings: DistillConfig
 
 

@@ -5,13 +5,14 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from marval.config import Chain, MARConfig, ModelConfig, PixelSpace, TrainConfig
-from marval.data import ImageData, batch_indices
+from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, PixelSpace, TrainConfig
+from marval.data import ImageData, LatentData, TrainingData, batch_indices
 from marval.model import MAR, NoiseSchedule
 from marval.model.mar import gather_rows
 from marval.model.schedule import NUM_TIMESTEPS
@@ -55,6 +56,29 @@ def teacher_config(name: str, data: ImageData, data_spec: str, source: str = "")
     iterations = min(16, mar.num_tokens)
     draw = Chain(guidance=3.0, clip=True)
     return ModelConfig(mar, space, draw, data.class_names, iterations, name, data_spec, source)
+
+
+def latent_teacher_config(preset: str, name: str, data: LatentData, data_spec: str, source: str = "") -> ModelConfig:
+    """A full-size teacher ("imagenet256-base", "-large" or "-huge") for a cache of latents.
+
+    Raises:
+        ValueError: another preset.
+    """
+    sizes: dict[str, Literal["base", "large", "huge"]] = {
+        "imagenet256-base": "base", "imagenet256-large": "large", "imagenet256-huge": "huge",
+    }  # fmt: skip
+    if preset not in sizes:
+        raise ValueError(f"the preset {preset} trains on images; for latents name one of {', '.join(sizes)}")
+    channels, rows, columns = data.shape
+    space = LatentSpace(
+        (data.image_size, data.image_size), data.vae, data.image_size // rows, channels, scale=data.scale
+    )
+    mar = dataclasses.replace(
+        MARConfig.imagenet256(sizes[preset]), token_grid=(rows, columns), token_dim=channels,
+        num_classes=len(data.class_names),
+    )  # fmt: skip
+    iterations = min(64, mar.num_tokens)
+    return ModelConfig(mar, space, Chain(guidance=2.9), data.class_names, iterations, name, data_spec, source)
 
 
 @dataclass(frozen=True)
@@ -103,7 +127,7 @@ def teacher_loss(
 def train_teacher(
     config: ModelConfig,
     settings: TrainConfig,
-    data: ImageData,
+    data: TrainingData,
     out: Path,
     *,
     init: MAR | None = None,
@@ -145,13 +169,12 @@ def train_teacher(
         draws = draw(config.mar, settings, generator(settings.seed, "noise", step))
         loss = torch.zeros((), device=device)
         for i, rows in enumerate(parts):
-            images, labels = data.batch(indices[rows])
-            tokens = space.encode(images.to(device))
+            tokens, labels = data.tokens(indices, rows, space, device, (settings.seed, "data", step))
             if config.mar.dropout:
                 torch.manual_seed(generator(settings.seed, "dropout", step, workers.rank, i).initial_seed())
             with fast_attention(device):
                 part = teacher_loss(
-                    model, schedule, tokens, labels.to(device), draws.rows(rows, device), settings.autocast
+                    model, schedule, tokens, labels, draws.rows(rows, device), settings.autocast
                 ) * workers.share(rows, settings.batch_size)
                 part.backward()
             loss += part.detach()

@@ -1,4 +1,4 @@
-"""Image data sets: Fashion-MNIST and folders of images, held in memory as bytes."""
+"""Images held in memory as bytes: Fashion-MNIST and folders of images."""
 
 import functools
 import gzip
@@ -16,9 +16,10 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from marval.config import ModelConfig, PixelSpace
+from marval.imagenet import imagenet_classes
 from marval.io.files import atomic_path
 from marval.randomness import generator
+from marval.spaces import TokenSpace
 
 FASHION_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -45,9 +46,27 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of an image."""
+        _, channels, rows, columns = self.images.shape
+        return channels, rows, columns
+
     def batch(self, indices: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]:
         """Images in [0, 1] and their labels."""
         return self.images[indices].float() / 255, self.labels[indices]
+
+    def tokens(
+        self,
+        indices: Int[Tensor, " batch"],
+        rows: slice,
+        space: TokenSpace,
+        device: torch.device,
+        stream: tuple[object, ...] = (),
+    ) -> tuple[Float[Tensor, "b l c"], Int[Tensor, " b"]]:
+        """Tokens and labels of some rows of a batch, on the device. Nothing is random here: `stream` is not used."""
+        images, labels = self.batch(indices[rows])
+        return space.encode(images.to(device)), labels.to(device)
 
 
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Int[Tensor, " b"]:
@@ -66,33 +85,12 @@ def _shuffled(count: int, seed: int, epoch: int) -> Int[Tensor, " n"]:
     return torch.randperm(count, generator=generator(seed, "epoch", epoch))
 
 
-def load_data(spec: str, split: str = "train", size: tuple[int, int] | None = None) -> ImageData:
-    """A data set by its specification: "fashion-mnist", "fashion-mnist:FOLDER" or "folder:DIR".
-
-    Args:
-        size: rows and columns that folder images are brought to; inferred when None.
+def list_folder(root: Path) -> tuple[list[Path], list[tuple[Path, int]]]:
+    """The class folders of a data set in alphabetical order, and every image file with its class's number.
 
     Raises:
-        ValueError: an unknown specification, or data that cannot be read.
+        ValueError: no such folder, no images, or a class without any.
     """
-    kind, _, where = spec.partition(":")
-    if kind == "fashion-mnist":
-        return load_fashion_mnist(split, where or None)
-    if kind == "folder" and where:
-        return load_folder(where, size)
-    raise ValueError(f"unknown data {spec!r}: expected fashion-mnist, fashion-mnist:FOLDER or folder:DIR")
-
-
-def load_folder(folder: Path | str, size: tuple[int, int] | None = None) -> ImageData:
-    """Images in one sub-folder per class (the class's name), scaled to cover `size`, then cropped at the centre.
-
-    The size is inferred when None: that of the images where all agree, else a square of the smallest side; cut
-    down to a multiple of 4, at most 64. Images are grey when every file is.
-
-    Raises:
-        ValueError: no such folder, fewer than one class with images, or files that are not images.
-    """
-    root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder: expected one with a sub-folder of images for each class")
     classes = sorted(path for path in root.iterdir() if path.is_dir())
@@ -104,19 +102,43 @@ def load_folder(folder: Path | str, size: tuple[int, int] | None = None) -> Imag
     ]
     if not files:
         raise ValueError(f"{root} holds no images: expected DIR/CLASS/IMAGE.png, one sub-folder for each class")
-    missing = [path.name for i, path in enumerate(classes) if not any(label == i for _, label in files)]
+    filled = {label for _, label in files}
+    missing = [path.name for label, path in enumerate(classes) if label not in filled]
     if missing:
         raise ValueError(f"{root}: no images in {', '.join(missing[:5])}; remove such folders or fill them")
-    pictures = [_open(file) for file, _ in files]
+    return classes, files
+
+
+def load_folder(folder: Path | str, size: tuple[int, int] | None = None) -> ImageData:
+    """Images in one sub-folder per class (the class's name), scaled to cover `size`, then cropped at the centre.
+
+    The size is inferred when None: that of the images where all agree, else a square of the smallest side; cut
+    down to a multiple of 4, at most 64. Images are grey when every file is.
+
+    Raises:
+        ValueError: no such folder, fewer than one class with images, or files that are not images.
+    """
+    classes, files = list_folder(Path(folder))
+    pictures = [open_image(file) for file, _ in files]
     mode = "L" if all(picture.mode in ("1", "L", "I;16", "LA") for picture in pictures) else "RGB"
     size = size or _common_size([picture.size for picture in pictures])
     images = np.stack([np.asarray(ImageOps.fit(p.convert(mode), (size[1], size[0]))) for p in pictures])
     tensor = torch.from_numpy(images)
     tensor = tensor[:, None] if mode == "L" else tensor.permute(0, 3, 1, 2).contiguous()
-    return ImageData(tensor, torch.tensor([label for _, label in files]), tuple(path.name for path in classes))
+    return ImageData(tensor, torch.tensor([label for _, label in files]), class_names(classes))
 
 
-def _open(file: Path) -> Image.Image:
+def class_names(folders: list[Path]) -> tuple[str, ...]:
+    """The folders' names; ImageNet's readable names where they are WordNet ids."""
+    return tuple(imagenet_classes().get(folder.name, folder.name) for folder in folders)
+
+
+def open_image(file: Path) -> Image.Image:
+    """A decoded image.
+
+    Raises:
+        ValueError: the file cannot be read as one.
+    """
     try:
         picture = Image.open(file)
         picture.load()
@@ -142,23 +164,6 @@ def split_data(data: ImageData, seed: int, share: float = 0.1) -> tuple[ImageDat
         ImageData(data.images[first], data.labels[first], data.class_names),
         ImageData(data.images[second], data.labels[second], data.class_names),
     )
-
-
-def check_data(data: ImageData, config: ModelConfig) -> None:
-    """Whether a model can be trained further on `data`.
-
-    Raises:
-        ValueError: other classes, size or channels than the model's.
-    """
-    if data.class_names != config.class_names:
-        raise ValueError(
-            f"the data's classes ({', '.join(data.class_names[:4])}, ...) are not the model's "
-            f"({', '.join(config.class_names[:4])}, ...): name the model's own data with --data"
-        )
-    if isinstance(config.space, PixelSpace):
-        expected = (config.space.channels, *config.space.image_size)
-        if tuple(data.images.shape[1:]) != expected:
-            raise ValueError(f"the images are {tuple(data.images.shape[1:])}, the model's are {expected}")
 
 
 def load_fashion_mnist(split: str = "train", folder: Path | str | None = None) -> ImageData:

@@ -1,0 +1,17 @@
+"""Training data: images in memory, and caches of a VAE's latents."""
+
+from marval.data.images import (
+    FASHION_CLASSES,
+    ImageData,
+    batch_indices,
+    load_fashion_mnist,
+    load_folder,
+    split_data,
+)
+from marval.data.latents import LatentData, cache_latents
+from marval.data.load import TrainingData, check_data, load_data, load_images
+
+__all__ = [
+    "FASHION_CLASSES", "ImageData", "LatentData", "TrainingData", "batch_indices", "cache_latents", "check_data",
+    "load_data", "load_fashion_mnist", "load_folder", "load_images", "split_data",
+]  # fmt: skip

@@ -1,0 +1,246 @@
+"""Caches of latents: what they hold, that kills and corrupt images lose nothing, and that training reads them."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from marval.config import LatentSpace, MARConfig, ModelConfig, TrainConfig
+from marval.data import LatentData, cache_latents, check_data, load_data, load_folder
+from marval.data.latents import centre_crop
+from marval.imagenet import imagenet_classes
+from marval.io.checkpoint import load_model
+from marval.parallel import Workers
+from marval.spaces import Latents
+from marval.train.teacher import latent_teacher_config, train_teacher
+from tiny import tiny_config
+
+COUNT = 13
+
+
+class StandInVAE:
+    """Stride 4, two latent channels: the mean is the pooled picture's two first channels, the deviation a tenth."""
+
+    dtype = torch.float32
+
+    def __init__(self):
+        self.seen = 0
+
+    def encode(self, x):
+        self.seen += len(x)
+        mean = torch.nn.functional.avg_pool2d(x, 4)[:, :2]
+        parameters = torch.cat([mean, torch.full_like(mean, 2 * np.log(0.1))], dim=1)
+        return SimpleNamespace(latent_dist=SimpleNamespace(parameters=parameters, mean=mean))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(COUNT):
+        folder = tmp_path / "pictures" / ("n02012849", "pear")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20 + i, 24, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+    return tmp_path / "pictures"
+
+
+def cache(pictures, out, vae=None, **options):
+    vae = vae or StandInVAE()
+    return cache_latents(
+        pictures, "stand-in", out, **{"image_size": 16, "batch_size": 2, "shard_size": 4, "load_vae": lambda: vae}
+        | {"report": lambda line: None} | options,
+    )  # fmt: skip
+
+
+def space_of(data):
+    return Latents(LatentSpace((16, 16), "stand-in", 4, 2, scale=data.scale), vae=torch.nn.Identity())
+
+
+def test_a_cache_holds_the_moments_of_every_image_and_its_mirror(pictures, tmp_path):
+    data = cache(pictures, tmp_path / "cache")
+    assert len(data) == COUNT
+    assert data.class_names == ("crane bird", "pear")
+    assert data.labels.tolist() == [0] * 7 + [1] * 6
+    assert data.shape == (2, 4, 4)
+    files = sorted(pictures.rglob("*.png"))
+    for i in (0, 5, 12):
+        with Image.open(files[i]) as image:
+            x = torch.from_numpy(np.array(centre_crop(image, 16))).permute(2, 0, 1).float() / 127.5 - 1
+        found = data.moments(i).float()
+        for side, picture in enumerate((x, x.flip(2))):
+            expected = torch.nn.functional.avg_pool2d(picture[None], 4)[0, :2]
+            torch.testing.assert_close(found[side, :2], expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found[:, 2:].exp().sqrt(), torch.full((2, 2, 4, 4), 0.1), rtol=1e-2, atol=1e-3)
+    # Scaled posterior samples have standard deviation 1.
+    tokens = torch.cat(
+        [data.tokens(torch.arange(COUNT), slice(0, COUNT), space_of(data), torch.device("cpu"), (0, step))[0]
+         for step in range(50)]
+    )  # fmt: skip
+    assert tokens.shape == (50 * COUNT, 16, 2)
+    assert tokens.std().item() == pytest.approx(1, rel=0.03)
+    fixed = cache(pictures, tmp_path / "fixed", scale=0.2325)
+    assert fixed.scale == 0.2325
+
+
+def test_rows_of_a_batch_do_not_depend_on_how_it_is_split(pictures, tmp_path):
+    data = cache(pictures, tmp_path / "cache")
+    space, device, indices = space_of(data), torch.device("cpu"), torch.tensor([3, 3, 12, 0, 7])
+    whole, labels = data.tokens(indices, slice(0, 5), space, device, ("s", 1))
+    parts = [data.tokens(indices, rows, space, device, ("s", 1)) for rows in (slice(0, 2), slice(2, 5))]
+    assert torch.equal(whole, torch.cat([part for part, _ in parts]))
+    assert torch.equal(labels, torch.cat([part for _, part in parts]))
+    assert not torch.equal(whole[0], whole[1])  # the same image twice: other noise
+    assert not torch.equal(whole, data.tokens(indices, slice(0, 5), space, device, ("s", 2))[0])
+
+
+def test_a_run_that_was_cut_short_goes_on_without_redoing_shards(pictures, tmp_path):
+    class Dies(StandInVAE):
+        def encode(self, x):
+            if self.seen > 10:
+                raise KeyboardInterrupt
+            return super().encode(x)
+
+    out = tmp_path / "cache"
+    with pytest.raises(KeyboardInterrupt):
+        cache(pictures, out, Dies())
+    with pytest.raises(ValueError, match="unfinished"):
+        load_data(f"latents:{out}")
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}
+    assert list(before) == ["shard-00000.safetensors"]
+    vae = StandInVAE()
+    data = cache(pictures, out, vae)
+    assert vae.seen == 2 * (COUNT - 4)
+    assert all((out / name).stat().st_mtime_ns == when for name, when in before.items())
+    again = cache(pictures, tmp_path / "whole")
+    assert torch.equal(data.labels, again.labels)
+    assert all(torch.equal(data.moments(i), again.moments(i)) for i in range(COUNT))
+    assert data.scale == again.scale
+
+
+def test_workers_share_the_shards(pictures, tmp_path):
+    """Two workers one after the other; the barrier is not needed for files."""
+    out = tmp_path / "cache"
+    vaes = StandInVAE(), StandInVAE()
+    for rank in (1, 0):
+        workers = Workers(rank, 2)
+        if rank == 1:
+            with pytest.raises(ValueError, match="unfinished"):
+                cache(pictures, out, vaes[rank], workers=workers)
+        else:
+            data = cache(pictures, out, vaes[rank], workers=workers)
+    assert [vae.seen for vae in vaes] == [2 * 8, 2 * 5]
+    assert len(data) == COUNT
+
+
+def test_corrupt_images_are_listed_and_skipped_and_too_many_stop_the_run(pictures, tmp_path):
+    (pictures / "pear/bad.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="more than 1%"):
+        cache(pictures, tmp_path / "cache")
+    for i in range(100):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(pictures / f"pear/more-{i}.png")
+    data = cache(pictures, tmp_path / "more")
+    assert len(data) == COUNT + 100
+    index = json.loads((tmp_path / "more/index.json").read_text())
+    assert [os.path.basename(name) for name in index["corrupt"]] == ["bad.png"]
+    assert len(index["labels"]) == sum(index["counts"]) == COUNT + 100
+
+
+def test_a_cache_of_something_else_is_not_mixed_up(pictures, tmp_path):
+    cache(pictures, tmp_path / "cache")
+    with pytest.raises(ValueError, match="image_size was 16, now 8"):
+        cache(pictures, tmp_path / "cache", image_size=8)
+    Image.new("RGB", (16, 16)).save(pictures / "pear/new.png")
+    with pytest.raises(ValueError, match="images was 13, now 14"):
+        cache(pictures, tmp_path / "cache")
+    with pytest.raises(ValueError, match="no cache"):
+        load_data(f"latents:{tmp_path}")
+
+
+def test_a_teacher_trains_on_a_cache(pictures, tmp_path):
+    data = cache(pictures, tmp_path / "cache")
+    space = LatentSpace((16, 16), "stand-in", 4, 2, scale=data.scale)
+    mar = dataclasses.replace(tiny_config().mar, token_grid=space.token_grid, token_dim=space.token_dim)
+    config = ModelConfig(mar, space, tiny_config().draw, data.class_names, 4, "latent", f"latents:{data.folder}")
+    check_data(data, config)
+    settings = TrainConfig(iterations=4, batch_size=4, tokens_per_image=6, warmup=1, log_every=1, autocast=False)
+    train_teacher(config, settings, data, tmp_path / "run", quiet=True)
+    assert load_model(tmp_path / "run/model")[1] == config
+    with pytest.raises(ValueError, match=r"latents are \(2, 4, 4\), the model's are \(2, 8, 8\)"):
+        check_data(data, dataclasses.replace(config, space=dataclasses.replace(space, image_size=(32, 32))))
+    with pytest.raises(ValueError, match="the model draws pixels"):
+        check_data(data, dataclasses.replace(tiny_config(), class_names=data.class_names))
+
+
+def test_full_size_teachers_take_their_sizes_from_the_cache(pictures, tmp_path):
+    data = dataclasses.replace(
+        cache(pictures, tmp_path / "cache"), shape=(16, 16, 16), image_size=256, class_names=tuple(imagenet_classes())
+    )
+    config = latent_teacher_config("imagenet256-large", "mine", data, "latents:x")
+    assert config.mar == MARConfig.imagenet256("large")
+    assert (config.space.vae_stride, config.space.latent_channels, config.space.scale) == (16, 16, data.scale)
+    with pytest.raises(ValueError, match="imagenet256-base"):
+        latent_teacher_config("fashion-mnist", "mine", data, "latents:x")
+
+
+def test_imagenet_has_a_thousand_names_of_its_own(pictures):
+    names = imagenet_classes()
+    assert len(names) == len(set(names.values())) == 1000
+    assert list(names) == sorted(names)
+    assert [list(names.values())[i] for i in (0, 207, 281, 999)] == [
+        "tench",
+        "golden retriever",
+        "tabby",
+        "toilet tissue",
+    ]
+    assert load_folder(pictures).class_names == ("crane bird", "pear")
+
+
+def test_centre_crop_takes_the_middle_and_keeps_proportions():
+    """A disc in the middle of a wide picture stays a disc in the middle, at any scale; a small picture grows."""
+    for width, height in ((400, 300), (90, 33), (17, 16), (12, 9)):
+        y, x = np.mgrid[:height, :width]
+        inside = (y + 0.5 - height / 2) ** 2 + (x + 0.5 - width / 2) ** 2 < (0.35 * height) ** 2
+        found = np.asarray(centre_crop(Image.fromarray((inside * 255).astype(np.uint8)), 16)) / 255
+        assert found.shape == (16, 16)
+        assert found.sum() == pytest.approx(np.pi * (0.35 * 16) ** 2, rel=0.12)
+        places = np.arange(16) + 0.5
+        for share in (found.sum(axis=0), found.sum(axis=1)):
+            assert share @ places / share.sum() == pytest.approx(8, abs=0.6)  # an odd side cannot be halved
+            assert ((places - 8) ** 2 @ share / share.sum()) ** 0.5 == pytest.approx(0.35 * 16 / 2, rel=0.1)
+
+
+def test_the_command_survives_kills(pictures, tmp_path):
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[32, 32, 32], latent_channels=2,
+    )  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    command = [
+        sys.executable, "-m", "marval", "cache-latents", "cache", "--images", str(pictures), "--vae", "vae",
+        "--image-size", "16",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "cache/plan.json").is_file() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.Random(0).random())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"{COUNT} images" in done.stdout
+    data = LatentData.open(tmp_path / "cache")
+    assert data.shape == (2, 4, 4)
+    assert load_file(tmp_path / "cache/shard-00000.safetensors")["moments"].shape == (COUNT, 2, 4, 4, 4)
