@@ -134,7 +134,7 @@ def test_workers_share_the_shards(pictures, tmp_path):
     for rank in (1, 0):
         workers = Workers(rank, 2)
         if rank == 1:
-            with pytest.raises(ValueError, match="unfinished"):
+            with pytest.raises(ValueError, match="no cache"):
                 cache(pictures, out, vaes[rank], workers=workers)
         else:
             data = cache(pictures, out, vaes[rank], workers=workers)
