@@ -144,6 +144,7 @@ class OneStep:
     """A student's way to draw a token: one call of the head at `timestep` (t*)."""
 
     timestep: int = 755
+    clip: bool = False  # keep x_0 within the data's range, as the teacher's chain does
     kind: Literal["one_step"] = "one_step"
 
     def __post_init__(self) -> None:

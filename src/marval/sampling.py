@@ -104,6 +104,7 @@ class DrawInOneStep:
     """The student's single call (MARVAL, section "GSIM"): from pure noise at the level of `timestep` to `x_0`."""
 
     config: OneStep = field(default_factory=OneStep)
+    token_range: tuple[float, float] | None = None
     noise_draws: int = 1
     guidance: float = 1.0  # guidance is baked into the student
     guidance_schedule: Schedule = "constant"
@@ -123,14 +124,15 @@ class DrawInOneStep:
         x_t = self.schedule.sigma[0].item() * noise[0]
         time = head.embed_time(self.schedule.timesteps.float().to(context.device))
         eps = head.denoise(x_t, head.embed_context(context) + time)[:, : head.token_dim]
-        return self.schedule.x0_from_eps(x_t, eps, 0)
+        x_0 = self.schedule.x0_from_eps(x_t, eps, 0)
+        return x_0.clamp(*self.token_range) if self.config.clip and self.token_range is not None else x_0
 
 
 def draw_function(config: ModelConfig) -> DrawByChain | DrawInOneStep:
     """The way a model's configuration says its tokens are drawn."""
     if isinstance(config.draw, Chain):
         return DrawByChain(config.draw, config.space.token_range)
-    return DrawInOneStep(config.draw)
+    return DrawInOneStep(config.draw, config.space.token_range)
 
 
 def guided_eps(eps: Float[Tensor, "g n c"], guidance: float) -> Float[Tensor, "n c"]:

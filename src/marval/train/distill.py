@@ -18,7 +18,7 @@ from marval.objectives.gsim import Objective, Terms, auxiliary_loss, generator_l
 from marval.parallel import Workers
 from marval.pipeline import Pipeline
 from marval.randomness import generator
-from marval.sampling import DrawInOneStep, guidance_at, guided_eps, model_contexts
+from marval.sampling import DrawTokens, draw_function, guidance_at, guided_eps, model_contexts
 from marval.spaces import token_space
 from marval.train.draws import masked_count, noise_levels, split_tokens
 from marval.train.run import (
@@ -101,7 +101,7 @@ def guide(teacher: MAR, batch: Batch, settings: DistillConfig) -> Guided:
     return Guided(teacher.head, contexts.float(), guidance)
 
 
-def student_tokens(student: MAR, draw: DrawInOneStep, batch: Batch, settings: DistillConfig) -> Float[Tensor, "n c"]:
+def student_tokens(student: MAR, draw: DrawTokens, batch: Batch, settings: DistillConfig) -> Float[Tensor, "n c"]:
     """`x_0 = g_theta(z, c_theta)`: one AR iteration, all targets at once."""
     with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=settings.autocast):
         context = model_contexts(student, *batch.context_inputs, guided=False)
@@ -159,7 +159,7 @@ class GSIM:
         self.optimizer = adam(self.auxiliary, settings.auxiliary_learning_rate, (0.0, 0.999))
         self.update = Updates(self.auxiliary, self.optimizer, settings.gradient_clip, settings.max_skipped)
         self.space, self.schedule = token_space(config.space, workers.device), NoiseSchedule.full(workers.device)
-        self.draw = DrawInOneStep(OneStep(settings.timestep))
+        self.draw = draw_function(config)
         self.parts = workers.parts(settings.batch_size, settings.accumulate)
 
     def backward(
@@ -240,8 +240,9 @@ def distill(
     workers = workers or Workers()
     settings = settings.with_guidance_of(teacher_config.draw)
     prepare_folder(out, resume, workers)
+    one_step = OneStep(settings.timestep, teacher_config.draw.clip)
     config = dataclasses.replace(
-        teacher_config, draw=OneStep(settings.timestep), name=settings.name, iterations=settings.sample_iterations
+        teacher_config, draw=one_step, name=settings.name, iterations=settings.sample_iterations
     )
     described = {**config.to_dict(), "source": "", "images": len(data), **dataclasses.asdict(settings)}
     gsim = GSIM(teacher, config, settings, data, workers)

@@ -17,7 +17,7 @@ from marval.parallel import Workers
 from marval.pipeline import Pipeline
 from marval.randomness import generator
 from marval.rewards import Reward
-from marval.sampling import DrawInOneStep, sample
+from marval.sampling import draw_function, sample
 from marval.spaces import token_space
 from marval.train.distill import GSIM
 from marval.train.run import (
@@ -116,7 +116,7 @@ def finetune(
     prepare_folder(out, resume, workers)
     config = dataclasses.replace(student_config, name=settings.name, iterations=settings.sample_iterations)
     described = {**config.to_dict(), "source": "", **dataclasses.asdict(settings)}
-    space, draw = token_space(config.space, device), DrawInOneStep(student_config.draw)
+    space, draw = token_space(config.space, device), draw_function(student_config)
     ema = workers.place(copy.deepcopy(student).eval().requires_grad_(False))
     student = copy.deepcopy(student).eval().requires_grad_(False)
     (student.head if settings.train == "head" else student).requires_grad_(True)
