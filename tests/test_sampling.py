@@ -468,6 +468,14 @@ def gradients(model, tokens):
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zipped])
 
 
+def test_a_clipped_student_stays_within_the_datas_range_and_changes_nothing_inside_it():
+    model, labels = small_model(), torch.tensor([0, 1])
+    free, clipped = (DrawInOneStep(OneStep(clip=clip), (-0.5, 0.5)) for clip in (False, True))
+    drawn, kept = (sample(model, draw, labels, iterations=1, seeds=[0, 1]) for draw in (free, clipped))
+    assert drawn.abs().max() > 0.5
+    assert torch.equal(kept, drawn.clamp(-0.5, 0.5))
+
+
 @pytest.mark.parametrize("draw", [DrawInOneStep(), DrawByChain(Chain(steps=3, clip=True), SPACE.token_range)])
 def test_checkpointing_changes_no_gradient(draw, monkeypatch):
     model, labels = small_model().requires_grad_(True), torch.tensor([0, 1])

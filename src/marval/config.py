@@ -198,7 +198,7 @@ class ModelConfig:
 class TrainConfig:
     """How a teacher is trained. Training state is saved every `save_every` iterations."""
 
-    iterations: int = 11_000
+    iterations: int = 10_000
     batch_size: int = 128
     tokens_per_image: int = 24  # masked tokens of an image that enter the loss
     learning_rate: float = 1e-3
@@ -233,10 +233,10 @@ class DistillConfig:
     mask_ratio_min: float = 0.0
     mask_ratio_std: float = 0.6
     learning_rate: float = 1e-4  # theta
-    auxiliary_learning_rate: float = 2e-4  # phi
+    auxiliary_learning_rate: float = 3e-4  # phi
     auxiliary_steps: int = 2  # updates of phi for one of theta
     warmup: int = 100  # first iterations in which only phi learns
-    decay: int = 1  # last iterations in which theta's learning rate falls to 0
+    decay: int = 1000  # last iterations in which theta's learning rate falls to 0
     gradient_clip: float = 1.0
     ema_decay: float = 0.998
     autocast: bool = True  # bf16 for the transformers; heads and score arithmetic stay float32
