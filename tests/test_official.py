@@ -46,6 +46,13 @@ def test_sizes_are_read_off_the_tensors_and_ema_is_taken(tensors, tmp_path):
     assert torch.equal(model.state_dict()["mask_token"], tensors["mask_token"] + 1)
 
 
+def test_a_thousand_classes_are_imagenets(tensors, tmp_path):
+    assert official_model(write(tmp_path / "a.pth", tensors), Given(heads=2))[1].class_names[:2] == ("0", "1")
+    wide = {**tensors, "class_emb.weight": torch.zeros(1000, 24)}
+    names = official_model(write(tmp_path / "b.pth", wide), Given(heads=2))[1].class_names
+    assert (names[0], names[207], names[999]) == ("tench", "golden retriever", "toilet tissue")
+
+
 def test_full_size_heads_come_from_the_presets():
     from marval.io.official import infer_config
 

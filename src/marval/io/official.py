@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig
+from marval.imagenet import imagenet_classes
 from marval.io.checkpoint import check_tensors
 from marval.io.files import atomic_path
 from marval.model import MAR
@@ -174,7 +175,7 @@ def infer_config(
 
 
 def official_model(
-    path: Path | str, given: Given = Given(), *, ema: bool = True, vae: str = "kl16", class_names: tuple[str, ...] = ()
+    path: Path | str, given: Given = Given(), *, ema: bool = True, vae: str = "kl16"
 ) -> tuple[MAR, ModelConfig]:
     """An official checkpoint as a network (its tensors stay memory-mapped) and configuration.
 
@@ -188,9 +189,8 @@ def official_model(
         model = MAR(mar)
     check_tensors(path, tensors, model.state_dict())
     model.load_state_dict(tensors, strict=True, assign=True)
-    names = class_names or tuple(str(i) for i in range(mar.num_classes))
-    if len(names) != mar.num_classes:
-        raise ValueError(f"{len(names)} class names for {mar.num_classes} classes: expected one for each")
+    imagenet = tuple(imagenet_classes().values())
+    names = imagenet if mar.num_classes == len(imagenet) else tuple(str(i) for i in range(mar.num_classes))
     draw = Chain(guidance=float(args.get("cfg", 1.0)), guidance_schedule=args.get("cfg_schedule", "linear"))
     config = ModelConfig(mar, space, draw, names, 64, Path(path).stem, source=f"{path} sha256 {file_hash(path)}")
     return model.eval().requires_grad_(False), config
