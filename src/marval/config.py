@@ -263,11 +263,11 @@ class DistillConfig:
 class FinetuneConfig:
     """How a student is tuned with a reward (MARVAL-RL)."""
 
-    iterations: int = 200
+    iterations: int = 100
     sample_iterations: int = 8  # K
     backprop_iterations: int = 8  # M, the last iterations that gradients flow through
     batch_size: int = 32
-    learning_rate: float = 2e-5
+    learning_rate: float = 5e-6
     anchor: float = 0.0  # weight of the GSIM loss against the teacher
     anchor_warmup: int = 100  # iterations in which phi alone learns, before the first update
     train: Literal["all", "head"] = "all"

@@ -32,7 +32,9 @@ def table_of(file: Path) -> tuple[list[str], list[list[str]]]:
         *(f"ms / image, batch {b}" for b in batches),
     ]
     rows = []
-    for row in results.get("quality", {}).get("rows", []):
+    quality = results.get("quality", {}).get("rows", [])
+    models = list(dict.fromkeys(row["model"] for row in quality))  # in the order in which they were first measured
+    for row in sorted(quality, key=lambda row: (models.index(row["model"]), row["iterations"], row["samples"])):
         cells = [row["model"], str(row["iterations"]), str(row["samples"])]
         cells += [form.format(row[name]) if name in row else "" for name, (_, form) in COLUMNS.items()]
         cells += [_milliseconds(timing, row, batch) for batch in batches]
