@@ -137,6 +137,7 @@ def test_missing_or_unfit_data(work, tmp_path):
     (tmp_path / "a" / "broken.png").write_bytes(b"not a picture")
     assert refused(marval("train", "--data", f"folder:{tmp_path}", cwd=work), "broken.png", "mend or remove")
     assert refused(marval("distill", "tiny", "--data", "folder:pictures", cwd=work), "classes", "apple")
+    assert refused(marval("evaluate", "tiny", "--data", "folder:pictures", cwd=work), "classes", "apple")
 
 
 def test_damaged_and_foreign_checkpoints(work, tmp_path):

@@ -127,6 +127,14 @@ def test_a_run_that_was_cut_short_goes_on_without_redoing_shards(pictures, tmp_p
     assert data.scale == again.scale
 
 
+def test_a_run_that_is_asked_to_stop_says_so_and_goes_on_later(pictures, tmp_path):
+    workers, vae = Workers(), StandInVAE()
+    workers.stop.set()
+    assert cache(pictures, tmp_path / "cache", vae, workers=workers) is None
+    assert vae.seen == 0
+    assert len(cache(pictures, tmp_path / "cache", vae)) == COUNT
+
+
 def test_workers_share_the_shards(pictures, tmp_path):
     """Two workers one after the other; the barrier is not needed for files."""
     out = tmp_path / "cache"

@@ -195,7 +195,18 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class RunConfig:
+    """What every training run has."""
+
+    seed: int = 0
+    gradient_clip: float = 1.0
+    accumulate: int = 1  # parts that a process's rows of a batch are computed in, to save memory
+    checkpoint_blocks: bool = False  # recompute the transformer's activations in the backward pass, to save memory
+    max_skipped: int = 10  # updates in a row with gradients that are not finite, before the run stops
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
     """How a teacher is trained. Training state is saved every `save_every` iterations."""
 
     iterations: int = 10_000
@@ -205,22 +216,17 @@ class TrainConfig:
     warmup: int = 500  # iterations of linear warm-up
     decay: int = 3000  # iterations of linear decay to 0, at the end
     weight_decay: float = 0.02
-    gradient_clip: float = 1.0
     ema_decay: float = 0.9995
     label_drop: float = 0.1
     mask_ratio_min: float = 0.0  # MAR: 0.7; low ratios teach the last iterations, which few tokens need
     mask_ratio_std: float = 0.6  # MAR: 0.25
     autocast: bool = True  # bf16 for the transformer and the inner layers of the head
-    seed: int = 0
-    accumulate: int = 1  # parts that a process's rows of a batch are computed in, to save memory
-    checkpoint_blocks: bool = False  # recompute the transformer's activations in the backward pass, to save memory
-    max_skipped: int = 10  # updates in a row with gradients that are not finite, before the run stops
     save_every: int = 250
     log_every: int = 10
 
 
 @dataclass(frozen=True)
-class DistillConfig:
+class DistillConfig(RunConfig):
     """How a student is distilled (GSIM). Where the paper is silent the values are ours, chosen by measurement."""
 
     iterations: int = 3000
@@ -237,15 +243,10 @@ class DistillConfig:
     auxiliary_steps: int = 2  # updates of phi for one of theta
     warmup: int = 100  # first iterations in which only phi learns
     decay: int = 1000  # last iterations in which theta's learning rate falls to 0
-    gradient_clip: float = 1.0
     ema_decay: float = 0.998
     autocast: bool = True  # bf16 for the transformers; heads and score arithmetic stay float32
     sample_iterations: int = 8  # the student's default K
-    seed: int = 0
     name: str = "student"
-    accumulate: int = 1  # parts that a process's rows of a batch are computed in, to save memory
-    checkpoint_blocks: bool = False  # recompute the transformer's activations in the backward pass, to save memory
-    max_skipped: int = 10  # updates in a row with gradients that are not finite, before the run stops
     save_every: int = 250
     log_every: int = 10
     probe_every: int = 250
@@ -260,7 +261,7 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(RunConfig):
     """How a student is tuned with a reward (MARVAL-RL)."""
 
     iterations: int = 100
@@ -272,16 +273,11 @@ class FinetuneConfig:
     anchor_warmup: int = 100  # iterations in which phi alone learns, before the first update
     train: Literal["all", "head"] = "all"
     prompt: str = "a high-quality and harmonious picture of {}"
-    gradient_clip: float = 1.0
     ema_decay: float = 0.99
     max_distance_ratio: float = 1.10  # stop when the Fréchet distance exceeds this times the student's
     min_diversity_ratio: float = 0.95  # stop when the diversity falls below this times the student's
     patience: int = 3  # probes without a better held-out reward before stopping
-    seed: int = 0
     name: str = "tuned"
-    accumulate: int = 1  # parts that a process's rows of a batch are computed in, to save memory
-    checkpoint_blocks: bool = False  # recompute the transformer's activations in the backward pass, to save memory
-    max_skipped: int = 10  # updates in a row with gradients that are not finite, before the run stops
     save_every: int = 25
     log_every: int = 5
     probe_every: int = 25

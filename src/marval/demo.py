@@ -76,7 +76,7 @@ def live_distillation(out: Path, device: str, judge: Judge) -> list[dict[str, fl
         return figures
 
     print("\nLive distillation of the bundled teacher (GSIM), from the teacher's own weights called once:")
-    untrained = dataclasses.replace(teacher.config, draw=OneStep(clip=True), iterations=8)
+    untrained = dataclasses.replace(teacher.config, draw=OneStep(clip=teacher.config.draw.clip), iterations=8)
     before = watch(Pipeline(teacher.model, untrained))
     print(f"before: FD-EfficientNet {before['fd']:.1f}")
     folder = out / "live"

@@ -5,7 +5,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from marval.cli.common import usable_device
+from marval.cli.arguments import usable_device
 
 
 def convert(

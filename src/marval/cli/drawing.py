@@ -5,7 +5,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from marval.cli.common import judge_for, load_pipeline, usable_device
+from marval.cli.arguments import judge_for, load_pipeline, usable_device
 from marval.config import Chain
 
 

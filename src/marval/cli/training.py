@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from marval.cli.common import command_line, data_of, judge_for, load_pipeline, usable_device
+from marval.cli.arguments import command_line, data_of, judge_for, load_pipeline, usable_device
 from marval.config import Chain, DistillConfig, FinetuneConfig, TrainConfig
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from marval.data.images import (
     split_data,
 )
 from marval.data.latents import LatentData, cache_latents
-from marval.data.load import TrainingData, check_data, load_data, load_images
+from marval.data.load import TrainingData, check_classes, check_data, load_data, load_images
 
 __all__ = [
-    "FASHION_CLASSES", "ImageData", "LatentData", "TrainingData", "batch_indices", "cache_latents", "check_data",
-    "load_data", "load_fashion_mnist", "load_folder", "load_images", "split_data",
+    "FASHION_CLASSES", "ImageData", "LatentData", "TrainingData", "batch_indices", "cache_latents", "check_classes",
+    "check_data", "load_data", "load_fashion_mnist", "load_folder", "load_images", "split_data",
 ]  # fmt: skip

@@ -19,11 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from marval.data.images import class_names, list_folder, open_image
-from marval.io.files import atomic_path, write_text
+from marval.io.files import write_tensors, write_text
 from marval.parallel import Workers
 from marval.randomness import generator
 from marval.spaces import Latents, TokenSpace
@@ -174,7 +173,7 @@ def cache_latents(
     began, done, corrupt, printed = time.monotonic(), 0, 0, 0.0
     for i in own:
         if workers.stop.is_set():
-            return None
+            break
         corrupt += encode_shard(network, shards[i], shard_file(out, i), image_size, batch_size, workers.device)
         done += len(shards[i])
         if corrupt > MOST_CORRUPT * len(files):
@@ -190,9 +189,10 @@ def cache_latents(
                 f"{done * workers.count} of {len(own) * shard_size * workers.count} images  "
                 f"{rate * workers.count:.0f} images/s  {int(left // 60)} min {int(left % 60)} s left"
             )
-    workers.barrier()
+    if workers.stopping():  # all of them stop where one was asked to; it waits for the slowest
+        return None
     if workers.main:
-        write_index(out, plan, shards, class_names(folders), images, scale, report)
+        write_index(out, plan, shards, class_names(folders), scale, report)
     workers.barrier()
     return LatentData.open(out)
 
@@ -219,12 +219,8 @@ def encode_shard(
     total = float(mean.double().sum())
     square = float((mean.double().square() + log_variance.clamp(-30, 20).double().exp()).sum())
     about = {"sum": total, "square": square, "numbers": mean.numel(), "corrupt": corrupt}
-    with atomic_path(target) as partial:
-        try:
-            tensors = {"moments": found.half().contiguous(), "labels": torch.tensor(kept, dtype=torch.long)}
-            save_file(tensors, partial, metadata={"marval": json.dumps(about)})
-        except SafetensorError as error:
-            raise ValueError(f"cannot write {target}: {error}; free some space, then run the same command") from error
+    tensors = {"moments": found.half(), "labels": torch.tensor(kept, dtype=torch.long)}
+    write_tensors(target, tensors, {"marval": json.dumps(about)})
     return len(corrupt)
 
 
@@ -247,7 +243,6 @@ def write_index(
     plan: dict[str, Any],
     shards: Sequence[Sequence[tuple[Path, int]]],
     names: tuple[str, ...],
-    images: Path,
     scale: float | None,
     report: Callable[[str], None],
 ) -> None:

@@ -36,17 +36,26 @@ def load_data(spec: str, size: tuple[int, int] | None = None) -> TrainingData:
     return LatentData.open(Path(where)) if kind == "latents" and where else load_images(spec, size=size)
 
 
-def check_data(data: TrainingData, config: ModelConfig) -> None:
-    """Whether a model can be trained further on `data`.
+def check_classes(data: TrainingData, config: ModelConfig) -> None:
+    """Whether the data have the model's classes.
 
     Raises:
-        ValueError: other classes, size or channels than the model's.
+        ValueError: they have others.
     """
     if data.class_names != config.class_names:
         raise ValueError(
             f"the data's classes ({', '.join(data.class_names[:4])}, ...) are not the model's "
             f"({', '.join(config.class_names[:4])}, ...): name the model's own data with --data"
         )
+
+
+def check_data(data: TrainingData, config: ModelConfig) -> None:
+    """Whether a model can be trained further on `data`.
+
+    Raises:
+        ValueError: other classes, size or channels than the model's.
+    """
+    check_classes(data, config)
     if isinstance(data, LatentData) == isinstance(config.space, PixelSpace):
         raise ValueError(
             f"the model draws {config.space.kind}: expected "

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from marval.io.files import atomic_path
+from marval.io.files import write_tensors
 
 FEATURES = "EfficientNet-Lite0, pooled, 64x64 bilinear"
 SIDE = 64
@@ -76,8 +75,7 @@ class Statistics:
         """Write mean and upper triangle in float32."""
         rows, columns = torch.triu_indices(*self.covariance.shape).unbind()
         tensors = {"mean": self.mean.float(), "covariance": self.covariance[rows, columns].float()}
-        with atomic_path(file) as partial:
-            save_file(tensors, partial, metadata={"features": FEATURES, "count": str(self.count)})
+        write_tensors(file, tensors, {"features": FEATURES, "count": str(self.count)})
 
     @classmethod
     def load(cls, file: Path) -> "Statistics":

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from marval.config import ModelConfig
-from marval.io.files import atomic_path, write_text
+from marval.io.files import write_tensors, write_text
 from marval.model import MAR
 
 WEIGHTS = "model.safetensors"
@@ -28,14 +27,7 @@ def save_tensors(folder: Path | str, tensors: dict[str, Tensor], config: ModelCo
     """As `save_model`, from the tensors of a network's `state_dict` on the CPU."""
     folder = Path(folder)
     text = json.dumps(config.to_dict(), indent=2)
-    with atomic_path(folder / WEIGHTS) as partial:
-        try:
-            whole = {name: t.contiguous() for name, t in tensors.items()}
-            save_file(whole, partial, metadata={"format": "pt", "marval": text})
-        except SafetensorError as error:
-            raise ValueError(
-                f"cannot write {folder / WEIGHTS}: {error}; free some space or choose another place"
-            ) from error
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt", "marval": text})
     write_text(folder / "config.json", text + "\n")
 
 

@@ -6,6 +6,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 
 @contextlib.contextmanager
 def atomic_path(target: Path | str) -> Iterator[Path]:
@@ -30,6 +34,19 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
         raise ValueError(
             f"cannot write {target}: {error.strerror or error}; free some space or choose another place"
         ) from error
+
+
+def write_tensors(target: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        ValueError: as `atomic_path`.
+    """
+    with atomic_path(target) as partial:
+        try:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata=metadata)
+        except SafetensorError as error:
+            raise ValueError(f"cannot write {target}: {error}; free some space or choose another place") from error
 
 
 def write_text(target: Path | str, text: str) -> None:

@@ -9,11 +9,10 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from marval.io.checkpoint import check_tensors
-from marval.io.files import atomic_path
+from marval.io.files import write_tensors
 
 Architecture = Literal["plain", "residual"]
 
@@ -102,9 +101,8 @@ def save_classifier(file: Path, classifier: Classifier, figures: dict[str, objec
         "architecture": classifier.architecture, "channels": classifier.channels,
         "class_names": classifier.class_names, "figures": figures,
     }  # fmt: skip
-    tensors = {name: t.detach().cpu().contiguous() for name, t in classifier.state_dict().items()}
-    with atomic_path(file) as partial:
-        save_file(tensors, partial, metadata={"format": "pt", "classifier": json.dumps(about)})
+    tensors = {name: t.detach().cpu() for name, t in classifier.state_dict().items()}
+    write_tensors(file, tensors, {"format": "pt", "classifier": json.dumps(about)})
 
 
 def load_classifier(file: Path | str) -> Classifier:

@@ -20,12 +20,11 @@ from marval.pipeline import Pipeline
 from marval.randomness import generator
 from marval.sampling import DrawTokens, draw_function, guidance_at, guided_eps, model_contexts
 from marval.spaces import token_space
-from marval.train.draws import masked_count, noise_levels, split_tokens
+from marval.train.draws import hidden_positions, noise_levels
 from marval.train.run import (
     LOG,
     Log,
     Updates,
-    adam,
     fast_attention,
     learning_rate_factor,
     load_state,
@@ -83,9 +82,7 @@ class Guided:
 
 def hide_tokens(mar: MARConfig, settings: DistillConfig, rng: torch.Generator) -> Masking:
     """Hide a random part of every image (one ratio for the batch) and choose the tokens to draw."""
-    batch, total = settings.batch_size, mar.num_tokens
-    masked = masked_count(total, settings.mask_ratio_min, settings.mask_ratio_std, rng)
-    visible, targets = split_tokens(batch, total, masked, settings.tokens_per_image, rng)
+    visible, targets = hidden_positions(mar.num_tokens, settings, rng)
     return Masking(visible, targets, torch.randn(*targets.shape, mar.token_dim, generator=rng))
 
 
@@ -156,8 +153,7 @@ class GSIM:
         self.config, self.settings, self.data, self.workers = config, settings, data, workers
         self.teacher = workers.place(copy.deepcopy(teacher).eval().requires_grad_(False))
         self.auxiliary = workers.place(copy.deepcopy(teacher.head).eval().requires_grad_(True))
-        self.optimizer = adam(self.auxiliary, settings.auxiliary_learning_rate, (0.0, 0.999))
-        self.update = Updates(self.auxiliary, self.optimizer, settings.gradient_clip, settings.max_skipped)
+        self.update = Updates(self.auxiliary, settings, (0.0, 0.999))
         self.space, self.schedule = token_space(config.space, workers.device), NoiseSchedule.full(workers.device)
         self.draw = draw_function(config)
         self.parts = workers.parts(settings.batch_size, settings.accumulate)
@@ -249,11 +245,9 @@ def distill(
     student = workers.place(copy.deepcopy(teacher).eval().requires_grad_(True))  # dropout stays off
     student.checkpoint_blocks = settings.checkpoint_blocks
     ema = workers.place(copy.deepcopy(teacher).eval().requires_grad_(False))
-    optimizer = adam(student, settings.learning_rate, (0.0, 0.999))
-    update = Updates(student, optimizer, settings.gradient_clip, settings.max_skipped)
+    update = Updates(student, settings, (0.0, 0.999))
     state = state_tensors(
-        {"student": student, "auxiliary": gsim.auxiliary, "ema": ema},
-        {"student": optimizer, "auxiliary": gsim.optimizer},
+        {"student": student, "auxiliary": gsim.auxiliary, "ema": ema}, {"student": update, "auxiliary": gsim.update}
     )
     start, _ = load_state(out, described, state, workers) if resume else (0, None)
     log = Log(out / LOG, start, settings.iterations, settings.batch_size, quiet=quiet, workers=workers)

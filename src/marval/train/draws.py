@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from marval.config import DistillConfig, TrainConfig
+
 
 def masked_count(num_tokens: int, ratio_min: float, ratio_std: float, rng: torch.Generator) -> int:
     """How many tokens to mask: the ratio is a normal around 1, cut to [ratio_min, 1] (MAR: 0.7 and std 0.25)."""
@@ -20,6 +22,14 @@ def split_tokens(
     order = torch.rand(batch, num_tokens, generator=rng).argsort(dim=1)
     visible = num_tokens - masked
     return order[:, :visible], order[:, visible : visible + min(targets, masked)]
+
+
+def hidden_positions(
+    num_tokens: int, settings: TrainConfig | DistillConfig, rng: torch.Generator
+) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b q"]]:
+    """Visible positions and target positions of every image of a batch; one mask ratio for all."""
+    masked = masked_count(num_tokens, settings.mask_ratio_min, settings.mask_ratio_std, rng)
+    return split_tokens(settings.batch_size, num_tokens, masked, settings.tokens_per_image, rng)
 
 
 def noise_levels(

@@ -24,7 +24,6 @@ from marval.train.run import (
     LOG,
     Log,
     Updates,
-    adam,
     fast_attention,
     load_state,
     prepare_folder,
@@ -109,8 +108,6 @@ def finetune(
         raise ValueError(f"{student_config.name or 'this model'} is a teacher: distil it first (marval distill)")
     if settings.anchor and anchor is None:
         raise ValueError("the GSIM anchor needs the teacher: name it with --teacher")
-    if not settings.anchor:
-        anchor = None
     workers = workers or Workers()
     device = workers.device
     prepare_folder(out, resume, workers)
@@ -122,17 +119,16 @@ def finetune(
     (student.head if settings.train == "head" else student).requires_grad_(True)
     student = workers.place(student)
     student.checkpoint_blocks = settings.checkpoint_blocks
-    optimizer = adam(student, settings.learning_rate, (0.9, 0.999))
-    update = Updates(student, optimizer, settings.gradient_clip, settings.max_skipped)
+    update = Updates(student, settings, (0.9, 0.999))
     networks: dict[str, nn.Module] = {"student": student, "ema": ema}
-    optimizers, updates = {"student": optimizer}, [update]
+    updates = {"student": update}
     gsim = None
     if anchor is not None and settings.anchor:
         gsim = GSIM(anchor.teacher, config, anchor.settings, anchor.data, workers)
-        networks["auxiliary"], optimizers["auxiliary"] = gsim.auxiliary, gsim.optimizer
-        updates.append(gsim.update)
+        networks["auxiliary"], updates["auxiliary"] = gsim.auxiliary, gsim.update
+    parts = workers.parts(settings.batch_size, settings.accumulate)
     keeper = Keeper(settings)
-    state = state_tensors(networks, optimizers)
+    state = state_tensors(networks, updates)
     start = 0
     if resume:
         start, kept = load_state(out, described, state, workers)
@@ -158,7 +154,7 @@ def finetune(
                 figures |= gsim.update_auxiliary(rng)
             if learnt >= 0:
                 figures["reward"] = torch.zeros((), device=device)
-                for rows in workers.parts(settings.batch_size, settings.accumulate):
+                for rows in parts:
                     tokens = sample(
                         student, draw, labels[rows].to(device), iterations=settings.sample_iterations,
                         seeds=seeds[rows], gradient_iterations=settings.backprop_iterations,
@@ -177,7 +173,7 @@ def finetune(
         probing = learnt >= 0 and (done % settings.probe_every == 0 or done == settings.iterations)
         if saving or probing or done % settings.log_every == 0:  # figures are checked before anything is saved
             held_out = probe(Pipeline(ema, config, space)) if probing else {}
-            log(done, {**figures, **held_out}, updates)
+            log(done, {**figures, **held_out}, list(updates.values()))
             if probing and keeper.see(held_out):
                 save_network(out / "model", ema, config, workers)
         if saving:

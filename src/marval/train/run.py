@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from marval.config import ModelConfig
+from marval.config import ModelConfig, RunConfig
 from marval.io.checkpoint import save_tensors
 from marval.io.files import write_text
 from marval.model import MAR
@@ -42,31 +42,26 @@ def learning_rate_factor(step: int, warmup: int, decay: int, total: int) -> floa
     return min(1.0, (step + 1) / max(warmup, 1), (total - step) / max(decay, 1))
 
 
-def adam(
-    network: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float = 0.0
-) -> torch.optim.Optimizer:
-    """Adam (AdamW's weight decay) over a network's trainable weights, with its state allocated from the start."""
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, learning_rate, betas, weight_decay=weight_decay, fused=True)
-    for parameter in parameters:  # what a resumed run reads into
-        zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
-    return optimizer
-
-
 class Updates:
-    """Clipped updates of one network; those whose gradients are not finite are skipped, on the device, and counted."""
+    """Clipped updates of a network's trainable weights by Adam (with AdamW's weight decay).
 
-    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, clip: float, max_skipped: int):
-        self.network, self.optimizer = network, optimizer
-        self.clip, self.max_skipped = clip, max_skipped
-        self.skipped = self.in_a_row = torch.zeros((), device=next(network.parameters()).device)
+    Those whose gradients are not finite are skipped, on the device, and counted.
+    """
+
+    def __init__(self, network: nn.Module, settings: RunConfig, betas: tuple[float, float], weight_decay: float = 0.0):
+        self.network, self.settings = network, settings
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, 0.0, betas, weight_decay=weight_decay, fused=True)
+        for parameter in parameters:  # allocated from the start: a resumed run reads into it
+            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
+        self.skipped = self.in_a_row = torch.zeros((), device=parameters[0].device)
 
     def __call__(self, learning_rate: float) -> Tensor:
         """Update the network with its gradients, clear them, and return their norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), self.clip))
+        norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.gradient_clip))
         bad = (~norm.isfinite()).float()
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused Adam then leaves everything as it was
         self.optimizer.step()
@@ -79,9 +74,9 @@ class Updates:
         """Stop a run that gets nowhere.
 
         Raises:
-            ValueError: `max_skipped` updates in a row, or more, were skipped.
+            ValueError: `settings.max_skipped` updates in a row, or more, were skipped.
         """
-        if self.in_a_row >= self.max_skipped:
+        if self.in_a_row >= self.settings.max_skipped:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
             raise ValueError(
                 f"{int(self.in_a_row)} updates in a row were skipped up to step {step}: their gradients are not finite "
@@ -89,12 +84,12 @@ class Updates:
             )
 
 
-def state_tensors(networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Every tensor of a run by name (views, so that reading into them restores it); `optimizers` by network."""
+def state_tensors(networks: dict[str, nn.Module], updates: dict[str, Updates]) -> dict[str, Tensor]:
+    """Every tensor of a run by name (views, so that reading into them restores it)."""
     tensors = {f"{name}.{key}": t for name, network in networks.items() for key, t in network.state_dict().items()}
-    for name, optimizer in optimizers.items():
-        for key, parameter in networks[name].named_parameters():
-            for part, value in optimizer.state.get(parameter, {}).items():
+    for name, update in updates.items():
+        for key, parameter in update.network.named_parameters():
+            for part, value in update.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}.{part}"] = value.view(1) if value.ndim == 0 else value
     return tensors
 

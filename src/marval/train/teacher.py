@@ -20,12 +20,11 @@ from marval.objectives.denoising import denoising_loss
 from marval.parallel import Workers
 from marval.randomness import generator
 from marval.spaces import token_space
-from marval.train.draws import masked_count, noise_levels, split_tokens
+from marval.train.draws import hidden_positions, noise_levels
 from marval.train.run import (
     LOG,
     Log,
     Updates,
-    adam,
     fast_attention,
     learning_rate_factor,
     load_state,
@@ -99,10 +98,8 @@ class Draws:
 
 def draw(mar: MARConfig, settings: TrainConfig, rng: torch.Generator) -> Draws:
     """One mask ratio for the batch; for every image what is hidden, whether its label is, and noise for its targets."""
-    batch, total = settings.batch_size, mar.num_tokens
-    masked = masked_count(total, settings.mask_ratio_min, settings.mask_ratio_std, rng)
-    visible, targets = split_tokens(batch, total, masked, settings.tokens_per_image, rng)
-    drop = (torch.rand(batch, generator=rng) < settings.label_drop).float()
+    visible, targets = hidden_positions(mar.num_tokens, settings, rng)
+    drop = (torch.rand(settings.batch_size, generator=rng) < settings.label_drop).float()
     t, eps = noise_levels((*targets.shape, mar.token_dim), 0, NUM_TIMESTEPS - 1, rng)
     return Draws(visible, targets, drop, t, eps)
 
@@ -156,9 +153,8 @@ def train_teacher(
     model = workers.place(copy.deepcopy(first).requires_grad_(True).train())
     model.checkpoint_blocks = settings.checkpoint_blocks
     ema = workers.place(copy.deepcopy(first).requires_grad_(False))
-    optimizer = adam(model, settings.learning_rate, (0.9, 0.95), settings.weight_decay)
-    update = Updates(model, optimizer, settings.gradient_clip, settings.max_skipped)
-    state = state_tensors({"model": model, "ema": ema}, {"model": optimizer})
+    update = Updates(model, settings, (0.9, 0.95), settings.weight_decay)
+    state = state_tensors({"model": model, "ema": ema}, {"model": update})
     start, _ = load_state(out, described, state, workers) if resume else (0, None)
     schedule = NoiseSchedule.full(device)
     log = Log(out / LOG, start, settings.iterations, settings.batch_size, quiet=quiet, workers=workers)

@@ -1,11 +1,11 @@
-"""What the verbs share: the device, models and data by name, and the command that was typed."""
+"""What the verbs' arguments stand for: the device, models, data and judges that they name; and the whole command."""
 
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from marval.data import TrainingData
+    from marval.data import ImageData, TrainingData
     from marval.evaluate.evaluate import Judge
     from marval.pipeline import Pipeline
 
@@ -47,15 +47,22 @@ def judge_for(pipeline: "Pipeline", data: str | None, classifier: Path | None) -
     """What the model's images are judged by: `--judge` or the bundled classifier, and the real images' features.
 
     Raises:
-        ValueError: the data are latents, which have no pictures to compare with.
+        ValueError: the data are latents, which have no pictures to compare with, or do not fit the model.
     """
-    from marval.data import load_images
+    from marval.data import check_classes, check_data, load_images
     from marval.evaluate.evaluate import load_judge
 
     spec = data or pipeline.config.data
     if spec.startswith("latents:"):
         raise ValueError(f"{spec} holds no pictures to compare with: name them with --data folder:DIR, or do not ask")
-    return load_judge(spec, classifier, lambda: load_images(spec, size=pipeline.config.space.image_size))
+
+    def real_images() -> "ImageData":
+        images = load_images(spec, size=pipeline.config.space.image_size)
+        # A model of latents is trained on a cache, but its pictures are compared with pictures.
+        (check_data if pipeline.config.space.kind == "pixels" else check_classes)(images, pipeline.config)
+        return images
+
+    return load_judge(spec, classifier, real_images)
 
 
 def command_line() -> str:
