@@ -239,10 +239,10 @@ class DistillConfig(RunConfig):
     mask_ratio_min: float = 0.0
     mask_ratio_std: float = 0.6
     learning_rate: float = 1e-4  # theta
-    auxiliary_learning_rate: float = 3e-4  # phi
+    auxiliary_learning_rate: float = 1e-4  # phi
     auxiliary_steps: int = 2  # updates of phi for one of theta
     warmup: int = 100  # first iterations in which only phi learns
-    decay: int = 1000  # last iterations in which theta's learning rate falls to 0
+    decay: int = 2000  # last iterations in which both learning rates fall to 0
     ema_decay: float = 0.998
     autocast: bool = True  # bf16 for the transformers; heads and score arithmetic stay float32
     sample_iterations: int = 8  # the student's default K

@@ -189,8 +189,11 @@ class GSIM:
         self.auxiliary.requires_grad_(True)
         return figures
 
-    def update_auxiliary(self, rng: torch.Generator) -> dict[str, Tensor | float]:
-        """Phi learns the tokens that `backward` drew, in `settings.auxiliary_steps` updates; figures to log."""
+    def update_auxiliary(self, rng: torch.Generator, factor: float = 1.0) -> dict[str, Tensor | float]:
+        """Phi learns the tokens that `backward` drew, in `settings.auxiliary_steps` updates; figures to log.
+
+        `factor` scales its learning rate.
+        """
         for _ in range(self.settings.auxiliary_steps):
             figures: dict[str, Tensor | float] = {}
             levels = noise_levels(self.masking.z.shape, *PHI_LEVELS, rng)
@@ -199,7 +202,7 @@ class GSIM:
                 loss = auxiliary_step_loss(x_0, guided, self.auxiliary, self.schedule, t, eps)
                 (loss * self.workers.share(rows, self.settings.batch_size)).backward()
                 self._add(figures, rows, {"auxiliary_loss": loss})
-            norm = self.update(self.settings.auxiliary_learning_rate)
+            norm = self.update(self.settings.auxiliary_learning_rate * factor)
         return {**figures, "auxiliary_gradient_norm": norm}
 
     def _add(self, figures: dict[str, Tensor | float], rows: slice, parts: dict[str, Tensor]) -> None:
@@ -255,13 +258,13 @@ def distill(
     for step in range(start, settings.iterations):
         rng = generator(settings.seed, "distill", step)
         learnt = step - settings.warmup  # until then only phi learns
+        factor = learning_rate_factor(max(learnt, 0), 1, settings.decay, settings.iterations - settings.warmup)
         with fast_attention(workers.device):
             figures = gsim.backward(student, step, rng, learning=learnt >= 0)
             if learnt >= 0:
-                factor = learning_rate_factor(learnt, 1, settings.decay, settings.iterations - settings.warmup)
                 figures["gradient_norm"] = update(settings.learning_rate * factor)
                 update_ema(ema, student, learnt, settings.ema_decay)
-            figures |= gsim.update_auxiliary(rng)
+            figures |= gsim.update_auxiliary(rng, factor)
 
         done = step + 1
         last = done == settings.iterations or workers.stopping()

@@ -26,8 +26,11 @@ from marval.parallel import Workers, whole, whole_state
 
 LOG = "log.jsonl"
 RUN = "run.json"  # beside the tensors of a saved state
-# Settings that a resumed run may have different: none of them changes what is computed.
-MAY_CHANGE = {"iterations", "save_every", "log_every", "accumulate", "checkpoint_blocks", "max_skipped"}
+# Settings that a resumed run may have different: how long and how fast it learns, and what changes no result.
+MAY_CHANGE = {
+    "iterations", "learning_rate", "auxiliary_learning_rate", "decay",
+    "save_every", "log_every", "accumulate", "checkpoint_blocks", "max_skipped",
+}  # fmt: skip
 
 
 @torch.no_grad()
