@@ -14,7 +14,9 @@ from tiny import tiny_config, tiny_data, tiny_model
 
 COMMON = {"batch_size": 8, "log_every": 1, "save_every": 4}  # of three processes, two have 3 images and one has 2
 TRAIN = TrainConfig(**COMMON, tokens_per_image=6, warmup=3, decay=4, autocast=False)
-DISTILL = DistillConfig(**COMMON, tokens_per_image=6, warmup=2, autocast=False, guidance=1.5, probe_every=10)
+DISTILL = DistillConfig(
+    **COMMON, tokens_per_image=6, warmup=2, decay=1, autocast=False, guidance=1.5, probe_every=10
+)  # fmt: skip
 FINETUNE = FinetuneConfig(
     **COMMON, sample_iterations=4, backprop_iterations=3, learning_rate=1e-3, probe_every=10, max_distance_ratio=1e9,
     min_diversity_ratio=0.0, patience=99,

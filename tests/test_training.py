@@ -292,6 +292,7 @@ def test_learning_rate_rises_stays_and_falls():
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert set(factors[4:16]) == {1.0}
     assert factors[15:] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert [learning_rate_factor(step, 1, 2000, 4) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]  # a short run
 
 
 def test_a_finished_run_survives_a_move(data, config, tmp_path):

@@ -62,7 +62,7 @@ def live_distillation(out: Path, device: str, judge: Judge) -> list[dict[str, fl
     """Distil the bundled teacher for 200 updates; figures and pictures before, in between and after."""
     teacher = load("fashion-teacher", device)
     settings = DistillConfig(
-        iterations=230, warmup=30, ema_decay=0.95, learning_rate=3e-4, auxiliary_learning_rate=4e-4,
+        iterations=230, warmup=30, ema_decay=0.95, learning_rate=6e-5, auxiliary_learning_rate=4e-4,
         sample_iterations=8, probe_every=50, save_every=10_000, name="live student",
     )  # fmt: skip
     curve: list[dict[str, float]] = []

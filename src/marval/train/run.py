@@ -41,8 +41,8 @@ def update_ema(ema: nn.Module, model: nn.Module, updates: int, decay: float) -> 
 
 
 def learning_rate_factor(step: int, warmup: int, decay: int, total: int) -> float:
-    """Linear warm-up over `warmup` steps, then 1, then linear decay to 0 over the last `decay` steps."""
-    return min(1.0, (step + 1) / max(warmup, 1), (total - step) / max(decay, 1))
+    """Linear warm-up over `warmup` steps, then 1, then linear decay to 0 over the last `decay` steps (or all)."""
+    return min(1.0, (step + 1) / max(warmup, 1), (total - step) / max(min(decay, total), 1))
 
 
 class Updates:
