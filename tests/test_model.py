@@ -3,10 +3,12 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from marval.config import Chain, MARConfig, ModelConfig, PixelSpace
 from marval.io.checkpoint import load_model, save_model
 from marval.model import MAR
+from marval.model.linear import Linear, linear, linear_flops
 from marval.randomness import generator
 
 GRID, CHANNELS, BATCH = (3, 4), 4, 2
@@ -175,3 +177,25 @@ def test_a_strict_load_rejects_missing_unknown_and_misshapen_tensors(tmp_path, c
     rewrite(file, change)
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 53])
+def test_layers_give_the_same_with_and_without_gradients(rows):
+    """Without gradients a CPU asks oneDNN from 16 rows on, elsewhere torch's own product."""
+    layer = Linear(24, 40)
+    x = torch.randn(2, rows, 24, generator=generator("linear"))
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+        columns = torch.randn(24, 2 * rows, generator=generator("columns")).T  # not contiguous
+        torch.testing.assert_close(layer(columns), layer(columns.contiguous()))
+        part = linear(x, layer.weight[8:], layer.bias[8:])
+    torch.testing.assert_close(part, expected[..., 8:])
+
+
+def test_onednn_products_are_counted_as_floating_point_operations():
+    layer, x = Linear(24, 40), torch.randn(32, 24)
+    mapping = {torch.ops.mkldnn._linear_pointwise: linear_flops}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
+        layer(x)
+    assert counter.get_total_flops() == 2 * 32 * 24 * 40

@@ -164,6 +164,23 @@ def test_halton_covers_the_quadrants_evenly_from_the_start():
     assert quadrants.bincount(minlength=4).tolist() == pytest.approx([4, 4, 4, 4], abs=1)
 
 
+def test_spread_draws_neighbours_in_different_iterations():
+    """Far fewer pairs of neighbours in one iteration than random orders have; every image has an order of its own."""
+    grid, seeds = (7, 7), range(40)
+    places = torch.stack([torch.arange(49) // 7, torch.arange(49) % 7], dim=1).float()
+    beside = torch.cdist(places, places) == 1
+
+    def pairs(name):
+        total = 0
+        for order in drawing_orders(name, grid, seeds):
+            for part in order.split(draw_counts(49, 8)):
+                total += int(beside[part][:, part].sum()) // 2
+        return total / len(seeds)
+
+    assert pairs("spread") < 0.5 * pairs("random")
+    assert len({tuple(order.tolist()) for order in drawing_orders("spread", grid, seeds)}) == 40
+
+
 @pytest.mark.parametrize(
     "orders",
     [
@@ -180,7 +197,7 @@ def test_orders_that_are_no_permutations_are_rejected(orders):
 
 
 def test_unknown_orders_are_rejected_with_the_known_names():
-    with pytest.raises(ValueError, match=r"'spiral'.*random, raster, halton"):
+    with pytest.raises(ValueError, match=r"'spiral'.*random, raster, halton, spread"):
         drawing_orders("spiral", (2, 2), [0])
 
 

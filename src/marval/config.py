@@ -115,6 +115,7 @@ class LatentSpace:
 
 
 Schedule = Literal["linear", "constant"]
+Order = Literal["random", "raster", "halton", "spread"]
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ class ModelConfig:
     name: str = ""
     data: str = ""  # what it was trained on, as --data takes it
     source: str = ""  # the command that made the weights
+    order: Order = "random"  # in which tokens are drawn, unless the caller says otherwise
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers, ready for JSON."""
@@ -246,6 +248,7 @@ class DistillConfig(RunConfig):
     ema_decay: float = 0.998
     autocast: bool = True  # bf16 for the transformers; heads and score arithmetic stay float32
     sample_iterations: int = 8  # the student's default K
+    sample_order: Order = "spread"  # the student's default order: at a small K neighbours must not be drawn at once
     name: str = "student"
     save_every: int = 250
     log_every: int = 10

@@ -113,13 +113,14 @@ class Pipeline:
         *,
         seeds: Sequence[int],
         iterations: int | None = None,
-        order: Orders = "random",
+        order: Orders | None = None,
         batch_size: int = 64,
         known: tuple[Float[Tensor, "b l c"], Bool[Tensor, "b l"]] | None = None,
         on_iteration: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Float[Tensor, "b l c"]:
         """Tokens of one image per label; see `marval.sampling.sample`."""
         draw, parts = draw_function(self.config), []
+        order = self.config.order if order is None else order
         with torch.inference_mode():
             for start in range(0, len(labels), batch_size):
                 rows = slice(start, start + batch_size)
@@ -143,7 +144,7 @@ class Pipeline:
         *,
         seed: int | Sequence[int] = 0,
         iterations: int | None = None,
-        order: Orders = "random",
+        order: Orders | None = None,
         batch_size: int = 64,
         images: Float[Tensor, "b c h w"] | None = None,
         keep: Bool[Tensor, "b l"] | None = None,
@@ -154,7 +155,8 @@ class Pipeline:
         Args:
             seed: the first image's seed (the next ones count on from it), or a seed for each image.
             iterations: K; the model's own default when None, or the number of tokens to draw where that is smaller.
-            order: "random", "raster", "halton", positions, or a function of (grid, seed).
+            order: "random", "raster", "halton", "spread", positions, or a function of (grid, seed); the model's own
+                when None.
             images, keep: inpainting: the tokens of `images` where `keep` is True stay as they are.
             on_iteration: called with the iteration, the partial images and the mask of tokens drawn so far.
 

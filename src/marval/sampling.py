@@ -1,10 +1,12 @@
 """Drawing images: the AR loop over tokens, shared by teacher and student, and the two ways to draw a token."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -196,14 +198,42 @@ def halton_order(grid: tuple[int, int], seed: int) -> Int[Tensor, " l"]:
     return torch.tensor(list(order))
 
 
-ORDERS: dict[str, OrderFunction] = {"random": random_order, "raster": raster_order, "halton": halton_order}
+@functools.cache
+def nearness(grid: tuple[int, int]) -> np.ndarray:
+    """`1 / distance^4` between any two positions of a grid (0 for a position and itself)."""
+    places = np.moveaxis(np.indices(grid), 0, -1).reshape(-1, 2)
+    squares = np.square(places[:, None] - places).sum(axis=-1)
+    return np.where(squares > 0, 1.0 / np.maximum(squares, 1) ** 2, 0.0)
+
+
+def spread_order(grid: tuple[int, int], seed: int) -> Int[Tensor, " l"]:
+    """Random, but a position waits while those beside it have just been drawn.
+
+    Tokens of one iteration are drawn independently of each other, so neighbours drawn together need not agree where
+    they meet. Greedy: the next position has the smallest sum of its random priority in [0, 1] and half its nearness to
+    those drawn before, each of which counts 0.8 times as much at every step (weights by measurement, at K = 8).
+    """
+    near = nearness(grid)
+    priority = torch.rand(len(near), generator=generator(seed, "order"), dtype=torch.float64).numpy()
+    crowding, order = np.zeros(len(near)), []
+    for _ in range(len(near)):
+        position = int((priority + 0.5 * crowding).argmin())
+        order.append(position)
+        priority[position] = np.inf
+        crowding = 0.8 * crowding + near[position]
+    return torch.tensor(order)
+
+
+ORDERS: dict[str, OrderFunction] = {
+    "random": random_order, "raster": raster_order, "halton": halton_order, "spread": spread_order,
+}  # fmt: skip
 
 
 def drawing_orders(orders: Orders, grid: tuple[int, int], seeds: Sequence[int]) -> Int[Tensor, "b l"]:
     """The positions of each image in the order in which they are drawn (the reverse of the official code's `orders`).
 
     Args:
-        orders: "random", "raster" or "halton"; a function of (grid, seed); or positions (L,) or (B, L).
+        orders: "random", "raster", "halton" or "spread"; a function of (grid, seed); or positions (L,) or (B, L).
 
     Raises:
         ValueError: an unknown name, or rows that do not hold every position once.

@@ -1,12 +1,11 @@
 """The verbs that draw and measure: sample, evaluate and demo."""
 
 from pathlib import Path
-from typing import Literal
 
 from tyro.conf import Positional
 
 from marval.cli.arguments import judge_for, load_pipeline, usable_device
-from marval.config import Chain
+from marval.config import Chain, Order
 
 
 def sample(
@@ -16,7 +15,7 @@ def sample(
     count: int = 16,
     iterations: int | None = None,
     seed: int = 0,
-    order: Literal["random", "raster", "halton"] = "random",
+    order: Order | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     temperature: float | None = None,
@@ -35,7 +34,7 @@ def sample(
         count: how many images; the classes take turns.
         iterations: K, the AR iterations; the model's default when left out.
         seed: the first image's seed; the next images count on from it.
-        order: in which order tokens are drawn.
+        order: in which order tokens are drawn; the model's default when left out.
         steps: T of a teacher's chain.
         guidance: w of a teacher; 1 is no guidance.
         temperature: of a teacher's chain.

@@ -30,6 +30,7 @@ from marval.evaluate.features import (
 )
 from marval.io.checkpoint import WEIGHTS
 from marval.io.files import write_text
+from marval.model.linear import linear_flops
 from marval.parallel import Workers
 from marval.pipeline import Pipeline
 from marval.rewards import Classifier, load_classifier
@@ -125,7 +126,7 @@ def probe(
 
 def flops_per_image(pipeline: Pipeline, iterations: int) -> int:
     """Floating-point operations (2 per multiply-add) of matrix products and attention for one image."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: linear_flops}) as counter:
         pipeline.sample([0], iterations=iterations)
     return counter.get_total_flops()
 
@@ -170,8 +171,9 @@ def provenance(seed: int) -> dict[str, Any]:
 
 def describe(pipeline: Pipeline) -> dict[str, Any]:
     """The model's name and how it draws tokens."""
-    draw = dataclasses.asdict(pipeline.config.draw)
-    return {"model": pipeline.config.name, "teacher": isinstance(pipeline.config.draw, Chain), "draw": draw}
+    config = pipeline.config
+    draw = dataclasses.asdict(config.draw)
+    return {"model": config.name, "teacher": isinstance(config.draw, Chain), "draw": draw, "order": config.order}
 
 
 def evaluate(

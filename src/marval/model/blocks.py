@@ -4,6 +4,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from marval.model.linear import Linear, linear
+
 
 class Attention(nn.Module):
     """Multi-head self-attention whose queries may be a subset of the sequence."""
@@ -12,8 +14,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(
         self, x: Float[Tensor, "b n d"], queries: Float[Tensor, "b q d"] | None = None
@@ -24,8 +26,8 @@ class Attention(nn.Module):
         else:
             dim = x.shape[-1]
             weight, bias = self.qkv.weight, self.qkv.bias
-            q = self._split(F.linear(queries, weight[:dim], bias[:dim]))
-            k, v = (self._split(t) for t in F.linear(x, weight[dim:], bias[dim:]).chunk(2, dim=-1))
+            q = self._split(linear(queries, weight[:dim], bias[:dim]))
+            k, v = (self._split(t) for t in linear(x, weight[dim:], bias[dim:]).chunk(2, dim=-1))
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         return self.proj(out.transpose(1, 2).flatten(2))
@@ -39,8 +41,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return self.fc2(F.gelu(self.fc1(x)))

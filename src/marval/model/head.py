@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from marval.model.linear import Linear
+
 
 def timestep_features(t: Float[Tensor, " n"], dim: int = 256) -> Float[Tensor, "n dim"]:
     """Sinusoidal features of the time step: `[cos(t f_j), sin(t f_j)]`, `f_j` falling from 1 to 1e-4."""
@@ -21,7 +23,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int, features: int = 256):
         super().__init__()
         self.features = features
-        self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(features, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Float[Tensor, " n"]) -> Float[Tensor, "n w"]:
         return self.mlp(timestep_features(t.float(), self.features).to(next(self.mlp.parameters()).dtype))
@@ -33,8 +35,8 @@ class ResBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+        self.mlp = nn.Sequential(Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 3 * width))
 
     def forward(self, x: Float[Tensor, "*h n w"], y: Float[Tensor, "*g n w"]) -> Float[Tensor, "*g n w"]:
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
@@ -47,8 +49,8 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, out_channels: int):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = Linear(width, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def forward(self, x: Float[Tensor, "*g n w"], y: Float[Tensor, "*g n w"]) -> Float[Tensor, "*g n o"]:
         shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
@@ -69,8 +71,8 @@ class TokenHead(nn.Module):
         self.token_dim = token_dim
         out_channels = 2 * token_dim if learn_variance else token_dim
         self.time_embed = TimeEmbedding(width)
-        self.cond_embed = nn.Linear(context_dim, width)
-        self.input_proj = nn.Linear(token_dim, width)
+        self.cond_embed = Linear(context_dim, width)
+        self.input_proj = Linear(token_dim, width)
         self.res_blocks = nn.ModuleList([ResBlock(width) for _ in range(depth)])
         self.final_layer = FinalLayer(width, out_channels)
 

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from marval.config import MARConfig
 from marval.model.blocks import Block
 from marval.model.head import TokenHead
+from marval.model.linear import Linear
 
 
 def gather_rows(x: Float[Tensor, "b n d"], index: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
@@ -31,14 +32,14 @@ class MAR(nn.Module):
         places = config.buffer_size + config.num_tokens
         self.class_emb = nn.Embedding(config.num_classes, width)
         self.fake_latent = nn.Parameter(torch.empty(1, width))  # the null class
-        self.z_proj = nn.Linear(config.token_dim, width)
+        self.z_proj = Linear(config.token_dim, width)
         self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.empty(1, places, width))
         self.encoder_blocks = nn.ModuleList(
             [Block(width, config.encoder_heads, config.mlp_ratio, config.dropout) for _ in range(config.encoder_depth)]
         )
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
-        self.decoder_embed = nn.Linear(width, decoder_width)
+        self.decoder_embed = Linear(width, decoder_width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_width))
         self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, places, decoder_width))
         self.decoder_blocks = nn.ModuleList(

@@ -241,8 +241,9 @@ def distill(
     prepare_folder(out, resume, workers)
     one_step = OneStep(settings.timestep, teacher_config.draw.clip)
     config = dataclasses.replace(
-        teacher_config, draw=one_step, name=settings.name, iterations=settings.sample_iterations
-    )
+        teacher_config, draw=one_step, name=settings.name, iterations=settings.sample_iterations,
+        order=settings.sample_order,
+    )  # fmt: skip
     described = {**config.to_dict(), "source": "", "images": len(data), **dataclasses.asdict(settings)}
     gsim = GSIM(teacher, config, settings, data, workers)
     student = workers.place(copy.deepcopy(teacher).eval().requires_grad_(True))  # dropout stays off

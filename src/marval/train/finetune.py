@@ -157,7 +157,7 @@ def finetune(
                 for rows in parts:
                     tokens = sample(
                         student, draw, labels[rows].to(device), iterations=settings.sample_iterations,
-                        seeds=seeds[rows], gradient_iterations=settings.backprop_iterations,
+                        seeds=seeds[rows], orders=config.order, gradient_iterations=settings.backprop_iterations,
                     )  # fmt: skip
                     prompts = [settings.prompt.format(config.class_names[label]) for label in labels[rows].tolist()]
                     loss, rewards = policy_loss(reward, space.decode(tokens), prompts)
