@@ -97,7 +97,7 @@ class DrawByChain:
                     log_variance = schedule.log_variance(output[0, :, head.token_dim :], i)
                     x_t = x_t + (0.5 * log_variance).exp() * step_noise
                 else:
-                    x_t = x_t + math.exp(0.5 * schedule.log_posterior_variance[i].item()) * step_noise
+                    x_t = x_t + math.exp(0.5 * schedule.numbers["log_posterior_variance"][i]) * step_noise
         return x_t
 
 
@@ -123,7 +123,7 @@ class DrawInOneStep:
         guidance: float,
         noise: Float[Tensor, "s n c"],
     ) -> Float[Tensor, "n c"]:
-        x_t = self.schedule.sigma[0].item() * noise[0]
+        x_t = self.schedule.numbers["sigma"][0] * noise[0]
         time = head.embed_time(self.schedule.timesteps.float().to(context.device))
         eps = head.denoise(x_t, head.embed_context(context) + time)[:, : head.token_dim]
         x_0 = self.schedule.x0_from_eps(x_t, eps, 0)

@@ -4,7 +4,7 @@ Cosine schedule of Nichol & Dhariwal 2021 (arXiv 2102.09672), 1000 steps; respac
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -49,6 +49,7 @@ class NoiseSchedule:
     log_posterior_variance: Tensor  # log of the posterior variance, the lower end; entry 0 repeats entry 1
     posterior_mean_x0: Tensor  # coefficient of x_0 in the posterior mean
     posterior_mean_xt: Tensor  # coefficient of x_t in the posterior mean
+    numbers: dict[str, list[float]] = field(repr=False, compare=False)  # the tables once more: samplers never sync
 
     @classmethod
     def at(cls, timesteps: Int[Tensor, " s"], device: torch.device | str = "cpu") -> "NoiseSchedule":
@@ -58,15 +59,17 @@ class NoiseSchedule:
         beta = 1 - abar / previous
         variance = beta * (1 - previous) / (1 - abar)
         variance = torch.cat([variance[1:2], variance[1:]])  # entry 0 would be log 0
-        tables = (
-            abar.sqrt(),
-            (1 - abar).sqrt(),
-            beta.log(),
-            variance.log(),
-            beta * previous.sqrt() / (1 - abar),
-            (1 - previous) * (1 - beta).sqrt() / (1 - abar),
-        )
-        return cls(timesteps.to(device), *(table.float().to(device) for table in tables))
+        tables = {
+            "alpha": abar.sqrt(),
+            "sigma": (1 - abar).sqrt(),
+            "log_beta": beta.log(),
+            "log_posterior_variance": variance.log(),
+            "posterior_mean_x0": beta * previous.sqrt() / (1 - abar),
+            "posterior_mean_xt": (1 - previous) * (1 - beta).sqrt() / (1 - abar),
+        }
+        tables = {name: table.float() for name, table in tables.items()}
+        numbers = {name: table.tolist() for name, table in tables.items()}
+        return cls(timesteps.to(device), **{name: t.to(device) for name, t in tables.items()}, numbers=numbers)
 
     @classmethod
     def full(cls, device: torch.device | str = "cpu") -> "NoiseSchedule":
@@ -78,40 +81,39 @@ class NoiseSchedule:
         """`steps` of the 1000, evenly spaced."""
         return cls.at(respaced_timesteps(steps), device)
 
+    def at_step(self, table: str, i: Int[Tensor, " n"] | int) -> Float[Tensor, "n 1"] | float:
+        """A table's entries at a batch of indices, as a column; at one index, a plain number."""
+        return self.numbers[table][i] if isinstance(i, int) else getattr(self, table)[i, None]
+
     def add_noise(
         self, x_0: Float[Tensor, "n c"], eps: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int
     ) -> Float[Tensor, "n c"]:
         """`x_t = alpha_t x_0 + sigma_t eps`."""
-        return _at(self.alpha, i) * x_0 + _at(self.sigma, i) * eps
+        return self.at_step("alpha", i) * x_0 + self.at_step("sigma", i) * eps
 
     def x0_from_eps(
         self, x_t: Float[Tensor, "n c"], eps: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int
     ) -> Float[Tensor, "n c"]:
         """`x_0 = (x_t - sigma_t eps) / alpha_t`."""
-        return (x_t - _at(self.sigma, i) * eps) / _at(self.alpha, i)
+        return (x_t - self.at_step("sigma", i) * eps) / self.at_step("alpha", i)
 
     def eps_from_x0(
         self, x_t: Float[Tensor, "n c"], x_0: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int
     ) -> Float[Tensor, "n c"]:
         """`eps = (x_t - alpha_t x_0) / sigma_t`."""
-        return (x_t - _at(self.alpha, i) * x_0) / _at(self.sigma, i)
+        return (x_t - self.at_step("alpha", i) * x_0) / self.at_step("sigma", i)
 
     def score_from_eps(self, eps: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int) -> Float[Tensor, "n c"]:
         """`s(x_t) = -eps / sigma_t`."""
-        return -eps / _at(self.sigma, i)
+        return -eps / self.at_step("sigma", i)
 
     def log_variance(self, variance_channel: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int) -> Float[Tensor, "n c"]:
         """Learned range (arXiv 2102.09672, equation 15): channel -1 is the posterior's variance, +1 is beta."""
         fraction = (variance_channel + 1) / 2
-        return fraction * _at(self.log_beta, i) + (1 - fraction) * _at(self.log_posterior_variance, i)
+        return fraction * self.at_step("log_beta", i) + (1 - fraction) * self.at_step("log_posterior_variance", i)
 
     def posterior_mean(
         self, x_0: Float[Tensor, "n c"], x_t: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int
     ) -> Float[Tensor, "n c"]:
         """The mean of `q(x_{t-1} | x_t, x_0)` (arXiv 2006.11239, equation 7)."""
-        return _at(self.posterior_mean_x0, i) * x_0 + _at(self.posterior_mean_xt, i) * x_t
-
-
-def _at(table: Float[Tensor, " s"], i: Int[Tensor, " n"] | int) -> Float[Tensor, "n 1"] | float:
-    """A column for a batch of indices; a plain number for one (samplers keep their tables on the CPU: no sync)."""
-    return table[i].item() if isinstance(i, int) else table[i, None]
+        return self.at_step("posterior_mean_x0", i) * x_0 + self.at_step("posterior_mean_xt", i) * x_t
