@@ -15,6 +15,7 @@ LEVELS = {
     "config": 0,
     "randomness": 0,
     "imagenet": 0,
+    "flops": 1,
     "model": 1,
     "sampling": 2,
     "spaces": 2,
@@ -26,6 +27,7 @@ LEVELS = {
     "rewards": 3,
     "train": 4,
     "evaluate": 4,
+    "plan": 5,  # runs the steps of training on fake tensors
     "__init__": 5,  # the public API, lazy
     "demo": 6,
     "cli": 7,

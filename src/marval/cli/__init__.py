@@ -1,13 +1,14 @@
 """The command line: one verb per job. Heavy imports stand inside the verbs, so that --help answers at once."""
 
 import difflib
+import functools
 import os
 import sys
 from collections.abc import Callable
 
-from marval.cli.converting import cache_latents, convert
+from marval.cli.converting import cache_latents, convert, plan
 from marval.cli.drawing import demo, evaluate, sample
-from marval.cli.training import distill, finetune, train, train_classifier
+from marval.cli.training import distill, finetune, preset_settings, train, train_classifier
 
 VERBS: dict[str, Callable[..., None]] = {
     "train": train,
@@ -18,6 +19,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "train-classifier": train_classifier,
     "convert": convert,
     "cache-latents": cache_latents,
+    "plan": plan,
     "demo": demo,
 }
 
@@ -32,9 +34,11 @@ def main() -> None:
         if verb not in VERBS:
             near = difflib.get_close_matches(verb, VERBS, n=1)
             raise ValueError(f"unknown verb {verb!r}: " + (f"did you mean {near[0]}?" if near else "see marval --help"))
+        settings = preset_settings(verb, arguments)
+        function = VERBS[verb] if settings is None else functools.partial(VERBS[verb], settings=settings)
         import tyro
 
-        tyro.cli(VERBS[verb], prog=f"marval {verb}", args=arguments)
+        tyro.cli(function, prog=f"marval {verb}", args=arguments)
     except ValueError as error:
         if os.environ.get("MARVAL_DEBUG"):
             raise

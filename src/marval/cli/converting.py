@@ -1,11 +1,12 @@
 """The verbs that prepare what others have: convert checkpoints, cache latents of images."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from tyro.conf import Positional
 
 from marval.cli.arguments import usable_device
+from marval.config import Size
 
 
 def convert(
@@ -88,3 +89,33 @@ def cache_latents(
         )  # fmt: skip
         if workers.main:
             print(f"{out}: " + (f"{len(done)} images" if done else "stopped; the same command goes on"))
+
+
+def plan(
+    preset: Positional[Literal["imagenet256-base", "imagenet256-large", "imagenet256-huge"]],
+    *,
+    gpus: int = 8,
+    gpu_memory: float = 80.0,
+    tflops: float = 312.0,
+    efficiency: float = 0.35,
+) -> None:
+    """What a full-size run needs: memory, arithmetic, disk and days; nothing is allocated.
+
+    marval plan imagenet256-huge --gpus 8
+
+    marval plan imagenet256-base --gpus 4 --gpu-memory 24 --tflops 165 --efficiency 0.3
+
+    Args:
+        preset: the sizes of the networks and the recipes of both stages.
+        gpus: processes that share the work, one on each GPU.
+        gpu_memory: of one GPU, in GiB.
+        tflops: peak of one GPU in bf16, in TFLOP/s (A100: 312, H100: 989).
+        efficiency: the share of that peak that training reaches.
+    """
+    for name, value in (("gpus", gpus), ("gpu-memory", gpu_memory), ("tflops", tflops), ("efficiency", efficiency)):
+        if not value > 0:
+            raise ValueError(f"--{name} {value}: expected a number above 0")
+    from marval.plan import GIB, report
+
+    size = cast(Size, preset.removeprefix("imagenet256-"))
+    print("\n".join(report(size, gpus, int(gpu_memory * GIB), tflops * 1e12, efficiency)))

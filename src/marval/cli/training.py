@@ -1,8 +1,10 @@
 """The verbs that make models: train, distill, finetune and train-classifier."""
 
+import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from tyro.conf import OmitArgPrefixes, Positional
 
@@ -14,6 +16,25 @@ if TYPE_CHECKING:
 
 
 Preset = Literal["fashion-mnist", "imagenet256-base", "imagenet256-large", "imagenet256-huge"]
+
+
+def preset_settings(verb: str, arguments: Sequence[str]) -> DistillConfig | FinetuneConfig | None:
+    """The defaults of `distill` or `finetune` for the `--preset` among its arguments; None for other verbs.
+
+    Raises:
+        ValueError: an unknown preset.
+    """
+    kinds: dict[str, type[DistillConfig] | type[FinetuneConfig]]
+    kinds = {"distill": DistillConfig, "finetune": FinetuneConfig}
+    kind = kinds.get(verb)
+    if kind is None:
+        return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?", default="fashion-mnist")
+    name = parser.parse_known_args(arguments)[0].preset
+    if name not in get_args(Preset):
+        raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(get_args(Preset))}")
+    return kind() if name == "fashion-mnist" else kind.imagenet256(name.removeprefix("imagenet256-"))
 
 
 def train(
@@ -64,6 +85,7 @@ def train(
 def distill(
     teacher: Positional[str],
     *,
+    preset: Preset = "fashion-mnist",
     data: str | None = None,
     out: Path = Path("runs/student"),
     settings: OmitArgPrefixes[DistillConfig] = DistillConfig(),
@@ -79,6 +101,7 @@ def distill(
 
     Args:
         teacher: a bundled model's name, or a model's or run's folder.
+        preset: the recipe whose settings are the defaults below; imagenet256-* are the paper's.
         data: the training images; those of the teacher when left out.
         out: the run's folder; the model is left in its sub-folder `model`.
         probe_samples: images of the small Fréchet distance that is logged (0: none).
@@ -109,6 +132,7 @@ def distill(
 def finetune(
     student: Positional[str],
     *,
+    preset: Preset = "fashion-mnist",
     reward: str = "classifier",
     classifier: Path | None = None,
     teacher: str | None = None,
@@ -128,6 +152,7 @@ def finetune(
 
     Args:
         student: a bundled model's name, or a model's or run's folder.
+        preset: the recipe whose settings are the defaults below; imagenet256-* are the paper's.
         reward: "classifier" or package.module:function, or several with weights: "classifier=1,my:function=0.5".
         classifier: the classifier of that reward; the bundled one for Fashion-MNIST when left out.
         teacher: the teacher of the GSIM anchor (with --anchor).

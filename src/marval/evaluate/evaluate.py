@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from marval.config import Chain
 from marval.data import ImageData
@@ -28,12 +27,13 @@ from marval.evaluate.features import (
     extract,
     frechet_distance,
 )
+from marval.flops import image_flops
 from marval.io.checkpoint import WEIGHTS
 from marval.io.files import write_text
-from marval.model.linear import linear_flops
 from marval.parallel import Workers
 from marval.pipeline import Pipeline
 from marval.rewards import Classifier, load_classifier
+from marval.sampling import draw_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +126,11 @@ def probe(
 
 def flops_per_image(pipeline: Pipeline, iterations: int) -> int:
     """Floating-point operations (2 per multiply-add) of matrix products and attention for one image."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: linear_flops}) as counter:
-        pipeline.sample([0], iterations=iterations)
-    return counter.get_total_flops()
+    config = pipeline.config
+    counts = draw_counts(config.mar.num_tokens, iterations)
+    if isinstance(config.draw, Chain):
+        return image_flops(config.mar, counts, config.draw.steps, guided=config.draw.guidance != 1.0).total
+    return image_flops(config.mar, counts, 1, guided=False).total
 
 
 def seconds_per_image(runs: Sequence[tuple[Pipeline, int]], batch: int, repeats: int) -> list[list[float]]:

@@ -36,13 +36,3 @@ class Linear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*n d"]) -> Float[Tensor, "*n o"]:
         return linear(input, self.weight, self.bias)
-
-
-def linear_flops(
-    x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *rest: object, out_shape: object = None, **others: object
-) -> int:
-    """Floating-point operations of oneDNN's operator (2 per multiply-add), for torch's `FlopCounterMode`."""
-    rows = 1
-    for size in x_shape[:-1]:
-        rows *= size
-    return 2 * rows * weight_shape[0] * weight_shape[1]

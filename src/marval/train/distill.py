@@ -144,6 +144,8 @@ def flat_rows(
 class GSIM:
     """The GSIM loss for a student: frozen teacher, auxiliary network, and the real images that give contexts.
 
+    The teacher is taken over as it is: frozen and, among several processes, sharded.
+
     A step is `backward` (gradients for the student, to be used by the caller), then `update_auxiliary`.
     """
 
@@ -151,8 +153,9 @@ class GSIM:
         self, teacher: MAR, config: ModelConfig, settings: DistillConfig, data: TrainingData, workers: Workers
     ):
         self.config, self.settings, self.data, self.workers = config, settings, data, workers
-        self.teacher = workers.place(copy.deepcopy(teacher).eval().requires_grad_(False))
-        self.auxiliary = workers.place(copy.deepcopy(teacher.head).eval().requires_grad_(True))
+        auxiliary = copy.deepcopy(teacher.head).eval().requires_grad_(True)
+        self.teacher = workers.place(teacher.eval().requires_grad_(False))  # not a copy: it may be large
+        self.auxiliary = workers.place(auxiliary)
         self.update = Updates(self.auxiliary, settings, (0.0, 0.999))
         self.space, self.schedule = token_space(config.space, workers.device), NoiseSchedule.full(workers.device)
         self.draw = draw_function(config)
@@ -245,10 +248,10 @@ def distill(
         order=settings.sample_order,
     )  # fmt: skip
     described = {**config.to_dict(), "source": "", "images": len(data), **dataclasses.asdict(settings)}
+    student, ema = (copy.deepcopy(teacher).eval() for _ in range(2))  # dropout stays off
     gsim = GSIM(teacher, config, settings, data, workers)
-    student = workers.place(copy.deepcopy(teacher).eval().requires_grad_(True))  # dropout stays off
+    student, ema = workers.place(student.requires_grad_(True)), workers.place(ema.requires_grad_(False))
     student.checkpoint_blocks = settings.checkpoint_blocks
-    ema = workers.place(copy.deepcopy(teacher).eval().requires_grad_(False))
     update = Updates(student, settings, (0.0, 0.999))
     state = state_tensors(
         {"student": student, "auxiliary": gsim.auxiliary, "ema": ema}, {"student": update, "auxiliary": gsim.update}

@@ -1,0 +1,285 @@
+"""`marval plan`: what a full-size run needs, without allocating it.
+
+Memory comes from running the very steps of training on fake tensors, which have shapes but no storage, and adding up
+what is alive; floating-point operations come from formulas (`marval.flops`).
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from marval.config import IMAGENET_IMAGES, DistillConfig, FinetuneConfig, MARConfig, Size
+from marval.flops import context_flops, embedding_flops, head_flops, iteration_flops
+from marval.model import MAR, NoiseSchedule, TokenHead
+from marval.model.blocks import Block
+from marval.sampling import DrawInOneStep, draw_counts, model_contexts
+from marval.train.distill import Batch, Masking, auxiliary_step_loss, guide, student_step_loss, student_tokens
+
+GIB = 2**30
+FLOAT32 = 4
+CACHE_BYTES_PER_CHANNEL = 2 * 2 * 2  # an image and its mirror, mean and log-variance, half precision
+
+
+class LiveMemory(TorchDispatchMode):
+    """Adds up the bytes of the tensors that are alive while it is active, and remembers the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: weakref.WeakKeyDictionary[torch.UntypedStorage, bool] = weakref.WeakKeyDictionary()
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once, until it is freed."""
+        storage = tensor.untyped_storage()
+        if storage not in self.seen:
+            self.seen[storage] = True
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._freed, storage.nbytes())
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return result
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one stage of a run needs."""
+
+    parameters: dict[str, int]  # of every network
+    weights: int  # bytes on one GPU, of all networks
+    gradients: int
+    optimizer: int
+    gathered: int  # whole layers that `fully_shard` gathers while they compute; 0 on one GPU
+    activations: dict[bool, tuple[int, int]]  # bytes without and with recomputation: fixed, and for one image
+    flops: int  # of a step, all GPUs together
+    steps: int
+    batch: int
+
+    def peak(self, images: int, recompute: bool) -> int:
+        """Bytes on one GPU with `images` of the batch at a time."""
+        fixed, each = self.activations[recompute]
+        return self.weights + self.gradients + self.optimizer + self.gathered + fixed + each * images
+
+    def images_that_fit(self, memory: int, recompute: bool) -> int:
+        """The most images at a time in `memory` bytes; 0 when not even one fits."""
+        return max(0, (memory - self.peak(0, recompute)) // self.activations[recompute][1])
+
+    def seconds(self, gpus: int, peak_flops: float, efficiency: float) -> float:
+        """Time of the whole run at a share `efficiency` of `gpus` times `peak_flops`."""
+        return self.flops * self.steps / (gpus * peak_flops * efficiency)
+
+
+def plan_distill(config: MARConfig, settings: DistillConfig, gpus: int) -> Plan:
+    """Stage 1: student, its EMA, teacher and auxiliary network."""
+    sizes = network_sizes(config)
+    networks = dict.fromkeys(("student", "EMA", "teacher"), sizes["MAR"]) | {"auxiliary": sizes["head"]}
+    conditions = 1 if settings.guidance == 1.0 else 2
+    masked = round(config.num_tokens * mean_mask_ratio(settings))
+    targets = min(masked, settings.tokens_per_image)
+    context = context_flops(config, config.num_tokens - masked, targets)
+    one_call, guided_call = head_flops(config, targets), head_flops(config, targets, conditions)
+    embeddings = embedding_flops(config, targets, 1, targets)
+    flops = settings.batch_size * (
+        context * conditions  # the teacher's, forward
+        + context * (4 if settings.checkpoint_blocks else 3)  # the student's, with its gradients
+        + 3 * (one_call + embeddings)  # the student's head
+        + 2 * (one_call + guided_call)  # phi's and the teacher's heads: gradients of their input alone
+        + 3 * settings.auxiliary_steps * (one_call + embeddings)  # phi learns
+    )
+    return _plan(
+        networks, sizes, ("student", "auxiliary"), gpus, flops, settings,
+        lambda images, recompute: distill_memory(config, settings, images, recompute),
+    )  # fmt: skip
+
+
+def plan_finetune(config: MARConfig, settings: FinetuneConfig, gpus: int) -> Plan:
+    """Stage 2: student and its EMA. The VAE's decoder and the reward, which are the user's choice, come on top."""
+    sizes = network_sizes(config)
+    networks = {"student": sizes["MAR"], "EMA": sizes["MAR"]}
+    counts, flops = draw_counts(config.num_tokens, settings.sample_iterations), 0
+    for k, count in enumerate(counts):
+        once = iteration_flops(config, sum(counts[:k]), count, 1, guided=False)
+        learnt = k >= settings.sample_iterations - settings.backprop_iterations
+        flops += once.total * (4 if learnt else 1)  # forward, recomputed, and twice that for the gradients
+        flops += once.context if learnt and settings.checkpoint_blocks else 0
+    return _plan(
+        networks, sizes, ("student",), gpus, flops * settings.batch_size, settings,
+        lambda images, recompute: finetune_memory(config, settings, images, recompute),
+    )  # fmt: skip
+
+
+def _plan(
+    networks: dict[str, int],
+    sizes: dict[str, int],
+    trained: tuple[str, ...],
+    gpus: int,
+    flops: int,
+    settings: DistillConfig | FinetuneConfig,
+    memory: Callable[[int, bool], int],
+) -> Plan:
+    activations = {}
+    for recompute in (False, True):
+        some, twice = memory(8, recompute), memory(16, recompute)  # with fewer, the weights' copies hide the rest
+        activations[recompute] = (2 * some - twice, (twice - some) // 8)
+    learnt = FLOAT32 * sum(networks[name] for name in trained)
+    return Plan(
+        parameters=networks,
+        weights=FLOAT32 * sum(networks.values()) // gpus,
+        gradients=learnt // gpus,
+        optimizer=2 * learnt // gpus,
+        gathered=0 if gpus == 1 else FLOAT32 * (sizes["outside blocks"] + 2 * max(sizes["block"], sizes["head"])),
+        activations=activations,
+        flops=flops,
+        steps=settings.iterations,
+        batch=settings.batch_size,
+    )
+
+
+def network_sizes(config: MARConfig) -> dict[str, int]:
+    """Parameters of a MAR, of its head, of its largest block and of what is in neither."""
+    with torch.device("meta"):
+        model = MAR(config)
+    blocks = [count(module) for module in model.modules() if isinstance(module, Block)]
+    total, head = count(model), count(model.head)
+    return {"MAR": total, "head": head, "block": max(blocks), "outside blocks": total - head - sum(blocks)}
+
+
+def count(network: nn.Module) -> int:
+    """Parameters of a network."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def mean_mask_ratio(settings: DistillConfig) -> float:
+    """The mean of the cut normal that mask ratios are drawn from (a normal around 1, cut to [ratio_min, 1])."""
+    normal = torch.distributions.Normal(1.0, settings.mask_ratio_std)
+    low = torch.tensor(settings.mask_ratio_min)
+    mass = 0.5 - normal.cdf(low)
+    density = normal.log_prob(low).exp() - normal.log_prob(torch.tensor(1.0)).exp()
+    return float(1 + settings.mask_ratio_std**2 * density / mass)
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Tensors made inside have shapes and types but no memory."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def distill_memory(
+    config: MARConfig, settings: DistillConfig, images: int, recompute: bool, masked: int | None = None
+) -> int:
+    """Bytes that one part of `images` images adds to weights, gradients and optimiser states, at its peak.
+
+    Args:
+        masked: tokens hidden of each image; their mean number when None.
+    """
+    schedule, draw = NoiseSchedule.full(), DrawInOneStep()
+    settings = dataclasses.replace(settings, guidance_schedule="constant", guidance=settings.guidance or 2.0)
+    masked = round(config.num_tokens * mean_mask_ratio(settings)) if masked is None else masked
+    shown, targets = config.num_tokens - masked, min(settings.tokens_per_image, masked)
+    with fake_tensors():
+        teacher, student = MAR(config).eval().requires_grad_(False), MAR(config).eval()
+        auxiliary = TokenHead(
+            config.token_dim, config.decoder_dim, config.head_width, config.head_depth, config.learn_variance
+        )
+        student.checkpoint_blocks = recompute
+        places = torch.arange(config.num_tokens).expand(images, -1)
+        z = torch.randn(images, targets, config.token_dim)
+        masking = Masking(places[:, :shown], places[:, shown : shown + targets], z)
+        tokens = torch.randn(images, config.num_tokens, config.token_dim)
+        batch = Batch(tokens, torch.zeros(images, dtype=torch.long), masking)
+        t, eps = torch.zeros(images * targets, dtype=torch.long), torch.randn(images * targets, config.token_dim)
+        for network in (student, auxiliary):
+            _free_gradients(network)
+        with LiveMemory() as live:
+            guided = guide(teacher, batch, settings)
+            x_0 = student_tokens(student, draw, batch, settings)
+            auxiliary.requires_grad_(False)
+            loss, _ = student_step_loss(x_0, guided, auxiliary, schedule, settings.objective, t, eps)
+            loss.backward()
+            auxiliary.requires_grad_(True)
+            x_0 = x_0.detach()
+            del loss
+            auxiliary_step_loss(x_0, guided, auxiliary, schedule, t, eps).backward()
+    return live.peak
+
+
+def finetune_memory(config: MARConfig, settings: FinetuneConfig, images: int, recompute: bool) -> int:
+    """As `distill_memory`, for the backward pass of one AR iteration; the others keep their tokens only."""
+    draw = DrawInOneStep()
+    drawn = max(draw_counts(config.num_tokens, settings.sample_iterations))
+    shown = config.num_tokens - drawn
+    with fake_tensors():
+        student = MAR(config).eval()
+        student.checkpoint_blocks = recompute
+        _free_gradients(student)
+        places = torch.arange(config.num_tokens).expand(images, -1)
+        with LiveMemory() as live:
+            tokens = torch.randn(images, config.num_tokens, config.token_dim, requires_grad=True)
+            kept = [tokens * 1.0 for _ in range(settings.backprop_iterations)]
+            labels = torch.zeros(images, dtype=torch.long)
+            context = model_contexts(student, kept[0], places[:, :shown], places[:, shown:], labels, guided=False)
+            noise = torch.randn(1, images * drawn, config.token_dim)
+            draw(student.head, context[0], None, 1.0, noise).sum().backward()
+    return live.peak
+
+
+def _free_gradients(network: nn.Module) -> None:
+    """Free every gradient as soon as it is whole: the plan counts their lasting (sharded) copies apart."""
+
+    def free(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in network.parameters():
+        parameter.register_post_accumulate_grad_hook(free)
+
+
+def cache_bytes(latent_channels: int = 16, side: int = 16, images: int = IMAGENET_IMAGES) -> int:
+    """Size of a cache of latents (`marval cache-latents`)."""
+    return images * CACHE_BYTES_PER_CHANNEL * latent_channels * side * side
+
+
+def report(size: Size, gpus: int, memory: int, peak_flops: float, efficiency: float) -> list[str]:
+    """The plan of both stages of a preset, in lines."""
+    config = MARConfig.imagenet256(size)
+    stages = {
+        "distill": plan_distill(config, DistillConfig.imagenet256(size), gpus),
+        "finetune": plan_finetune(config, FinetuneConfig.imagenet256(size), gpus),
+    }
+    lines = [f"cache of latents: {cache_bytes() / 1e9:.1f} GB for {IMAGENET_IMAGES} images and their mirrors"]
+    for stage, plan in stages.items():
+        networks = ", ".join(f"{name} {number / 1e6:.1f}M" for name, number in plan.parameters.items())
+        lines += ["", f"{stage}: {plan.steps} steps of {plan.batch} images on {gpus} GPUs", f"  parameters: {networks}"]
+        parts = {"weights": plan.weights, "gradients": plan.gradients, "optimiser": plan.optimizer}
+        parts |= {"gathered layers": plan.gathered} if gpus > 1 else {}
+        lines.append("  GiB a GPU: " + ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items()))
+        for recompute in (False, True):
+            fixed, each = plan.activations[recompute]
+            fit = min(plan.images_that_fit(memory, recompute), -(-plan.batch // gpus))
+            how = "with --checkpoint-blocks" if recompute else "without recomputation"
+            accumulate = f"--accumulate {-(-plan.batch // (gpus * fit))}" if fit else "not even one image fits"
+            lines.append(
+                f"  activations {how}: {fixed / GIB:.2f} GiB + {each / 2**20:.0f} MiB an image; "
+                f"in {memory / GIB:.0f} GiB: {fit} images at a time ({accumulate})"
+            )
+        days = plan.seconds(gpus, peak_flops, efficiency) / 86400
+        lines.append(
+            f"  {plan.flops / 1e15:.2f} PFLOP a step; {days:.2f} days at {efficiency:.0%} of {peak_flops / 1e12:.0f} "
+            f"TFLOP/s a GPU"
+        )
+    lines += ["", "finetune: the VAE's decoder and the reward are not counted."]
+    return lines

@@ -1,0 +1,89 @@
+"""One training step of MAR-B, random weights; prints its time and peak memory: python full_size.py STAGE IMAGES."""
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from marval.config import Chain, DistillConfig, FinetuneConfig, LatentSpace, MARConfig, ModelConfig, OneStep
+from marval.model import MAR
+from marval.randomness import generator
+from marval.train.distill import distill
+from marval.train.finetune import finetune
+
+
+class RandomLatents:
+    """Latents of no picture, as a data set."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def __len__(self):
+        return 64
+
+    def tokens(self, indices, rows, space, device, stream):
+        count = len(indices[rows])
+        shape = (count, self.config.num_tokens, self.config.token_dim)
+        return torch.randn(shape, generator=generator(stream)), torch.arange(count)
+
+
+def memory(name):
+    """A figure of this process in bytes ("VmRSS", or "VmHWM", the most it was)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def save_vae(folder):
+    """KL-16 with random weights, as a diffusers folder."""
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
+        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 128, 256, 256, 512), layers_per_block=2, latent_channels=16, sample_size=256,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def main(stage, images):
+    torch.nn.functional.linear(torch.randn(64, 64), torch.randn(64, 64))  # libraries take what they need
+    before = memory("VmRSS")
+    mar = MARConfig.imagenet256("base")
+    names = tuple(map(str, range(1000)))
+    config = ModelConfig(mar, LatentSpace((256, 256), "none"), Chain(guidance=1.2), names, 64, "random")
+    model = MAR(mar).initialize(generator(0, "full size")).eval().requires_grad_(False)
+    began, calls = time.perf_counter(), []
+
+    def stop(pipeline):
+        """Called before anything is saved: by tuning at the start too, then after the step."""
+        calls.append(memory("VmHWM") - before)
+        if len(calls) == (1 if stage == "distill" else 2):
+            print(json.dumps({"seconds": time.perf_counter() - began, "bytes": calls[-1]}), flush=True)
+            os._exit(0)
+        return {"fd": 1.0, "diversity": 1.0, "log_probability": 0.0}
+
+    once = {"iterations": 1, "batch_size": images, "save_every": 10_000}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        if stage == "distill":
+            # Everything is hidden: every token is drawn.
+            settings = dataclasses.replace(
+                DistillConfig.imagenet256("base"), **once, warmup=0, checkpoint_blocks=False, tokens_per_image=256
+            )
+            settings = dataclasses.replace(settings, mask_ratio_min=0.999, mask_ratio_std=1.0, probe_every=1)
+            distill(model, config, settings, RandomLatents(mar), out, quiet=True, probe=stop)
+        else:
+            save_vae(Path(folder) / "vae")
+            config = dataclasses.replace(config, space=LatentSpace((256, 256), str(Path(folder) / "vae")))
+            settings = dataclasses.replace(FinetuneConfig.imagenet256("base"), **once, checkpoint_blocks=False)
+            settings = dataclasses.replace(settings, sample_iterations=4, backprop_iterations=1, probe_every=1)
+            student = dataclasses.replace(config, draw=OneStep())
+            reward = lambda pictures, prompts: pictures.mean(dim=(1, 2, 3))  # noqa: E731
+            finetune(model, student, reward, settings, out, probe=stop, quiet=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,130 @@
+"""`marval plan`: parameters are the networks', memory is what a step takes, arithmetic is what torch counts."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from marval.config import DistillConfig, FinetuneConfig, MARConfig
+from marval.plan import (
+    GIB,
+    LiveMemory,
+    cache_bytes,
+    distill_memory,
+    finetune_memory,
+    mean_mask_ratio,
+    plan_distill,
+    plan_finetune,
+)
+from marval.randomness import generator
+from marval.sampling import model_contexts
+from marval.train.draws import masked_count
+from tiny import tiny_config, tiny_model
+
+BASE = MARConfig.imagenet256("base")
+
+
+def test_live_memory_counts_what_is_alive_and_the_most_there_was():
+    with LiveMemory() as live:
+        first = torch.zeros(1000)
+        second = first * 2
+        view = second[:10]
+        assert live.now == 8000  # a view holds no memory of its own
+        del first, second
+        assert live.now == 4000
+        del view
+    assert (live.now, live.peak) == (0, 8000)
+
+
+@pytest.mark.parametrize(("low", "spread"), [(0.7, 0.25), (0.0, 0.6)])
+def test_the_mean_mask_ratio_is_that_of_the_draws(low, spread):
+    settings = DistillConfig(mask_ratio_min=low, mask_ratio_std=spread)
+    rng = generator("mask ratios")
+    drawn = [masked_count(10_000, low, spread, rng) / 10_000 for _ in range(4000)]
+    assert mean_mask_ratio(settings) == pytest.approx(sum(drawn) / len(drawn), abs=0.01)
+
+
+def test_a_plan_adds_up():
+    plan = plan_distill(tiny_config().mar, DistillConfig(batch_size=64), gpus=4)
+    model = tiny_model()
+    total, head = (sum(p.numel() for p in network.parameters()) for network in (model, model.head))
+    assert plan.parameters == {"student": total, "EMA": total, "teacher": total, "auxiliary": head}
+    assert plan.weights == 4 * (3 * total + head) // 4
+    assert plan.optimizer == 2 * plan.gradients
+    assert plan.peak(4, False) - plan.peak(3, False) == plan.activations[False][1]
+    fit = plan.images_that_fit(plan.peak(7, False), False)
+    assert fit == 7
+    assert plan.seconds(4, 1e12, 0.5) == plan.flops * plan.steps / 2e12
+    assert plan_distill(tiny_config().mar, DistillConfig(batch_size=128), gpus=4).flops == 2 * plan.flops
+
+
+def test_recomputation_saves_memory_and_costs_arithmetic():
+    settings = DistillConfig.imagenet256("base")
+    assert distill_memory(BASE, settings, 8, True) < 0.7 * distill_memory(BASE, settings, 8, False)
+    kept = dataclasses.replace(settings, checkpoint_blocks=False)
+    assert plan_distill(BASE, kept, 8).flops < plan_distill(BASE, settings, 8).flops
+
+
+def test_a_tuning_step_costs_what_torch_counts():
+    """The last iteration with gradients: forward once more, and twice that backward."""
+    config = tiny_config().mar
+    settings = FinetuneConfig(sample_iterations=1, backprop_iterations=1, batch_size=1)
+    model = tiny_model().requires_grad_(True)
+    onednn_off = torch.backends.mkldnn.flags(enabled=False)
+    places = torch.arange(16)[None]
+    with onednn_off, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        nothing = torch.zeros(1, 0, dtype=torch.long)
+        labels = torch.zeros(1, dtype=torch.long)
+        context = model_contexts(model, torch.zeros(1, 16, 4), nothing, places, labels, guided=False)[0]
+        embedded = model.head.embed_context(context) + model.head.embed_time(torch.tensor([755.0]))
+        model.head.denoise(torch.zeros(16, 4), embedded).sum().backward()
+    planned = plan_finetune(config, settings, 1).flops * 3 / 4  # the counter saw no recomputation
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.03)  # inputs without gradients save a little
+
+
+def test_the_cache_takes_32_kib_an_image():
+    assert cache_bytes(images=1000) == 1000 * 32 * 1024
+
+
+def test_the_command_answers_without_allocating():
+    script = (
+        "import resource, sys; sys.argv = ['marval', 'plan', 'imagenet256-huge', '--gpus', '8'];"
+        "from marval.cli import main; main();"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
+    *lines, peak = run.stdout.splitlines()
+    text = "\n".join(lines)
+    assert "student 942.4M" in text
+    assert "42.0 GB" in text
+    assert text.count("days at 35%") == 2
+    assert int(peak) * 1024 < 2 * GIB  # the weights of one network alone are 3.5 GiB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "images"), [("distill", 1), ("distill", 4), ("finetune", 1)])
+def test_planned_memory_is_what_a_step_of_mar_base_takes(stage, images):
+    """Measured peak of a process, less what it took before; at most 8 GiB, and within 15 % of the plan."""
+    script = Path(__file__).parent / "full_size.py"
+    run = subprocess.run(
+        [sys.executable, script, stage, str(images)], capture_output=True, text=True, timeout=600, check=True
+    )
+    measured = json.loads(run.stdout.splitlines()[-1])
+    if stage == "distill":
+        settings = DistillConfig.imagenet256("base")
+        plan = plan_distill(BASE, settings, 1)
+        added = distill_memory(BASE, settings, images, False, masked=256)
+    else:
+        settings = dataclasses.replace(FinetuneConfig.imagenet256("base"), sample_iterations=4, backprop_iterations=1)
+        plan = plan_finetune(BASE, settings, 1)
+        added = finetune_memory(BASE, settings, images, False)
+    planned = plan.weights + plan.gradients + plan.optimizer + added
+    print(f"{stage} of {images}: measured {measured['bytes'] / GIB:.2f} GiB, planned {planned / GIB:.2f} GiB")
+    assert measured["bytes"] == pytest.approx(planned, rel=0.15)
+    assert measured["bytes"] < 8 * GIB or images > 1
