@@ -27,6 +27,7 @@ LEVELS = {
     "rewards": 3,
     "train": 4,
     "evaluate": 4,
+    "bench": 5,
     "plan": 5,  # runs the steps of training on fake tensors
     "__init__": 5,  # the public API, lazy
     "demo": 6,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from marval.config import MARConfig
+from marval.config import Chain, MARConfig, ModelConfig
 
 TIME_FEATURES = 256  # of the head's time embedding
 
@@ -69,3 +69,10 @@ def image_flops(config: MARConfig, counts: list[int], steps: int, guided: bool) 
     """A whole image, whose iterations draw `counts` tokens."""
     parts = [iteration_flops(config, sum(counts[:k]), count, steps, guided) for k, count in enumerate(counts)]
     return Flops(sum(part.context for part in parts), sum(part.head for part in parts))
+
+
+def model_flops(config: ModelConfig, counts: list[int]) -> Flops:
+    """As `image_flops`, for the way in which a model draws its tokens."""
+    if isinstance(config.draw, Chain):
+        return image_flops(config.mar, counts, config.draw.steps, guided=config.draw.guidance != 1.0)
+    return image_flops(config.mar, counts, 1, guided=False)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from marval.cli.converting import cache_latents, convert, plan
-from marval.cli.drawing import demo, evaluate, sample
+from marval.cli.drawing import bench, demo, evaluate, sample
 from marval.cli.training import distill, finetune, preset_settings, train, train_classifier
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -16,6 +16,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "finetune": finetune,
     "sample": sample,
     "evaluate": evaluate,
+    "bench": bench,
     "train-classifier": train_classifier,
     "convert": convert,
     "cache-latents": cache_latents,

@@ -1,11 +1,12 @@
 """The verbs that draw and measure: sample, evaluate and demo."""
 
 from pathlib import Path
+from typing import cast, get_args
 
 from tyro.conf import Positional
 
 from marval.cli.arguments import judge_for, load_pipeline, usable_device
-from marval.config import Chain, Order
+from marval.config import Chain, Order, Size
 
 
 def sample(
@@ -118,6 +119,61 @@ def evaluate(
     if batches:
         time_models(loaded, iterations=iterations, batches=batches, repeats=repeats, out=out)
     print_table(out)
+
+
+def bench(
+    models: Positional[tuple[str, ...]],
+    *,
+    iterations: tuple[int, ...] = (),
+    batches: tuple[int, ...] = (),
+    steps: int | None = None,
+    repeats: int = 3,
+    autocast: bool = False,
+    compiled: bool = False,
+    out: Path = Path("results/bench.json"),
+    device: str = "auto",
+) -> None:
+    """Time models against the arithmetic that they need and the machine's peak.
+
+    marval bench imagenet256-base
+
+    marval bench fashion-teacher fashion-student --iterations 4 8 16 --batches 1 64
+
+    Args:
+        models: models' names or folders, a teacher first; or imagenet256-base, -large, -huge: a full-size teacher and
+            its student with random weights.
+        iterations: the numbers K of AR iterations; each model's default when left out (64 at full size).
+        batches: batch sizes; 1 and 4 on a CPU, 1 and the largest that fits elsewhere when left out.
+        steps: T of the teachers' chains.
+        repeats: timed rounds after one that warms up; 0: only that one, for runs of many minutes.
+        autocast: draw in bf16.
+        compiled: use torch.compile.
+        out: the JSON file.
+        device: "auto", "cpu", "cuda", "mps", ...
+    """
+    from marval.bench import bench as run
+    from marval.bench import largest_batch, random_pair
+
+    if not models:
+        raise ValueError("name at least one model, for example: marval bench fashion-teacher fashion-student")
+    if repeats < 0 or any(batch < 1 for batch in batches):
+        raise ValueError(f"--repeats {repeats}, --batches {batches}: expected repeats from 0 and batches from 1")
+    device = usable_device(device)
+    pipelines = []
+    for name in models:
+        size = name.removeprefix("imagenet256-")
+        if name != size and size in get_args(Size):
+            pipelines += random_pair(cast(Size, size), device)
+        else:
+            pipelines.append(load_pipeline(name, device))
+    pipelines = [p.with_chain(steps=steps) if isinstance(p.config.draw, Chain) else p for p in pipelines]
+    iterations = iterations or (pipelines[0].config.iterations,)
+    if not batches:
+        batches = (1, 4) if device == "cpu" else (1, largest_batch(pipelines[0], iterations[0]))
+    run(
+        pipelines, iterations=iterations, batches=batches, repeats=repeats, out=out, autocast=autocast,
+        compiled=compiled,
+    )  # fmt: skip
 
 
 def demo(*, out: Path = Path("demo-out"), device: str = "auto") -> None:

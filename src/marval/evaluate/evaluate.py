@@ -27,7 +27,7 @@ from marval.evaluate.features import (
     extract,
     frechet_distance,
 )
-from marval.flops import image_flops
+from marval.flops import model_flops
 from marval.io.checkpoint import WEIGHTS
 from marval.io.files import write_text
 from marval.parallel import Workers
@@ -126,11 +126,7 @@ def probe(
 
 def flops_per_image(pipeline: Pipeline, iterations: int) -> int:
     """Floating-point operations (2 per multiply-add) of matrix products and attention for one image."""
-    config = pipeline.config
-    counts = draw_counts(config.mar.num_tokens, iterations)
-    if isinstance(config.draw, Chain):
-        return image_flops(config.mar, counts, config.draw.steps, guided=config.draw.guidance != 1.0).total
-    return image_flops(config.mar, counts, 1, guided=False).total
+    return model_flops(pipeline.config, draw_counts(pipeline.config.mar.num_tokens, iterations)).total
 
 
 def seconds_per_image(runs: Sequence[tuple[Pipeline, int]], batch: int, repeats: int) -> list[list[float]]:
@@ -248,13 +244,13 @@ def read_results(out: Path) -> dict[str, Any]:
         found = json.loads(out.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{out} is not a results file ({error}): choose another --out") from None
-    if not isinstance(found, dict) or not set(found) <= {"quality", "timing"}:
+    if not isinstance(found, dict) or not set(found) <= {"quality", "timing", "bench"}:
         raise ValueError(f"{out} is not a results file: choose another --out")
     return found
 
 
 def write_results(out: Path, part: str, rows: list[dict[str, Any]], seed: int) -> None:
-    """Put one part ("quality" or "timing") with its provenance into a results file; figures have six digits."""
+    """Put a part ("quality", "timing", "bench") with its provenance into a results file; figures have six digits."""
 
     def rounded(value: Any) -> Any:
         return float(f"{value:.6g}") if isinstance(value, float) else value

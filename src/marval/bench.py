@@ -1,0 +1,220 @@
+"""`marval bench`: how fast models draw, against what their arithmetic and the machine allow."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep, Schedule, Size
+from marval.evaluate.evaluate import balanced_labels, describe, write_results
+from marval.flops import context_flops, head_flops, model_flops
+from marval.model import MAR, TokenHead
+from marval.model.linear import linear
+from marval.pipeline import Pipeline
+from marval.randomness import generator
+from marval.sampling import DrawTokens, draw_counts, draw_function, sample
+
+PEAK_SIDE = 2048  # of the square matrices whose product is the machine's peak
+
+
+@dataclass(frozen=True)
+class DrawNothing:
+    """Draws zeros: what is left of a run's time is the context network's and the loop's."""
+
+    like: DrawTokens
+
+    @property
+    def noise_draws(self) -> int:
+        """As of the sampler that it stands for."""
+        return self.like.noise_draws
+
+    @property
+    def guidance(self) -> float:
+        """As of the sampler that it stands for."""
+        return self.like.guidance
+
+    @property
+    def guidance_schedule(self) -> Schedule:
+        """As of the sampler that it stands for."""
+        return self.like.guidance_schedule
+
+    def __call__(
+        self,
+        head: TokenHead,
+        context: Float[Tensor, "n d"],
+        null_context: Float[Tensor, "n d"] | None,
+        guidance: float,
+        noise: Float[Tensor, "s n c"],
+    ) -> Float[Tensor, "n c"]:
+        return torch.zeros_like(noise[0])
+
+
+def random_pair(size: Size, device: str) -> list[Pipeline]:
+    """A full-size teacher (T = 100, w = 3, linear) and its student, with the same random weights."""
+    mar = MARConfig.imagenet256(size)
+    model = MAR(mar).initialize(generator(0, "bench")).to(device).eval().requires_grad_(False)
+    space, names = LatentSpace((256, 256), "none"), tuple(map(str, range(mar.num_classes)))
+    draws: dict[str, Chain | OneStep] = {"teacher": Chain(guidance=3.0), "student": OneStep()}
+    return [
+        Pipeline(model, ModelConfig(mar, space, draw, names, 64, f"imagenet256-{size}-{role}"))
+        for role, draw in draws.items()
+    ]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for an accelerator; a CPU is always done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def seconds_of(job: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of a job."""
+    synchronize(device)
+    began = time.perf_counter()
+    job()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+@torch.inference_mode()
+def peak_flops(device: torch.device, autocast: bool, repeats: int = 7) -> float:
+    """The machine's floating-point operations a second in a large matrix product, the best of a few tries."""
+    dtype = torch.bfloat16 if autocast else torch.float32
+    x, w = (torch.randn(PEAK_SIDE, PEAK_SIDE, device=device, dtype=dtype) for _ in range(2))
+    jobs: list[Callable[[], Tensor]] = [lambda: linear(x, w, None), lambda: x @ w]
+    best = min(seconds_of(job, device) for _ in range(repeats) for job in jobs)
+    return 2 * PEAK_SIDE**3 / best
+
+
+def savings(config: MARConfig, iterations: int) -> dict[str, float]:
+    """The share of one student's image that each saving leaves out, of what a sampler without it would do."""
+    counts = draw_counts(config.num_tokens, iterations)
+    shown = [sum(counts[:k]) for k in range(iterations)]
+    ours = sum(context_flops(config, v, q) for v, q in zip(shown, counts, strict=True))
+    head = sum(head_flops(config, q) for q in counts)
+    everything_encoded = sum(context_flops(config, config.num_tokens, q) for q in counts)
+    everywhere = sum(context_flops(config, v, config.num_tokens) for v in shown)
+    every_token = iterations * head_flops(config, config.num_tokens)
+    return {
+        "encoder sees visible tokens only": 1 - (ours + head) / (everything_encoded + head),
+        "last block computes drawn tokens only": 1 - (ours + head) / (everywhere + head),
+        "head computes drawn tokens only": 1 - (ours + head) / (ours + every_token),
+    }
+
+
+def bench(
+    pipelines: Sequence[Pipeline],
+    *,
+    iterations: Sequence[int],
+    batches: Sequence[int],
+    repeats: int,
+    out: Path,
+    autocast: bool = False,
+    compiled: bool = False,
+    report: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Time every model at every K and batch size, in turn, so that a drifting machine hits all alike.
+
+    Rows hold seconds per image (median, fastest, slowest; latents, without a VAE), the context network's share of it,
+    operations, their rate, and the fraction of the machine's peak; with a teacher first, also the speed-up over it
+    at the same K, and the one that operations alone allow.
+    """
+    device = pipelines[0].device
+    if compiled:
+        for model in {id(p.model): p.model for p in pipelines}.values():
+            model.context = torch.compile(model.context, dynamic=True)  # type: ignore[method-assign]
+            model.head.denoise = torch.compile(model.head.denoise, dynamic=True)  # type: ignore[method-assign]
+    peak = peak_flops(device, autocast)
+    report(f"peak of this machine ({device.type}, {'bf16' if autocast else 'float32'}): {peak / 1e9:.0f} GFLOP/s")
+    runs = [(pipeline, k) for k in iterations for pipeline in pipelines]
+    rows: list[dict[str, Any]] = []
+    for batch in batches:
+        times: list[list[float]] = [[] for _ in runs]
+        contexts: list[list[float]] = [[] for _ in runs]
+        for repeat in range(repeats + 1):
+            for i, (pipeline, k) in enumerate(runs):
+                draw = draw_function(pipeline.config)
+                whole = seconds_of(_drawing(pipeline, draw, k, batch, autocast), device) / batch
+                part = seconds_of(_drawing(pipeline, DrawNothing(draw), k, batch, autocast), device) / batch
+                if repeat > 0 or repeats == 0:  # the first round warms up
+                    times[i].append(whole)
+                    contexts[i].append(part)
+        for (pipeline, k), whole_times, part_times in zip(runs, times, contexts, strict=True):
+            row = _row(pipeline, k, batch, whole_times, part_times, peak)
+            row |= {"autocast": autocast, "compiled": compiled, "device": device.type}
+            teacher = next((r for r in rows if r["teacher"] and (r["iterations"], r["batch"]) == (k, batch)), None)
+            if teacher is not None and not row["teacher"]:
+                row["speed_up"] = teacher["seconds_per_image"] / row["seconds_per_image"]
+                row["speed_up_by_flops"] = teacher["gflops_per_image"] / row["gflops_per_image"]
+            rows.append(row)
+            report(_line(row))
+    for k in iterations:
+        for saving, share in savings(pipelines[0].config.mar, k).items():
+            report(f"K={k}: {saving}: {share:.0%} less to compute for a student")
+    write_results(out, "bench", rows, 0)
+    return rows
+
+
+def _drawing(pipeline: Pipeline, draw: DrawTokens, iterations: int, batch: int, autocast: bool) -> Callable[[], Tensor]:
+    labels = torch.tensor(balanced_labels(batch, len(pipeline.config.class_names)), device=pipeline.device)
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=autocast):
+            return sample(
+                pipeline.model, draw, labels, iterations=iterations, seeds=range(batch), orders=pipeline.config.order
+            )
+
+    return run
+
+
+def _row(
+    pipeline: Pipeline, iterations: int, batch: int, times: list[float], contexts: list[float], peak: float
+) -> dict[str, Any]:
+    cost = model_flops(pipeline.config, draw_counts(pipeline.config.mar.num_tokens, iterations))
+    seconds = statistics.median(times)
+    return {
+        **describe(pipeline),
+        "iterations": iterations,
+        "batch": batch,
+        "seconds_per_image": seconds,
+        "fastest": min(times),
+        "slowest": max(times),
+        "repeats": len(times),
+        "context_seconds": statistics.median(contexts),
+        "gflops_per_image": cost.total / 1e9,
+        "context_gflops": cost.context / 1e9,
+        "gflops_per_second": cost.total / seconds / 1e9,
+        "peak_gflops_per_second": peak / 1e9,
+        "fraction_of_peak": cost.total / seconds / peak,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    seconds, context = row["seconds_per_image"], row["context_seconds"]
+    line = (
+        f"{row['model']} K={row['iterations']} batch {row['batch']}: {seconds:.4g} s/image "
+        f"({row['fastest']:.4g} to {row['slowest']:.4g}; context {min(1.0, context / seconds):.0%}), "
+        f"{row['gflops_per_image']:.4g} GFLOP, {row['fraction_of_peak']:.0%} of the peak"
+    )
+    if "speed_up" in row:
+        line += f", {row['speed_up']:.1f}x the teacher ({row['speed_up_by_flops']:.1f}x by arithmetic alone)"
+    return line
+
+
+def largest_batch(pipeline: Pipeline, iterations: int, most: int = 1024) -> int:
+    """The largest power of two that fits in an accelerator's memory."""
+    batch, draw = 1, draw_function(pipeline.config)
+    while batch < most:
+        try:
+            _drawing(pipeline, draw, iterations, 2 * batch, autocast=True)()
+        except torch.OutOfMemoryError:
+            break
+        batch *= 2
+    return batch
