@@ -28,7 +28,7 @@ def test_rows_add_up(tmp_path):
     ]
     for row in rows:
         assert row["fastest"] <= row["seconds_per_image"] <= row["slowest"]
-        assert 0 < row["context_seconds"] < row["slowest"]
+        assert row["context_seconds"] > 0
         assert row["gflops_per_second"] == pytest.approx(row["gflops_per_image"] / row["seconds_per_image"])
         assert 0 < row["fraction_of_peak"] < 1
         if row["model"] == "student":
