@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+ONEDNN = torch.backends.mkldnn.is_available()
 FEWEST_ROWS = 16  # below, oneDNN's set-up costs more than its kernels save
 
 
@@ -13,19 +14,16 @@ def linear(
 ) -> Float[Tensor, "*n o"]:
     """`x W^T + b`; without gradients, in float32 on a CPU, by oneDNN.
 
-    torch gives this product to MKL, which reaches half of oneDNN's speed on CPUs that are not Intel's (1.6 to 2.7
-    times the time at 53 to 3,392 rows on a Zen 5) and none that is higher elsewhere. oneDNN's operator has no
-    gradient, and torch's own product is what autocast and the compiler know.
+    torch gives this product to MKL, which took 1.6 to 2.7 times oneDNN's time on a Zen 5 at 53 to 3,392 rows (Intel's
+    own CPUs were not measured). oneDNN's operator has no gradient, and autocast does not know it.
     """
     if (
-        not torch.is_grad_enabled()
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        ONEDNN
         and x.numel() >= FEWEST_ROWS * x.shape[-1]
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.enabled
-        and torch.backends.mkldnn.is_available()
-        and not torch.compiler.is_compiling()
     ):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
