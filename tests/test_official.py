@@ -3,6 +3,8 @@
 import argparse
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -145,3 +147,30 @@ def test_damaged_and_absent_files(tensors, tmp_path):
     torch.save({"weights": tensors}, tmp_path / "c.pth")
     with pytest.raises(ValueError, match="no model_ema"):
         official_model(tmp_path / "c.pth")
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+def memory(name):
+    return int(next(x for x in Path('/proc/self/status').read_text().splitlines() if x.startswith(name)).split()[1])
+import torch, marval.io.official, marval.io.checkpoint
+before = memory('VmRSS')
+sys.argv = ['marval', 'convert', *sys.argv[1:]]
+from marval.cli import main
+main()
+print(1024 * (memory('VmHWM') - before))
+"""
+
+
+@pytest.mark.slow
+def test_converting_mar_base_takes_little_more_memory_than_its_weights(tmp_path):
+    """Both ways at most 1.2 times the weights' bytes, mapped pages counted."""
+    tensors = MAR(MARConfig.imagenet256("base")).state_dict()
+    weights = sum(tensor.nbytes for tensor in tensors.values())
+    torch.save({"model": tensors, "model_ema": {k: v.clone() for k, v in tensors.items()}}, tmp_path / "base.pth")
+    del tensors
+    for arguments in (("mar", "base.pth", "out"), ("to-mar", "out", "back.pth")):
+        command = [sys.executable, "-c", MEMORY, *arguments]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True)
+        assert int(run.stdout.splitlines()[-1]) <= 1.2 * weights

@@ -25,7 +25,7 @@ PEAK_SIDE = 2048  # of the square matrices whose product is the machine's peak
 
 @dataclass(frozen=True)
 class DrawNothing:
-    """Stands for a way to draw and draws zeros: what is left of a run's time is the context network's and the loop's."""
+    """Draws zeros in the place of a way to draw: the time left is the context network's and the loop's."""
 
     noise_draws: int
     guidance: float
