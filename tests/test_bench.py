@@ -62,3 +62,13 @@ def test_the_command_writes_rows_and_refuses_nonsense(tmp_path):
         refused = run(*arguments)
         assert refused.returncode == 2
         assert refused.stderr.count("\n") <= 1 or not arguments
+
+
+@pytest.mark.slow
+def test_compiled_models_run(tmp_path):
+    """In a process of its own: the tests' shape checks cannot be compiled."""
+    command = [sys.executable, "-m", "marval", "bench", "fashion-student", "--compiled", "--iterations", "2"]
+    command += ["--batches", "1", "--repeats", "1", "--out", str(tmp_path / "bench.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "bench.json").read_text())["bench"]["rows"][0]["compiled"]

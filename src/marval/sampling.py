@@ -322,7 +322,7 @@ def sample(
         return tokens.scatter(1, index, drawn.unflatten(0, positions.shape).to(tokens.dtype))
 
     for k, count in enumerate(counts):
-        visible, positions = order[:, :shown], order[:, shown : shown + count]
+        visible, positions = order[:, :shown].contiguous(), order[:, shown : shown + count].contiguous()
         shown += count
         # MAR's linear schedule counts one token as hidden in the last iteration.
         revealed = min(shown, total - 1) / total

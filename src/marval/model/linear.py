@@ -15,7 +15,7 @@ def linear(
     """`x W^T + b`; without gradients, in float32 on a CPU, by oneDNN.
 
     torch gives this product to MKL, which took 1.6 to 2.7 times oneDNN's time on a Zen 5 at 53 to 3,392 rows (Intel's
-    own CPUs were not measured). oneDNN's operator has no gradient, and autocast does not know it.
+    own CPUs were not measured). oneDNN's operator has no gradient, and neither autocast nor the compiler knows it.
     """
     if (
         ONEDNN
@@ -24,6 +24,7 @@ def linear(
         and not torch.is_grad_enabled()
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
     ):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
