@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from marval.cli.converting import cache_latents, convert, plan
+from marval.cli.converting import average, cache_latents, convert, plan
 from marval.cli.drawing import bench, demo, evaluate, sample
 from marval.cli.training import distill, finetune, preset_settings, train, train_classifier
 
@@ -21,6 +21,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "cache-latents": cache_latents,
     "plan": plan,
+    "average": average,
     "demo": demo,
 }
 

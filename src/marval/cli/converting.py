@@ -1,12 +1,13 @@
-"""The verbs that prepare what others have: convert checkpoints, cache latents of images."""
+"""The verbs that prepare a run or its models: convert, cache-latents, plan and average."""
 
+import dataclasses
 from pathlib import Path
 from typing import Literal, cast
 
 from tyro.conf import Positional
 
-from marval.cli.arguments import usable_device
-from marval.config import Size
+from marval.cli.arguments import command_line, usable_device
+from marval.config import Order, Size
 
 
 def convert(
@@ -119,3 +120,39 @@ def plan(
 
     size = cast(Size, preset.removeprefix("imagenet256-"))
     print("\n".join(report(size, gpus, int(gpu_memory * GIB), tflops * 1e12, efficiency)))
+
+
+def average(
+    models: Positional[tuple[str, ...]],
+    *,
+    out: Path,
+    name: str | None = None,
+    order: Order | None = None,
+    half: bool = False,
+) -> None:
+    """Average the weights of models that came from one teacher (a model soup, Wortsman et al. 2022).
+
+    marval average runs/student-a runs/student-b --out models/student
+
+    marval average runs/student --half --out models/small
+
+    Args:
+        models: models' names or folders, of the same sizes and the same way to draw.
+        out: the model's folder.
+        name: its name; the first model's when left out.
+        order: its default order of drawing; the first model's when left out.
+        half: half precision on disk.
+    """
+    import torch
+
+    from marval.io.checkpoint import average_models, load_model, save_model
+    from marval.pipeline import find_model
+
+    if not models:
+        raise ValueError("name at least one model, for example: marval average runs/a runs/b --out models/average")
+    model, config = average_models([load_model(find_model(name)) for name in models])
+    config = dataclasses.replace(
+        config, name=name or config.name, order=order or config.order, source=f"{config.source}; {command_line()}"
+    )
+    save_model(out, model, config, torch.float16 if half else torch.float32)
+    print(f"{', '.join(models)} -> {out}")

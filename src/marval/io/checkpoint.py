@@ -1,6 +1,8 @@
 """Models on disk: a folder with `model.safetensors` (which carries its configuration) and a readable `config.json`."""
 
+import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -46,6 +48,25 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[MA
     check_tensors(file, tensors, model.state_dict())
     model.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=True, assign=True)
     return model.to(device).eval().requires_grad_(False), config
+
+
+def average_models(models: Sequence[tuple[MAR, ModelConfig]]) -> tuple[MAR, ModelConfig]:
+    """The mean of the weights of models of the same sizes and way to draw, with the first one's configuration.
+
+    It works for models that share a start, as students of one teacher do (Wortsman et al. 2022, arXiv 2203.05482).
+
+    Raises:
+        ValueError: they differ in size, token space, classes or way to draw.
+    """
+    (first, config), *others = models
+    for _, other in others:
+        for part in ("mar", "space", "draw", "class_names"):
+            if getattr(other, part) != getattr(config, part):
+                raise ValueError(f"{other.name} and {config.name} differ in {part}: only like models can be averaged")
+    mean = copy.deepcopy(first)
+    states = [model.state_dict() for model, _ in models]
+    mean.load_state_dict({name: torch.stack([state[name] for state in states]).mean(dim=0) for name in states[0]})
+    return mean, config
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig]:
