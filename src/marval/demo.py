@@ -18,7 +18,7 @@ from marval.pipeline import Pipeline, load
 from marval.train.distill import distill
 
 SAMPLES = 100  # images that each model is scored on
-DRAWN = {"fashion-teacher": (16,), "fashion-student": (4, 8, 16), "fashion-tuned": (8,)}  # model: K
+DRAWN = {"fashion-teacher": (16,), "fashion-student": (4, 6, 16), "fashion-tuned": (6,)}  # model: K
 
 
 def run(out: Path, device: str) -> None:

@@ -35,6 +35,8 @@ from marval.pipeline import Pipeline
 from marval.rewards import Classifier, load_classifier
 from marval.sampling import draw_counts
 
+SHORTEST = 0.3  # seconds that a timing lasts at least
+
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
@@ -130,16 +132,19 @@ def flops_per_image(pipeline: Pipeline, iterations: int) -> int:
 
 
 def seconds_per_image(runs: Sequence[tuple[Pipeline, int]], batch: int, repeats: int) -> list[list[float]]:
-    """Times of every (pipeline, K), in turn, `repeats` times over, so that a drifting machine hits all alike."""
+    """Times of every (pipeline, K), in turn, `repeats` times over, so that a drifting machine hits all alike.
+
+    Each is the mean over at least `SHORTEST` seconds: a single short run would time caches that the others emptied.
+    """
     times: list[list[float]] = [[] for _ in runs]
     for repeat in range(repeats + 1):
         for i, (pipeline, iterations) in enumerate(runs):
-            began = time.perf_counter()
-            pipeline.sample(balanced_labels(batch, len(pipeline.config.class_names)), iterations=iterations)
-            if pipeline.device.type == "cuda":
-                torch.cuda.synchronize()
+            began, drawn = time.perf_counter(), 0
+            while drawn == 0 or time.perf_counter() - began < SHORTEST:
+                pipeline.sample(balanced_labels(batch, len(pipeline.config.class_names)), iterations=iterations)
+                drawn += batch  # the images are on the CPU: an accelerator is done
             if repeat > 0:  # the first round warms up
-                times[i].append((time.perf_counter() - began) / batch)
+                times[i].append((time.perf_counter() - began) / drawn)
     return times
 
 
