@@ -12,7 +12,7 @@ FEWEST_ROWS = 16  # below, oneDNN's set-up costs more than its kernels save
 def linear(
     x: Float[Tensor, "*n d"], weight: Float[Tensor, "o d"], bias: Float[Tensor, " o"] | None
 ) -> Float[Tensor, "*n o"]:
-    """`x W^T + b`; without gradients, in float32 on a CPU, by oneDNN.
+    """`x W^T + b`; in inference mode, in float32 on a CPU, by oneDNN.
 
     torch gives this product to MKL, which took 1.6 to 2.7 times oneDNN's time on a Zen 5 at 53 to 3,392 rows (Intel's
     own CPUs were not measured). oneDNN's operator has no gradient, and neither autocast nor the compiler knows it.
@@ -21,7 +21,7 @@ def linear(
         ONEDNN
         and x.numel() >= FEWEST_ROWS * x.shape[-1]
         and x.is_cpu
-        and not torch.is_grad_enabled()
+        and torch.is_inference_mode_enabled()
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
