@@ -196,12 +196,12 @@ def _line(row: dict[str, Any]) -> str:
     return line
 
 
-def largest_batch(pipeline: Pipeline, iterations: int, most: int = 1024) -> int:
+def largest_batch(pipeline: Pipeline, iterations: int, autocast: bool, most: int = 1024) -> int:
     """The largest power of two that fits in an accelerator's memory."""
     batch, draw = 1, draw_function(pipeline.config)
     while batch < most:
         try:
-            _drawing(pipeline, draw, iterations, 2 * batch, autocast=True)()
+            _drawing(pipeline, draw, iterations, 2 * batch, autocast)()
         except torch.OutOfMemoryError:
             break
         batch *= 2

@@ -169,7 +169,7 @@ def bench(
     pipelines = [p.with_chain(steps=steps) if isinstance(p.config.draw, Chain) else p for p in pipelines]
     iterations = iterations or (pipelines[0].config.iterations,)
     if not batches:
-        batches = (1, 4) if device == "cpu" else (1, largest_batch(pipelines[0], iterations[0]))
+        batches = (1, 4) if device == "cpu" else (1, largest_batch(pipelines[0], iterations[0], autocast))
     run(
         pipelines, iterations=iterations, batches=batches, repeats=repeats, out=out, autocast=autocast,
         compiled=compiled,

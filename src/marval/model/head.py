@@ -23,7 +23,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int, features: int = 256):
         super().__init__()
         self.features = features
-        self.mlp = nn.Sequential(Linear(features, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(features, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t: Float[Tensor, " n"]) -> Float[Tensor, "n w"]:
         return self.mlp(timestep_features(t.float(), self.features).to(next(self.mlp.parameters()).dtype))
@@ -35,7 +35,7 @@ class ResBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 3 * width))
 
     def forward(self, x: Float[Tensor, "*h n w"], y: Float[Tensor, "*g n w"]) -> Float[Tensor, "*g n w"]:
