@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,6 +24,8 @@ from torch.distributed.tensor import DTensor
 
 from marval.model import MAR, TokenHead
 from marval.model.blocks import Block
+
+GLOO_SECONDS = 0.3  # for Gloo's threads to let go of their last tensors
 
 Network = TypeVar("Network", MAR, TokenHead)
 
@@ -149,6 +152,9 @@ def start_workers(device: str) -> Iterator[Workers]:
             yield Workers(dist.get_rank(), count, local, init_device_mesh(kind, (count,)), stop)
         finally:
             dist.destroy_process_group()
+            # Gloo's threads outlive the group (DTensor's caches hold it) and may still be letting go of the last
+            # collective's tensors; one that asks for the GIL of a finished interpreter aborts the process.
+            time.sleep(GLOO_SECONDS)
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
