@@ -1,4 +1,8 @@
-"""One training step of MAR-B, random weights; prints its time and peak memory: python full_size.py STAGE IMAGES."""
+"""MAR-B with random weights. python full_size.py STAGE IMAGES: time and peak memory of one training step.
+
+python full_size.py speed K: seconds of one guided image (T = 100) by the official loop in plain PyTorch, by our
+teacher and by our student.
+"""
 
 import dataclasses
 import json
@@ -12,10 +16,12 @@ import torch
 from diffusers import AutoencoderKL
 
 from marval.config import Chain, DistillConfig, FinetuneConfig, LatentSpace, MARConfig, ModelConfig, OneStep
-from marval.model import MAR
+from marval.model import MAR, linear
 from marval.randomness import generator
+from marval.sampling import DrawByChain, DrawInOneStep, sample
 from marval.train.distill import distill
 from marval.train.finetune import finetune
+from straightforward import straightforward
 
 
 class RandomLatents:
@@ -85,5 +91,38 @@ def main(stage, images):
             finetune(model, student, reward, settings, out, probe=stop, quiet=True)
 
 
+def speed(iterations):
+    mar = MARConfig.imagenet256("base")
+    model = MAR(mar).initialize(generator(0, "full size")).eval().requires_grad_(False)
+    chain, labels = Chain(guidance=3.0), torch.tensor([0])
+
+    def plain():
+        linear.ONEDNN = False  # the official code's products are PyTorch's own
+        try:
+            return straightforward(model, chain, labels, iterations, [0])
+        finally:
+            linear.ONEDNN = True
+
+    def ours(draw):
+        with torch.inference_mode():
+            return sample(model, draw, labels, iterations=iterations, seeds=[0])
+
+    jobs = {
+        "student": lambda: ours(DrawInOneStep()),
+        "teacher": lambda: ours(DrawByChain(chain)),
+        "straightforward": plain,
+    }
+    jobs["student"]()  # warms up
+    seconds = {}
+    for name, job in jobs.items():
+        began = time.perf_counter()
+        job()
+        seconds[name] = time.perf_counter() - began
+    print(json.dumps(seconds), flush=True)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    if sys.argv[1] == "speed":
+        speed(int(sys.argv[2]))
+    else:
+        main(sys.argv[1], int(sys.argv[2]))

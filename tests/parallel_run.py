@@ -7,11 +7,13 @@ from pathlib import Path
 from marval.config import DistillConfig, FinetuneConfig, OneStep, TrainConfig
 from marval.evaluate.evaluate import draw_bytes
 from marval.parallel import start_workers
+from marval.train import run
 from marval.train.distill import distill
 from marval.train.finetune import Anchor, finetune
 from marval.train.teacher import train_teacher
 from tiny import tiny_config, tiny_data, tiny_model
 
+run.FILE_BYTES = 20_000  # states in several files, as those of large networks
 COMMON = {"batch_size": 8, "log_every": 1, "save_every": 4}  # of three processes, two have 3 images and one has 2
 TRAIN = TrainConfig(**COMMON, tokens_per_image=6, warmup=3, decay=4, autocast=False)
 DISTILL = DistillConfig(

@@ -1,51 +1,19 @@
 """Our teacher is no slower than a straightforward rendering of the official sampler (slow: minutes)."""
 
+import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from marval.config import Chain, MARConfig
-from marval.model import MAR, NoiseSchedule
+from marval.model import MAR
 from marval.randomness import generator
-from marval.sampling import DrawByChain, draw_counts, drawing_orders, guidance_at, image_noise, sample
-
-RANGE = (-2.0, 2.0)  # x_0 is clipped: without it, 1 / alpha at t = 999 magnifies float32's rounding 20,000 times
-
-
-@torch.inference_mode()
-def straightforward(model, chain, labels, iterations, seeds):
-    """The official loop, rendered step by step: every network sees the doubled batch, and nothing is kept."""
-    config, schedule = model.config, NoiseSchedule.respaced(chain.steps)
-    total, channels, batch = config.num_tokens, config.token_dim, len(labels)
-    noise = torch.stack([image_noise(seed, chain.steps, total, channels) for seed in seeds], dim=1)
-    orders, tokens, shown = drawing_orders("random", config.token_grid, seeds), torch.zeros(batch, total, channels), 0
-    everywhere = torch.arange(total).expand(2 * batch, -1)
-    for count in draw_counts(total, iterations):
-        visible, positions = orders[:, :shown], orders[:, shown : shown + count]
-        shown += count
-        embedding = torch.cat([model.class_embedding(labels), model.null_embedding(batch)])
-        z = model.context(torch.cat([tokens, tokens]), torch.cat([visible, visible]), everywhere, embedding)
-        index = torch.cat([positions, positions])[..., None]
-        z = z.gather(1, index.expand(-1, -1, z.shape[-1])).flatten(0, 1)
-        w = guidance_at(chain.guidance, chain.guidance_schedule, min(shown, total - 1) / total)
-        local = noise.gather(2, positions[None, ..., None].expand(chain.steps, -1, -1, channels)).flatten(1, 2)
-        x = torch.cat([local[0], local[0]])
-        for i in reversed(range(chain.steps)):
-            half = x[: len(x) // 2]
-            t = schedule.timesteps[i].float().expand(len(x))
-            output = model.head(torch.cat([half, half]), t, z)
-            conditional, null = output[:, :channels].chunk(2)
-            eps = null + w * (conditional - null)
-            x_0 = schedule.x0_from_eps(half, eps, i).clamp(*RANGE)
-            mean = schedule.posterior_mean(x_0, half, i)
-            scale = (0.5 * schedule.log_posterior_variance[i]).exp() if i else 0.0
-            x = mean + scale * local[(chain.steps - i) % chain.steps]
-            x = torch.cat([x, x])
-        tokens = tokens.scatter(
-            1, positions[..., None].expand(-1, -1, channels), x[: len(x) // 2].unflatten(0, positions.shape)
-        )
-    return tokens
+from marval.sampling import DrawByChain, sample
+from straightforward import RANGE, straightforward
 
 
 @pytest.mark.slow
@@ -67,3 +35,14 @@ def test_teacher_is_no_slower_than_the_straightforward_loop_and_draws_the_same(b
         times["straightforward"].append(time.perf_counter() - began)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     assert min(times["ours"]) <= 1.05 * min(times["straightforward"]), times
+
+
+@pytest.mark.slow
+def test_full_size_models_are_faster_than_the_straightforward_loop():
+    """MAR-B, one guided image, K = 16, T = 100, in a process of its own."""
+    script = Path(__file__).parent / "full_size.py"
+    done = subprocess.run([sys.executable, str(script), "speed", "16"], capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seconds = json.loads(done.stdout.splitlines()[-1])
+    assert seconds["straightforward"] >= 1.3 * seconds["teacher"], seconds
+    assert seconds["straightforward"] >= 10 * seconds["student"], seconds

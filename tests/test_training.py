@@ -13,8 +13,9 @@ from marval.data import batch_indices
 from marval.pipeline import Pipeline, load
 from marval.train import distill as distill_module
 from marval.train import finetune as finetune_module
+from marval.train import run as run_module
 from marval.train import teacher as teacher_module
-from marval.train.run import learning_rate_factor
+from marval.train.run import learning_rate_factor, shard_files
 from tiny import tiny_config, tiny_data, tiny_model
 
 
@@ -221,6 +222,18 @@ def test_a_damaged_state_is_one_clear_error(data, config, tmp_path):
     (state / "run.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         run_train(config, data, tmp_path / "run", resume=True)
+
+
+def test_a_large_state_is_written_in_files_of_bounded_size(data, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "FILE_BYTES", 20_000)
+    tensors = {"a": torch.zeros(5000), "b": torch.zeros(50_000), "c": torch.zeros(1), "d": torch.zeros(4000)}
+    assert shard_files(tensors) == {"a": 1, "b": 2, "c": 3, "d": 3}
+    run_train(config, data, tmp_path / "run")
+    (state,) = (tmp_path / "run").glob("state-*")
+    files = sorted(state.glob("*.safetensors"))
+    largest = max(tensor.nbytes for file in files for tensor in load_file(file).values())
+    assert len(files) > 3
+    assert all(file.stat().st_size < 20_000 + largest + 20_000 for file in files)
 
 
 def break_losses(monkeypatch, steps):

@@ -1,6 +1,7 @@
 """What the training loops share: the run's folder, its log, its resumable state, safe updates and the progress line."""
 
 import contextlib
+import itertools
 import json
 import math
 import shutil
@@ -25,6 +26,7 @@ from marval.model import MAR
 from marval.parallel import Workers, whole, whole_state
 
 LOG = "log.jsonl"
+FILE_BYTES = 2**28  # of tensors in one file of a saved state
 RUN = "run.json"  # beside the tensors of a saved state
 # Settings that a resumed run may have different: how long and how fast it learns, and what changes no result.
 MAY_CHANGE = {
@@ -97,6 +99,14 @@ def state_tensors(networks: dict[str, nn.Module], updates: dict[str, Updates]) -
     return tensors
 
 
+def shard_files(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The number of the file that each tensor is written to; the writer copies a file's tensors twice in memory."""
+    ends = itertools.accumulate(tensor.nbytes for tensor in tensors.values())
+    numbers = [1 + (end - 1) // FILE_BYTES for end in ends]
+    used = {number: i for i, number in enumerate(sorted(set(numbers)), start=1)}  # 1 ... N, without gaps
+    return {name: used[number] for name, number in zip(tensors, numbers, strict=True)}
+
+
 def save_state(
     folder: Path,
     step: int,
@@ -116,7 +126,7 @@ def save_state(
         shutil.rmtree(partial, ignore_errors=True)
     workers.barrier()
     try:
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(partial), shard_files(tensors), save_distributed=True)
         with quiet_checkpoints():
             dcp.save(tensors, storage_writer=writer, no_dist=workers.mesh is None)
         if workers.main:
