@@ -119,6 +119,7 @@ def test_own_images_train_then_distill_then_finetune(work):
 def test_bad_names_and_numbers(work):
     assert refused(marval("sampel", "tiny", cwd=work), "sampel", "did you mean sample")
     assert refused(marval("sample", "fashion-studnt", cwd=work), "fashion-studnt")
+    assert refused(marval("distill", "imagenet256-base", cwd=work), "a recipe, not a model")
     assert refused(marval("sample", "tiny", "--classes", "sqare", cwd=work), "sqare", "square")
     assert refused(marval("sample", "tiny", "--classes", "2", cwd=work), "'2'", "0 to 1")
     assert refused(marval("sample", "tiny", "--iterations", 17, cwd=work), "17", "1 to 16")

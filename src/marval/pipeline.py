@@ -38,6 +38,11 @@ def find_model(name: str | Path) -> Path:
     known = bundled_models()
     if str(name) in known:
         return known[str(name)]
+    if str(name).startswith("imagenet256-"):
+        raise ValueError(
+            f"{str(name)!r} is a recipe, not a model: name a model's folder (marval convert mar makes one), "
+            f"then --preset {name}"
+        )
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or list(known)
     raise ValueError(
         f"no model {str(name)!r}: expected a folder, or a bundled model such as {', '.join(near) or 'none'}"
