@@ -6,7 +6,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 ONEDNN = torch.backends.mkldnn.is_available()
-FEWEST_ROWS = 16  # below, oneDNN's set-up costs more than its kernels save
+FEWEST_ROWS = 16  # below, oneDNN's set-up costs more than its kernels save,
+LARGE = 2**19  # but for weights of so many elements: reading them takes oneDNN half of MKL's time
 
 
 def linear(
@@ -14,12 +15,13 @@ def linear(
 ) -> Float[Tensor, "*n o"]:
     """`x W^T + b`; in inference mode, in float32 on a CPU, by oneDNN.
 
-    torch gives this product to MKL, which took 1.6 to 2.7 times oneDNN's time on a Zen 5 at 53 to 3,392 rows (Intel's
-    own CPUs were not measured). oneDNN's operator has no gradient, and neither autocast nor the compiler knows it.
+    torch gives this product to MKL, which took 1.6 to 2.7 times oneDNN's time on a Zen 5 at 53 to 3,392 rows, and 1.6 to
+    2.4 times at 1 to 32 rows of 1,024 x 1,024 weights and larger (Intel's own CPUs were not measured). oneDNN's
+    operator has no gradient, and neither autocast nor the compiler knows it.
     """
     if (
         ONEDNN
-        and x.numel() >= FEWEST_ROWS * x.shape[-1]
+        and (x.numel() >= FEWEST_ROWS * x.shape[-1] or weight.numel() >= LARGE)
         and x.is_cpu
         and torch.is_inference_mode_enabled()
         and x.dtype == weight.dtype == torch.float32
