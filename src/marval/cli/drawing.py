@@ -1,12 +1,14 @@
 """The verbs that draw and measure: sample, evaluate and demo."""
 
 from pathlib import Path
-from typing import cast, get_args
+from typing import Literal, cast, get_args
 
 from tyro.conf import Positional
 
-from marval.cli.arguments import judge_for, load_pipeline, usable_device
+from marval.cli.arguments import judge_for, load_models, load_pipeline, usable_device
 from marval.config import Chain, Order, Size
+
+REAL_SAMPLE = 10_000  # real images that KID, precision and recall are measured on
 
 
 def sample(
@@ -64,20 +66,25 @@ def evaluate(
     samples: int = 10_000,
     batches: tuple[int, ...] = (1, 64),
     repeats: int = 5,
-    steps: int | None = None,
-    guidance: float | None = None,
+    steps: tuple[int, ...] = (),
+    guidance: tuple[float, ...] = (),
     data: str | None = None,
     judge: Path | None = None,
-    seed: int = 0,
+    features: str | None = None,
+    reference: Path | None = None,
+    rewards: str | None = None,
+    seed: tuple[int, ...] = (0,),
     autocast: bool = False,
+    images: Path | None = None,
+    image_format: Literal["shards", "png", "npz"] = "shards",
     out: Path = Path("results/evaluate.json"),
     device: str = "auto",
 ) -> None:
-    """Measure models: FD-EfficientNet, held-out accuracy, diversity, time and FLOPs per image.
+    """Measure models: Frechet distance, KID, precision and recall, held-out accuracy, time and FLOPs per image.
 
-    marval evaluate fashion-student
+    marval evaluate fashion-teacher fashion-student --iterations 4 8 16 32 --samples 2000 --seed 0 1 2
 
-    marval evaluate fashion-teacher fashion-student fashion-tuned --iterations 4 8 16 32 --samples 2000
+    marval evaluate runs/marval-base --samples 50000 --images drawn --reference imagenet256.npz --batches
 
     Args:
         models: bundled models' names, or models' or runs' folders.
@@ -85,40 +92,45 @@ def evaluate(
         samples: images for the figures of quality (the real set's training split is the reference).
         batches: batch sizes to time at, interleaved over all models; none: no timing.
         repeats: timed rounds.
-        steps: T of the teachers' chains.
-        guidance: w of the teachers; 1 is no guidance.
+        steps: T of the teachers' chains, one or several.
+        guidance: w of the teachers, one or several; 1 is no guidance.
         data: the real images; those of the model when left out.
         judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
-        seed: of the samples.
+        features: package.module:function, byte images (B, C, H, W) to features (B, F), in EfficientNet's place.
+        reference: a file in the real images' place: ADM's .npz (FID, IS, sFID, precision and recall by torch-fidelity)
+            or marval's statistics .safetensors.
+        rewards: rewards whose means are measured as well, for example classifier, or my_module:score.
+        seed: of the samples; several: a row for each, and their spread.
         autocast: draw the samples for quality in bf16 (the result says so; times are always float32).
+        images: a folder that keeps the images; a run that was killed goes on there.
+        image_format: besides shards, png files or one npz in ADM's format (arr_0).
         out: the JSON file; rows that it holds already are not drawn again.
         device: "auto", "cpu", "cuda", "mps", ...
     """
-    from marval.evaluate.evaluate import evaluate as run
-    from marval.evaluate.evaluate import time_models
-    from marval.evaluate.tables import print_table
-    from marval.pipeline import find_model
+    import dataclasses
+    import signal
 
-    if not models:
-        raise ValueError("name at least one model, for example: marval evaluate fashion-student")
-    loaded = []
-    for name in models:
-        pipeline = load_pipeline(name, device)
-        if isinstance(pipeline.config.draw, Chain):
-            pipeline = pipeline.with_chain(steps=steps, guidance=guidance)
-        loaded.append((find_model(name), pipeline))
-    run(
-        loaded,
-        judge_for(loaded[0][1], data, judge),
-        iterations=iterations,
-        samples=samples,
-        out=out,
-        seed=seed,
-        autocast=autocast,
-    )
-    if batches:
-        time_models(loaded, iterations=iterations, batches=batches, repeats=repeats, out=out)
-    print_table(out)
+    from marval.evaluate.evaluate import KeepImages, time_models
+    from marval.evaluate.evaluate import evaluate as run
+    from marval.evaluate.tables import print_table
+    from marval.parallel import start_workers
+    from marval.rewards import parse_rewards
+
+    with start_workers(usable_device(device)) as workers:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # finished shards and rows are whole: nothing to save
+        loaded = load_models(models, str(workers.device), steps, guidance)
+        judged = judge_for(loaded[0][1], data, judge, features=features, sample=REAL_SAMPLE, reference=reference)
+        if rewards is not None:
+            found = {name: reward for name, (reward, _) in parse_rewards(rewards, None, workers.device).items()}
+            judged = dataclasses.replace(judged, rewards=found, class_names=loaded[0][1].config.class_names)
+        run(
+            loaded, judged, iterations=iterations, samples=samples, out=out, seeds=seed, autocast=autocast,
+            keep=None if images is None else KeepImages(images, image_format), workers=workers,
+        )  # fmt: skip
+        if batches and workers.main:
+            time_models(loaded, iterations=iterations, batches=batches, repeats=repeats, out=out)
+        if workers.main:
+            print_table(out)
 
 
 def bench(
