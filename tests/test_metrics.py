@@ -115,10 +115,10 @@ def test_own_features_judge_and_their_statistics_are_kept_apart(own_features):
     figures = judge.figures(data.images, data.labels)
     assert figures["fd"] == pytest.approx(0, abs=1e-6)
     assert figures["coverage"] == 1.0
-    assert len(judge.sample) == 40
+    assert len(judge.sample.features) == 40
     assert len(judge.data_sha256) == 64
     again = load_judge("folder:x", None, lambda: data, features="own_features:rows", sample=40)
-    assert torch.equal(again.sample, judge.sample)
+    assert torch.equal(again.sample.radius, judge.sample.radius)
     other = load_judge("folder:x", None, lambda: data, features="own_features:Columns", sample=40)
     assert other.figures(data.images, data.labels)["fd"] == pytest.approx(0, abs=1e-6)
     assert len(list((own_features / "cache/marval").glob("statistics-*"))) == 2

@@ -25,13 +25,26 @@ from marval.evaluate.features import (
     frechet_distance,
 )
 from marval.evaluate.fidelity import Reference
-from marval.evaluate.metrics import MOST, expected_bias, kernel_distance, neighbour_figures
+from marval.evaluate.metrics import (
+    MOST,
+    NEIGHBOURS,
+    expected_bias,
+    kernel_distance,
+    neighbour_distances,
+    neighbour_figures,
+)
 from marval.io.files import write_tensors
 from marval.rewards import Classifier, Reward, load_classifier
 
-FEWEST = 6  # images of each side that neighbours are sought among
-
 Parts = Iterable[tuple[UInt8[Tensor, "_ c h w"], Int[Tensor, " _"]]]
+
+
+@dataclass(frozen=True)
+class RealSample:
+    """Features of some real images, and each one's distances to its neighbours among them."""
+
+    features: Float[Tensor, "m f"]
+    radius: Float[Tensor, "2 m"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,7 @@ class Judge:
     network: nn.Module
     real: Statistics | None
     classifier: Classifier | None
-    sample: Float[Tensor, "m f"] | None = None  # features of real images, for KID and neighbours
+    sample: RealSample | None = None  # for KID and neighbours
     data_sha256: str = ""
     reference: Reference | None = None
     rewards: Mapping[str, Reward] = field(default_factory=dict)
@@ -76,9 +89,9 @@ class Judge:
         if self.real is not None:
             found["fd"] = frechet_distance(features, self.real)
         if self.sample is not None:
-            found["kid"] = kernel_distance(features, self.sample)
-            if min(len(features), len(self.sample)) >= FEWEST:
-                found |= neighbour_figures(features, self.sample)
+            found["kid"] = kernel_distance(features, self.sample.features)
+            if min(len(features), len(self.sample.features)) > max(NEIGHBOURS):
+                found |= neighbour_figures(features, self.sample.features, self.sample.radius)
         return found
 
     @torch.inference_mode()
@@ -124,16 +137,17 @@ def real_statistics(data: ImageData, network: Features, cache: Path | None = Non
     return found
 
 
-def real_sample(data: ImageData, network: Features, count: int, cache: Path | None = None) -> Float[Tensor, "m f"]:
-    """Features of `count` real images, evenly spaced over the set, kept in `cache` likewise."""
+def real_sample(data: ImageData, network: Features, count: int, cache: Path | None = None) -> RealSample:
+    """`count` real images, evenly spaced over the set, kept in `cache` likewise."""
     if cache is not None and cache.is_file():
         with safe_open(cache, framework="pt") as content:
-            return content.get_tensor("features")
+            return RealSample(content.get_tensor("features"), content.get_tensor("radius"))
     count = min(count, len(data))
     chosen = torch.arange(count) * len(data) // count
-    found = extract(network, data.images[chosen])
+    features = extract(network, data.images[chosen])
+    found = RealSample(features, neighbour_distances(features))
     if cache is not None:
-        write_tensors(cache, {"features": found}, {"features": network.name, "count": str(count)})
+        write_tensors(cache, {"features": found.features, "radius": found.radius}, {"features": network.name})
     return found
 
 

@@ -13,6 +13,7 @@ from marval.evaluate.features import Statistics, frechet_distance
 from marval.randomness import generator
 
 MOST = 10_000  # images of each side whose neighbours are sought: distances grow with the square
+NEIGHBOURS = (3, 5)  # k of precision and recall, and of density and coverage
 ROWS = 1000  # of a matrix of distances at a time
 
 
@@ -28,9 +29,9 @@ class Given(nn.Module):
 
 
 def kernel_distance(
-    drawn: Float[Tensor, "n f"], real: Float[Tensor, "m f"], subsets: int = 100, subset_size: int = 1000
+    drawn: Float[Tensor, "n f"], real: Float[Tensor, "m f"], subsets: int = 20, subset_size: int = 1000
 ) -> float:
-    """KID: the squared maximum mean discrepancy under a cubic kernel, unbiased (Binkowski et al. 2018).
+    """KID: the squared maximum mean discrepancy under a cubic kernel, unbiased (Binkowski et al. 2018), in float64.
 
     The mean over `subsets` random choices of `subset_size` images of each side, or of as many as there are.
     """
@@ -49,7 +50,7 @@ def kernel_distance(
 
 
 def neighbour_figures(
-    drawn: Float[Tensor, "n f"], real: Float[Tensor, "m f"], neighbours: int = 3, dense_neighbours: int = 5
+    drawn: Float[Tensor, "n f"], real: Float[Tensor, "m f"], real_radius: Float[Tensor, "2 m"] | None = None
 ) -> dict[str, float]:
     """Precision, recall, density and coverage, from balls that reach to each image's k-th nearest neighbour.
 
@@ -58,23 +59,24 @@ def neighbour_figures(
     coverage is the share of real images with a drawn image in their ball (k = 5; Naeem et al. 2020). The first
     `MOST` images of each side.
 
+    Args:
+        real_radius: what `neighbour_distances` finds of the real images, where it is known.
+
     Raises:
-        ValueError: fewer than k + 1 images on one side.
+        ValueError: fewer than 6 images on one side.
     """
     drawn, real = drawn[:MOST].double(), real[:MOST].double()
-    least = max(neighbours, dense_neighbours) + 1
-    if min(len(drawn), len(real)) < least:
-        raise ValueError(f"{len(drawn)} drawn and {len(real)} real images: expected at least {least} of each")
-    real_radius = neighbour_distances(real, (neighbours, dense_neighbours))
-    drawn_radius = neighbour_distances(drawn, (neighbours,))[0]
+    if min(len(drawn), len(real)) <= max(NEIGHBOURS):
+        raise ValueError(f"{len(drawn)} drawn and {len(real)} real images: expected at least 6 of each")
+    near, dense = neighbour_distances(real) if real_radius is None else real_radius
     precise = density = 0.0
     recalled = torch.zeros(len(real), dtype=torch.bool)
     covered = torch.zeros(len(real), dtype=torch.bool)
-    for part, radius in zip(drawn.split(ROWS), drawn_radius.split(ROWS), strict=True):
+    for part, radius in zip(drawn.split(ROWS), neighbour_distances(drawn)[0].split(ROWS), strict=True):
         distances = torch.cdist(part, real)
-        precise += float((distances <= real_radius[0]).any(dim=1).sum())
-        within = distances <= real_radius[1]
-        density += float(within.sum()) / dense_neighbours
+        precise += float((distances <= near).any(dim=1).sum())
+        within = distances <= dense
+        density += float(within.sum()) / NEIGHBOURS[1]
         covered |= within.any(dim=0)
         recalled |= (distances <= radius[:, None]).any(dim=0)
     return {
@@ -85,13 +87,13 @@ def neighbour_figures(
     }
 
 
-def neighbour_distances(features: Float[Tensor, "n f"], ranks: tuple[int, ...]) -> list[Float[Tensor, " n"]]:
-    """Distances to the nearest neighbours of these ranks (1 is the nearest other image)."""
-    parts = []
+def neighbour_distances(features: Float[Tensor, "n f"]) -> Float[Tensor, "2 n"]:
+    """Each image's distance to its 3rd and to its 5th nearest neighbour, in float64."""
+    features, parts = features.double(), []
     for part in features.split(ROWS):
-        nearest = torch.cdist(part, features).topk(max(ranks) + 1, dim=1, largest=False).values
-        parts.append(nearest[:, list(ranks)])  # the first is the image itself
-    return list(torch.cat(parts).unbind(dim=1))
+        nearest = torch.cdist(part, features).topk(max(NEIGHBOURS) + 1, dim=1, largest=False).values
+        parts.append(nearest[:, list(NEIGHBOURS)])  # the first is the image itself
+    return torch.cat(parts).T.contiguous()
 
 
 def expected_bias(real: Statistics, count: int) -> float:
