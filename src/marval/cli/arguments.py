@@ -50,9 +50,10 @@ def load_models(
     """Models with their folders; a teacher once for each T (the largest first) and w.
 
     Raises:
-        ValueError: no model is named, one cannot be loaded, or T or w are given and none is a teacher.
+        ValueError: no model is named, one cannot be loaded, two share a name, or T or w are given and none is a teacher.
     """
     from marval.config import Chain
+    from marval.evaluate.results import check_names, model_hash
     from marval.pipeline import find_model, load
 
     if not names:
@@ -67,6 +68,7 @@ def load_models(
             found.append((find_model(name), pipeline))
     if (steps or guidance) and not any(isinstance(p.config.draw, Chain) for _, p in found):
         found[0][1].with_chain(steps=next(iter(steps), None), guidance=next(iter(guidance), None))  # says why not
+    check_names((pipeline.config.name, model_hash(folder)) for folder, pipeline in found)
     return found
 
 

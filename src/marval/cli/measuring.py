@@ -98,3 +98,22 @@ def sweep(
     if plot is not None:
         draw_sweep(points, plot, batch)
         print(plot)
+
+
+def show_curve(out: Path, batch: int, plot: Path | None) -> None:
+    """Say who beats whom in quality and time, where both were measured, and draw it.
+
+    Raises:
+        ValueError: a plot is wanted and nothing has both.
+    """
+    from marval.evaluate.pareto import points_of, verdicts
+    from marval.evaluate.plots import draw_pareto
+
+    points = points_of(out, batch=batch)
+    for line in verdicts(points):
+        print(line)
+    if plot is not None:
+        if not points:
+            raise ValueError(f"{out} has no quality to plot: measure it with --samples 2000, say")
+        draw_pareto(points, plot, batch)
+        print(plot)
