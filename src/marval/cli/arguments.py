@@ -50,7 +50,7 @@ def load_models(
     """Models with their folders; a teacher once for each T (the largest first) and w.
 
     Raises:
-        ValueError: no model is named, one cannot be loaded, two share a name, or T or w are given and none is a teacher.
+        ValueError: no model is named, one cannot be loaded, two share a name, or T or w are given without a teacher.
     """
     from marval.config import Chain
     from marval.evaluate.results import check_names, model_hash

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from marval.evaluate.evidence import CLAIMS
 from marval.evaluate.features import FEATURES
 from marval.evaluate.results import Row, by_setting, read_results
 from marval.io.files import write_text
@@ -145,20 +146,34 @@ def speedup_table(file: Path) -> str:
 
 
 def fill_markdown(document: Path, root: Path) -> bool:
-    """Fill every `<!-- results: FILE -->` (or `speed:`) ... `<!-- end -->` with FILE's table; True if it changed."""
+    """Fill every `<!-- results: FILE -->` (or `speed:`, `claim: NAME`) ... `<!-- end -->`; True if the file changed.
+
+    A claim that says what it should is left as it is, so that its lines may be broken by hand.
+    """
     text = document.read_text()
     makers = {"results": markdown_table, "speed": speedup_table}
+    claims = {claim.name: claim for claim in CLAIMS}
 
     def table(match: re.Match[str]) -> str:
-        kind, name = match[1], match[2]
+        kind, name, old = match[1], match[2], match[3]
+        if kind == "claim":
+            if name not in claims:
+                raise ValueError(f"{document} has an unknown claim {name}: expected one of {', '.join(claims)}")
+            new = claims[name].text(root)
+            return match[0] if plain(old) == new else f"<!-- claim: {name} -->{new}<!-- end -->"
         if not (root / name).is_file():
             raise ValueError(f"{document} shows {name}, which is not there: write it with marval evaluate --out {name}")
         return f"<!-- {kind}: {name} -->\n{makers[kind](root / name)}\n<!-- end -->"
 
-    filled = re.sub(r"<!-- (results|speed): (\S+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+    filled = re.sub(r"<!-- (results|speed|claim): (\S+) -->(.*?)<!-- end -->", table, text, flags=re.DOTALL)
     if filled != text:
         write_text(document, filled)
     return filled != text
+
+
+def plain(markdown: str) -> str:
+    """Text without comments and line breaks."""
+    return " ".join(re.sub(r"<!--.*?-->", "", markdown, flags=re.DOTALL).split())
 
 
 if __name__ == "__main__":  # python -m marval.evaluate.tables README.md ...
