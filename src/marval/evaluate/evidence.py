@@ -156,7 +156,6 @@ EVALUATE = (
     "marval evaluate fashion-teacher fashion-student{tuned} --iterations {k} --samples {n} "
     "--seed 0 1 2 --autocast --out {out}"
 )
-)
 ALL = EVALUATE.format(tuned=" fashion-tuned", k="4 6 8 16 32", n=2000, out=SWEEP)
 TEN_THOUSAND = EVALUATE.format(tuned="", k="6 16", n=10_000, out=MANY) + " --batches"
 BENCH = (
