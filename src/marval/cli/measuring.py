@@ -18,20 +18,15 @@ def compare(first: Positional[Path], second: Positional[Path]) -> None:
         first: a JSON file of marval evaluate.
         second: another.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from marval.evaluate.compare import compare as run
 
     said, found = run(first, second)
     for line in said:
         print(line)
-    table = Table("setting", "figure", str(first), str(second), "difference", "spread", "verdict")
     for row in found:
-        spread = "" if row.spread is None else f"{row.spread:.4g}"
-        figures = (f"{row.first:.6g}", f"{row.second:.6g}", f"{row.second - row.first:+.4g}", spread)
-        table.add_row(row.setting, row.figure, *figures, row.verdict)
-    Console().print(table)
+        spread = "" if row.spread is None else f"; spread {row.spread:.4g}"
+        change = f"{row.first:.6g} -> {row.second:.6g} ({row.second - row.first:+.4g}{spread})"
+        print(f"{row.setting}: {row.figure} {change}: {row.verdict}")
 
 
 def sweep(

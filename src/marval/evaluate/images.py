@@ -27,6 +27,7 @@ from marval.pipeline import Pipeline
 
 PLAN = "plan.json"
 SHARD = 250  # images
+DECODED = 50  # images that a VAE decodes at a time
 SEEDS = 1_000_000  # between an evaluation's seed and the next one's
 
 Keep = Literal["shards", "png", "npz"]
@@ -46,11 +47,16 @@ def draw_rows(
     autocast: bool = False,
 ) -> UInt8[Tensor, "n c h w"]:
     """Some of the images of an evaluation, as rounded bytes."""
-    labels = [i % len(pipeline.config.class_names) for i in rows]
-    seeds = [seed * SEEDS + i for i in rows]
+    if pipeline.config.space.kind == "latents":
+        batch_size = min(batch_size, DECODED)
+    parts = []
     with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=autocast):
-        images = pipeline.sample(labels, seed=seeds, iterations=iterations, batch_size=batch_size)
-    return (images * 255).round().byte()
+        for some in (rows[start : start + batch_size] for start in range(0, len(rows), batch_size)):
+            labels = [i % len(pipeline.config.class_names) for i in some]
+            seeds = [seed * SEEDS + i for i in some]
+            images = pipeline.sample(labels, seed=seeds, iterations=iterations, batch_size=batch_size)
+            parts.append((images * 255).round().byte())
+    return torch.cat(parts)
 
 
 def draw_bytes(

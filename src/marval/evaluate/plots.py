@@ -52,6 +52,8 @@ def draw_pareto(points: Sequence[Point], file: Path, batch: int) -> None:
     axes.set(
         xscale="log", xlabel=f"ms per image, batch {batch}", ylabel=f"FD-EfficientNet ({_samples(points)} samples)"
     )
+    for kind in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        kind(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else "")  # 1, 2, 5, 10, 20, ... in plain numbers
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     save_figure(figure, file)
