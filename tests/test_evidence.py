@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -199,9 +200,11 @@ def test_claims_follow_their_results_and_have_a_spread_over_seeds(tmp_path):
 # The commands
 
 
-def marval(*arguments, cwd):
-    command = [sys.executable, "-m", "marval", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+def marval(*arguments, cwd, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "marval", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd / "cache")}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +237,22 @@ def test_bench_measures_teachers_at_several_t_and_draws_the_curve(work):
     assert "images / s (batch)" in done.stdout
     assert "8 images are fewer than 1280 features" in done.stdout
     assert Image.open(work / "curve.png").size[0] > 500
+
+
+def test_two_processes_evaluate_as_one_and_say_what_made_the_row(work):
+    for processes in (1, 2):
+        done = marval(
+            "evaluate", "student", "--iterations", 2, "--samples", 8, "--batches", "--images", f"drawn-{processes}",
+            "--image-format", "png", "--out", f"{processes}.json", cwd=work, processes=processes,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (row,) = read_results(work / f"{processes}.json")["quality"]["rows"]
+        assert {"fd", "kid", "precision", "recall", "density", "coverage", "diversity", "fd_bias"} <= set(row)
+        assert len(row["sha256"]) == len(row["data_sha256"]) == 64
+        assert {"command", "commit", "device", "versions"} == set(row["made"])
+        assert len(list(work.glob(f"drawn-{processes}/*/png/*.png"))) == 8
+    _, found = compare(work / "1.json", work / "2.json")
+    assert {difference.verdict for difference in found} == {"the same"}
 
 
 def test_sweep_and_compare_run(work):

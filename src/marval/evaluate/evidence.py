@@ -109,7 +109,7 @@ def student_ratios(table: dict[tuple[str, int], Row]) -> Figures:
 def smallest_k(table: dict[tuple[str, int], Row]) -> Figures:
     """The student's smallest K whose Fréchet distance is not above the teacher's at K = 16."""
     goal = table["fashion-teacher", REFERENCE_K]["fd"]
-    return {"K": min(k for (model, k), row in table.items() if model == "fashion-student" and row["fd"] <= goal)}
+    return {"K": min(float(k) for (model, k), row in table.items() if model == "fashion-student" and row["fd"] <= goal)}
 
 
 def ratios_to_reference(table: dict[tuple[str, int], Row]) -> Figures:

@@ -65,7 +65,7 @@ def title_of(name: str, rows: list[Row]) -> str:
     return f"FD on {', '.join(other)}" if name == "fd" and other else COLUMNS[name][0]
 
 
-def _place(row: Row, models: list[str]) -> tuple[float, ...]:
+def _place(row: Row, models: list[str]) -> tuple[Any, ...]:
     draw = row["draw"]
     chain = -draw.get("steps", 0), draw.get("guidance", 0)
     return models.index(row["model"]), *chain, row["iterations"], row["samples"]
