@@ -16,7 +16,7 @@ from marval.evaluate.compare import compare
 from marval.evaluate.evidence import BENCH, CLAIMS, DOCUMENT, SWEEP, evidence
 from marval.evaluate.pareto import best_within, points_of, sweep_table, unbeaten, verdicts
 from marval.evaluate.plots import draw_pareto, draw_sweep
-from marval.evaluate.results import check_names, read_results, write_results
+from marval.evaluate.results import check_measure, check_names, read_results, write_results
 from marval.evaluate.tables import fill_markdown, markdown_table, plain
 from marval.evaluate.throughput import best_batch, memory_of, summary
 from marval.pipeline import Pipeline
@@ -87,6 +87,12 @@ def test_two_models_under_one_name_are_refused(tmp_path):
     check_names([("s", "a"), ("s", "a"), ("t", "b")])
     with pytest.raises(ValueError, match="other weights named s"):
         check_names([("s", "x")], [quality()], tmp_path)
+
+
+def test_a_results_file_holds_one_kind_of_features_and_one_data_set(tmp_path):
+    check_measure({"features": "E", "data_sha256": "d" * 64}, [quality()], tmp_path)
+    with pytest.raises(ValueError, match="has features 'E', expected 'my:net'"):
+        check_measure({"features": "my:net"}, [quality()], tmp_path)
 
 
 @pytest.fixture

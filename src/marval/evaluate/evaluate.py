@@ -18,6 +18,7 @@ from marval.evaluate.images import (
 from marval.evaluate.judge import Judge, Parts
 from marval.evaluate.results import (
     Row,
+    check_measure,
     check_names,
     describe,
     made_by,
@@ -103,7 +104,8 @@ def evaluate(
     """Figures of every model at every K and seed, kept in `out` after each row; rows there already are not redone.
 
     Raises:
-        ValueError: two models share a name, or `out` holds figures of other weights under the same name.
+        ValueError: two models share a name, or `out` holds figures of other weights under the same name, on other
+            features or against other data.
     """
     workers = workers or Workers()
     rows: list[Row] = read_results(out).get("quality", {}).get("rows", [])
@@ -111,12 +113,12 @@ def evaluate(
     check_names([(p.config.name, digest) for (_, p), digest in zip(models, hashes, strict=True)], rows, out)
     bias: float | None = None
     about = {"features": getattr(judge.network, "name", ""), "data_sha256": judge.data_sha256}
+    check_measure(about, rows, out)
     for (_, pipeline), digest in zip(models, hashes, strict=True):
         for k, seed in [(k, seed) for k in iterations or (pipeline.config.iterations,) for seed in seeds]:
             key: Row = {**describe(pipeline), "sha256": digest, "iterations": k, "samples": samples, "seed": seed}
             key["autocast"] = autocast
-            same = [row for row in rows if is_row_of(row, key, about)]
-            if any(judge.sample is None or "kid" in row for row in same):
+            if any(judge.sample is None or "kid" in row for row in rows if is_row_of(row, key)):
                 continue
             began = time.monotonic()
             parts = _images(pipeline, key, keep, workers, report)
@@ -127,7 +129,7 @@ def evaluate(
                     report(f"warning: {warning[0]}")
                 if bias is not None:
                     figures["fd_bias"] = bias
-                rows = [row for row in rows if not is_row_of(row, key, about)]  # one without today's figures
+                rows = [row for row in rows if not is_row_of(row, key)]  # one without today's figures
                 row = {**key, **figures, "gflops_per_image": flops_per_image(pipeline, k) / 1e9}
                 rows.append({**row, **about, "made": made_by(pipeline.device)})
                 write_results(out, "quality", rows, seed)
@@ -137,10 +139,9 @@ def evaluate(
     return rows
 
 
-def is_row_of(row: Row, key: Row, about: Row) -> bool:
-    """Whether a row holds the figures of `key`, on the same data and features (older rows do not say which)."""
-    same_key = all(row.get(name) == value for name, value in key.items())
-    return same_key and all(row.get(name, value) == value for name, value in about.items())
+def is_row_of(row: Row, key: Row) -> bool:
+    """Whether a row holds the figures of `key`."""
+    return all(row.get(name) == value for name, value in key.items())
 
 
 def _images(

@@ -170,7 +170,7 @@ def load_judge(
     Args:
         data: the data set's specification.
         classifier: the held-out classifier; the bundled one for Fashion-MNIST when None, else none.
-        real_images: loads the real images, where they are needed.
+        real_images: loads the real images.
         features: see `find_features`.
         sample: real images whose features KID and neighbours are measured on (at most `MOST`); 0: neither is.
         device: where features and classifier compute.
@@ -178,25 +178,20 @@ def load_judge(
     fashion = data.partition(":")[0] == "fashion-mnist"
     network = find_features(features).to(device)
     bundled = bundled_statistics("fashion-mnist")
-    known = fashion and bundled.is_file() and network.name == FEATURES
-    if known and not sample:
-        real, kept, digest = Statistics.load(bundled), None, ""
+    images = real_images()
+    digest = data_hash(images)
+    key = f"{digest[:16]}-{hashlib.sha256(network.name.encode()).hexdigest()[:8]}"
+    if fashion and bundled.is_file() and network.name == FEATURES:
+        real = Statistics.load(bundled)
     else:
-        images = real_images()
-        digest = data_hash(images)
-        key = f"{digest[:16]}-{hashlib.sha256(network.name.encode()).hexdigest()[:8]}"
-        cache = cache_folder()
-        real = (
-            Statistics.load(bundled)
-            if known
-            else real_statistics(images, network, cache / f"statistics-{key}.safetensors")
-        )
-        count = min(sample, MOST)
-        kept = real_sample(images, network, count, cache / f"features-{key}-{count}.safetensors") if count else None
+        real = real_statistics(images, network, cache_folder() / f"statistics-{key}.safetensors")
+    count = min(sample, MOST)
+    cache = cache_folder() / f"features-{key}-{count}.safetensors"
+    some = real_sample(images, network, count, cache) if count else None
     if classifier is None and fashion:
         classifier = Path("fashion-judge")
     held_out = None if classifier is None else load_classifier(classifier).to(device)
-    return Judge(network, real, held_out, kept, digest)
+    return Judge(network, real, held_out, some, digest)
 
 
 def judge_by_reference(file: Path, classifier: Path | None, features: str | None, device: torch.device | str) -> Judge:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from marval.config import Chain
+from marval.evaluate.features import FEATURES
 from marval.io.checkpoint import WEIGHTS
 from marval.io.files import write_text
 from marval.pipeline import Pipeline
@@ -86,6 +87,19 @@ def check_names(models: Iterable[tuple[str, str]], rows: Sequence[Row] = (), out
     for row in rows:
         if row["model"] in known and row.get("sha256", known[row["model"]]) != known[row["model"]]:
             raise ValueError(f"{out} holds figures of other weights named {row['model']}: choose another --out")
+
+
+def check_measure(about: Row, rows: Sequence[Row], out: Path) -> None:
+    """A results file's rows are measured on the same features and against the same data, as far as they say.
+
+    Raises:
+        ValueError: they are not; both are named.
+    """
+    for row in rows:
+        for name, value in about.items():
+            found = row.get(name, FEATURES if name == "features" else value)  # older rows do not say
+            if found != value:
+                raise ValueError(f"{out} has {name} {found!r}, expected {value!r}: choose another --out")
 
 
 def read_results(out: Path) -> dict[str, Any]:
