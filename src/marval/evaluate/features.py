@@ -164,7 +164,7 @@ def frechet_distance(features: Float[Tensor, "n f"], real: Statistics) -> float:
         def forward(self, x: Tensor) -> Tensor:
             return x
 
-    metric = FrechetInceptionDistance(feature=Given())
+    metric = FrechetInceptionDistance(feature=Given(), sync_on_compute=False)  # every process has all of them
     metric.set_dtype(torch.float64)
     metric.update(features.double(), real=False)
     n, mean = real.count, real.mean

@@ -40,7 +40,9 @@ def kernel_distance(
     size = min(subset_size, len(drawn), len(real))
     with warnings.catch_warnings():  # it warns that it keeps the features, which are here anyway
         warnings.simplefilter("ignore")
-        metric = KernelInceptionDistance(Given(drawn.shape[1]), subsets=subsets, subset_size=size)
+        metric = KernelInceptionDistance(
+            Given(drawn.shape[1]), subsets=subsets, subset_size=size, sync_on_compute=False
+        )
     metric.update(real.double(), real=True)
     metric.update(drawn.double(), real=False)
     with torch.random.fork_rng(devices=[]):  # it draws subsets from the global stream
