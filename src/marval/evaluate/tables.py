@@ -2,6 +2,7 @@
 
 import re
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from marval.evaluate.features import FEATURES
 from marval.evaluate.results import Row, by_setting, read_results
 from marval.io.files import write_text
 
+WIDTH = 240  # characters, where no terminal says how many
 COLUMNS = {
     "fd": ("FD-EfficientNet", "{:.2f}"),
     "fid": ("FID", "{:.3f}"),
@@ -23,14 +25,13 @@ COLUMNS = {
     "accuracy": ("held-out accuracy", "{:.4f}"),
     "log_probability": ("held-out log-probability", "{:.4f}"),
     "diversity": ("diversity", "{:.3f}"),
-    "kid": ("KID x 1000", "{:.3f}"),
+    "kid": ("KID", "{:.3f}"),
     "precision": ("precision", "{:.3f}"),
     "recall": ("recall", "{:.3f}"),
     "density": ("density", "{:.3f}"),
     "coverage": ("coverage", "{:.3f}"),
     "gflops_per_image": ("GFLOP / image", "{:.2f}"),
 }
-SCALES = {"kid": 1000}
 
 
 def table_of(file: Path) -> tuple[list[str], list[list[str]]]:
@@ -74,7 +75,7 @@ def _place(row: Row, models: list[str]) -> tuple[Any, ...]:
 def _cell(values: list[float], name: str) -> str:
     if not values:
         return ""
-    form, values = COLUMNS[name][1], [value * SCALES.get(name, 1) for value in values]
+    form = COLUMNS[name][1]
     spread = (max(values) - min(values)) / 2
     mean = form.format(statistics.mean(values))
     return f"{mean} ± {form.format(spread)}" if len(values) > 1 and name != "gflops_per_image" else mean
@@ -93,7 +94,7 @@ def print_table(file: Path) -> None:
     table = Table(*header, title=str(file))
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 
 def markdown_table(file: Path) -> str:
@@ -177,7 +178,5 @@ def plain(markdown: str) -> str:
 
 
 if __name__ == "__main__":  # python -m marval.evaluate.tables README.md ...
-    import sys
-
     for name in sys.argv[1:]:
         print(f"{name}: {'filled' if fill_markdown(Path(name), Path.cwd()) else 'unchanged'}")
