@@ -24,8 +24,9 @@ format: .venv/installed-dev
 	$(BIN)/ruff format src tests
 	$(BIN)/ruff check --fix src tests
 
-tables: .venv/installed  ## fill the tables of README and model cards from results/
+tables: .venv/installed  ## fill the tables of README and model cards, and docs/evidence.md, from results/
 	$(BIN)/python -m marval.evaluate.tables README.md model_cards/*.md
+	$(BIN)/python -m marval.evaluate.evidence
 
 # The CPU build of torch: PyPI's own wheel would bring several GB of CUDA packages.
 # (Where PyTorch's index cannot be reached, pip's configured sources are asked.)

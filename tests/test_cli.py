@@ -59,7 +59,20 @@ def test_help_is_quick_and_lists_the_verbs(work):
 
 
 @pytest.mark.parametrize(
-    "verb", ["train", "distill", "finetune", "sample", "evaluate", "train-classifier", "convert", "demo"]
+    "verb",
+    [
+        "train",
+        "distill",
+        "finetune",
+        "sample",
+        "evaluate",
+        "compare",
+        "sweep",
+        "bench",
+        "train-classifier",
+        "convert",
+        "demo",
+    ],
 )
 def test_each_verb_shows_two_commands(verb, work):
     result = marval(verb, "--help", cwd=work)

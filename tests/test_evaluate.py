@@ -114,9 +114,10 @@ def test_results_resume_and_refuse_other_weights(network, tmp_path):
     run = {"iterations": (2, 3), "samples": 6, "out": out, "report": said.append}
     rows = evaluate([(folder, pipeline)], judge, **run)
     assert [row["iterations"] for row in rows] == [2, 3]
-    assert len(said) == 2
+    assert [line.split()[0] for line in said] == ["warning:", "tiny", "tiny"]  # 6 images are fewer than 1280 features
+    assert all(row["fd_bias"] > 0 for row in rows)
     evaluate([(folder, pipeline)], judge, **run)
-    assert len(said) == 2  # nothing is drawn again
+    assert len(said) == 3  # nothing is drawn again
     time_models([(folder, pipeline)], iterations=(2, 3), batches=(1, 2), repeats=1, out=out, report=said.append)
     results = json.loads(out.read_text())
     assert len(results["quality"]["rows"]) == 2

@@ -16,6 +16,7 @@ LEVELS = {
     "randomness": 0,
     "imagenet": 0,
     "flops": 1,
+    "memory": 1,
     "model": 1,
     "sampling": 2,
     "spaces": 2,

@@ -11,7 +11,9 @@ import torch
 
 from marval.config import DistillConfig, OneStep
 from marval.data import load_images
-from marval.evaluate.evaluate import Judge, draw_bytes, load_judge, provenance
+from marval.evaluate.images import draw_bytes
+from marval.evaluate.judge import Judge, load_judge
+from marval.evaluate.results import provenance
 from marval.io.files import write_text
 from marval.io.images import grid, save_picture
 from marval.pipeline import Pipeline, load

@@ -5,7 +5,6 @@ what is alive; floating-point operations come from formulas (`marval.flops`).
 """
 
 import dataclasses
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from marval.config import IMAGENET_IMAGES, DistillConfig, FinetuneConfig, MARConfig, Size
 from marval.flops import context_flops, embedding_flops, head_flops, iteration_flops
+from marval.memory import LiveMemory
 from marval.model import MAR, NoiseSchedule, TokenHead
 from marval.model.blocks import Block
 from marval.sampling import DrawInOneStep, draw_counts, model_contexts
@@ -27,34 +25,6 @@ from marval.train.distill import Batch, Masking, auxiliary_step_loss, guide, stu
 GIB = 2**30
 FLOAT32 = 4
 CACHE_BYTES_PER_CHANNEL = 2 * 2 * 2  # an image and its mirror, mean and log-variance, half precision
-
-
-class LiveMemory(TorchDispatchMode):
-    """Adds up the bytes of the tensors that are alive while it is active, and remembers the most there were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen: weakref.WeakKeyDictionary[torch.UntypedStorage, bool] = weakref.WeakKeyDictionary()
-
-    def add(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, once, until it is freed."""
-        storage = tensor.untyped_storage()
-        if storage not in self.seen:
-            self.seen[storage] = True
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._freed, storage.nbytes())
-
-    def _freed(self, size: int) -> None:
-        self.now -= size
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.add(leaf)
-        return result
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """What the verbs' arguments stand for: the device, models, data and judges that they name; and the whole command."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from marval.data import ImageData, TrainingData
-    from marval.evaluate.evaluate import Judge
+    from marval.evaluate.judge import Judge
     from marval.pipeline import Pipeline
 
 
@@ -43,16 +44,61 @@ def data_of(pipeline: "Pipeline", data: str | None) -> "TrainingData":
     return images
 
 
-def judge_for(pipeline: "Pipeline", data: str | None, classifier: Path | None) -> "Judge":
+def load_models(
+    names: Sequence[str], device: str, steps: Sequence[int] = (), guidance: Sequence[float] = ()
+) -> list[tuple[Path, "Pipeline"]]:
+    """Models with their folders; a teacher once for each T (the largest first) and w.
+
+    Raises:
+        ValueError: no model is named, one cannot be loaded, two share a name, or T or w are given without a teacher.
+    """
+    from marval.config import Chain
+    from marval.evaluate.results import check_names, model_hash
+    from marval.pipeline import find_model, load
+
+    if not names:
+        raise ValueError("name at least one model, for example fashion-student")
+    found: list[tuple[Path, Pipeline]] = []
+    for name in names:
+        pipeline = load(name, device)
+        if isinstance(pipeline.config.draw, Chain):
+            pairs = [(t, w) for t in sorted(steps, reverse=True) or (None,) for w in guidance or (None,)]
+            found += [(find_model(name), pipeline.with_chain(steps=t, guidance=w)) for t, w in pairs]
+        else:
+            found.append((find_model(name), pipeline))
+    if (steps or guidance) and not any(isinstance(p.config.draw, Chain) for _, p in found):
+        found[0][1].with_chain(steps=next(iter(steps), None), guidance=next(iter(guidance), None))  # says why not
+    check_names((pipeline.config.name, model_hash(folder)) for folder, pipeline in found)
+    return found
+
+
+def judge_for(
+    pipeline: "Pipeline",
+    data: str | None,
+    classifier: Path | None,
+    *,
+    features: str | None = None,
+    sample: int = 0,
+    reference: Path | None = None,
+) -> "Judge":
     """What the model's images are judged by: `--judge` or the bundled classifier, and the real images' features.
+
+    Args:
+        features: "package.module:function" in the place of EfficientNet.
+        sample: real images that KID and neighbours are measured on.
+        reference: a file in the place of real images: ADM's `.npz`, or marval's statistics `.safetensors`.
 
     Raises:
         ValueError: the data are latents, which have no pictures to compare with, or do not fit the model.
     """
     from marval.data import check_classes, check_data, load_images
-    from marval.evaluate.evaluate import load_judge
+    from marval.evaluate.judge import judge_by_reference, load_judge
 
     spec = data or pipeline.config.data
+    if reference is not None:
+        if classifier is None and spec.partition(":")[0] == "fashion-mnist":
+            classifier = Path("fashion-judge")
+        return judge_by_reference(reference, classifier, features, pipeline.device)
     if spec.startswith("latents:"):
         raise ValueError(f"{spec} holds no pictures to compare with: name them with --data folder:DIR, or do not ask")
 
@@ -62,7 +108,7 @@ def judge_for(pipeline: "Pipeline", data: str | None, classifier: Path | None) -
         (check_data if pipeline.config.space.kind == "pixels" else check_classes)(images, pipeline.config)
         return images
 
-    return load_judge(spec, classifier, real_images)
+    return load_judge(spec, classifier, real_images, features=features, sample=sample, device=pipeline.device)
 
 
 def command_line() -> str:

@@ -1,11 +1,14 @@
-"""Image features of EfficientNet-Lite0 (ImageNet weights, packaged, offline) and statistics of them.
+"""Image features and statistics of them: EfficientNet-Lite0 (ImageNet weights, packaged, offline), or the user's own.
 
-A Fréchet distance on these features is called FD-EfficientNet: it is not FID, and compares with nothing else.
+A Fréchet distance on EfficientNet's features is called FD-EfficientNet: it is not FID, and compares with nothing else.
 """
 
 import contextlib
+import hashlib
+import importlib
+import inspect
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -26,6 +29,7 @@ class EfficientNetFeatures(nn.Module):
     """Pooled features (B, 1280) of byte images (B, 1 or 3, H, W), resized to 64 x 64 where they are smaller."""
 
     num_features = 1280
+    name = FEATURES
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,40 +50,89 @@ class EfficientNetFeatures(nn.Module):
         return self.net.extract_features(x).mean(dim=(2, 3))
 
 
+class OwnFeatures(nn.Module):
+    """Features (B, F) of byte images (B, C, H, W) by a function or module of the user's, checked."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], name: str):
+        super().__init__()
+        self.function, self.name = function, name
+
+    def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
+        found = self.function(images)
+        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"features {self.name}: returned {shape}, expected ({len(images)}, features)")
+        if not torch.isfinite(found).all():
+            raise ValueError(f"features {self.name}: some are not finite")
+        return found.float()
+
+
+Features = EfficientNetFeatures | OwnFeatures
+
+
+def find_features(spec: str | None = None) -> Features:
+    """EfficientNet's features when None, else those of "package.module:function".
+
+    The function takes byte images (B, C, H, W) and returns features (B, F); a class is called without arguments to
+    make one. The features are named after it and the SHA-256 of its file, so that statistics made by another version
+    are refused.
+
+    Raises:
+        ValueError: not such a name, a module that cannot be imported, or no such function in it.
+    """
+    if spec is None:
+        return EfficientNetFeatures()
+    module_name, _, attribute = spec.partition(":")
+    if not attribute:
+        raise ValueError(f"--features {spec}: expected package.module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"--features {spec}: cannot import {module_name} ({error})") from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise ValueError(f"--features {spec}: {module_name} has no function {attribute}")
+    digest = hashlib.sha256(Path(inspect.getfile(module)).read_bytes()).hexdigest()[:12]
+    function = found() if isinstance(found, type) else found
+    return OwnFeatures(function.eval() if isinstance(function, nn.Module) else function, f"{spec} ({digest})")
+
+
 @torch.inference_mode()
 def extract(network: nn.Module, images: UInt8[Tensor, "n c h w"], batch_size: int = 100) -> Float[Tensor, "n f"]:
     """Features of many images, batch by batch."""
-    device = next(network.parameters()).device
+    weights = next(network.parameters(), None)
+    device = torch.device("cpu") if weights is None else weights.device
     return torch.cat([network(part.to(device)).cpu() for part in images.split(batch_size)])
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and covariance of features, and of how many images."""
+    """Mean and covariance of features, of how many images, and which features."""
 
     mean: Float[Tensor, " f"]
     covariance: Float[Tensor, "f f"]
     count: int
+    features: str = FEATURES
 
     @classmethod
-    def of(cls, parts: Iterable[Float[Tensor, "_ f"]]) -> "Statistics":
+    def of(cls, parts: Iterable[Float[Tensor, "_ f"]], features: str = FEATURES) -> "Statistics":
         """The statistics of features that come in parts, summed in float64."""
         count, total, outer = 0, torch.tensor(0.0), torch.tensor(0.0)
         for part in parts:
             part = part.double()
             count, total, outer = count + len(part), total + part.sum(dim=0), outer + part.T @ part
         mean = total / count
-        return cls(mean, (outer - count * mean[:, None] * mean) / (count - 1), count)
+        return cls(mean, (outer - count * mean[:, None] * mean) / (count - 1), count, features)
 
     def save(self, file: Path) -> None:
         """Write mean and upper triangle in float32."""
         rows, columns = torch.triu_indices(*self.covariance.shape).unbind()
         tensors = {"mean": self.mean.float(), "covariance": self.covariance[rows, columns].float()}
-        write_tensors(file, tensors, {"features": FEATURES, "count": str(self.count)})
+        write_tensors(file, tensors, {"features": self.features, "count": str(self.count)})
 
     @classmethod
-    def load(cls, file: Path) -> "Statistics":
-        """Read what `save` wrote.
+    def load(cls, file: Path, features: str = FEATURES) -> "Statistics":
+        """Read what `save` wrote, of these features.
 
         Raises:
             ValueError: no such file, a damaged one, or statistics of other features.
@@ -87,8 +140,10 @@ class Statistics:
         try:
             with safe_open(file, framework="pt") as content:
                 about = content.metadata() or {}
-                if about.get("features") != FEATURES:
-                    raise ValueError(f"{file} has features {about.get('features')!r}, expected {FEATURES!r}")
+                if about.get("features") != features:
+                    raise ValueError(
+                        f"{file} has features {about.get('features')!r}, expected {features!r}: name other statistics"
+                    )
                 mean, triangle = content.get_tensor("mean").double(), content.get_tensor("covariance").double()
         except (FileNotFoundError, SafetensorError) as error:
             raise ValueError(f"{file} cannot be read as feature statistics ({error})") from None
@@ -96,7 +151,7 @@ class Statistics:
         covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
         covariance[rows, columns] = triangle
         covariance[columns, rows] = triangle
-        return cls(mean, covariance, int(about["count"]))
+        return cls(mean, covariance, int(about["count"]), features)
 
 
 def frechet_distance(features: Float[Tensor, "n f"], real: Statistics) -> float:
@@ -109,7 +164,7 @@ def frechet_distance(features: Float[Tensor, "n f"], real: Statistics) -> float:
         def forward(self, x: Tensor) -> Tensor:
             return x
 
-    metric = FrechetInceptionDistance(feature=Given())
+    metric = FrechetInceptionDistance(feature=Given(), sync_on_compute=False)  # every process has all of them
     metric.set_dtype(torch.float64)
     metric.update(features.double(), real=False)
     n, mean = real.count, real.mean

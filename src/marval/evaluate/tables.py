@@ -1,45 +1,84 @@
 """Tables from results files: on the console, and between the marks of a Markdown file."""
 
 import re
+import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from marval.evaluate.evaluate import read_results
+from marval.evaluate.evidence import CLAIMS
+from marval.evaluate.features import FEATURES
+from marval.evaluate.results import Row, by_setting, read_results
 from marval.io.files import write_text
 
+WIDTH = 240  # characters, where no terminal says how many
 COLUMNS = {
     "fd": ("FD-EfficientNet", "{:.2f}"),
+    "fid": ("FID", "{:.3f}"),
+    "inception_score": ("IS", "{:.2f}"),
+    "sfid": ("sFID", "{:.3f}"),
+    "inception_precision": ("Inception precision", "{:.3f}"),
+    "inception_recall": ("Inception recall", "{:.3f}"),
     "accuracy": ("held-out accuracy", "{:.4f}"),
     "log_probability": ("held-out log-probability", "{:.4f}"),
     "diversity": ("diversity", "{:.3f}"),
+    "kid": ("KID", "{:.3f}"),
+    "precision": ("precision", "{:.3f}"),
+    "recall": ("recall", "{:.3f}"),
+    "density": ("density", "{:.3f}"),
+    "coverage": ("coverage", "{:.3f}"),
     "gflops_per_image": ("GFLOP / image", "{:.2f}"),
 }
 
 
 def table_of(file: Path) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: quality and, where it was measured, time per image at each batch size."""
+    """Header and rows: quality (of several seeds, mean and half their range), and time per image at each batch size.
+
+    T and w have columns where a teacher was measured at several.
+    """
     results = read_results(file)
     timing = results.get("timing", {}).get("rows", [])
     batches = sorted({row["batch"] for row in timing})
-    header = [
-        "model",
-        "K",
-        "samples",
-        *(title for title, _ in COLUMNS.values()),
-        *(f"ms / image, batch {b}" for b in batches),
-    ]
-    rows = []
     quality = results.get("quality", {}).get("rows", [])
+    columns = {name: title_of(name, quality) for name in COLUMNS if any(name in row for row in quality)}
+    chains = {(r["model"], r["draw"].get("steps"), r["draw"].get("guidance")) for r in quality}
+    several = len(chains) > len({model for model, _, _ in chains})
+    header = ["model", "K", *(("T", "w") if several else ()), "samples", *columns.values()]
+    header += [f"ms / image, batch {b}" for b in batches]
     models = list(dict.fromkeys(row["model"] for row in quality))  # in the order in which they were first measured
-    for row in sorted(quality, key=lambda row: (models.index(row["model"]), row["iterations"], row["samples"])):
-        cells = [row["model"], str(row["iterations"]), str(row["samples"])]
-        cells += [form.format(row[name]) if name in row else "" for name, (_, form) in COLUMNS.items()]
+    rows = []
+    for group in sorted(by_setting(quality).values(), key=lambda group: _place(group[0], models)):
+        row, draw = group[0], group[0]["draw"]
+        chain = [str(draw.get("steps", "")), f"{draw['guidance']:g}" if "guidance" in draw else ""] if several else []
+        cells = [row["model"], str(row["iterations"]), *chain, str(row["samples"])]
+        cells += [_cell([r[name] for r in group if name in r], name) for name in columns]
         cells += [_milliseconds(timing, row, batch) for batch in batches]
         rows.append(cells)
     return header, rows
+
+
+def title_of(name: str, rows: list[Row]) -> str:
+    """A column's title; a distance on the user's own features says so."""
+    other = sorted({row["features"] for row in rows if row.get("features", FEATURES) not in (FEATURES, "")})
+    return f"FD on {', '.join(other)}" if name == "fd" and other else COLUMNS[name][0]
+
+
+def _place(row: Row, models: list[str]) -> tuple[Any, ...]:
+    draw = row["draw"]
+    chain = -draw.get("steps", 0), draw.get("guidance", 0)
+    return models.index(row["model"]), *chain, row["iterations"], row["samples"]
+
+
+def _cell(values: list[float], name: str) -> str:
+    if not values:
+        return ""
+    form = COLUMNS[name][1]
+    spread = (max(values) - min(values)) / 2
+    mean = form.format(statistics.mean(values))
+    return f"{mean} ± {form.format(spread)}" if len(values) > 1 and name != "gflops_per_image" else mean
 
 
 def _milliseconds(timing: list[dict[str, Any]], row: dict[str, Any], batch: int) -> str:
@@ -55,7 +94,7 @@ def print_table(file: Path) -> None:
     table = Table(*header, title=str(file))
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 
 def markdown_table(file: Path) -> str:
@@ -74,7 +113,10 @@ def speedup_table(file: Path) -> str:
     results = read_results(file)
     quality, timing = results["quality"]["rows"], results["timing"]["rows"]
     teacher = quality[0]["model"]
-    fd: dict[tuple[str, int, int], float] = {(r["model"], r["iterations"], r["samples"]): r["fd"] for r in quality}
+    fd: dict[tuple[str, int, int], float] = {}
+    for rows in by_setting(quality).values():  # the mean over seeds
+        key = (rows[0]["model"], rows[0]["iterations"], rows[0]["samples"])
+        fd.setdefault(key, statistics.mean(row["fd"] for row in rows))
     seconds = {(r["model"], r["iterations"], r["batch"]): r["seconds_per_image"] for r in timing}
     batches = sorted({r["batch"] for r in timing})
     lines = [["model", "K", "samples", f"FD / {teacher}'s", *(f"speed-up, batch {b}" for b in batches)]]
@@ -105,24 +147,36 @@ def speedup_table(file: Path) -> str:
 
 
 def fill_markdown(document: Path, root: Path) -> bool:
-    """Fill every `<!-- results: FILE -->` (or `speed:`) ... `<!-- end -->` with FILE's table; True if it changed."""
+    """Fill every `<!-- results: FILE -->` (or `speed:`, `claim: NAME`) ... `<!-- end -->`; True if the file changed.
+
+    A claim that says what it should is left as it is, so that its lines may be broken by hand.
+    """
     text = document.read_text()
     makers = {"results": markdown_table, "speed": speedup_table}
+    claims = {claim.name: claim for claim in CLAIMS}
 
     def table(match: re.Match[str]) -> str:
-        kind, name = match[1], match[2]
+        kind, name, old = match[1], match[2], match[3]
+        if kind == "claim":
+            if name not in claims:
+                raise ValueError(f"{document} has an unknown claim {name}: expected one of {', '.join(claims)}")
+            new = claims[name].text(root)
+            return match[0] if plain(old) == new else f"<!-- claim: {name} -->{new}<!-- end -->"
         if not (root / name).is_file():
             raise ValueError(f"{document} shows {name}, which is not there: write it with marval evaluate --out {name}")
         return f"<!-- {kind}: {name} -->\n{makers[kind](root / name)}\n<!-- end -->"
 
-    filled = re.sub(r"<!-- (results|speed): (\S+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+    filled = re.sub(r"<!-- (results|speed|claim): (\S+) -->(.*?)<!-- end -->", table, text, flags=re.DOTALL)
     if filled != text:
         write_text(document, filled)
     return filled != text
 
 
-if __name__ == "__main__":  # python -m marval.evaluate.tables README.md ...
-    import sys
+def plain(markdown: str) -> str:
+    """Text without comments and line breaks."""
+    return " ".join(re.sub(r"<!--.*?-->", "", markdown, flags=re.DOTALL).split())
 
+
+if __name__ == "__main__":  # python -m marval.evaluate.tables README.md ...
     for name in sys.argv[1:]:
         print(f"{name}: {'filled' if fill_markdown(Path(name), Path.cwd()) else 'unchanged'}")

@@ -1,0 +1,212 @@
+"""Drawn images: class-balanced labels, a seed for each image, rounded bytes; in memory, or in shards on disk.
+
+Image i of an evaluation with seed s has class `i mod classes` and seed `1,000,000 s + i`, whatever draws it. A folder
+of images has `plan.json` (what is drawn) and `shard-00000.safetensors` and so on, each written whole. Every process
+draws whole shards, so that the set is the same, to the bit, on 1 process or on 64, and a killed run goes on.
+"""
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from marval.io.files import atomic_path, write_tensors, write_text
+from marval.io.images import save_picture
+from marval.parallel import Workers
+from marval.pipeline import Pipeline
+
+PLAN = "plan.json"
+SHARD = 250  # images
+DECODED = 50  # images that a VAE decodes at a time
+SEEDS = 1_000_000  # between an evaluation's seed and the next one's
+
+Keep = Literal["shards", "png", "npz"]
+
+
+def balanced_labels(count: int, classes: int) -> list[int]:
+    """`count` labels that go through the classes in turn."""
+    return [i % classes for i in range(count)]
+
+
+def draw_rows(
+    pipeline: Pipeline,
+    rows: range,
+    iterations: int,
+    seed: int,
+    batch_size: int = 250,
+    autocast: bool = False,
+) -> UInt8[Tensor, "n c h w"]:
+    """Some of the images of an evaluation, as rounded bytes."""
+    if pipeline.config.space.kind == "latents":
+        batch_size = min(batch_size, DECODED)
+    parts = []
+    with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=autocast):
+        for some in (rows[start : start + batch_size] for start in range(0, len(rows), batch_size)):
+            labels = [i % len(pipeline.config.class_names) for i in some]
+            seeds = [seed * SEEDS + i for i in some]
+            images = pipeline.sample(labels, seed=seeds, iterations=iterations, batch_size=batch_size)
+            parts.append((images * 255).round().byte())
+    return torch.cat(parts)
+
+
+def draw_bytes(
+    pipeline: Pipeline,
+    count: int,
+    iterations: int,
+    seed: int,
+    batch_size: int = 250,
+    autocast: bool = False,
+    workers: Workers | None = None,
+) -> tuple[UInt8[Tensor, "n c h w"], Int[Tensor, " n"]]:
+    """`count` class-balanced images as rounded bytes, and their labels; image i has seed `seed * 1_000_000 + i`.
+
+    The `workers` share the images, and all of them get all.
+    """
+    workers = workers or Workers()
+    (own,) = workers.parts(count)
+    images = draw_rows(pipeline, range(count)[own], iterations, seed, batch_size, autocast)
+    labels = balanced_labels(count, len(pipeline.config.class_names))
+    return workers.gather(images, count), torch.tensor(labels)
+
+
+@dataclass(frozen=True)
+class DrawnImages:
+    """The images of a folder, read shard by shard, as often as they are asked for."""
+
+    folder: Path
+    count: int
+    shard: int = SHARD
+
+    @property
+    def shards(self) -> list[tuple[Path, range]]:
+        """Every shard's file and the images in it."""
+        starts = range(0, self.count, self.shard)
+        return [
+            (self.folder / f"shard-{number:05d}.safetensors", range(start, min(start + self.shard, self.count)))
+            for number, start in enumerate(starts)
+        ]
+
+    def __iter__(self) -> Iterator[tuple[UInt8[Tensor, "_ c h w"], Int[Tensor, " _"]]]:
+        for file, rows in self.shards:
+            yield read_shard(file, rows)
+
+
+def read_shard(file: Path, rows: range) -> tuple[UInt8[Tensor, "n c h w"], Int[Tensor, " n"]]:
+    """A shard's images and labels.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    try:
+        tensors = load_file(file)
+        images, labels = tensors["images"], tensors["labels"]
+        if len(images) != len(rows):
+            raise ValueError(f"{len(images)} images, expected {len(rows)}")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({error}): remove it and run the same command again") from None
+    return images, labels
+
+
+def draw_to_folder(
+    pipeline: Pipeline,
+    folder: Path,
+    plan: dict[str, Any],
+    *,
+    count: int,
+    iterations: int,
+    seed: int,
+    autocast: bool = False,
+    batch_size: int = 250,
+    shard: int = SHARD,
+    workers: Workers | None = None,
+    report: Callable[[str], None] = print,
+) -> DrawnImages:
+    """Draw what is missing of a folder's images; `plan` says whose they are.
+
+    The processes take turns with the shards, on a file system that all of them see.
+
+    Raises:
+        ValueError: the folder holds images of another plan.
+    """
+    workers = workers or Workers()
+    drawn = DrawnImages(folder, count, shard)
+    plan = json.loads(json.dumps({**plan, "shard": shard}))
+    check_plan(folder, plan)
+    if workers.main:
+        write_text(folder / PLAN, json.dumps(plan, indent=1) + "\n")
+    for number, (file, rows) in enumerate(drawn.shards):
+        if number % workers.count != workers.rank or file.is_file():
+            continue
+        images = draw_rows(pipeline, rows, iterations, seed, batch_size, autocast)
+        labels = torch.tensor([i % len(pipeline.config.class_names) for i in rows])
+        write_tensors(file, {"images": images, "labels": labels}, {"first": str(rows.start)})
+        if workers.main:
+            report(f"{folder.name}: {rows.stop} of {count} images")
+    workers.barrier()
+    return drawn
+
+
+def check_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """A folder's images are those of `plan`, or there are none yet.
+
+    Raises:
+        ValueError: they are not; the first difference is named.
+    """
+    file = folder / PLAN
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError:
+        return
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): choose another --images") from None
+    for name, value in plan.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{folder} holds images of {name} {found.get(name)!r}, expected {value!r}: choose another --images"
+            )
+
+
+def write_pngs(drawn: DrawnImages, workers: Workers | None = None) -> Path:
+    """Every image as `png/00000-CLASS.png` beside the shards; the processes share the work, what is there is kept."""
+    workers, folder = workers or Workers(), drawn.folder / "png"
+    for number, (file, rows) in enumerate(drawn.shards):
+        if number % workers.count != workers.rank:
+            continue
+        images, labels = read_shard(file, rows)
+        for i, image, label in zip(rows, images, labels.tolist(), strict=True):
+            target = folder / f"{i:05d}-{label}.png"
+            if not target.is_file():
+                array = image.permute(1, 2, 0).numpy()
+                save_picture(target, Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array))
+    workers.barrier()
+    return folder
+
+
+def write_npz(drawn: DrawnImages) -> Path:
+    """All images as `images.npz` in ADM's format: `arr_0`, (N, H, W, 3), bytes; grey is repeated.
+
+    Shard by shard: 50,000 images of 256 x 256 need not fit in memory.
+    """
+    target = drawn.folder / "images.npz"
+    first, _ = next(iter(drawn))
+    shape = (drawn.count, *first.shape[-2:], 3)
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
+    with (
+        atomic_path(target) as partial,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as stream,
+    ):
+        np.lib.format.write_array_header_1_0(stream, header)
+        for images, _ in drawn:
+            stream.write(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+    return target

@@ -1,0 +1,106 @@
+"""Quality against time per image: points, their table, the best within a budget, and who beats whom."""
+
+import statistics
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from marval.evaluate.results import Row, by_setting, read_results
+
+
+@dataclass(frozen=True)
+class Point:
+    """One (model, K, T, w): time per image, and quality as the mean over seeds."""
+
+    model: str
+    teacher: bool
+    iterations: int
+    steps: int | None  # T; None for a student
+    guidance: float | None  # w; None for a student
+    seconds: float
+    fd: float
+    accuracy: float | None
+    samples: int
+    seeds: int
+
+    @property
+    def label(self) -> str:
+        """Model, K and, for a teacher, T and w."""
+        chain = f", T={self.steps}, w={self.guidance:g}" if self.guidance is not None else ""
+        return f"{self.model} K={self.iterations}{chain}"
+
+
+def points_of(out: Path, *, batch: int, samples: int | None = None, only: Collection[str] = ()) -> list[Point]:
+    """The settings of a results file whose quality and whose time at a batch size were both measured.
+
+    Args:
+        samples: of the quality; the largest number that there is for each setting when None.
+        only: models' names; all of them when empty.
+    """
+    results = read_results(out)
+    times: dict[tuple[Any, ...], float] = {}
+    for row in [*results.get("timing", {}).get("rows", []), *results.get("bench", {}).get("rows", [])]:
+        if row["batch"] == batch:
+            times[_chain(row)] = row["seconds_per_image"]
+    found: dict[tuple[Any, ...], Point] = {}
+    for rows in by_setting(results.get("quality", {}).get("rows", [])).values():
+        row, key = rows[0], _chain(rows[0])
+        fits = samples in (None, row["samples"]) and (not only or row["model"] in only) and "fd" in row
+        if not fits or key not in times or (key in found and found[key].samples > row["samples"]):
+            continue
+        accuracies = [r["accuracy"] for r in rows if "accuracy" in r]
+        found[key] = Point(
+            row["model"], row["teacher"], row["iterations"], row["draw"].get("steps"), row["draw"].get("guidance"),
+            times[key], statistics.mean(r["fd"] for r in rows), statistics.mean(accuracies) if accuracies else None,
+            row["samples"], len(rows),
+        )  # fmt: skip
+    return sorted(found.values(), key=lambda p: (p.model, -(p.steps or 0), p.guidance or 0, p.iterations))
+
+
+def _chain(row: Row) -> tuple[Any, ...]:
+    draw = row["draw"]
+    return row["model"], draw.get("steps"), draw.get("guidance"), row["iterations"]
+
+
+def sweep_table(points: Sequence[Point]) -> str:
+    """The points in Markdown."""
+    lines = [["model", "K", "T", "w", "FD-EfficientNet", "held-out accuracy", "ms / image"]]
+    lines.append(["---"] * len(lines[0]))
+    for p in points:
+        chain = [str(p.steps or ""), "" if p.guidance is None else f"{p.guidance:g}"]
+        accuracy = "" if p.accuracy is None else f"{p.accuracy:.4f}"
+        lines.append([p.model, str(p.iterations), *chain, f"{p.fd:.2f}", accuracy, f"{p.seconds * 1000:.2f}"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def best_within(points: Sequence[Point], budget: float) -> str:
+    """A sentence: the setting with the smallest Fréchet distance that takes at most `budget` seconds an image."""
+    within = [p for p in points if p.seconds <= budget]
+    if not within:
+        fastest = min(points, key=lambda p: p.seconds)
+        return f"none draws an image in {budget:g} s: the fastest is {fastest.label}, {fastest.seconds:.4g} s"
+    best = min(within, key=lambda p: p.fd)
+    return f"best within {budget:g} s an image: {best.label}: FD {best.fd:.2f} in {best.seconds:.4g} s"
+
+
+def unbeaten(teacher: Sequence[Point], student: Sequence[Point]) -> list[Point]:
+    """The teacher's points that no point of the student beats in both time and Fréchet distance.
+
+    Empty: the student lies left-below of the whole teacher curve.
+    """
+    return [t for t in teacher if not any(s.seconds < t.seconds and s.fd < t.fd for s in student)]
+
+
+def verdicts(points: Sequence[Point]) -> list[str]:
+    """For every student: whether it lies left-below of the whole curve of the teachers' points."""
+    teacher, lines = [p for p in points if p.teacher], []
+    for name in dict.fromkeys(p.model for p in points if not p.teacher):
+        left = unbeaten(teacher, [p for p in points if p.model == name])
+        if not teacher:
+            continue
+        if not left:
+            lines.append(f"{name} lies left-below of all {len(teacher)} points of the teacher")
+        else:
+            lines.append(f"{name} does not beat {', '.join(p.label for p in left)}")
+    return lines

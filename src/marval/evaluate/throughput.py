@@ -1,0 +1,105 @@
+"""What `marval bench` finds besides times: the batch size of the highest throughput, memory, and a summary."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from marval.evaluate.evaluate import Models
+from marval.evaluate.images import balanced_labels
+from marval.evaluate.results import Row, check_names, made_by, model_hash, read_results, write_results
+from marval.memory import LiveMemory
+from marval.pipeline import Pipeline
+
+LONGEST = 20.0  # seconds that a run may take while the best batch is sought
+GAIN = 1.05  # a larger batch must draw this much more in a second, to be worth it
+GROWTH = 4
+
+
+def best_batch(seconds: Callable[[int], float], most: int = 1024) -> int:
+    """The batch size, of 1, 4, 16 and so on, from which a larger one gains less than 5 %.
+
+    Args:
+        seconds: the time of one batch of a size.
+    """
+    batch, taken = 1, seconds(1)
+    while batch * GROWTH <= most and taken * GROWTH <= LONGEST:
+        try:
+            larger = seconds(batch * GROWTH)
+        except torch.OutOfMemoryError:
+            break
+        if batch * GROWTH / larger < GAIN * batch / taken:
+            break
+        batch, taken = batch * GROWTH, larger
+    return batch
+
+
+def worthwhile_batches(pipelines: Sequence[Pipeline], iterations: int, autocast: bool) -> tuple[int, ...]:
+    """1, and the best batch size of every model: up to 1,024, on a CPU to 64."""
+    found, most = {1}, 64 if pipelines[0].device.type == "cpu" else 1024
+    for pipeline in pipelines:
+
+        def seconds(batch: int, pipeline: Pipeline = pipeline) -> float:
+            draw(pipeline, iterations, min(batch, 2), autocast)  # warm-up
+            began = time.perf_counter()
+            draw(pipeline, iterations, batch, autocast)
+            return time.perf_counter() - began
+
+        found.add(best_batch(seconds, most))
+    return tuple(sorted(found))
+
+
+def draw(pipeline: Pipeline, iterations: int, batch: int, autocast: bool) -> None:
+    """Draw one batch of tokens, and wait for it."""
+    labels = balanced_labels(batch, len(pipeline.config.class_names))
+    with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=autocast):
+        pipeline.sample_tokens(labels, seeds=range(batch), iterations=iterations, batch_size=batch).cpu()
+
+
+def memory_of(pipeline: Pipeline, iterations: int, batch: int, autocast: bool) -> int:
+    """Bytes of the weights and, at the peak of drawing a batch, of all tensors made on the way."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in pipeline.model.parameters())
+    with LiveMemory() as live:
+        draw(pipeline, iterations, batch, autocast)
+    return weights + live.peak
+
+
+def complete(rows: list[Row], models: Models, out: Path, memory: bool = True) -> None:
+    """Put hash, memory and what made them into rows of `marval.bench.bench`, and write them again.
+
+    Raises:
+        ValueError: `out` holds figures of other weights under one of the names.
+    """
+    hashes = {pipeline.config.name: model_hash(folder) for folder, pipeline in models}
+    check_names(hashes.items(), read_results(out).get("quality", {}).get("rows", []), out)
+    for i, row in enumerate(rows):
+        _, pipeline = models[i % len(models)]  # they took turns in this order
+        row |= {"sha256": hashes[row["model"]], "made": made_by(pipeline.device)}
+        if memory:
+            row["memory_bytes"] = memory_of(pipeline, row["iterations"], row["batch"], row["autocast"])
+    write_results(out, "bench", rows, 0)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """In Markdown, for every (model, T, w, K): latency at the smallest batch, and throughput at the best."""
+    settings: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        chain = row["draw"]
+        key: tuple[object, ...] = (row["model"], chain.get("steps", ""), chain.get("guidance", ""), row["iterations"])
+        settings.setdefault(key, []).append(row)
+    smallest = min(row["batch"] for row in rows)
+    lines = [["model", "T", "w", "K", f"ms / image, batch {smallest}", "images / s (batch)", "GFLOP / image", "MiB"]]
+    lines[0] += ["of the peak"]
+    lines.append(["---"] * len(lines[0]))
+    for key, group in settings.items():
+        alone = min(group, key=lambda row: row["batch"])
+        best = min(group, key=lambda row: row["seconds_per_image"])
+        memory = f"{best['memory_bytes'] / 2**20:.4g}" if "memory_bytes" in best else ""
+        span = f"{alone['fastest'] * 1000:.4g} to {alone['slowest'] * 1000:.4g}"
+        lines.append(
+            [*map(str, key), f"{alone['seconds_per_image'] * 1000:.4g} ({span})",
+             f"{1 / best['seconds_per_image']:.4g} ({best['batch']})", f"{best['gflops_per_image']:.4g}", memory,
+             f"{best['fraction_of_peak']:.0%}"]
+        )  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

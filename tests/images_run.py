@@ -1,0 +1,26 @@
+"""Draw a tiny teacher's images into a folder, alone or under torchrun: python images_run.py FOLDER COUNT [SLOWLY]."""
+
+import sys
+import time
+from pathlib import Path
+
+from marval.evaluate import images
+from marval.parallel import start_workers
+from marval.pipeline import Pipeline
+from tiny import tiny_config, tiny_model
+
+
+def main(folder, count, pause):
+    with start_workers("cpu") as workers:
+        pipeline = Pipeline(tiny_model(), tiny_config())
+        drawn = images.draw_to_folder(
+            pipeline, folder, {"model": "tiny"}, count=count, iterations=3, seed=2, shard=4,
+            workers=workers, report=lambda line: time.sleep(pause),
+        )  # fmt: skip
+        images.write_pngs(drawn, workers)
+        if workers.main:
+            images.write_npz(drawn)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]) if len(sys.argv) > 3 else 0.0)

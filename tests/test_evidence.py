@@ -1,0 +1,293 @@
+"""Results files compared, quality against time, and README's claims against the results that they stand on."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from marval.config import Chain, OneStep
+from marval.evaluate.compare import compare
+from marval.evaluate.evidence import BENCH, CLAIMS, DOCUMENT, SWEEP, evidence
+from marval.evaluate.pareto import best_within, points_of, sweep_table, unbeaten, verdicts
+from marval.evaluate.plots import draw_pareto, draw_sweep
+from marval.evaluate.results import check_measure, check_names, read_results, write_results
+from marval.evaluate.tables import fill_markdown, markdown_table, plain
+from marval.evaluate.throughput import best_batch, memory_of, summary
+from marval.pipeline import Pipeline
+from tiny import tiny_config, tiny_model
+
+ROOT = Path(__file__).parents[1]
+
+
+def quality(model="s", k=8, seed=0, fd=10.0, **changes):
+    draw = {"kind": "one_step", "timestep": 755}
+    row = {"model": model, "teacher": False, "draw": draw, "order": "spread", "sha256": "a" * 64, "iterations": k}
+    row |= {"samples": 100, "seed": seed, "autocast": False, "fd": fd, "accuracy": 0.9, "features": "E"}
+    return row | {"data_sha256": "d" * 64, "made": {"command": "marval evaluate s", "commit": "c" * 40}} | changes
+
+
+def teacher(k, t, fd, **changes):
+    return quality("t", k, fd=fd, teacher=True, draw={"kind": "chain", "steps": t, "guidance": 3.0}, **changes)
+
+
+def timed(row, seconds, batch=1):
+    kept = {name: row[name] for name in ("model", "teacher", "draw", "iterations")}
+    return {**kept, "batch": batch, "seconds_per_image": seconds, "fastest": 0.9 * seconds, "slowest": 1.2 * seconds}
+
+
+def write(file, rows, times=()):
+    write_results(file, "quality", rows, 0)
+    if times:
+        write_results(file, "timing", list(times), 0)
+    return file
+
+
+def test_compare_says_what_differs_and_whether_it_exceeds_the_seeds_spread(tmp_path):
+    first = write(tmp_path / "a.json", [quality(seed=s, fd=f) for s, f in ((0, 10.0), (1, 11.0), (2, 12.0))])
+    rows = [quality(seed=s, fd=f, sha256="b" * 64, accuracy=0.8) for s, f in ((0, 12.0), (1, 12.5), (2, 13.0))]
+    second = write(tmp_path / "b.json", [*rows, quality(k=16)])
+    said, found = compare(first, second)
+    figures = {difference.figure: difference for difference in found}
+    assert figures["fd"].first == pytest.approx(11.0)
+    assert figures["fd"].second == pytest.approx(12.5)
+    assert figures["fd"].spread == pytest.approx(2.0)
+    assert figures["fd"].verdict == "within the spread"
+    assert figures["accuracy"].verdict == "beyond the spread"  # no spread at all over the seeds
+    assert any("sha256" in line and "a" * 64 in line and "b" * 64 in line for line in said)
+    assert any(line == f"only in {second}: s K=16, 100 samples" for line in said)
+    _, same = compare(first, first)
+    assert {difference.verdict for difference in same} == {"the same"}
+    one = write(tmp_path / "one.json", [quality("tuned", fd=9.0)])  # one model each: compared under different names
+    _, alone = compare(write(tmp_path / "other.json", [quality()]), one)
+    assert alone[0].verdict == "spread unknown: measure several seeds"
+
+
+def test_compare_refuses_what_does_not_compare(tmp_path):
+    first = write(tmp_path / "a.json", [quality()])
+    other = write(tmp_path / "features.json", [quality(features="my:net")])
+    with pytest.raises(ValueError, match="features 'E' and 'my:net'"):
+        compare(first, other)
+    with pytest.raises(ValueError, match="against data"):
+        compare(first, write(tmp_path / "data.json", [quality(data_sha256="e" * 64)]))
+    with pytest.raises(ValueError, match="share no setting"):
+        compare(first, write(tmp_path / "k.json", [quality(k=3)]))
+    with pytest.raises(ValueError, match=r"nowhere\.json is not there"):
+        compare(first, tmp_path / "nowhere.json")
+
+
+def test_two_models_under_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="two different models are named s"):
+        check_names([("s", "a"), ("s", "b")])
+    check_names([("s", "a"), ("s", "a"), ("t", "b")])
+    with pytest.raises(ValueError, match="other weights named s"):
+        check_names([("s", "x")], [quality()], tmp_path)
+
+
+def test_a_results_file_holds_one_kind_of_features_and_one_data_set(tmp_path):
+    check_measure({"features": "E", "data_sha256": "d" * 64}, [quality()], tmp_path)
+    with pytest.raises(ValueError, match="has features 'E', expected 'my:net'"):
+        check_measure({"features": "my:net"}, [quality()], tmp_path)
+
+
+@pytest.fixture
+def curve(tmp_path):
+    """Two teachers (T = 100, 10) at two K, a student that beats all of them but one, and a seed more of it."""
+    teachers = [teacher(8, 100, 10.0), teacher(16, 100, 8.0), teacher(8, 10, 30.0), teacher(16, 10, 25.0)]
+    students = [quality(k=4, fd=12.0), quality(k=8, fd=9.0), quality(k=8, seed=1, fd=9.5)]
+    times = zip([*teachers, *students[:2]], [1.0, 2.0, 0.1, 0.2, 0.02, 0.05], strict=True)
+    return write(tmp_path / "curve.json", [*teachers, *students], [timed(row, t) for row, t in times])
+
+
+def test_points_join_quality_and_time_and_know_who_beats_whom(curve, tmp_path):
+    points = points_of(curve, batch=1)
+    assert [p.label for p in points] == [
+        "s K=4", "s K=8", "t K=8, T=100, w=3", "t K=16, T=100, w=3", "t K=8, T=10, w=3", "t K=16, T=10, w=3",
+    ]  # fmt: skip
+    assert points[1].fd == pytest.approx(9.25)
+    assert points[1].seeds == 2
+    assert [p.label for p in unbeaten(points[2:], points[:2])] == ["t K=16, T=100, w=3"]
+    assert verdicts(points) == ["s does not beat t K=16, T=100, w=3"]
+    assert verdicts([p for p in points if p.iterations != 16]) == ["s lies left-below of all 2 points of the teacher"]
+    assert best_within(points, 0.03) == "best within 0.03 s an image: s K=4: FD 12.00 in 0.02 s"
+    assert "t K=16, T=100" in best_within(points, 5.0)
+    assert best_within(points, 0.001).startswith("none draws an image in 0.001 s: the fastest is s K=4")
+    assert "| t | 16 | 100 | 3 | 8.00 | 0.9000 | 2000.00 |" in sweep_table(points)
+    assert points_of(curve, batch=64) == []
+    for draw, name in ((draw_pareto, "p.png"), (draw_sweep, "s.png")):
+        draw(points, tmp_path / name, 1)
+        with Image.open(tmp_path / name) as picture:
+            assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20)) > 20
+
+
+def test_tables_show_means_over_seeds_and_the_chains_that_vary(curve):
+    table = markdown_table(curve)
+    assert table.splitlines()[0].startswith("| model | K | T | w | samples | FD on E |")
+    assert "| t | 16 | 10 | 3 | 100 | 25.00 |" in table
+    assert "| s | 8 |  |  | 100 | 9.25 ± 0.25 | 0.9000 ± 0.0000 |" in table
+
+
+def test_the_best_batch_is_where_a_larger_one_gains_nothing():
+    assert best_batch(lambda batch: 1.0 if batch <= 16 else batch / 16) == 16
+    assert best_batch(lambda batch: float(batch)) == 1
+    assert best_batch(lambda batch: 1e-3, most=64) == 64
+    assert best_batch(lambda batch: 30.0) == 1  # a run of minutes is not tried larger
+
+
+def test_memory_is_the_weights_and_what_grows_with_the_batch():
+    for draw in (Chain(guidance=2.0, steps=3), OneStep()):
+        pipeline = Pipeline(tiny_model(), dataclasses.replace(tiny_config(), draw=draw))
+        weights = sum(4 * p.numel() for p in pipeline.model.parameters())
+        one, many = memory_of(pipeline, 4, 1, False), memory_of(pipeline, 4, 32, False)
+        assert weights < one < many
+        hidden = 32 * tiny_config().mar.num_tokens * tiny_config().mar.encoder_dim * 4
+        assert many - weights > hidden
+
+
+def test_a_benchs_summary_takes_latency_and_the_best_throughput():
+    row = timed(teacher(8, 100, 1.0), 2.0) | {"gflops_per_image": 3.0, "fraction_of_peak": 0.1, "memory_bytes": 2**21}
+    table = summary(
+        [row, row | {"batch": 64, "seconds_per_image": 0.5, "memory_bytes": 2**23, "fraction_of_peak": 0.4}]
+    )
+    assert "| t | 100 | 3.0 | 8 | 2000 (1800 to 2400) | 2 (64) | 3 | 8 | 40% |" in table
+
+
+# The claims of README
+
+
+def test_the_evidence_is_that_of_the_results():
+    assert (ROOT / DOCUMENT).read_text() == evidence(ROOT), "run `make tables`"
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)
+def test_readme_claims_what_the_results_say(claim):
+    assert claim.text(ROOT) in plain((ROOT / "README.md").read_text())
+
+
+def test_readmes_tables_are_those_of_the_results(tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text())
+    assert not fill_markdown(copy, ROOT), "run `make tables`"
+
+
+def test_claims_follow_their_results_and_have_a_spread_over_seeds(tmp_path):
+    content = json.loads((ROOT / SWEEP).read_text())
+    rows = content["quality"]["rows"]
+    content["quality"]["rows"] = rows + [
+        row | {"seed": 1, "fd": row["fd"] * (1.5 if row["model"] == "fashion-teacher" else 1.0)} for row in rows
+    ]
+    (tmp_path / "results").mkdir()
+    (tmp_path / SWEEP).write_text(json.dumps(content))
+    student = next(claim for claim in CLAIMS if claim.name == "student")
+    measured = student.measured(tmp_path)
+    assert all(m.count == 2 and m.low == pytest.approx(m.high / 1.5) for m in measured)
+    assert student.text(tmp_path) != student.text(ROOT)
+    document = tmp_path / "README.md"
+    document.write_text("It is good: <!-- claim: student -->old<!-- end -->.")
+    assert fill_markdown(document, tmp_path)
+    assert student.text(tmp_path) in document.read_text()
+    broken = document.read_text().replace(" times the", "\n  times the")
+    document.write_text(broken)
+    assert not fill_markdown(document, tmp_path)  # lines broken by hand stay
+    text = evidence(tmp_path)
+    assert "(2 seeds)" in text
+    assert text.count("Not measured yet") == 2
+    assert BENCH in text
+    document.write_text("<!-- claim: nonsense -->x<!-- end -->")
+    with pytest.raises(ValueError, match="unknown claim nonsense"):
+        fill_markdown(document, tmp_path)
+
+
+# The commands
+
+
+def marval(*arguments, cwd, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "marval", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd / "cache")}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A tiny teacher and student of pictures in a folder."""
+    root = tmp_path_factory.mktemp("work")
+    for name in ("cross", "square"):
+        (root / "pictures" / name).mkdir(parents=True)
+        for i in range(8):
+            array = torch.randint(0, 255, (8, 8), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+            Image.fromarray(array.numpy()).save(root / "pictures" / name / f"{i}.png")
+    config = dataclasses.replace(tiny_config(), data="folder:pictures")
+    Pipeline(tiny_model(), config).save(root / "teacher")
+    for name, seed in (("student", 0), ("impostor", 1)):
+        Pipeline(tiny_model(seed), dataclasses.replace(config, draw=OneStep(), name="student")).save(root / name)
+    return root
+
+
+def test_bench_measures_teachers_at_several_t_and_draws_the_curve(work):
+    done = marval(
+        "bench", "teacher", "student", "--iterations", 2, 4, "--steps", 2, 5, "--batches", 1, 2, "--repeats", 1,
+        "--samples", 8, "--plot", "curve.png", "--out", "bench.json", cwd=work,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = read_results(work / "bench.json")["bench"]["rows"]
+    assert len(rows) == 2 * 2 * 3
+    assert {row["draw"].get("steps") for row in rows} == {5, 2, None}
+    assert all(row["memory_bytes"] > 0 and len(row["sha256"]) == 64 and row["made"]["device"] for row in rows)
+    assert len(points_of(work / "bench.json", batch=1)) == 6
+    assert "images / s (batch)" in done.stdout
+    assert "8 images are fewer than 1280 features" in done.stdout
+    assert Image.open(work / "curve.png").size[0] > 500
+
+
+def test_two_processes_evaluate_as_one_and_say_what_made_the_row(work):
+    for processes in (1, 2):
+        done = marval(
+            "evaluate", "student", "--iterations", 2, "--samples", 8, "--batches", "--images", f"drawn-{processes}",
+            "--image-format", "png", "--out", f"{processes}.json", cwd=work, processes=processes,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (row,) = read_results(work / f"{processes}.json")["quality"]["rows"]
+        assert {"fd", "kid", "precision", "recall", "density", "coverage", "diversity", "fd_bias"} <= set(row)
+        assert len(row["sha256"]) == len(row["data_sha256"]) == 64
+        assert {"command", "commit", "device", "versions"} == set(row["made"])
+        assert len(list(work.glob(f"drawn-{processes}/*/png/*.png"))) == 8
+    _, found = compare(work / "1.json", work / "2.json")
+    assert {difference.verdict for difference in found} == {"the same"}
+
+
+def test_sweep_and_compare_run(work):
+    done = marval(
+        "sweep", "teacher", "--iterations", 2, 4, "--guidance", 1, 2, "--steps", 3, "--samples", 8, "--budget", 60,
+        "--repeats", 1, "--plot", "sweep.png", "--out", "sweep.json", cwd=work,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "best within 60 s an image: tiny K=" in done.stdout
+    assert done.stdout.count("| tiny |") == 4
+    assert (work / "sweep.png").is_file()
+    done = marval("compare", "sweep.json", "sweep.json", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "the same" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("sweep", "student", "--guidance", 2), ("guidance", "baked in")),
+        (("bench", "student", "impostor"), ("two different models are named student",)),
+        (("evaluate", "student", "--reference", "adm.npz"), ("adm.npz", "openaipublic", "SHA-256")),
+        (("compare", "a.json", "b.json"), ("a.json is not there",)),
+        (("bench", "imagenet256-base", "student"), ("random weights",)),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_refused_in_one_line(work, arguments, words):
+    done = marval(*arguments, cwd=work)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr

@@ -1,0 +1,106 @@
+"""An evaluation's images: the same set on any number of processes, whole after a kill, and in ADM's format."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from marval.evaluate.images import DrawnImages, draw_bytes, draw_to_folder, read_shard, write_npz
+from marval.pipeline import Pipeline
+from tiny import tiny_config, tiny_model
+
+SCRIPT = Path(__file__).parent / "images_run.py"
+COUNT = 18  # four shards of 4 and one of 2
+
+
+def command(processes, *arguments):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), *map(str, arguments)]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
+
+
+def launch(processes, *arguments):
+    done = subprocess.run(
+        command(processes, *arguments), env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def contents(folder):
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix != ".npz"
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images") / "alone"
+    launch(1, folder, COUNT)
+    return folder
+
+
+def test_the_set_is_the_same_on_one_process_and_on_three(alone, tmp_path):
+    launch(3, tmp_path / "three", COUNT)
+    assert contents(tmp_path / "three") == contents(alone)
+    assert len(list((alone / "png").iterdir())) == COUNT
+
+
+def test_a_killed_run_keeps_its_shards_and_ends_the_same(alone, tmp_path):
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(command(1, folder, COUNT, 0.5), env=environment(), stderr=subprocess.DEVNULL)
+    while len(list(folder.glob("shard-*"))) < 2 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {file: file.stat().st_mtime_ns for file in folder.glob("shard-*")}
+    assert 2 <= len(kept) < 5
+    launch(1, folder, COUNT)
+    assert contents(folder) == contents(alone)
+    assert all(file.stat().st_mtime_ns == when for file, when in kept.items())  # none was drawn again
+
+
+def test_images_are_balanced_seeded_one_by_one_and_written_in_adms_format(alone):
+    pipeline = Pipeline(tiny_model(), tiny_config())
+    drawn = DrawnImages(alone, COUNT, 4)
+    images, labels = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    assert labels.tolist() == [0, 1] * 9
+    in_memory, same_labels = draw_bytes(pipeline, COUNT, 3, seed=2)
+    assert torch.equal(images, in_memory)
+    assert torch.equal(labels, same_labels)
+    eleventh = pipeline.sample([1], seed=2_000_011, iterations=3)
+    assert torch.equal((eleventh * 255).round().byte()[0], images[11])
+    with np.load(alone / "images.npz") as archive:
+        array = archive["arr_0"]
+    assert array.shape == (COUNT, 8, 8, 3)
+    assert array.dtype == np.uint8
+    assert (array == images.permute(0, 2, 3, 1).numpy()).all()
+    assert (np.asarray(Image.open(alone / "png/00011-1.png")) == images[11, 0].numpy()).all()
+    again = write_npz(drawn)
+    assert (np.load(again)["arr_0"] == array).all()
+
+
+def test_another_models_images_and_damaged_shards_are_refused(tmp_path):
+    pipeline = Pipeline(tiny_model(), tiny_config())
+    settings = {"count": 6, "iterations": 2, "seed": 0, "shard": 4, "report": lambda line: None}
+    drawn = draw_to_folder(pipeline, tmp_path / "a", {"sha256": "one"}, **settings)
+    with pytest.raises(ValueError, match="holds images of sha256 'one', expected 'two': choose another --images"):
+        draw_to_folder(pipeline, tmp_path / "a", {"sha256": "two"}, **settings)
+    file, rows = drawn.shards[1]
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"damaged .* remove it and run the same command again"):
+        read_shard(file, rows)
+    file.unlink()
+    draw_to_folder(pipeline, tmp_path / "a", {"sha256": "one"}, **settings)
+    assert len(read_shard(file, rows)[0]) == 2
