@@ -15,8 +15,8 @@ def linear(
 ) -> Float[Tensor, "*n o"]:
     """`x W^T + b`; in inference mode, in float32 on a CPU, by oneDNN.
 
-    torch gives this product to MKL, which took 1.6 to 2.7 times oneDNN's time on a Zen 5 at 53 to 3,392 rows, and 1.6 to
-    2.4 times at 1 to 32 rows of 1,024 x 1,024 weights and larger (Intel's own CPUs were not measured). oneDNN's
+    torch gives this product to MKL, which took 1.6 to 2.7 times oneDNN's time on a Zen 5 at 53 to 3,392 rows, and 1.6
+    to 2.4 times at 1 to 32 rows of 1,024 x 1,024 weights and larger (Intel's own CPUs were not measured). oneDNN's
     operator has no gradient, and neither autocast nor the compiler knows it.
     """
     if (
