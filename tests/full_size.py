@@ -1,7 +1,10 @@
-"""MAR-B with random weights. python full_size.py STAGE IMAGES: time and peak memory of one training step.
+"""MAR-B with random weights on this machine; figures are printed and, with RESULTS, kept in that JSON file.
 
-python full_size.py speed K: seconds of one guided image (T = 100) by the official loop in plain PyTorch, by our
-teacher and by our student.
+python full_size.py distill|save|finetune IMAGES [RESULTS]: time and peak memory of one training step (save: and of
+saving the state and the model).
+
+python full_size.py speed K [RESULTS]: seconds of one guided image (T = 100) by the official loop in plain PyTorch, by
+our teacher and by our student.
 """
 
 import dataclasses
@@ -16,6 +19,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from marval.config import Chain, DistillConfig, FinetuneConfig, LatentSpace, MARConfig, ModelConfig, OneStep
+from marval.evaluate.results import commit
+from marval.io.files import write_text
 from marval.model import MAR, linear
 from marval.randomness import generator
 from marval.sampling import DrawByChain, DrawInOneStep, sample
@@ -54,6 +59,16 @@ def save_vae(folder):
     ).save_pretrained(folder)  # fmt: skip
 
 
+def report(figures):
+    """Print the figures of this command, and keep them."""
+    print(json.dumps(figures), flush=True)
+    if len(sys.argv) > 3:
+        out, key = Path(sys.argv[3]), " ".join(sys.argv[1:3])
+        known = json.loads(out.read_text()) if out.is_file() else {}
+        made = {"command": f"python tests/full_size.py {key}", "commit": commit(), "threads": torch.get_num_threads()}
+        write_text(out, json.dumps({**known, key: {**figures, **made}}, indent=1) + "\n")
+
+
 def main(stage, images):
     torch.nn.functional.linear(torch.randn(64, 64), torch.randn(64, 64))  # libraries take what they need
     before = memory("VmRSS")
@@ -66,21 +81,22 @@ def main(stage, images):
     def stop(pipeline):
         """Called before anything is saved: by tuning at the start too, then after the step."""
         calls.append(memory("VmHWM") - before)
-        if len(calls) == (1 if stage == "distill" else 2):
-            print(json.dumps({"seconds": time.perf_counter() - began, "bytes": calls[-1]}), flush=True)
+        if stage != "save" and len(calls) == (1 if stage == "distill" else 2):
+            report({"seconds": time.perf_counter() - began, "bytes": calls[-1]})
             os._exit(0)
         return {"fd": 1.0, "diversity": 1.0, "log_probability": 0.0}
 
     once = {"iterations": 1, "batch_size": images, "save_every": 10_000}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        if stage == "distill":
+        if stage in ("distill", "save"):
             # Everything is hidden: every token is drawn.
             settings = dataclasses.replace(
                 DistillConfig.imagenet256("base"), **once, warmup=0, checkpoint_blocks=False, tokens_per_image=256
             )
             settings = dataclasses.replace(settings, mask_ratio_min=0.999, mask_ratio_std=1.0, probe_every=1)
             distill(model, config, settings, RandomLatents(mar), out, quiet=True, probe=stop)
+            report({"seconds": time.perf_counter() - began, "bytes": memory("VmHWM") - before})
         else:
             save_vae(Path(folder) / "vae")
             config = dataclasses.replace(config, space=LatentSpace((256, 256), str(Path(folder) / "vae")))
@@ -118,7 +134,7 @@ def speed(iterations):
         began = time.perf_counter()
         job()
         seconds[name] = time.perf_counter() - began
-    print(json.dumps(seconds), flush=True)
+    report(seconds)
 
 
 if __name__ == "__main__":
