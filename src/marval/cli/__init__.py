@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from marval.cli.converting import average, cache_latents, convert, plan
 from marval.cli.drawing import bench, demo, evaluate, sample
+from marval.cli.rewards import rewards
 from marval.cli.training import distill, finetune, preset_settings, train, train_classifier
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -16,6 +17,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "finetune": finetune,
     "sample": sample,
     "evaluate": evaluate,
+    "rewards": rewards,
     "bench": bench,
     "train-classifier": train_classifier,
     "convert": convert,
