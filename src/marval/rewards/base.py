@@ -15,6 +15,7 @@ from marval.rewards.classifier import ClassifierReward, load_classifier
 from marval.rewards.clip import load_clip_reward, load_pickscore
 from marval.rewards.hps import load_hps
 from marval.rewards.image_reward import load_image_reward
+from marval.rewards.text_image import load_text_image
 
 Reward = Callable[[Float[Tensor, "b c h w"], Sequence[str]], Float[Tensor, " b"]]
 
@@ -52,6 +53,10 @@ KNOWN: dict[str, About] = {
     "aesthetic": About(
         load_aesthetic, "trl-lib/ddpo-aesthetic-predictor", "LAION's improved aesthetic predictor: about 1 to 10",
         "Apache-2.0 (head), MIT (OpenAI's CLIP)",
+    ),
+    "text-image": About(
+        load_text_image, "fashion-text-image", "fit of picture and sentence, cosine; offline, for fashion (no CLIP score)",
+        "Apache-2.0 (EfficientNet-Lite0, all-MiniLM-L6-v2, and marval's own head)",
     ),
     "classifier": About(
         load_classifier_reward, "fashion-classifier", "log-probability of the class that the prompt names",
