@@ -10,9 +10,9 @@ import torch
 
 from marval.config import Chain, OneStep
 from marval.data import load_fashion_mnist
+from marval.efficientnet import EfficientNetFeatures
 from marval.evaluate.evaluate import Judge, draw_bytes, evaluate, flops_per_image, time_models
 from marval.evaluate.features import (
-    EfficientNetFeatures,
     Statistics,
     diversity_within_class,
     extract,

@@ -29,7 +29,7 @@ def train_text_image(
     *,
     data: str | None = None,
     phrases: Path | None = None,
-    images: int = 20_000,
+    images: int = 8000,
     steps: int = 2000,
     seed: int = 0,
     out: Path = Path("runs/text-image.safetensors"),
@@ -69,9 +69,9 @@ def train_text_image(
         pictures, test = split_data(pictures, seed)
     figures = run(pictures, test, said, out, images=images, steps=steps, seed=seed, device=usable_device(device))
     write_text(report, json.dumps({**provenance(seed), **figures, "held_out_phrases": said.held_out}, indent=1) + "\n")
-    held_out = figures["held_out"]
+    found = figures["held_out"]
     print(
-        f"{out}: with {held_out['phrases']} held-out phrases, {held_out['image_to_text']:.3f} of {len(test)} images find "
-        f"their class's phrase among one of each class; {held_out['text_to_image']:.3f} of the images that a phrase "
-        f"finds first are of its class ({report})"
+        f"{out}: with {found['phrases']} held-out phrases, {found['image_to_text']:.3f} of {len(test)} images find "
+        f"their class's among one of each class; {found['text_to_image']:.3f} of the images that a phrase finds first "
+        f"are of its class ({report})"
     )

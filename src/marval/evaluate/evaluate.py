@@ -19,8 +19,8 @@ from torch import Tensor
 
 from marval.config import Chain
 from marval.data import ImageData
+from marval.efficientnet import EfficientNetFeatures
 from marval.evaluate.features import (
-    EfficientNetFeatures,
     Statistics,
     bundled_statistics,
     diversity_within_class,

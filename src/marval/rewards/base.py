@@ -55,7 +55,7 @@ KNOWN: dict[str, About] = {
         "Apache-2.0 (head), MIT (OpenAI's CLIP)",
     ),
     "text-image": About(
-        load_text_image, "fashion-text-image", "fit of picture and sentence, cosine; offline, for fashion (no CLIP score)",
+        load_text_image, "fashion-text-image", "cosine of picture and sentence, offline, for clothes; no CLIP score",
         "Apache-2.0 (EfficientNet-Lite0, all-MiniLM-L6-v2, and marval's own head)",
     ),
     "classifier": About(
@@ -145,17 +145,59 @@ def checked(name: str, reward: Reward, images: Float[Tensor, "b c h w"], prompts
     return value
 
 
-def weighted_reward(rewards: dict[str, tuple[Reward, float]]) -> Reward:
-    """The weighted sum of named rewards; checks what each returns.
+@dataclass(frozen=True)
+class WeightedReward:
+    """The weighted sum of named rewards; a call checks what each returns, as `checked` says."""
 
-    Raises (when called):
-        ValueError: as `checked`.
-    """
+    rewards: dict[str, tuple[Reward, float]]
 
-    def combined(images: Float[Tensor, "b c h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+    def __call__(self, images: Float[Tensor, "b c h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         total = torch.zeros(len(images), device=images.device)
-        for name, (reward, weight) in rewards.items():
+        for name, (reward, weight) in self.rewards.items():
             total = total + weight * checked(name, reward, images, prompts)
         return total
 
-    return combined
+
+def weighted_reward(rewards: dict[str, tuple[Reward, float]]) -> WeightedReward:
+    """The weighted sum of named rewards."""
+    return WeightedReward(rewards)
+
+
+@torch.no_grad()
+def standardized(
+    reward: Reward, images: Float[Tensor, "n c h w"], prompts: Sequence[str], batch_size: int = 32
+) -> WeightedReward:
+    """The same reward with each part minus its mean and over its standard deviation on `images`.
+
+    So that parts of different scales share one sum as their weights say, and learning rate and anchor mean the same for
+    every reward.
+
+    Raises:
+        ValueError: a part is the same for all images; or as `checked`.
+    """
+    parts = reward.rewards if isinstance(reward, WeightedReward) else {"reward": (reward, 1.0)}
+    found: dict[str, tuple[Reward, float]] = {}
+    for name, (part, weight) in parts.items():
+        values = torch.cat(
+            [
+                checked(name, part, images[start : start + batch_size], prompts[start : start + batch_size])
+                for start in range(0, len(images), batch_size)
+            ]
+        )
+        mean, std = float(values.mean()), float(values.std())
+        if not std > 0:
+            raise ValueError(f"reward {name}: it is {mean:.4g} for all of {len(images)} images: nothing to normalize")
+        found[name] = (Standardized(part, mean, std), weight)
+    return WeightedReward(found)
+
+
+@dataclass(frozen=True)
+class Standardized:
+    """`(reward - mean) / std`."""
+
+    reward: Reward
+    mean: float
+    std: float
+
+    def __call__(self, images: Float[Tensor, "b c h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+        return (self.reward(images, prompts) - self.mean) / self.std

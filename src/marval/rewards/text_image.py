@@ -27,6 +27,9 @@ SENTENCES = "all-MiniLM-L6-v2"
 class TextImageHead(nn.Module):
     """A linear layer for (standardised) image features and one for sentence embeddings, into `width` channels."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, width: int = 64):
         super().__init__()
         self.register_buffer("mean", torch.zeros(EfficientNetFeatures.num_features))

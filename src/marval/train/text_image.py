@@ -61,7 +61,7 @@ def train_text_image(
     phrases: Phrases,
     out: Path,
     *,
-    images: int = 20_000,
+    images: int = 8000,
     steps: int = 2000,
     batch_size: int = 256,
     seed: int = 0,
@@ -80,8 +80,8 @@ def train_text_image(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "text-image").initial_seed())
         head = TextImageHead().to(device)
-    head.mean.copy_(features.mean(dim=0))  # type: ignore[operator]
-    head.std.copy_(features.std(dim=0).clamp(min=1e-6))  # type: ignore[operator]
+    head.mean.copy_(features.mean(dim=0))
+    head.std.copy_(features.std(dim=0).clamp(min=1e-6))
     optimizer = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     out.parent.mkdir(parents=True, exist_ok=True)
