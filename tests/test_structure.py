@@ -29,6 +29,7 @@ LEVELS = {
     "train": 4,
     "evaluate": 4,
     "bench": 5,
+    "study": 5,
     "plan": 5,  # runs the steps of training on fake tensors
     "__init__": 5,  # the public API, lazy
     "demo": 6,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from marval.cli.converting import average, cache_latents, convert, plan
 from marval.cli.drawing import bench, demo, evaluate, sample
-from marval.cli.rewards import rewards, train_text_image
+from marval.cli.rewards import rewards, study, train_text_image
 from marval.cli.training import distill, finetune, preset_settings, train, train_classifier
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -18,6 +18,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "sample": sample,
     "evaluate": evaluate,
     "rewards": rewards,
+    "study": study,
     "bench": bench,
     "train-classifier": train_classifier,
     "train-text-image": train_text_image,

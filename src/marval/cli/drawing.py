@@ -6,7 +6,7 @@ from typing import cast, get_args
 from tyro.conf import Positional
 
 from marval.cli.arguments import judge_for, load_pipeline, usable_device
-from marval.config import Chain, Order, Size
+from marval.config import Chain, FinetuneConfig, Order, Size
 
 
 def sample(
@@ -68,12 +68,14 @@ def evaluate(
     guidance: float | None = None,
     data: str | None = None,
     judge: Path | None = None,
+    rewards: str | None = None,
+    prompt: str = FinetuneConfig().prompt,
     seed: int = 0,
     autocast: bool = False,
     out: Path = Path("results/evaluate.json"),
     device: str = "auto",
 ) -> None:
-    """Measure models: FD-EfficientNet, held-out accuracy, diversity, time and FLOPs per image.
+    """Measure models: FD-EfficientNet, held-out accuracy, diversity, time and FLOPs per image; or rewards.
 
     marval evaluate fashion-student
 
@@ -89,6 +91,8 @@ def evaluate(
         guidance: w of the teachers; 1 is no guidance.
         data: the real images; those of the model when left out.
         judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
+        rewards: measure these instead, over the prompts of all classes: "clip,image-reward" (see marval rewards).
+        prompt: what an image's prompt is, with {} for its class's name.
         seed: of the samples.
         autocast: draw the samples for quality in bf16 (the result says so; times are always float32).
         out: the JSON file; rows that it holds already are not drawn again.
@@ -107,6 +111,16 @@ def evaluate(
         if isinstance(pipeline.config.draw, Chain):
             pipeline = pipeline.with_chain(steps=steps, guidance=guidance)
         loaded.append((find_model(name), pipeline))
+    if rewards is not None:
+        from marval.evaluate.rewards import evaluate_rewards
+        from marval.rewards import find_reward
+
+        names = [name.strip() for name in rewards.split(",")]
+        evaluate_rewards(
+            loaded, {name: find_reward(name, device=loaded[0][1].device) for name in names}, prompt=prompt,
+            iterations=iterations, samples=samples, out=out, seed=seed, autocast=autocast,
+        )  # fmt: skip
+        return
     run(
         loaded,
         judge_for(loaded[0][1], data, judge),

@@ -249,13 +249,13 @@ def read_results(out: Path) -> dict[str, Any]:
         found = json.loads(out.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{out} is not a results file ({error}): choose another --out") from None
-    if not isinstance(found, dict) or not set(found) <= {"quality", "timing", "bench"}:
+    if not isinstance(found, dict) or not set(found) <= {"quality", "timing", "bench", "rewards", "study"}:
         raise ValueError(f"{out} is not a results file: choose another --out")
     return found
 
 
 def write_results(out: Path, part: str, rows: list[dict[str, Any]], seed: int) -> None:
-    """Put a part ("quality", "timing", "bench") with its provenance into a results file; figures have six digits."""
+    """Put a part ("quality", "timing", ...) with its provenance into a results file; figures have six digits."""
 
     def rounded(value: Any) -> Any:
         return float(f"{value:.6g}") if isinstance(value, float) else value
