@@ -51,7 +51,7 @@ def test_rewards_are_recorded_with_images_prompts_and_seeds_and_not_scored_twice
     assert fill_markdown(tmp_path / "page.md", tmp_path)
     assert "| tiny | 3 | 7 | 2 | 7 |" in (tmp_path / "page.md").read_text()
 
-    with pytest.raises(ValueError, match="where the class.s name goes"):
+    with pytest.raises(ValueError, match="where the class"):
         evaluate_rewards([(folder, pipeline)], {"bright": brightness}, **{**run, "prompt": "one"})
     tiny_pipeline(OneStep(), seed=1).save(folder)
     with pytest.raises(ValueError, match="other weights"):
@@ -62,7 +62,7 @@ def test_early_stopping_is_read_off_a_whole_curve():
     from marval.config import FinetuneConfig
 
     def row(fd, diversity, held_out):
-        return {"fd": fd, "diversity": diversity, "log_probability": held_out}
+        return {"fd": float(fd), "diversity": float(diversity), "log_probability": held_out}
 
     good = [row(10, 5, -0.3), row(10.2, 5, -0.2), row(10.5, 4.9, -0.1), row(10.8, 4.9, -0.15)]
     assert kept_of(good, FinetuneConfig()) == (2, "")
@@ -113,12 +113,12 @@ def test_the_study_runs_its_grid_and_writes_results_plot_pictures_and_page(work)
         "test_study_reward:dark",
     ]
     (work / "test_study_reward.py").write_text("def dark(images, prompts):\n    return -images.mean(dim=(1, 2, 3))\n")
+    chosen = ["plain", "M=1", "head", "low-rank", "hinge", "anchor: student"]
+    options += ["--only", ",".join(chosen)]
     result = marval(*options, *SMALL, cwd=work)
     assert result.returncode == 0, result.stderr
     rows = json.loads((work / "results/study-rl.json").read_text())["study"]["rows"]
-    from marval.config import FinetuneConfig
-
-    assert [row["run"] for row in rows] == [run.name for run in rl_grid(FinetuneConfig(backprop_iterations=2))]
+    assert [row["run"] for row in rows] == chosen
     for row in rows:
         assert [figures["step"] for figures in row["curve"]][-1] == 4
         for figures in row["curve"]:
@@ -139,7 +139,21 @@ def test_the_study_runs_its_grid_and_writes_results_plot_pictures_and_page(work)
     assert result.returncode == 0, result.stderr
     assert (work / "results/study-rl.json").read_bytes() == before
     assert "step" not in result.stdout
-    assert refused(marval(*options, *SMALL, "--only", "nothing", cwd=work), "nothing", "plain", "low-rank")
+    assert refused(marval(*options[:-1], "nothing", *SMALL, cwd=work), "nothing", "plain", "low-rank")
+
+
+def test_the_grid_changes_one_thing_at_a_time():
+    from marval.config import FinetuneConfig
+
+    base = FinetuneConfig()
+    runs = {run.name: run.changes for run in rl_grid(base)}
+    assert len(runs) == 10
+    assert runs["plain"] == {"anchor": 0.0}
+    assert runs["M=4"] == {"backprop_iterations": 4}
+    assert (
+        runs["anchor: teacher"]["iterations"] == base.iterations + base.anchor_warmup
+    )  # as many updates as the others
+    assert len(rl_grid(FinetuneConfig(backprop_iterations=2))) == 9
 
 
 def test_evaluate_measures_rewards_by_name(work):

@@ -27,7 +27,7 @@ from marval.train.finetune import Anchor, Keeper, finetune
 from marval.train.run import LOG
 
 SHOWN = 10  # images in a row of the pictures
-NEVER = {"max_distance_ratio": math.inf, "min_diversity_ratio": 0.0, "patience": 10**9}
+NEVER: dict[str, Any] = {"max_distance_ratio": math.inf, "min_diversity_ratio": 0.0, "patience": 10**9}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def rl_grid(base: FinetuneConfig) -> list[Run]:
     """The runs: the base (anchor off), then one change each."""
     half = max(1, base.backprop_iterations // 2)
     anchored = {"anchor": 1.0, "iterations": base.iterations + base.anchor_warmup}
-    return [
+    runs = [
         Run("plain", {"anchor": 0.0}, "the base: gradients through every iteration, no anchor"),
         Run("M=1", {"backprop_iterations": 1}, "gradients through the last iteration only"),
         Run(f"M={half}", {"backprop_iterations": half}, "gradients through the last half of the iterations"),
@@ -56,6 +56,7 @@ def rl_grid(base: FinetuneConfig) -> list[Run]:
         Run("anchor: student", {**anchored, "anchor_to": "student"}, "score gap to the frozen student (DI*)"),
         Run("faster", {"learning_rate": 4 * base.learning_rate}, "4 times the learning rate"),
     ]  # fmt: skip
+    return list({run.name: run for run in runs}.values())  # at small K, half the iterations is one
 
 
 def place_of(folder: Path, run: str) -> Path:
@@ -104,7 +105,7 @@ def study_rl(
     for run in runs:
         settings = dataclasses.replace(base, **run.changes)
         told = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NEVER}
-        key = {"run": run.name, "student": student.config.name, "sha256": sha256, "reward": reward_name}
+        key: dict[str, Any] = {"run": run.name, "student": student.config.name, "sha256": sha256, "reward": reward_name}
         key |= {"samples": samples, "settings": told}
         place = place_of(folder, run.name)
         if any(all(row.get(name) == value for name, value in key.items()) for row in rows):

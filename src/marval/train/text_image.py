@@ -130,7 +130,7 @@ def retrieval(
     labels: Int[Tensor, " n"],
     texts: Sequence[Float[Tensor, "_ t"]],
     best: int = 50,
-) -> dict[str, float]:
+) -> dict[str, float | int]:
     """Retrieval accuracy with the phrases `texts` of every class.
 
     `image_to_text`: the share of images whose class's phrase fits best, among one phrase of each class, averaged over
