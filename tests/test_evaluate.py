@@ -10,9 +10,9 @@ import torch
 
 from marval.config import Chain, OneStep
 from marval.data import load_fashion_mnist
+from marval.efficientnet import EfficientNetFeatures
 from marval.evaluate.evaluate import Judge, draw_bytes, evaluate, flops_per_image, time_models
 from marval.evaluate.features import (
-    EfficientNetFeatures,
     Statistics,
     diversity_within_class,
     extract,
@@ -21,7 +21,7 @@ from marval.evaluate.features import (
 from marval.evaluate.tables import fill_markdown, speedup_table
 from marval.pipeline import Pipeline
 from marval.randomness import generator
-from marval.rewards import ClassifierReward, find_reward
+from marval.rewards import ClassifierReward
 from marval.rewards.classifier import Classifier, load_classifier, save_classifier
 from tiny import tiny_config, tiny_model
 
@@ -172,15 +172,6 @@ def test_a_classifier_comes_back_from_disk_and_rewards_the_class_in_the_prompt(t
     assert (images.grad != 0).any(dim=(1, 2, 3)).all()
     with pytest.raises(ValueError, match="names no class"):
         reward(images, ["a", "b", "c"])
-
-
-def test_unknown_rewards_are_refused():
-    with pytest.raises(ValueError, match="expected classifier"):
-        find_reward("pixscore")
-    with pytest.raises(ValueError, match="cannot import"):
-        find_reward("no_such_module:f")
-    with pytest.raises(ValueError, match="no function"):
-        find_reward("math:no_such_function")
 
 
 def test_a_chain_setting_for_a_student_is_refused():

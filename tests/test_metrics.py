@@ -93,22 +93,6 @@ def test_the_bias_of_few_images_is_foretold():
     assert Judge(network, real, None).warning(1280) is None
 
 
-def test_rewards_are_figures_too():
-    data = tiny_data()
-    asked = []
-
-    def brightness(images, prompts):
-        asked.extend(prompts)
-        return images.mean(dim=(1, 2, 3))
-
-    network = EfficientNetFeatures()
-    judge = Judge(network, None, None, rewards={"bright": brightness}, class_names=data.class_names)
-    found = judge.figures_of([(data.images[:3], data.labels[:3]), (data.images[3:8], data.labels[3:8])])
-    assert found["reward_bright"] == pytest.approx(float(data.images[:8].float().mean() / 255), rel=1e-5)
-    assert [prompt.split()[-1] for prompt in asked] == [data.class_names[i] for i in data.labels[:8]]
-    assert "fd" not in found
-
-
 @pytest.fixture
 def own_features(tmp_path, monkeypatch):
     (tmp_path / "own_features.py").write_text(

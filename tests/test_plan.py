@@ -11,7 +11,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import marval.sampling
 from marval.config import DistillConfig, FinetuneConfig, MARConfig
+from marval.model import MAR
 from marval.plan import (
     GIB,
     LiveMemory,
@@ -23,7 +25,7 @@ from marval.plan import (
     plan_finetune,
 )
 from marval.randomness import generator
-from marval.sampling import model_contexts
+from marval.sampling import DrawInOneStep, model_contexts, sample
 from marval.train.draws import masked_count
 from tiny import tiny_config, tiny_model
 
@@ -105,6 +107,35 @@ def test_the_command_answers_without_allocating():
     assert "42.0 GB" in text
     assert text.count("days at 35%") == 2
     assert int(peak) * 1024 < 2 * GIB  # the weights of one network alone are 3.5 GiB
+
+
+def tuning_peak(config, iterations, learnt):
+    """Bytes that a tuning step of one image adds at its peak: K iterations, gradients through the last M, `learnt`."""
+    model = MAR(config).initialize(generator("peak")).eval()
+    with LiveMemory() as live:
+        tokens = sample(
+            model, DrawInOneStep(), torch.tensor([0]), iterations=iterations, seeds=[0], gradient_iterations=learnt
+        )
+        tokens.square().sum().backward()
+    return live.peak
+
+
+SMALL = dataclasses.replace(
+    BASE, encoder_dim=96, encoder_depth=4, encoder_heads=4, decoder_dim=96, decoder_depth=4, decoder_heads=4,
+    head_width=96, head_depth=3, num_classes=10,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "iterations"), [(SMALL, 8), pytest.param(BASE, 4, marks=pytest.mark.slow)])
+def test_gradients_through_all_iterations_take_little_more_memory_than_through_one(config, iterations, monkeypatch):
+    """As long as each is computed again in the backward pass; MAR-B's tokens, blocks and buffer."""
+    one, all_of_them = (tuning_peak(config, iterations, learnt) for learnt in (1, iterations))
+    monkeypatch.setattr(marval.sampling, "checkpoint", lambda function, *inputs, **options: function(*inputs))
+    kept_one, kept_all = (tuning_peak(config, iterations, learnt) for learnt in (1, iterations))
+    shown = (f"{peak / 2**20:.0f} MiB" for peak in (one, all_of_them, kept_one, kept_all))
+    print("M=1: {}, M=K: {}; without checkpointing M=1: {}, M=K: {}".format(*shown))
+    assert all_of_them <= 1.5 * one
+    assert kept_all > 1.5 * all_of_them
 
 
 @pytest.mark.slow

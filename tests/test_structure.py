@@ -15,6 +15,7 @@ LEVELS = {
     "config": 0,
     "randomness": 0,
     "imagenet": 0,
+    "efficientnet": 1,
     "flops": 1,
     "memory": 1,
     "model": 1,
@@ -29,6 +30,7 @@ LEVELS = {
     "train": 4,
     "evaluate": 4,
     "bench": 5,
+    "study": 5,
     "plan": 5,  # runs the steps of training on fake tensors
     "__init__": 5,  # the public API, lazy
     "demo": 6,

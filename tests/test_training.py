@@ -58,6 +58,12 @@ def steady_probe(pipeline):
     return {"fd": 1.0, "diversity": 1.0, "log_probability": -1.0}
 
 
+def rising_probe():
+    """Held-out figures that never stop a run."""
+    numbers = iter(range(1000))
+    return lambda pipeline: {"fd": 1.0, "diversity": 1.0, "log_probability": float(next(numbers))}
+
+
 def run_train(config, data, out, resume=False, settings=TRAIN):
     teacher_module.train_teacher(config, settings, data, out, resume=resume, quiet=True)
 
@@ -73,9 +79,17 @@ def run_finetune(config, data, out, resume=False, settings=FINETUNE, reward=brig
     )
 
 
-def run_anchored(config, data, out, resume=False):
+def run_low_rank(config, data, out, resume=False):
+    run_finetune(config, data, out, resume, dataclasses.replace(FINETUNE, train="low-rank", rank=2, normalize=True))
+
+
+def run_held_to_itself(config, data, out, resume=False):
+    run_anchored(config, data, out, resume, anchor_to="student")
+
+
+def run_anchored(config, data, out, resume=False, **changes):
     student = dataclasses.replace(config, draw=OneStep())
-    settings = dataclasses.replace(FINETUNE, anchor=0.5, anchor_warmup=2)
+    settings = dataclasses.replace(FINETUNE, anchor=0.5, anchor_warmup=2, **changes)
     anchor = finetune_module.Anchor(tiny_model(1), data, DISTILL)
     finetune_module.finetune(
         tiny_model(), student, brightness, settings, out, probe=steady_probe, anchor=anchor, resume=resume,
@@ -105,6 +119,8 @@ class KilledError(Exception):
         (run_distill, distill_module, "hide_tokens"),
         (run_finetune, finetune_module, "policy_loss"),
         (run_anchored, finetune_module, "policy_loss"),
+        (run_held_to_itself, finetune_module, "policy_loss"),
+        (run_low_rank, finetune_module, "policy_loss"),
     ],
 )
 def test_resumed_run_equals_uninterrupted_to_the_bit(run, module, inner, data, config, tmp_path, monkeypatch):
@@ -159,6 +175,134 @@ def test_tuning_raises_the_reward_and_trains_the_named_part_only(data, config, t
     state = state_of(tmp_path / "run", 25)
     for key, value in tiny_model().state_dict().items():
         assert torch.equal(value, state[f"student.{key}"]) != key.startswith("diffloss") or "in_ln" in key, key
+
+
+def test_low_rank_tuning_learns_factors_and_leaves_a_plain_model(data, config, tmp_path):
+    settings = dataclasses.replace(FINETUNE, iterations=25, train="low-rank", rank=2, learning_rate=1e-2)
+    ended = run_finetune(config, data, tmp_path / "run", settings=settings, probe=rising_probe())
+    assert ended == "25 of 25 iterations done"
+    rewards = [line["reward"] for line in log_of(tmp_path / "run") if "reward" in line]
+    assert sum(rewards[-5:]) > sum(rewards[:5])
+    state, before = state_of(tmp_path / "run", 25), tiny_model().state_dict()
+    learnt = {key for key in state if key.startswith("optimizer.student.") and key.endswith("exp_avg")}
+    assert learnt
+    assert all(key.endswith((".a.exp_avg", ".b.exp_avg")) for key in learnt)
+    for key, value in before.items():
+        kept = state.get(f"student.{key}", state.get(f"student.{key[:-6]}parametrizations.weight.original"))
+        assert torch.equal(value, kept), key
+    tuned = load(tmp_path / "run")  # strict: official names only
+    for key, value in tuned.model.state_dict().items():
+        difference = value - before[key]
+        if key.endswith("qkv.weight"):
+            assert torch.linalg.matrix_rank(difference, rtol=1e-3) == 2, key
+        elif value.ndim < 2:
+            assert not difference.any(), key
+
+
+def test_low_rank_factors_reach_every_use_of_a_weight_and_merge(config):
+    """Also where a block multiplies by slices of its weight."""
+    from marval.sampling import draw_function, sample
+    from marval.train.low_rank import add_low_rank, merged
+
+    plain, network = tiny_model(), add_low_rank(tiny_model(), 2, seed=0)
+    draw = draw_function(dataclasses.replace(config, draw=OneStep()))
+    how = {"iterations": 3, "seeds": [1, 2]}
+    expected = sample(plain, draw, torch.tensor([0, 1]), **how)
+    assert torch.equal(sample(network, draw, torch.tensor([0, 1]), **how), expected)
+    factors = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    assert all(name.endswith((".a", ".b")) for name in factors)
+    sample(network, draw, torch.tensor([0, 1]), **how, gradient_iterations=3).square().sum().backward()
+    reached = {name for name, p in factors.items() if name.endswith(".b") and "res_blocks" not in name}
+    assert any("decoder_blocks.1.attn.qkv" in name for name in reached)
+    assert all(factors[name].grad.any() for name in reached)  # the gates of the head's blocks are closed at first
+    for parameter in factors.values():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    changed = sample(network, draw, torch.tensor([0, 1]), **how)
+    assert (changed - expected).abs().max() > 1e-3
+    torch.testing.assert_close(sample(merged(network), draw, torch.tensor([0, 1]), **how), changed)
+    assert merged(network).state_dict().keys() == plain.state_dict().keys()
+
+
+def test_an_anchor_to_the_student_begins_at_no_gap_and_holds_it(data, config, tmp_path):
+    drift = {}
+    for weight in (1e-9, 30.0):
+        out = tmp_path / str(weight)
+        student = dataclasses.replace(config, draw=OneStep())
+        settings = dataclasses.replace(
+            FINETUNE, iterations=25, anchor=weight, anchor_to="student", anchor_warmup=4, learning_rate=3e-3
+        )
+        anchor = finetune_module.Anchor(tiny_model(1), data, DISTILL)
+        finetune_module.finetune(
+            tiny_model(), student, brightness, settings, out, probe=rising_probe(), anchor=anchor, quiet=True
+        )
+        log = [line for line in log_of(out) if "l2" in line]
+        assert log[0]["step"] == 5
+        assert log[0]["l1"] == log[0]["l2"] == 0  # phi and its frozen copy are one
+        assert max(line["l2"] for line in log) > 0
+        drift[weight] = log_of(out)[-1]["reward"] - log[0]["reward"]
+        state = state_of(out, 25)
+        moved = [
+            not torch.equal(state[key], state[key.replace("reference", "auxiliary")])
+            for key in state
+            if "reference." in key
+        ]
+        assert any(moved)
+    assert drift[30.0] < 0.7 * drift[1e-9]
+
+
+def test_a_hinge_stops_good_images_from_pushing():
+    from marval.objectives.policy import policy_loss
+
+    images = torch.tensor([0.2, 0.5, 0.9]).view(3, 1, 1, 1).requires_grad_(True)
+    loss, rewards = policy_loss(lambda x, prompts: x.sum(dim=(1, 2, 3)), images, ["a"] * 3, hinge=0.6)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(0.2 + 0.5 + 0.6) / 3)
+    torch.testing.assert_close(rewards, torch.tensor([0.2, 0.5, 0.9]))
+    torch.testing.assert_close(images.grad.flatten(), torch.tensor([-1 / 3, -1 / 3, 0.0]))
+
+
+def test_normalized_rewards_have_mean_0_and_deviation_1_part_by_part():
+    from marval.randomness import generator
+    from marval.rewards import standardized, weighted_reward
+
+    images = torch.rand(50, 1, 4, 4, generator=generator("images"))
+    both = weighted_reward({"mean": (brightness, 1.0), "big": (lambda x, prompts: 1000 * x[:, 0, 0, 0], 0.5)})
+    normalized = standardized(both, images, ["a"] * 50)
+    for part, _ in normalized.rewards.values():
+        values = part(images, ["a"] * 50)
+        assert values.mean().item() == pytest.approx(0, abs=1e-5)
+        assert values.std().item() == pytest.approx(1, rel=1e-5)
+    assert [weight for _, weight in normalized.rewards.values()] == [1.0, 0.5]
+    with pytest.raises(ValueError, match=r"reward same: it is 3 for all of 50 images"):
+        standardized(weighted_reward({"same": (lambda x, p: 0 * x.sum((1, 2, 3)) + 3, 1.0)}), images, ["a"] * 50)
+
+
+def test_low_rank_asks_for_one_process_and_a_rank(data, config, tmp_path):
+    from marval.parallel import Workers
+
+    settings = dataclasses.replace(FINETUNE, train="low-rank", rank=0)
+    with pytest.raises(ValueError, match="rank 0"):
+        run_finetune(config, data, tmp_path / "run", settings=settings)
+    with pytest.raises(ValueError, match="one process, not in 2"):
+        finetune_module.trainable(tiny_model(), settings, Workers(count=2))
+
+
+def test_a_reward_that_becomes_nan_names_the_prompt_and_keeps_state_and_model(data, config, tmp_path):
+    from marval.rewards import weighted_reward
+
+    calls = []
+
+    def breaks(images, prompts):
+        calls.append(1)
+        value = images.mean(dim=(1, 2, 3))
+        broken = torch.tensor(["square" in prompt for prompt in prompts])
+        return torch.where(broken, torch.nan, value) if len(calls) > 7 else value
+
+    with pytest.raises(ValueError, match=r"reward mine: not finite for the prompt 'a high-quality .* square'"):
+        run_finetune(config, data, tmp_path / "run", reward=weighted_reward({"mine": (breaks, 1.0)}))
+    assert len(calls) >= 8
+    assert all(value.isfinite().all() for value in state_of(tmp_path / "run", 5).values())
+    assert load(tmp_path / "run").sample([0]).isfinite().all()
 
 
 @pytest.mark.parametrize(

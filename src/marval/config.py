@@ -290,9 +290,13 @@ class FinetuneConfig(RunConfig):
     backprop_iterations: int = 8  # M, the last iterations that gradients flow through
     batch_size: int = 32
     learning_rate: float = 5e-6
-    anchor: float = 0.0  # weight of the GSIM loss against the teacher
+    hinge: float | None = None  # images with a reward above this push no further
+    normalize: bool = False  # rewards minus their mean, over their deviation, on the untouched student's images
+    anchor: float = 0.0  # weight of the anchor's loss
+    anchor_to: Literal["teacher", "student"] = "teacher"  # GSIM to the guided teacher, or to the frozen student's score
     anchor_warmup: int = 100  # iterations in which phi alone learns, before the first update
-    train: Literal["all", "head"] = "all"
+    train: Literal["all", "head", "low-rank"] = "all"
+    rank: int = 8  # of low-rank training
     prompt: str = "a high-quality and harmonious picture of {}"
     ema_decay: float = 0.99
     max_distance_ratio: float = 1.10  # stop when the Fréchet distance exceeds this times the student's

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from marval.cli.converting import average, cache_latents, convert, plan
 from marval.cli.drawing import bench, demo, evaluate, sample
 from marval.cli.measuring import compare, sweep
+from marval.cli.rewards import rewards, study, train_text_image
 from marval.cli.training import distill, finetune, preset_settings, train, train_classifier
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -19,8 +20,11 @@ VERBS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "compare": compare,
     "sweep": sweep,
+    "rewards": rewards,
+    "study": study,
     "bench": bench,
     "train-classifier": train_classifier,
+    "train-text-image": train_text_image,
     "convert": convert,
     "cache-latents": cache_latents,
     "plan": plan,

@@ -7,7 +7,7 @@ from tyro.conf import Positional
 
 from marval.cli.arguments import judge_for, load_models, load_pipeline, usable_device
 from marval.cli.measuring import show_curve
-from marval.config import Order, Size
+from marval.config import FinetuneConfig, Order, Size
 
 REAL_SAMPLE = 10_000  # real images that KID, precision and recall are measured on
 
@@ -74,6 +74,7 @@ def evaluate(
     features: str | None = None,
     reference: Path | None = None,
     rewards: str | None = None,
+    prompt: str = FinetuneConfig().prompt,
     seed: tuple[int, ...] = (0,),
     autocast: bool = False,
     images: Path | None = None,
@@ -100,7 +101,8 @@ def evaluate(
         features: package.module:function, byte images (B, C, H, W) to features (B, F), in EfficientNet's place.
         reference: a file in the real images' place: ADM's .npz (FID, IS, sFID, precision and recall by torch-fidelity)
             or marval's statistics .safetensors.
-        rewards: rewards whose means are measured as well, for example classifier, or my_module:score.
+        rewards: measure these instead, over the prompts of all classes: "clip,image-reward" (see marval rewards).
+        prompt: what an image's prompt is, with {} for its class's name.
         seed: of the samples; several: a row for each, and their spread.
         autocast: draw the samples for quality in bf16 (the result says so; times are always float32).
         images: a folder that keeps the images; a run that was killed goes on there.
@@ -108,22 +110,27 @@ def evaluate(
         out: the JSON file; rows that it holds already are not drawn again.
         device: "auto", "cpu", "cuda", "mps", ...
     """
-    import dataclasses
     import signal
 
     from marval.evaluate.evaluate import KeepImages, time_models
     from marval.evaluate.evaluate import evaluate as run
+    from marval.evaluate.rewards import evaluate_rewards
     from marval.evaluate.tables import print_table
     from marval.parallel import start_workers
-    from marval.rewards import parse_rewards
+    from marval.rewards import find_reward
 
     with start_workers(usable_device(device)) as workers:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # finished shards and rows are whole: nothing to save
         loaded = load_models(models, str(workers.device), steps, guidance)
-        judged = judge_for(loaded[0][1], data, judge, features=features, sample=REAL_SAMPLE, reference=reference)
         if rewards is not None:
-            found = {name: reward for name, (reward, _) in parse_rewards(rewards, None, workers.device).items()}
-            judged = dataclasses.replace(judged, rewards=found, class_names=loaded[0][1].config.class_names)
+            found = {name.strip(): find_reward(name.strip(), device=workers.device) for name in rewards.split(",")}
+            for one in seed:
+                evaluate_rewards(
+                    loaded, found, prompt=prompt, iterations=iterations, samples=samples, out=out, seed=one,
+                    autocast=autocast,
+                )  # fmt: skip
+            return
+        judged = judge_for(loaded[0][1], data, judge, features=features, sample=REAL_SAMPLE, reference=reference)
         run(
             loaded, judged, iterations=iterations, samples=samples, out=out, seeds=seed, autocast=autocast,
             keep=None if images is None else KeepImages(images, image_format), workers=workers,

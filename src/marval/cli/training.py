@@ -153,9 +153,10 @@ def finetune(
     Args:
         student: a bundled model's name, or a model's or run's folder.
         preset: the recipe whose settings are the defaults below; imagenet256-* are the paper's.
-        reward: "classifier" or package.module:function, or several with weights: "classifier=1,my:function=0.5".
+        reward: a name that marval rewards lists, or package.module:function; or several with weights:
+            "pickscore=1,clip:FOLDER=0.5".
         classifier: the classifier of that reward; the bundled one for Fashion-MNIST when left out.
-        teacher: the teacher of the GSIM anchor (with --anchor).
+        teacher: the teacher that the anchor needs (with --anchor).
         data: the training images; those of the student when left out.
         judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
         out: the run's folder; the best model is left in its sub-folder `model`.

@@ -1,10 +1,10 @@
-"""What drawn images are judged by: features of real images, a held-out classifier, rewards, ADM's reference."""
+"""What drawn images are judged by: features of real images, a held-out classifier, ADM's reference."""
 
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +12,6 @@ from jaxtyping import Float, Int, UInt8
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from marval.config import FinetuneConfig
 from marval.data import ImageData
 from marval.evaluate.features import (
     FEATURES,
@@ -34,7 +33,7 @@ from marval.evaluate.metrics import (
     neighbour_figures,
 )
 from marval.io.files import write_tensors
-from marval.rewards import Classifier, Reward, load_classifier
+from marval.rewards import Classifier, load_classifier
 
 Parts = Iterable[tuple[UInt8[Tensor, "_ c h w"], Int[Tensor, " _"]]]
 
@@ -57,8 +56,6 @@ class Judge:
     sample: RealSample | None = None  # for KID and neighbours
     data_sha256: str = ""
     reference: Reference | None = None
-    rewards: Mapping[str, Reward] = field(default_factory=dict)
-    class_names: tuple[str, ...] = ()  # of the rewards' prompts
 
     def figures(self, images: UInt8[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> dict[str, float]:
         """As `figures_of`, of images in memory."""
@@ -68,7 +65,7 @@ class Judge:
         """Every figure of images that come in parts, read once or (with a reference) twice.
 
         FD, KID, precision, recall, density, coverage and diversity on the judge's features; held-out accuracy and
-        log-probability; mean rewards; and against ADM's reference what `Reference.figures` finds.
+        log-probability; and against ADM's reference what `Reference.figures` finds.
         """
         features, labels, columns = [], [], []
         for images, part_labels in parts:
@@ -105,9 +102,6 @@ class Judge:
                 found.setdefault("accuracy", []).append((logits.argmax(dim=1) == wanted).float())
                 chosen = logits.log_softmax(dim=1).gather(1, wanted[:, None])[:, 0]
                 found.setdefault("log_probability", []).append(chosen)
-            prompts = [FinetuneConfig.prompt.format(self.class_names[i]) for i in wanted] if self.rewards else []
-            for name, reward in self.rewards.items():
-                found.setdefault(f"reward_{name}", []).append(reward(part.float() / 255, prompts).cpu())
         return {name: torch.cat(values) for name, values in found.items()}
 
     def warning(self, count: int) -> tuple[str, float] | None:

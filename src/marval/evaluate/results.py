@@ -20,7 +20,7 @@ from marval.io.checkpoint import WEIGHTS
 from marval.io.files import write_text
 from marval.pipeline import Pipeline
 
-PARTS = ("quality", "timing", "bench")
+PARTS = ("quality", "timing", "bench", "rewards", "study")
 PACKAGES = ("marval", "torch", "numpy", "torchmetrics")
 
 Row = dict[str, Any]

@@ -146,13 +146,28 @@ def speedup_table(file: Path) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + "\n".join(notes)
 
 
+def rewards_table(file: Path) -> str:
+    """Rewards over class-name prompts in Markdown: mean and standard error, one row for each model and K."""
+    rows = read_results(file).get("rewards", {}).get("rows", [])
+    names = list(dict.fromkeys(name for row in rows for name in row["rewards"]))
+    lines = [["model", "K", "images", "prompts", "seeds", *names]]
+    lines.append(["---"] * len(lines[0]))
+    for row in rows:
+        cells = [row["model"], *(str(row[key]) for key in ("iterations", "samples", "prompts", "seeds"))]
+        for name in names:
+            found = row["rewards"].get(name)
+            cells.append("" if found is None else f"{found['mean']:.4f} ± {found['standard_error']:.4f}")
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def fill_markdown(document: Path, root: Path) -> bool:
-    """Fill every `<!-- results: FILE -->` (or `speed:`, `claim: NAME`) ... `<!-- end -->`; True if the file changed.
+    """Fill every `<!-- results: FILE -->` (`speed:`, `rewards:`, `claim: NAME`) ... `<!-- end -->`; True if it changed.
 
     A claim that says what it should is left as it is, so that its lines may be broken by hand.
     """
     text = document.read_text()
-    makers = {"results": markdown_table, "speed": speedup_table}
+    makers = {"results": markdown_table, "speed": speedup_table, "rewards": rewards_table}
     claims = {claim.name: claim for claim in CLAIMS}
 
     def table(match: re.Match[str]) -> str:
@@ -166,7 +181,7 @@ def fill_markdown(document: Path, root: Path) -> bool:
             raise ValueError(f"{document} shows {name}, which is not there: write it with marval evaluate --out {name}")
         return f"<!-- {kind}: {name} -->\n{makers[kind](root / name)}\n<!-- end -->"
 
-    filled = re.sub(r"<!-- (results|speed|claim): (\S+) -->(.*?)<!-- end -->", table, text, flags=re.DOTALL)
+    filled = re.sub(r"<!-- (results|speed|rewards|claim): (\S+) -->(.*?)<!-- end -->", table, text, flags=re.DOTALL)
     if filled != text:
         write_text(document, filled)
     return filled != text

@@ -60,7 +60,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         blocked = re.search(r"GLOBAL ([\w.]+)|load ([\w.]+) whose module", str(error))
         reason = f" ({blocked[1] or blocked[2]})" if blocked else ""
         raise ValueError(f"{file} is refused: it is damaged or would run code when loaded{reason}") from None
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError) as error:  # bytes of any kind
         raise ValueError(f"{file} is damaged or not a checkpoint ({str(error).splitlines()[0]})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds a {type(found).__name__}: expected a checkpoint's dictionary")

@@ -10,7 +10,11 @@ def policy_loss(
     reward: Callable[[Tensor, Sequence[str]], Tensor],
     images: Float[Tensor, "b c h w"],
     prompts: Sequence[str],
+    hinge: float | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " b"]]:
-    """`-mean R(x, prompt)`, differentiable in `images`, and the rewards themselves (detached)."""
+    """`-mean min(R(x, prompt), hinge)`, differentiable in `images`, and the rewards themselves (detached).
+
+    Images whose reward is above the hinge push no further (ReFL, Xu et al. 2023, section 4); None: no hinge.
+    """
     rewards = reward(images, prompts)
-    return -rewards.mean(), rewards.detach()
+    return -(rewards if hinge is None else rewards.clamp(max=hinge)).mean(), rewards.detach()

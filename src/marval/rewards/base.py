@@ -1,81 +1,203 @@
 """The reward protocol, rewards by name, and their weighted sum."""
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from marval.rewards.aesthetic import load_aesthetic
 from marval.rewards.classifier import ClassifierReward, load_classifier
+from marval.rewards.clip import load_clip_reward, load_pickscore
+from marval.rewards.hps import load_hps
+from marval.rewards.image_reward import load_image_reward
+from marval.rewards.text_image import load_text_image
 
 Reward = Callable[[Float[Tensor, "b c h w"], Sequence[str]], Float[Tensor, " b"]]
 
-KNOWN_REWARDS = ("classifier",)
+
+def load_classifier_reward(source: str, device: torch.device | str) -> ClassifierReward:
+    """The reward of a classifier's file, or of a bundled one by name."""
+    return ClassifierReward(load_classifier(source).to(device))
+
+
+@dataclass(frozen=True)
+class About:
+    """A reward that has a name: how to load it, from where unless told otherwise, and what to know of its weights."""
+
+    load: Callable[[str, torch.device | str], Reward]
+    source: str  # a hub id, or a bundled file's name
+    what: str
+    licence: str
+
+
+KNOWN: dict[str, About] = {
+    "pickscore": About(
+        load_pickscore, "yuvalkirstain/PickScore_v1", "PickScore (arXiv 2305.01569): the paper's reward, about 20",
+        "MIT (its code's; the weights' own card names none)",
+    ),
+    "clip": About(
+        load_clip_reward, "openai/clip-vit-large-patch14", "CLIP score (arXiv 2104.08718): 100 x cosine; any CLIP",
+        "MIT (OpenAI's CLIP; another checkpoint has its own)",
+    ),
+    "image-reward": About(
+        load_image_reward, "zai-org/ImageReward", "ImageReward v1.0 (arXiv 2304.05977): about -2 to 2", "Apache-2.0",
+    ),
+    "hps-v2": About(
+        load_hps, "xswu/HPSv2", "Human Preference Score v2.1 or v2 (arXiv 2306.09341): about 0.27", "Apache-2.0",
+    ),
+    "aesthetic": About(
+        load_aesthetic, "trl-lib/ddpo-aesthetic-predictor", "LAION's improved aesthetic predictor: about 1 to 10",
+        "Apache-2.0 (head), MIT (OpenAI's CLIP)",
+    ),
+    "text-image": About(
+        load_text_image, "fashion-text-image", "cosine of picture and sentence, offline, for clothes; no CLIP score",
+        "Apache-2.0 (EfficientNet-Lite0, all-MiniLM-L6-v2, and marval's own head)",
+    ),
+    "classifier": About(
+        load_classifier_reward, "fashion-classifier", "log-probability of the class that the prompt names",
+        "Apache-2.0 (marval's own)",
+    ),
+}  # fmt: skip
 
 
 def find_reward(name: str, classifier: Path | None = None, device: torch.device | str = "cpu") -> Reward:
-    """A reward by name: "classifier", or a function of the user's as "package.module:function".
+    """A reward by name, "clip"; by name and weights, "clip:FOLDER" or "clip:HUB-ID"; or "package.module:function".
 
     Args:
         classifier: the classifier's file; the bundled one for Fashion-MNIST when None.
 
     Raises:
-        ValueError: an unknown name, a module that cannot be imported, or no such function in it.
+        ValueError: an unknown name, weights that are not there, a module that cannot be imported, or no such function.
     """
-    if name == "classifier":
-        return ClassifierReward(load_classifier(classifier or "fashion-classifier").to(device))
-    module_name, _, function = name.partition(":")
-    if not function:
-        raise ValueError(f"unknown reward {name!r}: expected {', '.join(KNOWN_REWARDS)}, or package.module:function")
+    kind, _, source = name.partition(":")
+    if kind in KNOWN:
+        known = KNOWN[kind]
+        default = str(classifier) if kind == "classifier" and classifier is not None else known.source
+        return known.load(source or default, device)
+    if not source:
+        raise ValueError(f"unknown reward {name!r}: expected {', '.join(KNOWN)}, or package.module:function")
     try:
-        module = importlib.import_module(module_name)
+        module = importlib.import_module(kind)
     except ImportError as error:
-        raise ValueError(f"reward {name!r}: cannot import {module_name} ({error})") from error
-    if not callable(getattr(module, function, None)):
-        raise ValueError(f"reward {name!r}: {module_name} has no function {function}")
-    return getattr(module, function)
+        raise ValueError(
+            f"reward {name!r}: {kind} is neither {', '.join(KNOWN)} nor a module that can be imported ({error})"
+        ) from error
+    if not callable(getattr(module, source, None)):
+        raise ValueError(f"reward {name!r}: {kind} has no function {source}")
+    return getattr(module, source)
 
 
 def parse_rewards(
     text: str, classifier: Path | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, tuple[Reward, float]]:
-    """Rewards and weights from "classifier", or "classifier=1,my_rewards:brightness=0.5"; the weight is 1 by default.
+    """Rewards and weights from "classifier", or "pickscore=1,clip:FOLDER=0.5"; the weight is 1 by default.
 
     Raises:
-        ValueError: as `find_reward`, or a weight that is no number.
+        ValueError: as `find_reward`, a weight that is no number, or a reward named twice.
     """
-    parts = {}
+    parts: dict[str, tuple[Reward, float]] = {}
     for part in text.split(","):
         name, _, weight = part.strip().partition("=")
         try:
-            parts[name] = (find_reward(name, classifier, device), float(weight or 1))
+            if name in parts:
+                raise ValueError(f"{name} is named twice")
+            parts[name] = (find_reward(name, classifier, device), parse_weight(weight or "1"))
         except ValueError as error:
             raise ValueError(f"--reward {text}: {error}") from error
     return parts
 
 
-def weighted_reward(rewards: dict[str, tuple[Reward, float]]) -> Reward:
-    """The weighted sum of named rewards; checks what each returns.
+def parse_weight(text: str) -> float:
+    """A weight.
 
-    Raises (when called):
-        ValueError: a reward has the wrong shape, no gradient, or a value that is not finite.
+    Raises:
+        ValueError: not a finite number.
     """
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise ValueError(f"weight {text}: expected a number")
+    return weight
 
-    def combined(images: Float[Tensor, "b c h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+
+def checked(name: str, reward: Reward, images: Float[Tensor, "b c h w"], prompts: Sequence[str]) -> Tensor:
+    """What a reward says of images, if it may be used.
+
+    Raises:
+        ValueError: the reward has the wrong shape, no gradient, or a value that is not finite.
+    """
+    value = reward(images, prompts)
+    if not isinstance(value, Tensor) or value.shape != (len(images),):
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"reward {name}: returned {shape}, expected one number per image ({len(images)},)")
+    if images.requires_grad and not value.requires_grad:
+        raise ValueError(f"reward {name}: no gradient reaches the images; it must be differentiable")
+    if not torch.isfinite(value).all():
+        prompt = prompts[int((~torch.isfinite(value)).int().argmax())]
+        raise ValueError(f"reward {name}: not finite for the prompt {prompt!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """The weighted sum of named rewards; a call checks what each returns, as `checked` says."""
+
+    rewards: dict[str, tuple[Reward, float]]
+
+    def __call__(self, images: Float[Tensor, "b c h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         total = torch.zeros(len(images), device=images.device)
-        for name, (reward, weight) in rewards.items():
-            value = reward(images, prompts)
-            if not isinstance(value, Tensor) or value.shape != (len(images),):
-                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"reward {name}: returned {shape}, expected one number per image ({len(images)},)")
-            if images.requires_grad and not value.requires_grad:
-                raise ValueError(f"reward {name}: no gradient reaches the images; it must be differentiable")
-            if not torch.isfinite(value).all():
-                prompt = prompts[int((~torch.isfinite(value)).int().argmax())]
-                raise ValueError(f"reward {name}: not finite for the prompt {prompt!r}")
-            total = total + weight * value
+        for name, (reward, weight) in self.rewards.items():
+            total = total + weight * checked(name, reward, images, prompts)
         return total
 
-    return combined
+
+def weighted_reward(rewards: dict[str, tuple[Reward, float]]) -> WeightedReward:
+    """The weighted sum of named rewards."""
+    return WeightedReward(rewards)
+
+
+@torch.no_grad()
+def standardized(
+    reward: Reward, images: Float[Tensor, "n c h w"], prompts: Sequence[str], batch_size: int = 32
+) -> WeightedReward:
+    """The same reward with each part minus its mean and over its standard deviation on `images`.
+
+    So that parts of different scales share one sum as their weights say, and learning rate and anchor mean the same for
+    every reward.
+
+    Raises:
+        ValueError: a part is the same for all images; or as `checked`.
+    """
+    parts = reward.rewards if isinstance(reward, WeightedReward) else {"reward": (reward, 1.0)}
+    found: dict[str, tuple[Reward, float]] = {}
+    for name, (part, weight) in parts.items():
+        values = torch.cat(
+            [
+                checked(name, part, images[start : start + batch_size], prompts[start : start + batch_size])
+                for start in range(0, len(images), batch_size)
+            ]
+        )
+        mean, std = float(values.mean()), float(values.std())
+        if not std > 0:
+            raise ValueError(f"reward {name}: it is {mean:.4g} for all of {len(images)} images: nothing to normalize")
+        found[name] = (Standardized(part, mean, std), weight)
+    return WeightedReward(found)
+
+
+@dataclass(frozen=True)
+class Standardized:
+    """`(reward - mean) / std`."""
+
+    reward: Reward
+    mean: float
+    std: float
+
+    def __call__(self, images: Float[Tensor, "b c h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+        return (self.reward(images, prompts) - self.mean) / self.std

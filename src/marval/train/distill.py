@@ -147,15 +147,30 @@ class GSIM:
     The teacher is taken over as it is: frozen and, among several processes, sharded.
 
     A step is `backward` (gradients for the student, to be used by the caller), then `update_auxiliary`.
+
+    With `to_student` the student is held to its own first self, not to the teacher, by the gap between two scores (DI*,
+    Luo et al. 2024, arXiv 2410.20898): phi's, which follows it, and a copy of phi that `freeze_reference` keeps. A
+    one-step student has no score of its own; the teacher still gives contexts, without guidance.
     """
 
     def __init__(
-        self, teacher: MAR, config: ModelConfig, settings: DistillConfig, data: TrainingData, workers: Workers
+        self,
+        teacher: MAR,
+        config: ModelConfig,
+        settings: DistillConfig,
+        data: TrainingData,
+        workers: Workers,
+        *,
+        to_student: bool = False,
     ):
+        if to_student:
+            settings = dataclasses.replace(settings, guidance=1.0, guidance_schedule="constant")
         self.config, self.settings, self.data, self.workers = config, settings, data, workers
         auxiliary = copy.deepcopy(teacher.head).eval().requires_grad_(True)
+        reference = copy.deepcopy(teacher.head).eval().requires_grad_(False) if to_student else None
         self.teacher = workers.place(teacher.eval().requires_grad_(False))  # not a copy: it may be large
         self.auxiliary = workers.place(auxiliary)
+        self.reference = None if reference is None else workers.place(reference)
         self.update = Updates(self.auxiliary, settings, (0.0, 0.999))
         self.space, self.schedule = token_space(config.space, workers.device), NoiseSchedule.full(workers.device)
         self.draw = draw_function(config)
@@ -183,7 +198,8 @@ class GSIM:
                 x_0 = student_tokens(student, self.draw, batch, settings)
             if levels is not None:
                 t, eps = flat_rows(levels, rows, device)
-                loss, terms = student_step_loss(x_0, guided, self.auxiliary, self.schedule, settings.objective, t, eps)
+                target = guided if self.reference is None else dataclasses.replace(guided, head=self.reference)
+                loss, terms = student_step_loss(x_0, target, self.auxiliary, self.schedule, settings.objective, t, eps)
                 (loss * weight * self.workers.share(rows, settings.batch_size)).backward()
                 self._add(figures, rows, {"l1": terms.l1, "l2": terms.l2})
             self.drawn.append((rows, guided, x_0.detach()))
@@ -191,6 +207,13 @@ class GSIM:
             self._add(figures, rows, {"real_mean": batch.tokens, "real_square": batch.tokens.square()})
         self.auxiliary.requires_grad_(True)
         return figures
+
+    @torch.no_grad()
+    def freeze_reference(self) -> None:
+        """Keep phi as it is now, having learnt the untouched student's score, as what the student is held to."""
+        if self.reference is not None:
+            for kept, parameter in zip(self.reference.parameters(), self.auxiliary.parameters(), strict=True):
+                kept.copy_(parameter)
 
     def update_auxiliary(self, rng: torch.Generator, factor: float = 1.0) -> dict[str, Tensor | float]:
         """Phi learns the tokens that `backward` drew, in `settings.auxiliary_steps` updates; figures to log.

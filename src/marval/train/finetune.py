@@ -16,10 +16,11 @@ from marval.objectives.policy import policy_loss
 from marval.parallel import Workers
 from marval.pipeline import Pipeline
 from marval.randomness import generator
-from marval.rewards import Reward
+from marval.rewards import Reward, standardized
 from marval.sampling import draw_function, sample
-from marval.spaces import token_space
+from marval.spaces import TokenSpace, token_space
 from marval.train.distill import GSIM
+from marval.train.low_rank import add_low_rank, merged
 from marval.train.run import (
     LOG,
     Log,
@@ -74,11 +75,38 @@ class Keeper:
 
 @dataclasses.dataclass(frozen=True)
 class Anchor:
-    """What the GSIM loss needs beside the student, to hold it near the teacher."""
+    """What the anchor's GSIM loss needs beside the student: teacher, data and settings."""
 
     teacher: MAR
     data: TrainingData
     settings: DistillConfig
+
+
+def trainable(student: MAR, settings: FinetuneConfig, workers: Workers) -> MAR:
+    """A student of which the part `settings.train` learns.
+
+    Raises:
+        ValueError: low-rank training by several processes, or a rank below 1.
+    """
+    student = student.eval().requires_grad_(False)
+    if settings.train == "low-rank":
+        if workers.count > 1:
+            raise ValueError(f"low-rank training runs in one process, not in {workers.count}: --train all or head does")
+        if settings.rank < 1:
+            raise ValueError(f"rank {settings.rank}: expected at least 1")
+        return add_low_rank(student, settings.rank, settings.seed)
+    (student.head if settings.train == "head" else student).requires_grad_(True)
+    return student
+
+
+def first_images(
+    student: MAR, config: ModelConfig, space: TokenSpace, settings: FinetuneConfig, device: torch.device
+) -> tuple[Tensor, list[str]]:
+    """Images of the untouched student, four batches of all classes in turn, and their prompts."""
+    labels = [i % len(config.class_names) for i in range(4 * settings.batch_size)]
+    pipeline = Pipeline(copy.deepcopy(student).to(device), config, space)
+    images = pipeline.sample(labels, seed=settings.seed, batch_size=settings.batch_size)
+    return images.to(device), [settings.prompt.format(config.class_names[label]) for label in labels]
 
 
 def finetune(
@@ -98,7 +126,7 @@ def finetune(
 
     Args:
         probe: held-out figures of a model (`fd`, `diversity`, `log_probability`), on fixed seeds.
-        anchor: the teacher and data of the GSIM term; needed when `settings.anchor` is not 0.
+        anchor: the teacher and data of the anchor; needed when `settings.anchor` is not 0.
         workers: the processes that share the work; this one alone when None.
 
     Raises:
@@ -107,16 +135,17 @@ def finetune(
     if not isinstance(student_config.draw, OneStep):
         raise ValueError(f"{student_config.name or 'this model'} is a teacher: distil it first (marval distill)")
     if settings.anchor and anchor is None:
-        raise ValueError("the GSIM anchor needs the teacher: name it with --teacher")
+        raise ValueError("the anchor needs the teacher: name it with --teacher")
     workers = workers or Workers()
     device = workers.device
     prepare_folder(out, resume, workers)
     config = dataclasses.replace(student_config, name=settings.name, iterations=settings.sample_iterations)
     described = {**config.to_dict(), "source": "", **dataclasses.asdict(settings)}
     space, draw = token_space(config.space, device), draw_function(student_config)
-    ema = workers.place(copy.deepcopy(student).eval().requires_grad_(False))
-    student = copy.deepcopy(student).eval().requires_grad_(False)
-    (student.head if settings.train == "head" else student).requires_grad_(True)
+    if settings.normalize:
+        reward = standardized(reward, *first_images(student, config, space, settings, device))
+    student = trainable(copy.deepcopy(student), settings, workers)
+    ema = workers.place(copy.deepcopy(student).requires_grad_(False))
     student = workers.place(student)
     student.checkpoint_blocks = settings.checkpoint_blocks
     update = Updates(student, settings, (0.9, 0.999))
@@ -124,8 +153,10 @@ def finetune(
     updates = {"student": update}
     gsim = None
     if anchor is not None and settings.anchor:
-        gsim = GSIM(anchor.teacher, config, anchor.settings, anchor.data, workers)
+        to_student = settings.anchor_to == "student"
+        gsim = GSIM(anchor.teacher, config, anchor.settings, anchor.data, workers, to_student=to_student)
         networks["auxiliary"], updates["auxiliary"] = gsim.auxiliary, gsim.update
+        networks |= {} if gsim.reference is None else {"reference": gsim.reference}
     parts = workers.parts(settings.batch_size, settings.accumulate)
     keeper = Keeper(settings)
     state = state_tensors(networks, updates)
@@ -136,7 +167,7 @@ def finetune(
     log = Log(out / LOG, start, settings.iterations, settings.batch_size, quiet=quiet, workers=workers)
     if start == 0:
         keeper.see(probe(Pipeline(ema, config, space)))
-        save_network(out / "model", ema, config, workers)
+        save_network(out / "model", merged(ema), config, workers)
         log(0, dict(keeper.first))
     done = start
 
@@ -150,6 +181,8 @@ def finetune(
         figures: dict[str, Tensor | float] = {}
         with fast_attention(device):
             if gsim is not None:
+                if learnt == 0:
+                    gsim.freeze_reference()
                 figures |= gsim.backward(student, step, rng, learning=learnt >= 0, weight=settings.anchor)
                 figures |= gsim.update_auxiliary(rng)
             if learnt >= 0:
@@ -160,7 +193,7 @@ def finetune(
                         seeds=seeds[rows], orders=config.order, gradient_iterations=settings.backprop_iterations,
                     )  # fmt: skip
                     prompts = [settings.prompt.format(config.class_names[label]) for label in labels[rows].tolist()]
-                    loss, rewards = policy_loss(reward, space.decode(tokens), prompts)
+                    loss, rewards = policy_loss(reward, space.decode(tokens), prompts, settings.hinge)
                     weight = workers.share(rows, settings.batch_size)
                     (loss * weight).backward()
                     figures["reward"] += rewards.detach().mean() * weight
@@ -175,7 +208,7 @@ def finetune(
             held_out = probe(Pipeline(ema, config, space)) if probing else {}
             log(done, {**figures, **held_out}, list(updates.values()))
             if probing and keeper.see(held_out):
-                save_network(out / "model", ema, config, workers)
+                save_network(out / "model", merged(ema), config, workers)
         if saving:
             save_state(out, done, described, state, keeper.state_dict(), workers)
         if last:

