@@ -10,8 +10,9 @@ from marval.config import Chain, Order, Size
 
 
 def sample(
-    model: Positional[str],
+    model: Positional[str | None] = None,
     *,
+    like: Path | None = None,
     classes: str | None = None,
     count: int = 16,
     iterations: int | None = None,
@@ -23,14 +24,15 @@ def sample(
     out: Path = Path("samples"),
     device: str = "auto",
 ) -> None:
-    """Draw images: PNG files and a grid.
+    """Draw images: PNG files with their recipes inside, and a grid; or one picture again from its recipe.
 
     marval sample fashion-student --classes sneaker,bag --count 16 --out samples
 
-    marval sample fashion-teacher --classes 0,1,2 --iterations 16 --steps 50 --guidance 2 --seed 7
+    marval sample --like samples/00000-sneaker-0.png --out again
 
     Args:
-        model: a bundled model's name, or a model's or run's folder.
+        model: a bundled model's name, or a model's or run's folder; with --like, where the recipe's model is now.
+        like: a PNG that marval sample or marval serve saved: draw it again, exactly, from the recipe in it.
         classes: names or numbers, separated by commas; all of them when left out.
         count: how many images; the classes take turns.
         iterations: K, the AR iterations; the model's default when left out.
@@ -42,8 +44,16 @@ def sample(
         out: a folder for the pictures.
         device: "auto", "cpu", "cuda", "mps", ...
     """
+    from marval.io.checkpoint import model_hash
     from marval.io.images import grid, save_picture, square_rows, to_pil
+    from marval.pipeline import find_model
+    from marval.recipe import KEY, batch_recipes
 
+    if like is not None:
+        sample_like(like, model, out, device)
+        return
+    if model is None:
+        raise ValueError("name a model, for example: marval sample fashion-student (or a picture with --like)")
     if count < 1:
         raise ValueError(f"--count {count}: expected at least 1")
     pipeline = load_pipeline(model, device).with_chain(steps=steps, guidance=guidance, temperature=temperature)
@@ -51,10 +61,31 @@ def sample(
     chosen = pipeline.labels(classes.split(",")) if classes else list(range(len(names)))
     labels = [chosen[i % len(chosen)] for i in range(count)]
     images = pipeline.sample(labels, seed=seed, iterations=iterations, order=order)
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        save_picture(out / f"{i:05d}-{names[label].replace(' ', '-').replace('/', '-')}-{seed + i}.png", to_pil(image))
+    recipes = batch_recipes(model, model_hash(find_model(model)), pipeline, labels, seed, iterations, order)
+    for i, (image, recipe) in enumerate(zip(images, recipes, strict=True)):
+        name = recipe.class_name.replace(" ", "-").replace("/", "-")
+        save_picture(out / f"{i:05d}-{name}-{recipe.seed}.png", to_pil(image), {KEY: recipe.to_json()})
     save_picture(out / "grid.png", grid(square_rows(images), scale=max(1, 84 // images.shape[-1])))
     print(f"{count} images and grid.png in {out}")
+
+
+def sample_like(like: Path, model: str | None, out: Path, device: str) -> None:
+    """Draw the picture in a PNG file again from its recipe, and say whether it is the same."""
+    import numpy as np
+
+    from marval.io.images import save_picture, to_pil
+    from marval.recipe import KEY, find_pipelines, read_recipe, redraw
+
+    recipe, given = read_recipe(like)
+    device = usable_device(device)
+    picture = to_pil(redraw(recipe, find_pipelines(model, device)))
+    save_picture(out / like.name, picture, {KEY: recipe.to_json()})
+    if given.size != picture.size:
+        found = f"the file holds {given.width}x{given.height} pixels: it was changed after it was saved"
+    else:
+        most = np.abs(np.asarray(given.convert(picture.mode), int) - np.asarray(picture, int)).max()
+        found = "the same, pixel for pixel" if most == 0 else f"it differs by up to {most} of 255 levels"
+    print(f"{out / like.name}: {found}")
 
 
 def evaluate(

@@ -28,7 +28,7 @@ from marval.evaluate.features import (
     frechet_distance,
 )
 from marval.flops import model_flops
-from marval.io.checkpoint import WEIGHTS
+from marval.io.checkpoint import model_hash
 from marval.io.files import write_text
 from marval.parallel import Workers
 from marval.pipeline import Pipeline
@@ -146,11 +146,6 @@ def seconds_per_image(runs: Sequence[tuple[Pipeline, int]], batch: int, repeats:
             if repeat > 0:  # the first round warms up
                 times[i].append((time.perf_counter() - began) / drawn)
     return times
-
-
-def model_hash(folder: Path) -> str:
-    """SHA-256 of a model's weights' file."""
-    return hashlib.sha256((folder / WEIGHTS if folder.is_dir() else folder).read_bytes()).hexdigest()
 
 
 def provenance(seed: int) -> dict[str, Any]:
