@@ -1,4 +1,4 @@
-"""The verbs that draw and measure: sample, evaluate and demo."""
+"""The verbs that draw and measure: sample, evaluate, bench, demo and serve."""
 
 from pathlib import Path
 from typing import cast, get_args
@@ -221,3 +221,36 @@ def demo(*, out: Path = Path("demo-out"), device: str = "auto") -> None:
     from marval.demo import run
 
     run(out, usable_device(device))
+
+
+def serve(
+    models: Positional[tuple[str, ...]],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    browser: bool = False,
+    device: str = "auto",
+) -> None:
+    """Open a web page that draws, edits and compares pictures; it works offline, and only this machine reaches it.
+
+    marval serve
+
+    marval serve runs/mine runs/student --port 8000 --browser
+
+    Args:
+        models: bundled models' names, or models' or runs' folders; the bundled models when left out.
+        host: the address to listen on; 0.0.0.0 lets other machines in.
+        port: the port to listen on.
+        browser: open the page in a browser.
+        device: "auto", "cpu", "cuda", "mps", ...
+    """
+    try:
+        from marval.page.app import serve as run
+    except ImportError as error:
+        raise ValueError(f"the page needs gradio ({error}): pip install 'marval[serve]'") from None
+    from marval.page.studio import Studio
+
+    names = models or ("fashion-teacher", "fashion-student", "fashion-tuned")
+    page, address = run(Studio.open(names, usable_device(device)), host, port, browser)
+    print(f"marval is on {address}  (Ctrl-C ends it)", flush=True)
+    page.block_thread()
