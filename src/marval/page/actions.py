@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
+import torch
+
 from marval.evaluate.evaluate import read_results
 from marval.page.studio import MOST_PICTURES, Frame, Picture, Studio, whole_number
 from marval.page.views import Panel, colours, duration
@@ -126,10 +128,10 @@ def edit(
         if frame.picture is None and due:
             yield desk, frame, progress(frame, f"{model} · {len(recipe.redrawn or ())} tokens")
         if frame.picture is not None:
-            same = int((frame.picture.tokens == desk.picture.tokens).all(dim=1).sum())
-            told = (
-                f"Done in {duration(frame.seconds)}: {len(recipe.redrawn or ())} tokens redrawn, {same} bit-identical."
-            )
+            others = [i for i in range(len(desk.picture.tokens)) if i not in set(recipe.redrawn or ())]
+            kept = torch.equal(frame.picture.tokens[others], desk.picture.tokens[others])
+            told = f"Done in {duration(frame.seconds)}: {len(recipe.redrawn or ())} tokens redrawn, "
+            told += f"the other {len(others)} bit-identical." if kept else "but others changed: this is a bug."
             yield desk.put(frame.picture, redrawn), None, told
 
 

@@ -71,7 +71,7 @@ class Controls:
 
     def models(self) -> gr.CheckboxGroup:
         fitting = [n for n in self.names if self.studio.served(n).classes == self.studio.served(self.names[0]).classes]
-        return gr.CheckboxGroup(self.names, value=fitting[:3], label="Models")
+        return gr.CheckboxGroup(self.names, value=fitting[:3], label="Models", min_width=260)
 
     def label(self) -> gr.Dropdown:
         return gr.Dropdown(
@@ -92,7 +92,7 @@ def generate_tab(studio: Studio, make: Controls) -> tuple[gr.State, gr.HTML]:
     chains = [served for served in studio.models.values() if served.chain is not None]
     with gr.Row():
         models = make.models()
-        classes = gr.Dropdown(make.classes, value=some, multiselect=True, label="Classes, in turn")
+        classes = gr.Dropdown(make.classes, value=some, multiselect=True, label="Classes, in turn", min_width=260)
     with gr.Row():
         seed, iterations = make.seed(), make.iterations()
         count = gr.Slider(1, MOST_PICTURES, value=min(4, MOST_PICTURES), step=1, label="Pictures of each model")
@@ -104,8 +104,8 @@ def generate_tab(studio: Studio, make: Controls) -> tuple[gr.State, gr.HTML]:
         )  # fmt: skip
         order = gr.Dropdown([OWN_ORDER, *get_args(Order)], value=OWN_ORDER, label="Unmasking order")
     with gr.Row():
-        draw = gr.Button("Draw", variant="primary", elem_id="mv-draw")
-        stop = gr.Button("Stop", elem_id="mv-stop")
+        draw = gr.Button("Draw", variant="primary", elem_id="mv-draw", scale=4)
+        stop = gr.Button("Stop", elem_id="mv-stop", scale=1, min_width=90)
     line = gr.HTML(views.status("Ready. The students draw first; the teacher follows, token by token."))
     shown = gr.HTML(
         views.welcome("Press Draw: every model draws the same seeds."), js_on_load=PICK, elem_id="mv-generated"
@@ -380,7 +380,7 @@ def build(studio: Studio) -> gr.Blocks:
                 edit_tab(studio, make, tabs, drawn, generated)
             with gr.Tab("Compare", id="compare"):
                 compare_tab(studio, make)
-            with gr.Tab("Why is it faster?", id="why"):
+            with gr.Tab("Why faster?", id="why"):
                 why_tab(studio, make)
         add_endpoints(studio)
     return page.queue(max_size=WAITING)
@@ -396,6 +396,10 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int = 7860, browser: bo
     theme = gr.themes.Base(
         primary_hue="teal", secondary_hue="teal", neutral_hue="stone", font=sans,
         font_mono=["ui-monospace", "monospace"], radius_size="md",
+    ).set(
+        button_primary_background_fill="#0f766e", button_primary_background_fill_hover="#115e59",
+        button_primary_background_fill_dark="#0f766e", button_primary_background_fill_hover_dark="#0d9488",
+        link_text_color="#0f766e", link_text_color_hover="#115e59",
     )  # fmt: skip
     page = build(studio)
     try:

@@ -9,6 +9,7 @@ function tell() {
   if (output) output.textContent = `${all.filter(pressed).length} of ${all.length} tokens painted`;
 }
 function paint(cell, value) {
+  cell.closest(".mv-painter").classList.remove("mv-fresh"); // what was redrawn is no longer outlined but painted
   cell.setAttribute("aria-pressed", String(value));
   tell();
 }
@@ -34,6 +35,7 @@ element.addEventListener("click", (event) => {
   const tool = event.target.closest("[data-tool]");
   const cell = event.target.closest("[data-token]");
   if (tool) {
+    element.querySelector(".mv-painter").classList.remove("mv-fresh");
     const value = { all: () => true, none: () => false, invert: (cell) => !pressed(cell) }[tool.dataset.tool];
     cells().forEach((cell) => cell.setAttribute("aria-pressed", String(value(cell))));
     tell();

@@ -177,7 +177,8 @@ def painter(
     )
     image = picture.image if frame is None else frame.image
     return (
-        f'<div class="mv-painter" style="--columns: {columns}; aspect-ratio: {image.shape[2]} / {image.shape[1]}">'
+        f'<div class="mv-painter{" mv-fresh" if chosen else ""}" style="--columns: {columns}; '
+        f'aspect-ratio: {image.shape[2]} / {image.shape[1]}">'
         f'<img src="{url}" alt="the picture to edit"><div class="mv-cells" role="group" '
         f'aria-label="Tokens: paint with the pointer, or move with the arrow keys and press Space">{cells}</div></div>'
         f'<div class="mv-tools"><span role="group" aria-label="Paint">{tools}</span>'
@@ -200,7 +201,7 @@ def compare_table(
     def cell(i: int, j: int) -> str:
         found = cells.get((i, j))
         if isinstance(found, Picture):
-            return figure(found, f"{i}:{j}", duration(found.seconds))
+            return figure(found, caption=duration(found.seconds))
         if isinstance(found, Frame):
             return growing(found)
         return '<figure class="mv-picture mv-waiting"><div></div><figcaption>&nbsp;</figcaption></figure>'
@@ -232,10 +233,8 @@ def loops(served: Served, colour: str, frame: Frame | None, iterations: int) -> 
     """The two nested loops of a model with the calls of its networks so far, and the picture beside them."""
     calls, k = (Calls(), 0) if frame is None else (frame.calls, frame.iteration)
     chain = served.chain
-    inner = f"inner loop: {chain.steps} diffusion steps" if chain else "no inner loop: one call"
-    arrow = (
-        '<path class="mv-arrow" d="M 226 104 h 134 a 12 12 0 0 1 12 12 v 44 m -5 -8 l 5 8 l 5 -8"/>' if chain else ""
-    )
+    inner = f"inner loop: {chain.steps} steps" if chain else "no inner loop: one call"
+    around = '<path class="mv-arrow mv-live" d="M 377 146 h 14 l -7 13 z M 183 159 h 14 l -7 -13 z"/>' if chain else ""
     done = k / iterations
 
     def block(x: int, title: str, count: int) -> str:
@@ -252,13 +251,13 @@ def loops(served: Served, colour: str, frame: Frame | None, iterations: int) -> 
     return (
         f'<article class="mv-panel mv-why" style="--mv: {colour}" aria-label="{name}"><header><h3>{name}</h3>'
         f"<p>{duration(frame.seconds) if frame else '–'}</p></header>"
-        f'<svg viewBox="0 0 400 232" role="img" aria-label="{told}">'
+        f'<svg viewBox="-4 16 408 216" role="img" aria-label="{told}">'
         '<rect class="mv-outer" x="4" y="22" width="392" height="206" rx="14"/>'
         f'<rect class="mv-done" x="16" y="56" width="{368 * done:.1f}" height="6" rx="3"/>'
         f'<text x="16" y="46">outer loop: iteration {k} of {iterations}</text>'
-        '<path class="mv-arrow" d="M 230 22 h 120 m -9 -6 l 9 6 l -9 6"/>'
+        '<path class="mv-arrow" d="M 389 120 h 14 l -7 13 z M -3 133 h 14 l -7 -13 z"/>'
         f'<rect class="mv-inner{"" if chain else " mv-single"}" x="190" y="78" width="194" height="138" rx="12"/>'
-        f'<text class="mv-small" x="202" y="98">{inner}</text>{arrow}'
+        f'<text class="mv-small" x="202" y="98">{inner}</text>{around}'
         f"{block(22, 'context network', calls.context)}{block(206, 'token head', calls.head)}</svg>"
         f'<p class="mv-figures"><span><strong>{calls.tokens:,}</strong> tokens through the head</span></p>'
         f'<div class="mv-pictures">{picture or waiting}</div></article>'
@@ -290,14 +289,15 @@ def plot(points: Mapping[str, Sequence[tuple[float, float, int]]], x_label: str,
                 f'<path class="mv-line" d="M {px:.1f} 24 v 256"/>'
                 f'<text x="{px:.1f}" y="299" class="mv-mid">{tick}</text>'
             )
-    for (name, line), colour in zip(points.items(), COLOURS, strict=False):
+    for i, ((name, line), colour) in enumerate(zip(points.items(), COLOURS, strict=False)):
+        beside = 22 if i == 1 else -11  # lines that run close keep their labels on either side
         places = [place(x, y) for x, y, _ in line]
         path = " L ".join(f"{px:.1f} {py:.1f}" for px, py in places)
         parts.append(f'<g style="--mv: {colour}"><path class="mv-curve" d="M {path}"/>')
         for (px, py), (x, y, k) in zip(places, line, strict=True):
             told = f"{escape(name)}, K = {k}: {x:.0f} ms, {y:.1f}"
             parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5"><title>{told}</title></circle>')
-            parts.append(f'<text class="mv-small mv-mid" x="{px:.1f}" y="{py - 10:.1f}">{k}</text>')
+            parts.append(f'<text class="mv-small mv-mid" x="{px:.1f}" y="{py + beside:.1f}">{k}</text>')
         parts.append("</g>")
     legend = "".join(
         f'<li style="--mv: {colour}">{escape(name)}</li>' for name, colour in zip(points, COLOURS, strict=False)
