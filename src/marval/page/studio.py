@@ -45,7 +45,7 @@ class Calls:
 class Picture:
     """A finished picture: its tokens, which edits keep to the bit, and its pixels in [0, 1]."""
 
-    tokens: Float[Tensor, "l c"]
+    tokens: Float[Tensor, "l d"]
     image: Float[Tensor, "c h w"]
     recipe: Recipe | None  # None for an upload as it came
     upload: str | None = None

@@ -224,8 +224,9 @@ def figures_table(header: Sequence[str], rows: Sequence[Sequence[str]], caption:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return (
-        f'<div class="mv-scroll" tabindex="0" role="group" aria-label="{escape(caption)}"><table class="mv-table">'
-        f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<p class="mv-caption">{escape(caption)}</p><div class="mv-scroll" tabindex="0" role="group" '
+        f'aria-label="Figures"><table class="mv-table">'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -277,14 +278,14 @@ def plot(points: Mapping[str, Sequence[tuple[float, float, int]]], x_label: str,
 
     parts = []
     for level in range(low_y, high_y + 1, 50):
-        _, py = place(10**low_x, level)
+        _, py = place(10**low_x, float(level))
         parts.append(
             f'<path class="mv-line" d="M 60 {py:.1f} h 560"/>'
             f'<text x="52" y="{py + 4:.1f}" class="mv-end">{level}</text>'
         )
     for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000):
         if low_x <= math.log10(tick) <= high_x:
-            px, _ = place(tick, low_y)
+            px, _ = place(float(tick), float(low_y))
             parts.append(
                 f'<path class="mv-line" d="M {px:.1f} 24 v 256"/>'
                 f'<text x="{px:.1f}" y="299" class="mv-mid">{tick}</text>'
