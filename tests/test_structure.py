@@ -31,6 +31,7 @@ LEVELS = {
     "bench": 5,
     "plan": 5,  # runs the steps of training on fake tensors
     "__init__": 5,  # the public API, lazy
+    "unmasking": 4,
     "page": 5,
     "demo": 6,
     "cli": 7,

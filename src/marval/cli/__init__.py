@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from marval.cli.converting import average, cache_latents, convert, plan
-from marval.cli.drawing import bench, demo, evaluate, sample, serve
+from marval.cli.drawing import animate, bench, demo, evaluate, sample, serve
 from marval.cli.training import distill, finetune, preset_settings, train, train_classifier
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -23,6 +23,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "average": average,
     "demo": demo,
+    "animate": animate,
     "serve": serve,
 }
 

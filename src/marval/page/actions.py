@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from marval.evaluate.evaluate import read_results
-from marval.page.studio import MOST_PICTURES, Frame, Picture, Studio, whole_number
+from marval.page.studio import LAST_SEED, MOST_PICTURES, Frame, Given, Picture, Studio, whole_number
 from marval.page.views import Panel, colours, duration
 from marval.recipe import Recipe
 
@@ -34,11 +34,11 @@ def generate(
     studio: Studio,
     models: Sequence[str],
     classes: Sequence[str],
-    seed: int,
-    count: int,
-    iterations: int,
-    guidance: float | None = None,
-    order: str | None = None,
+    seed: Given,
+    count: Given,
+    iterations: Given,
+    guidance: Given = None,
+    order: Given = None,
 ) -> Iterator[tuple[list[Panel], str]]:
     """Draw the same seeds with every model, one-step students first; the classes take turns.
 
@@ -52,6 +52,7 @@ def generate(
         if name not in known:
             raise ValueError(f"no class {str(name)[:60]!r} here: expected one of {', '.join(known[:10])}")
     whole_number("a number of pictures", count, 1, MOST_PICTURES)
+    whole_number("a seed", seed, 0, LAST_SEED)
     jobs = {
         name: [
             studio.recipe(name, classes[i % len(classes)], seed + i, iterations, order, guidance)
@@ -114,7 +115,7 @@ class Desk:
 
 
 def edit(
-    studio: Studio, desk: Desk, redrawn: Sequence[int], model: str, label: str, seed: int, iterations: int
+    studio: Studio, desk: Desk, redrawn: Given, model: str, label: str, seed: Given, iterations: Given
 ) -> Iterator[tuple[Desk, Frame | None, str]]:
     """Redraw the painted tokens of the desk's picture; the others are kept to the bit, which is checked.
 
@@ -136,7 +137,7 @@ def edit(
 
 
 def vary(
-    studio: Studio, desk: Desk, keep: float, count: int, model: str, label: str, seed: int, iterations: int
+    studio: Studio, desk: Desk, keep: Given, count: Given, model: str, label: str, seed: Given, iterations: Given
 ) -> Iterator[tuple[list[Picture], Frame | None, str]]:
     """Variations of the desk's picture, one for each seed: a share of its tokens stays, the rest is drawn anew.
 
@@ -147,6 +148,7 @@ def vary(
     if picture is None:
         raise ValueError("draw or upload a picture first")
     whole_number("a number of variations", count, 1, MOST_PICTURES)
+    whole_number("a seed", seed, 0, LAST_SEED)
     recipes = [studio.vary(picture, studio.recipe(model, label, seed + i, iterations), keep) for i in range(int(count))]
     varied: list[Picture] = []
     for i, recipe in enumerate(recipes):
@@ -170,7 +172,7 @@ class Comparison:
 
 
 def compare(
-    studio: Studio, models: Sequence[str], label: str, seed: int, columns: Sequence[int]
+    studio: Studio, models: Sequence[str], label: str, seed: Given, columns: Sequence[Given]
 ) -> Iterator[tuple[Comparison, str]]:
     """Draw one seed at every K with every model, students first.
 
@@ -180,6 +182,8 @@ def compare(
     studio.classes(models)
     if not columns:
         raise ValueError("choose at least one K")
+    for k in columns:
+        whole_number("K, the iterations,", k, 1, min(studio.served(name).num_tokens for name in models))
     found = Comparison(sorted({int(k) for k in columns}), list(dict.fromkeys(models)))
     jobs = {
         (i, j): studio.recipe(name, label, seed, k)
@@ -196,7 +200,7 @@ def compare(
 
 
 def race(
-    studio: Studio, models: Sequence[str], label: str, seed: int, iterations: int
+    studio: Studio, models: Sequence[str], label: str, seed: Given, iterations: Given
 ) -> Iterator[tuple[Mapping[str, Frame], str]]:
     """Draw one picture with each model, students first, for the sake of the counters.
 

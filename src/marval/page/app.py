@@ -18,7 +18,7 @@ from marval.config import Order
 from marval.page import actions, views
 from marval.page.actions import Desk
 from marval.page.guard import Guard
-from marval.page.studio import LAST_SEED, MOST_PICTURES, UPLOAD_BYTES, Picture, Studio
+from marval.page.studio import LAST_SEED, MOST_PICTURES, UPLOAD_BYTES, Picture, Studio, whole_number
 
 OWN_ORDER = "the model's own"
 VISITORS = 16  # drawings that are under way at once; their pictures take turns
@@ -332,6 +332,7 @@ def add_endpoints(studio: Studio) -> None:
         """
         if not 1 <= len(classes) <= MOST_PICTURES:
             raise ValueError(f"{len(classes)} classes: expected 1 to {MOST_PICTURES}")
+        whole_number("a seed", seed, 0, LAST_SEED)
         recipes = [studio.recipe(model, name, seed + i, iterations, order, guidance) for i, name in enumerate(classes)]
         return [views.plain(studio.picture(recipe)) for recipe in recipes]
 
@@ -356,7 +357,7 @@ def add_endpoints(studio: Studio) -> None:
         """Variations of a picture (a file's content in base64), with seeds that count on from `seed`: a share `keep` of
         its tokens stays, the rest is drawn anew."""
         desk = Desk(studio.upload(decode(png), model))
-        *_, (varied, _, _) = actions.vary(studio, desk, keep, count, model, class_name, seed, iterations)  # type: ignore[arg-type]
+        *_, (varied, _, _) = actions.vary(studio, desk, keep, count, model, class_name, seed, iterations)
         return [views.plain(picture) for picture in varied]
 
     for function in (models, draw, edit, vary):

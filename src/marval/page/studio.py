@@ -31,6 +31,9 @@ UPLOAD_PIXELS = 25_000_000
 UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 
+Given = Any  # what a visitor sent: of any type, checked before it is used
+
+
 @dataclass(frozen=True)
 class Calls:
     """Calls of the networks so far: passes of the context network (two for a guided token), calls of the token
@@ -171,11 +174,11 @@ class Studio:
     def recipe(
         self,
         model: str,
-        label: str | int,
-        seed: int,
-        iterations: int | None = None,
-        order: str | None = None,
-        guidance: float | None = None,
+        label: Given,
+        seed: Given,
+        iterations: Given = None,
+        order: Given = None,
+        guidance: Given = None,
     ) -> Recipe:
         """A checked recipe; None takes the model's own K, order and (for a teacher) guidance.
 
@@ -190,11 +193,13 @@ class Studio:
         if order is not None and order not in get_args(Order):
             raise ValueError(f"order {str(order)[:60]!r}: expected one of {', '.join(get_args(Order))}")
         pipeline = served.pipeline
+        if guidance is not None and not isinstance(guidance, (int, float)):
+            raise ValueError(f"guidance {str(guidance)[:60]!r}: expected a number from 0, where 1 is no guidance")
         if guidance is not None and served.chain is not None:
-            pipeline = pipeline.with_chain(guidance=guidance)
-        return make_recipe(model, served.weights, pipeline, number, int(seed), int(count), order)  # type: ignore[arg-type]
+            pipeline = pipeline.with_chain(guidance=float(guidance))
+        return make_recipe(model, served.weights, pipeline, number, int(seed), int(count), order)
 
-    def edit(self, picture: Picture, recipe: Recipe, redrawn: Sequence[int]) -> Recipe:
+    def edit(self, picture: Picture, recipe: Recipe, redrawn: Given) -> Recipe:
         """The recipe that redraws some of a picture's tokens, in at most as many iterations as there are tokens.
 
         Raises:
@@ -213,13 +218,13 @@ class Studio:
             upload=picture.upload if picture.recipe is None else None,
         )  # fmt: skip
 
-    def vary(self, picture: Picture, recipe: Recipe, keep: float) -> Recipe:
+    def vary(self, picture: Picture, recipe: Recipe, keep: Given) -> Recipe:
         """The recipe that keeps a random share of a picture's tokens (by the recipe's seed) and redraws the rest.
 
         Raises:
             ValueError: a share that is not between 0 and 1.
         """
-        if not 0 <= keep <= 1:
+        if not isinstance(keep, (int, float)) or not 0 <= keep <= 1:
             raise ValueError(f"a share of {keep} to keep: expected a number from 0 to 1")
         count = self.served(recipe.model).num_tokens
         rest = min(count, max(1, round((1 - keep) * count)))
@@ -308,7 +313,7 @@ class Studio:
         return Picture(tokens.cpu(), image, None, pack_upload(fitted))
 
 
-def whole_number(what: str, value: Any, low: int, high: int) -> None:
+def whole_number(what: str, value: Given, low: int, high: int) -> None:
     """Refuse what is not a whole number in a range.
 
     Raises:
