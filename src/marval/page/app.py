@@ -1,12 +1,8 @@
 """The page itself: gradio's components, wired to `actions`; and the server behind it."""
 
-import base64
-import binascii
-import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, get_args
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: no request to other hosts
@@ -17,45 +13,19 @@ from starlette.middleware import Middleware
 from marval.config import Order
 from marval.page import actions, views
 from marval.page.actions import Desk
+from marval.page.editing import Editing
+from marval.page.endpoints import DRAW, add_endpoints, streamed, told
 from marval.page.guard import Guard
-from marval.page.studio import LAST_SEED, MOST_PICTURES, UPLOAD_BYTES, Picture, Studio, whole_number
+from marval.page.studio import LAST_SEED, MOST_PICTURES, UPLOAD_BYTES, Studio
 
 OWN_ORDER = "the model's own"
-VISITORS = 16  # drawings that are under way at once; their pictures take turns
 WAITING = 64  # requests that wait; more are turned away with a message
-DRAW: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": VISITORS}
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 PICK = """element.addEventListener('click', (event) => {
   const button = event.target.closest('[data-picture]');
   if (button) trigger('select', {picture: button.dataset.picture});
 });"""
 PAINTED = "(...given) => [[...document.querySelectorAll('#mv-painter [data-token][aria-pressed=true]')].map((cell) => Number(cell.dataset.token)), ...given.slice(1)]"  # noqa: E501
-
-
-def told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its `ValueError`s as messages for the visitor."""
-
-    @functools.wraps(function)
-    def plain(*given: Any) -> Any:
-        try:
-            return function(*given)
-        except ValueError as error:
-            raise gr.Error(str(error), title="Not possible", print_exception=False) from None
-
-    return plain
-
-
-def streamed(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """As `told`, for a generator."""
-
-    @functools.wraps(function)
-    def generator(*given: Any) -> Iterator[Any]:
-        try:
-            yield from function(*given)
-        except ValueError as error:
-            raise gr.Error(str(error), title="Not possible", print_exception=False) from None
-
-    return generator
 
 
 class Controls:
@@ -164,72 +134,30 @@ def edit_tab(studio: Studio, make: Controls, tabs: gr.Tabs, drawn: gr.State, gen
     painted = gr.JSON([], visible=False)
     everything = [desk, canvas, saved, varied, line]
 
-    def shown(now: Desk, told_now: str, name: str) -> tuple[Any, ...]:
-        picture = now.picture
-        save = "" if picture is None else views.saving(picture)
-        return now, views.painter(picture, studio.served(name).grid, now.painted), save, "", views.status(told_now)
-
-    def begin(now: Desk, name: str, *given: Any) -> Iterator[Any]:
-        recipe = studio.recipe(name, *given)
-        grid = studio.served(name).grid
-        for frame, due in actions.watch(studio, recipe):
-            if frame.picture is not None:
-                yield shown(now.put(frame.picture), f"Drawn in {views.duration(frame.seconds)}. Now paint.", name)
-            elif due:
-                canvas_now = views.painter(now.picture, grid, (), frame)
-                yield gr.skip(), canvas_now, "", "", views.status(actions.progress(frame, name), True)
-
-    def take(file: str, now: Desk, name: str) -> Any:
-        content = Path(file).read_bytes() if Path(file).stat().st_size <= UPLOAD_BYTES else bytes(UPLOAD_BYTES + 1)
-        return shown(now.put(studio.upload(content, name)), "Uploaded, cropped and encoded once. Now paint.", name)
-
-    def change(cells: list[int], now: Desk, name: str, *given: Any) -> Iterator[Any]:
-        grid = studio.served(name).grid
-        for after, frame, told_now in actions.edit(studio, now, cells, name, *given):
-            if frame is None:
-                yield shown(after, told_now, name)
-            else:
-                canvas_now = views.painter(now.picture, grid, cells, frame)
-                yield gr.skip(), canvas_now, gr.skip(), gr.skip(), views.status(told_now, True)
-
-    def variations(now: Desk, *given: Any) -> Iterator[Any]:
-        pictures: list[Picture] = []
-        for pictures, frame, told_now in actions.vary(studio, now, *given):
-            cells = views.gallery([(p, f"seed {p.recipe.seed}" if p.recipe else "") for p in pictures], frame)
-            yield gr.skip(), gr.skip(), gr.skip(), cells, views.status(told_now, frame is not None)
-        kept = Desk(now.picture, now.past, tuple(pictures), now.painted)
-        yield kept, gr.skip(), gr.skip(), gr.skip(), gr.skip()
-
-    def choose(now: Desk, name: str, event: gr.EventData) -> Any:
-        return shown(now.put(now.varied[int(event.picture)]), "This variation is the picture now.", name)
-
-    def bring(pictures: list[list[Picture]], now: Desk, event: gr.EventData) -> Any:
-        row, place = (int(part) for part in event.picture.split(":"))
-        picture = pictures[row][place]
-        assert picture.recipe is not None  # it was drawn
-        name, own = picture.recipe.model, picture.recipe
-        values = shown(now.put(picture), "From Generate. Now paint.", name)
-        return *values, gr.Tabs(selected="edit"), name, own.class_name, own.class_name, min(own.iterations, LAST_SEED)
-
-    start.click(streamed(begin), [desk, model, label, seed, iterations], everything, **PRIVATE, **DRAW)
-    upload.upload(told(take), [upload, desk, model], everything, **PRIVATE, **DRAW)
+    on = Editing(studio)
+    start.click(streamed(on.begin), [desk, model, label, seed, iterations], everything, **PRIVATE, **DRAW)
+    upload.upload(told(on.take), [upload, desk, model], everything, **PRIVATE, **DRAW)
     redraw.click(
-        streamed(change), [painted, desk, model, new_label, new_seed, iterations], everything, js=PAINTED,
+        streamed(on.change), [painted, desk, model, new_label, new_seed, iterations], everything, js=PAINTED,
         **PRIVATE, **DRAW,
     )  # fmt: skip
     undo.click(
-        told(lambda now, name: shown(now.undo(), "Taken back.", name)),
+        told(lambda now, name: on.shown(now.undo(), "Taken back.", name)),
         [desk, model],
         everything,
         queue=False,
         **PRIVATE,
     )
     vary.click(
-        streamed(variations), [desk, keep, count, model, new_label, new_seed, iterations], everything, **PRIVATE, **DRAW
+        streamed(on.variations),
+        [desk, keep, count, model, new_label, new_seed, iterations],
+        everything,
+        **PRIVATE,
+        **DRAW,
     )
-    varied.select(told(choose), [desk, model], everything, queue=False, **PRIVATE)
+    varied.select(told(on.choose), [desk, model], everything, queue=False, **PRIVATE)
     targets = [*everything, tabs, model, label, new_label, iterations]
-    generated.select(told(bring), [drawn, desk], targets, queue=False, **PRIVATE)
+    generated.select(told(on.bring), [drawn, desk], targets, queue=False, **PRIVATE)
 
     def fit(name: str) -> Any:
         known = studio.classes([name])
@@ -300,73 +228,6 @@ def why_tab(studio: Studio, make: Controls) -> None:
             yield html, views.status(told_now, busy=not told_now.startswith("Done"))
 
     draw.click(streamed(run), [models, label, seed, iterations], [shown, line], **PRIVATE, **DRAW)
-
-
-def add_endpoints(studio: Studio) -> None:
-    """The named endpoints for programs; docs/api.md shows them."""
-
-    def decode(png: str) -> bytes:
-        if len(png) > UPLOAD_BYTES * 4 // 3 + 4:
-            raise ValueError(f"this file is too large: at most {UPLOAD_BYTES / 1e6:.0f} MB")
-        try:
-            return base64.b64decode(png, validate=True)
-        except binascii.Error as error:
-            raise ValueError(f"png must be a file's content in base64 ({error})") from None
-
-    def models() -> list[dict]:
-        """The models of this page: name, classes, image_size, token_grid, and their own K (iterations), order, guidance
-        and steps."""
-        return actions.model_list(studio)
-
-    def draw(
-        model: str,
-        classes: list[str],
-        seed: int = 0,
-        iterations: int | None = None,
-        order: str | None = None,
-        guidance: float | None = None,
-    ) -> list[dict]:
-        """Draw a picture of each class, with seeds that count on from `seed`; what is null is the model's own.
-
-        Each picture has `png` (base64, the recipe in its metadata), `recipe` and `seconds`.
-        """
-        if not 1 <= len(classes) <= MOST_PICTURES:
-            raise ValueError(f"{len(classes)} classes: expected 1 to {MOST_PICTURES}")
-        whole_number("a seed", seed, 0, LAST_SEED)
-        recipes = [studio.recipe(model, name, seed + i, iterations, order, guidance) for i, name in enumerate(classes)]
-        return [views.plain(studio.picture(recipe)) for recipe in recipes]
-
-    def edit(
-        model: str, png: str, tokens: list[int], class_name: str, seed: int = 0, iterations: int | None = None
-    ) -> dict:
-        """Redraw some tokens (numbered row by row from 0) of a picture (a file's content in base64) in a class; the
-        others stay as they are."""
-        picture = studio.upload(decode(png), model)
-        recipe = studio.edit(picture, studio.recipe(model, class_name, seed, iterations), tokens)
-        return views.plain(studio.picture(recipe, picture))
-
-    def vary(
-        model: str,
-        png: str,
-        class_name: str,
-        keep: float = 0.5,
-        count: int = 4,
-        seed: int = 0,
-        iterations: int | None = None,
-    ) -> list[dict]:
-        """Variations of a picture (a file's content in base64), with seeds that count on from `seed`: a share `keep` of
-        its tokens stays, the rest is drawn anew."""
-        desk = Desk(studio.upload(decode(png), model))
-        *_, (varied, _, _) = actions.vary(studio, desk, keep, count, model, class_name, seed, iterations)
-        return [views.plain(picture) for picture in varied]
-
-    for function in (models, draw, edit, vary):
-        gr.api(
-            told(function),
-            api_name=function.__name__,
-            api_description=" ".join((function.__doc__ or "").split()),
-            **DRAW,
-        )
 
 
 def build(studio: Studio) -> gr.Blocks:

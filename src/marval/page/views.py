@@ -163,9 +163,10 @@ def painter(
 ) -> str:
     """The picture with a button over every token, pressed where it is painted over."""
     rows, columns = grid
-    if picture is None:
+    shown = frame or picture
+    if shown is None:
         return welcome("Draw or upload a picture first.")
-    url = data_url(picture.png) if frame is None else data_url(frame.png)
+    url, image = data_url(shown.png), shown.image
     chosen = set(painted)
     cells = "".join(
         f'<button type="button" data-token="{i}" aria-pressed="{"true" if i in chosen else "false"}" '
@@ -175,7 +176,6 @@ def painter(
     tools = "".join(
         f'<button type="button" data-tool="{tool}">{tool.capitalize()}</button>' for tool in ("all", "none", "invert")
     )
-    image = picture.image if frame is None else frame.image
     return (
         f'<div class="mv-painter{" mv-fresh" if chosen else ""}" style="--columns: {columns}; '
         f'aspect-ratio: {image.shape[2]} / {image.shape[1]}">'
