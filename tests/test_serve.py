@@ -377,7 +377,7 @@ def test_compare_and_count(visitor, width, scheme):
     assert page.locator(".mv-table tbody tr").count() >= 4
     shoot(page, f"compare-{width}-{scheme}")
 
-    tab(page, "Why faster")
+    tab(page, "Why?")
     slide(page, "Iterations K", 3)
     page.click("#mv-race")
     page.wait_for_selector("text=fashion-teacher 300 calls of the head")

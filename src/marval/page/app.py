@@ -206,6 +206,7 @@ def compare_tab(studio: Studio, make: Controls) -> None:
 def why_tab(studio: Studio, make: Controls) -> None:
     """Why is it faster: the two nested loops of each model, with live counters of network calls."""
     gr.HTML(
+        '<h2 class="mv-step">Why is it faster?</h2>'
         "<p>A teacher runs an <em>inner</em> loop of diffusion steps for the tokens of every iteration of the "
         "<em>outer</em> loop. A student's head is called once instead. The counters are hooks in the networks.</p>"
     )
@@ -242,7 +243,7 @@ def build(studio: Studio) -> gr.Blocks:
                 edit_tab(studio, make, tabs, drawn, generated)
             with gr.Tab("Compare", id="compare"):
                 compare_tab(studio, make)
-            with gr.Tab("Why faster?", id="why"):
+            with gr.Tab("Why?", id="why"):
                 why_tab(studio, make)
         add_endpoints(studio)
     return page.queue(max_size=WAITING)
