@@ -304,7 +304,7 @@ def plot(points: Mapping[str, Sequence[tuple[float, float, int]]], x_label: str,
         f'<li style="--mv: {colour}">{escape(name)}</li>' for name, colour in zip(points, COLOURS, strict=False)
     )
     return (
-        f'<figure class="mv-plot" tabindex="0"><ul>{legend}</ul><svg viewBox="0 0 640 330" role="img" '
+        f'<figure class="mv-plot"><ul>{legend}</ul><svg viewBox="0 0 640 330" role="img" '
         f'aria-label="{escape(y_label)} against {escape(x_label)}">{"".join(parts)}'
         f'<text x="340" y="322" class="mv-mid">{escape(x_label)}</text>'
         f'<text transform="translate(14 152) rotate(-90)" class="mv-mid">{escape(y_label)}</text></svg>'
