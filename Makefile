@@ -35,7 +35,7 @@ tables: .venv/installed  ## fill the tables of README and model cards, and docs/
 	$(BIN)/pip install --quiet --no-deps --retries 0 --timeout 30 -c constraints.txt \
 		--index-url https://download.pytorch.org/whl/cpu torch \
 		|| $(BIN)/pip install --quiet --no-deps -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e .
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[serve]'
 	touch $@
 
 .venv/installed-dev: .venv/installed

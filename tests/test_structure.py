@@ -29,10 +29,13 @@ LEVELS = {
     "rewards": 3,
     "train": 4,
     "evaluate": 4,
+    "recipe": 4,
     "bench": 5,
     "study": 5,
     "plan": 5,  # runs the steps of training on fake tensors
     "__init__": 5,  # the public API, lazy
+    "unmasking": 4,
+    "page": 5,
     "demo": 6,
     "cli": 7,
     "__main__": 8,

@@ -58,6 +58,7 @@ def run(out: Path, device: str) -> None:
     print("Next:  marval sample fashion-student --classes sneaker,bag --count 16 --out samples")
     print("       marval evaluate fashion-student --iterations 4 8 16 --samples 2000 --out results/mine.json")
     print("       marval train --data folder:DIR --out runs/mine      (then distill, finetune: see README)")
+    print("       marval serve                                        (see it all in a browser)")
 
 
 def live_distillation(out: Path, device: str, judge: Judge) -> list[dict[str, float]]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from marval.cli.converting import average, cache_latents, convert, plan
-from marval.cli.drawing import bench, demo, evaluate, sample
+from marval.cli.drawing import animate, bench, demo, evaluate, sample, serve
 from marval.cli.measuring import compare, sweep
 from marval.cli.rewards import rewards, study, train_text_image
 from marval.cli.training import distill, finetune, preset_settings, train, train_classifier
@@ -30,6 +30,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "average": average,
     "demo": demo,
+    "animate": animate,
+    "serve": serve,
 }
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -16,7 +15,6 @@ import torch
 
 from marval.config import Chain
 from marval.evaluate.features import FEATURES
-from marval.io.checkpoint import WEIGHTS
 from marval.io.files import write_text
 from marval.pipeline import Pipeline
 
@@ -24,11 +22,6 @@ PARTS = ("quality", "timing", "bench", "rewards", "study")
 PACKAGES = ("marval", "torch", "numpy", "torchmetrics")
 
 Row = dict[str, Any]
-
-
-def model_hash(folder: Path) -> str:
-    """SHA-256 of a model's weights' file."""
-    return hashlib.sha256((folder / WEIGHTS if folder.is_dir() else folder).read_bytes()).hexdigest()
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Models on disk: a folder with `model.safetensors` (which carries its configuration) and a readable `config.json`."""
 
 import copy
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,6 +87,12 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig]:
         raise ValueError(f"{file} does not exist") from None
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is damaged or not a safetensors file ({error})") from None
+
+
+def model_hash(folder: Path) -> str:
+    """SHA-256 of a model's weights' file."""
+    with (folder / WEIGHTS if folder.is_dir() else folder).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_tensors(file: Path | str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

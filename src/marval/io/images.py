@@ -1,11 +1,13 @@
 """Pictures: tensors to PNG files and labelled grids."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from marval.io.files import atomic_path
@@ -53,14 +55,35 @@ def grid(
     return canvas
 
 
-def save_picture(file: Path, picture: Image.Image) -> None:
-    """Write a PNG, whole or not at all.
+def png_bytes(picture: Image.Image, text: dict[str, str] | None = None) -> bytes:
+    """A PNG file's content, with `text` in its metadata (iTXt)."""
+    notes, buffer = PngInfo(), io.BytesIO()
+    for key, value in (text or {}).items():
+        notes.add_itxt(key, value)
+    picture.save(buffer, format="PNG", pnginfo=notes)
+    return buffer.getvalue()
+
+
+def save_picture(file: Path, picture: Image.Image, text: dict[str, str] | None = None) -> None:
+    """Write a PNG with `text` in its metadata, whole or not at all.
 
     Raises:
         ValueError: the folder cannot be written to, or the disk is full.
     """
     with atomic_path(file) as partial:
-        picture.save(partial, format="PNG")
+        partial.write_bytes(png_bytes(picture, text))
+
+
+def save_animation(file: Path, frames: Sequence[Image.Image], milliseconds: Sequence[int]) -> None:
+    """Write a GIF that shows each frame for its time and starts again, whole or not at all.
+
+    Raises:
+        ValueError: as `save_picture`.
+    """
+    with atomic_path(file) as partial:
+        frames[0].save(
+            partial, format="GIF", save_all=True, append_images=frames[1:], duration=list(milliseconds), loop=0
+        )
 
 
 def square_rows(images: Float[Tensor, "n c h w"]) -> list[Float[Tensor, "m c h w"]]:

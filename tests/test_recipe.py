@@ -1,0 +1,141 @@
+"""Recipes: a picture is drawn again exactly from what its PNG says, and what is no recipe is refused."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from marval.io.checkpoint import model_hash, save_model
+from marval.io.images import png_bytes, to_pil
+from marval.pipeline import Pipeline
+from marval.recipe import KEY, Recipe, batch_recipes, draw_recipe, find_pipelines, make_recipe, pack_upload, redraw
+from marval.recipe import read_recipe as read
+from test_cli import marval, refused
+from tiny import tiny_config, tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder, tiny_model(), tiny_config())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(folder):
+    return Pipeline(tiny_model(), tiny_config())
+
+
+def edited(folder, pipeline):
+    """A drawn picture, edited twice: its recipe and its tokens."""
+    first = make_recipe(str(folder), model_hash(folder), pipeline, 0, 5, 4)
+    tokens = draw_recipe(first, pipeline)
+    second = dataclasses.replace(first, label=1, seed=9, iterations=2, redrawn=(3, 7, 8), before=first)
+    tokens = draw_recipe(second, pipeline, tokens)
+    third = dataclasses.replace(first, order="raster", iterations=1, redrawn=(0,), before=second)
+    return third, draw_recipe(third, pipeline, tokens)
+
+
+def test_a_recipe_comes_back_from_json(folder, tiny):
+    recipe, _ = edited(folder, tiny)
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    plain = json.loads(recipe.to_json())
+    assert (plain["class"], plain["seed"], plain["K"], plain["w"], plain["T"]) == ("cross", 5, 1, 1.5, 8)
+    assert len(recipe.history) == 3
+
+
+def test_an_edit_keeps_the_other_tokens_to_the_bit(folder, tiny):
+    first = make_recipe(str(folder), model_hash(folder), tiny, 0, 5, 4)
+    before = draw_recipe(first, tiny)
+    edit = dataclasses.replace(first, label=1, seed=9, iterations=2, redrawn=(3, 7, 8), before=first)
+    after = draw_recipe(edit, tiny, before)
+    same = (before == after).all(dim=1)
+    assert (~same).nonzero().flatten().tolist() == [3, 7, 8]
+    for wrong in ((16,), (-1,), ()):
+        with pytest.raises(ValueError, match="0 to 15"):
+            draw_recipe(dataclasses.replace(edit, redrawn=wrong), tiny, before)
+
+
+def test_an_edited_picture_is_drawn_again_exactly(folder, tiny, tmp_path):
+    recipe, tokens = edited(folder, tiny)
+    picture = to_pil(tiny.space.decode(tokens[None])[0])
+    (tmp_path / "a.png").write_bytes(png_bytes(picture, {KEY: recipe.to_json()}))
+    found, given = read(tmp_path / "a.png")
+    again = to_pil(redraw(found, find_pipelines(None, "cpu")))
+    assert again.tobytes() == given.tobytes() == picture.tobytes()
+
+
+def test_an_edited_upload_is_drawn_again_exactly(folder, tiny):
+    picture = Image.effect_noise((8, 8), 90)
+    first = make_recipe(str(folder), model_hash(folder), tiny, 1, 3, 2)
+    recipe = dataclasses.replace(first, redrawn=(0, 1), upload=pack_upload(picture))
+    again = to_pil(redraw(Recipe.from_json(recipe.to_json()), find_pipelines(None, "cpu")))
+    assert again.crop((0, 2, 8, 8)).tobytes() == picture.crop((0, 2, 8, 8)).tobytes()  # tokens 2, ... are untouched
+    assert again.crop((4, 0, 8, 2)).tobytes() == picture.crop((4, 0, 8, 2)).tobytes()
+    assert again.crop((0, 0, 4, 2)).tobytes() != picture.crop((0, 0, 4, 2)).tobytes()
+
+
+def test_a_picture_of_a_batch_is_drawn_again_in_its_batch(folder, tiny):
+    labels = [0, 1, 1, 0, 1]
+    images = tiny.sample(labels, seed=3, iterations=4, batch_size=2)
+    recipes = batch_recipes(str(folder), model_hash(folder), tiny, labels, 3, 4, None, batch_size=2)
+    assert [len(recipe.batch) for recipe in recipes] == [2, 2, 2, 2, 0]
+    find = find_pipelines(None, "cpu")
+    for image, recipe in zip(images, recipes, strict=True):
+        assert torch.equal(redraw(Recipe.from_json(recipe.to_json()), find), image)
+
+
+def test_other_weights_are_refused_and_a_moved_model_is_named(folder, tiny, tmp_path):
+    recipe = make_recipe(str(tmp_path / "gone"), model_hash(folder), tiny, 0, 0, 2)
+    with pytest.raises(ValueError, match="gone"):
+        redraw(recipe, find_pipelines(None, "cpu"))
+    assert redraw(recipe, find_pipelines(str(folder), "cpu")).shape == (1, 8, 8)
+    save_model(tmp_path / "other", tiny_model(seed=1), tiny_config())
+    with pytest.raises(ValueError, match="other weights"):
+        redraw(dataclasses.replace(recipe, model=str(tmp_path / "other")), find_pipelines(None, "cpu"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": "3"}, {"class": None}, {"K": True}, {"order": "spiral"}, {"extra": 1}, {"redrawn": [1]}, {"row": 2}],
+    ids=str,
+)
+def test_what_is_no_recipe_is_refused(folder, tiny, change):
+    recipe = make_recipe(str(folder), model_hash(folder), tiny, 0, 0, 2)
+    text = json.dumps({**json.loads(recipe.to_json()), **change})
+    with pytest.raises(ValueError, match=r"not a recipe|row 2"):
+        redraw(Recipe.from_json(text), find_pipelines(None, "cpu"))
+
+
+def test_an_endless_recipe_is_refused(folder, tiny):
+    recipe = make_recipe(str(folder), model_hash(folder), tiny, 0, 0, 2)
+    for _ in range(120):
+        recipe = dataclasses.replace(recipe, redrawn=(1,), iterations=1, before=recipe)
+    with pytest.raises(ValueError, match="121 edits"):
+        Recipe.from_json(recipe.to_json())
+    with pytest.raises(ValueError, match="not a recipe"):
+        Recipe.from_json('{"before":' * 100_000)
+
+
+def test_the_command_line_draws_a_picture_again(folder, tmp_path):
+    result = marval(
+        "sample", folder, "--classes", "square", "--count", 3, "--iterations", 3, "--out", "first", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    file = tmp_path / "first/00001-square-1.png"
+    result = marval("sample", "--like", file, "--out", "again", cwd=tmp_path)
+    assert "the same, pixel for pixel" in result.stdout, result.stderr
+    assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+    notes = PngInfo()
+    notes.add_itxt(KEY, read(file)[0].to_json())
+    Image.new("L", (8, 8), 255).save(tmp_path / "changed.png", pnginfo=notes)
+    assert "differs by up to" in marval("sample", "--like", "changed.png", "--out", "again", cwd=tmp_path).stdout
+    Image.new("L", (8, 8)).save(tmp_path / "bare.png")
+    assert refused(marval("sample", "--like", "bare.png", cwd=tmp_path), "bare.png", "no recipe")
+    (tmp_path / "text.png").write_text("hello")
+    assert refused(marval("sample", "--like", "text.png", cwd=tmp_path), "text.png", "PNG")
+    assert refused(marval("sample", cwd=tmp_path), "name a model")
