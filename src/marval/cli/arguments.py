@@ -53,7 +53,8 @@ def load_models(
         ValueError: no model is named, one cannot be loaded, two share a name, or T or w are given without a teacher.
     """
     from marval.config import Chain
-    from marval.evaluate.results import check_names, model_hash
+    from marval.evaluate.results import check_names
+    from marval.io.checkpoint import model_hash
     from marval.pipeline import find_model, load
 
     if not names:

@@ -22,11 +22,11 @@ from marval.evaluate.results import (
     check_names,
     describe,
     made_by,
-    model_hash,
     read_results,
     write_results,
 )
 from marval.flops import model_flops
+from marval.io.checkpoint import model_hash
 from marval.parallel import Workers
 from marval.pipeline import Pipeline
 from marval.sampling import draw_counts

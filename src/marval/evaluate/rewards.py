@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from marval.evaluate.evaluate import describe, draw_bytes, model_hash, read_results, write_results
+from marval.evaluate.evaluate import describe, draw_bytes, read_results, write_results
+from marval.io.checkpoint import model_hash
 from marval.pipeline import Pipeline
 from marval.rewards import Reward, checked
 

@@ -8,7 +8,8 @@ import torch
 
 from marval.evaluate.evaluate import Models
 from marval.evaluate.images import balanced_labels
-from marval.evaluate.results import Row, check_names, made_by, model_hash, read_results, write_results
+from marval.evaluate.results import Row, check_names, made_by, read_results, write_results
+from marval.io.checkpoint import model_hash
 from marval.memory import LiveMemory
 from marval.pipeline import Pipeline
 
