@@ -135,7 +135,7 @@ def test_gradients_through_all_iterations_take_little_more_memory_than_through_o
     shown = (f"{peak / 2**20:.0f} MiB" for peak in (one, all_of_them, kept_one, kept_all))
     print("M=1: {}, M=K: {}; without checkpointing M=1: {}, M=K: {}".format(*shown))
     assert all_of_them <= 1.5 * one
-    assert kept_all > 1.2 * all_of_them  # the weights' gradients, 0.8 GiB of MAR-B's, are in both
+    assert kept_all > 1.5 * all_of_them
 
 
 @pytest.mark.slow
