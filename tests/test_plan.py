@@ -126,7 +126,7 @@ SMALL = dataclasses.replace(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("config", "iterations"), [(SMALL, 8), pytest.param(BASE, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("config", "iterations"), [(SMALL, 8), pytest.param(BASE, 8, marks=pytest.mark.slow)])
 def test_gradients_through_all_iterations_take_little_more_memory_than_through_one(config, iterations, monkeypatch):
     """As long as each is computed again in the backward pass; MAR-B's tokens, blocks and buffer."""
     one, all_of_them = (tuning_peak(config, iterations, learnt) for learnt in (1, iterations))
