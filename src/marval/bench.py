@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep, Schedule, Size
-from marval.evaluate.evaluate import balanced_labels, describe, write_results
+from marval.evaluate.images import balanced_labels
+from marval.evaluate.results import describe, write_results
 from marval.flops import context_flops, head_flops, model_flops
 from marval.model import MAR, TokenHead
 from marval.model.linear import linear

@@ -17,7 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from marval.config import FinetuneConfig
-from marval.evaluate.evaluate import Judge, draw_bytes, read_results, write_results
+from marval.evaluate.images import draw_bytes
+from marval.evaluate.judge import Judge
+from marval.evaluate.results import read_results, write_results
 from marval.evaluate.rewards import reward_figures
 from marval.io.files import atomic_path, write_text
 from marval.io.images import grid, save_picture

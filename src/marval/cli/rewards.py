@@ -118,7 +118,7 @@ def study(
         docs: a folder for page, plot and pictures.
         device: "auto", "cpu", "cuda", "mps", ...
     """
-    from marval.evaluate.evaluate import model_hash
+    from marval.io.checkpoint import model_hash
     from marval.pipeline import find_model
     from marval.rewards import find_reward, parse_rewards, weighted_reward
     from marval.study import rl_grid, study_rl, write_page

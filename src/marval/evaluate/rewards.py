@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from marval.evaluate.evaluate import describe, draw_bytes, read_results, write_results
+from marval.evaluate.evaluate import is_row_of
+from marval.evaluate.images import SEEDS, draw_bytes
+from marval.evaluate.results import check_names, describe, read_results, write_results
 from marval.io.checkpoint import model_hash
 from marval.pipeline import Pipeline
 from marval.rewards import Reward, checked
@@ -68,14 +70,12 @@ def evaluate_rewards(
     rows = read_results(out).get("rewards", {}).get("rows", [])
     for folder, pipeline in models:
         digest, names = model_hash(folder), pipeline.config.class_names
-        for row in rows:
-            if row["model"] == pipeline.config.name and row["sha256"] != digest:
-                raise ValueError(f"{out} holds figures of other weights named {row['model']}: choose another --out")
+        check_names([(pipeline.config.name, digest)], rows, out)
         for k in iterations or (pipeline.config.iterations,):
             key = {**describe(pipeline), "sha256": digest, "iterations": k, "samples": samples, "autocast": autocast}
             key |= {"prompt": prompt, "prompts": min(samples, len(names)), "seeds": samples, "seed": seed}
-            key["first_seed"] = seed * 1_000_000
-            row = next((r for r in rows if all(r.get(name) == value for name, value in key.items())), None)
+            key["first_seed"] = seed * SEEDS
+            row = next((r for r in rows if is_row_of(r, key)), None)
             if row is None:
                 row = {**key, "rewards": {}}
                 rows.append(row)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from marval.evaluate.evaluate import read_results
+from marval.evaluate.results import read_results
 from marval.page.studio import LAST_SEED, MOST_PICTURES, Frame, Given, Picture, Studio, whole_number
 from marval.page.views import Panel, colours, duration
 from marval.recipe import Recipe

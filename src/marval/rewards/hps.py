@@ -10,12 +10,13 @@ from torch import Tensor
 from marval.rewards.clip import ClipReward
 from marval.rewards.preprocess import Preprocessing
 from marval.rewards.weights import (
-    TOKENIZER,
-    find_folder,
+    depth,
+    find_checkpoint,
     load_strict,
     load_tokenizer,
-    only_file,
     read_weights,
+    renamed,
+    shape_reader,
     transformers_class,
 )
 
@@ -49,9 +50,7 @@ def clip_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """open_clip's weights under the names of transformers' CLIPModel."""
     found = {}
     for name, tensor in tensors.items():
-        new = name
-        for pattern, replacement in RENAMED:
-            new = re.sub(pattern, replacement, new)
+        new = renamed(name, RENAMED)
         if match := re.fullmatch(r"(.*)\.attn\.in_proj_(weight|bias)", new):
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):
                 found[f"{match[1]}.self_attn.{part}_proj.{match[2]}"] = piece
@@ -66,14 +65,7 @@ def clip_config(tensors: dict[str, Tensor], file: Path) -> Any:
     Raises:
         ValueError: a tensor that the sizes are read off is missing.
     """
-
-    def shape(name: str) -> torch.Size:
-        if name not in tensors:
-            raise ValueError(f"{file}: tensor {name} is missing: expected HPSv2's checkpoint ({WEIGHTS})")
-        return tensors[name].shape
-
-    def depth(prefix: str) -> int:
-        return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
+    shape = shape_reader(tensors, file, f"HPSv2's checkpoint ({WEIGHTS})")
 
     width, _, patch, _ = shape("visual.conv1.weight")
     side = round((shape("visual.positional_embedding")[0] - 1) ** 0.5) * patch
@@ -81,13 +73,13 @@ def clip_config(tensors: dict[str, Tensor], file: Path) -> Any:
     vision = {
         "hidden_size": width, "image_size": side, "patch_size": patch,
         "intermediate_size": shape("visual.transformer.resblocks.0.mlp.c_fc.weight")[0],
-        "num_hidden_layers": depth("visual.transformer.resblocks."),
+        "num_hidden_layers": depth(tensors, "visual.transformer.resblocks."),
         "num_attention_heads": HEADS_OF_WIDTH.get(width, max(1, width // 64)), "hidden_act": "gelu",
     }  # fmt: skip
     text = {
         "hidden_size": text_width, "vocab_size": shape("token_embedding.weight")[0], "max_position_embeddings": length,
         "intermediate_size": shape("transformer.resblocks.0.mlp.c_fc.weight")[0],
-        "num_hidden_layers": depth("transformer.resblocks."),
+        "num_hidden_layers": depth(tensors, "transformer.resblocks."),
         "num_attention_heads": max(1, text_width // 64), "hidden_act": "gelu",
         "eos_token_id": 2,  # says: the embedding is read at the highest token, as open_clip does
     }  # fmt: skip
@@ -104,12 +96,7 @@ def load_hps(source: str, device: torch.device | str = "cpu") -> ClipReward:
     Raises:
         ValueError: files that are missing, damaged or of another model, or transformers is not installed.
     """
-    if Path(source).is_dir():
-        folder = words = find_folder("hps-v2", source, [(WEIGHTS, "*.pt"), *TOKENIZER])
-    else:
-        folder = find_folder("hps-v2", source, [(WEIGHTS,)], optional=(), others=f"{TOKENIZER_SOURCE}'s tokenizer.json")
-        words = find_folder("hps-v2", TOKENIZER_SOURCE, TOKENIZER)
-    file = only_file("hps-v2", folder, ["*.pt"])
+    file, words = find_checkpoint("hps-v2", source, WEIGHTS, TOKENIZER_SOURCE)
     tensors = read_weights(file, "state_dict")
     config = clip_config(tensors, file)
     with torch.device("meta"):

@@ -1,6 +1,5 @@
 """`image-reward`: ImageReward (Xu et al. 2023), from its own file: BLIP's encoders and a head on the fused [CLS]."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ from marval.rewards.aesthetic import ScoreHead
 from marval.rewards.preprocess import Preprocessing
 from marval.rewards.prompts import Prompts
 from marval.rewards.weights import (
-    TOKENIZER,
-    find_folder,
+    depth,
+    find_checkpoint,
     load_strict,
     load_tokenizer,
-    only_file,
     read_weights,
+    renamed,
+    shape_reader,
     transformers_class,
 )
 
@@ -86,14 +86,7 @@ class ImageRewardScore:
 
 def blip_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """ImageReward's weights under the names of `ImageReward`, without the projections that it never calls."""
-    found = {}
-    for name, tensor in tensors.items():
-        if not name.startswith(UNUSED):
-            new = name
-            for pattern, replacement in RENAMED:
-                new = re.sub(pattern, replacement, new)
-            found[new] = tensor
-    return found
+    return {renamed(name, RENAMED): tensor for name, tensor in tensors.items() if not name.startswith(UNUSED)}
 
 
 def blip_configs(tensors: dict[str, Tensor], file: Path) -> tuple[Any, Any]:
@@ -102,28 +95,22 @@ def blip_configs(tensors: dict[str, Tensor], file: Path) -> tuple[Any, Any]:
     Raises:
         ValueError: a tensor that the sizes are read off is missing.
     """
-
-    def shape(name: str) -> torch.Size:
-        if name not in tensors:
-            raise ValueError(f"{file}: tensor {name} is missing: expected ImageReward's checkpoint ({WEIGHTS})")
-        return tensors[name].shape
-
-    def depth(prefix: str) -> int:
-        return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
+    shape = shape_reader(tensors, file, f"ImageReward's checkpoint ({WEIGHTS})")
 
     width, _, patch, _ = shape("blip.visual_encoder.patch_embed.proj.weight")
     side = round((shape("blip.visual_encoder.pos_embed")[1] - 1) ** 0.5) * patch
     vision = transformers_class("image-reward", "BlipVisionConfig")(
         hidden_size=width, image_size=side, patch_size=patch,
         intermediate_size=shape("blip.visual_encoder.blocks.0.mlp.fc1.weight")[0],
-        num_hidden_layers=depth("blip.visual_encoder.blocks."), num_attention_heads=max(1, width // 64),
+        num_hidden_layers=depth(tensors, "blip.visual_encoder.blocks."), num_attention_heads=max(1, width // 64),
         hidden_act="gelu", layer_norm_eps=1e-6,
     )  # fmt: skip
     words, text_width = shape("blip.text_encoder.embeddings.word_embeddings.weight")
     text = transformers_class("image-reward", "BlipTextConfig")(
         vocab_size=words, hidden_size=text_width, encoder_hidden_size=width,
         intermediate_size=shape("blip.text_encoder.encoder.layer.0.intermediate.dense.weight")[0],
-        num_hidden_layers=depth("blip.text_encoder.encoder.layer."), num_attention_heads=max(1, text_width // 64),
+        num_hidden_layers=depth(tensors, "blip.text_encoder.encoder.layer."),
+        num_attention_heads=max(1, text_width // 64),
         max_position_embeddings=shape("blip.text_encoder.embeddings.position_embeddings.weight")[0],
         hidden_act="gelu", layer_norm_eps=1e-12, is_decoder=True,  # which gives it attention to the image
     )  # fmt: skip
@@ -139,14 +126,7 @@ def load_image_reward(source: str, device: torch.device | str = "cpu") -> ImageR
     Raises:
         ValueError: files that are missing, damaged or of another model, or transformers is not installed.
     """
-    if Path(source).is_dir():
-        folder = words = find_folder("image-reward", source, [(WEIGHTS, "*.pt"), *TOKENIZER])
-    else:
-        folder = find_folder(
-            "image-reward", source, [(WEIGHTS,)], optional=(), others=f"{TOKENIZER_SOURCE}'s tokenizer.json"
-        )
-        words = find_folder("image-reward", TOKENIZER_SOURCE, TOKENIZER)
-    file = only_file("image-reward", folder, ["*.pt"])
+    file, words = find_checkpoint("image-reward", source, WEIGHTS, TOKENIZER_SOURCE)
     tensors = read_weights(file)
     vision, text = blip_configs(tensors, file)
     with torch.device("meta"):

@@ -1,7 +1,8 @@
 """Where rewards' weights come from: a local folder, or a hub repository's files in the cache or from the network."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,48 @@ def load_strict(network: nn.Module, tensors: dict[str, Tensor], file: Path) -> N
     for module in network.modules():
         if (places := getattr(module, "position_ids", None)) is not None:  # no weight: it is still on the meta device
             module.position_ids = torch.arange(places.shape[-1])[None]
+
+
+def renamed(name: str, patterns: Sequence[tuple[str, str]]) -> str:
+    """A tensor's name after every (pattern, replacement) in turn."""
+    for pattern, replacement in patterns:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def shape_reader(tensors: dict[str, Tensor], file: Path, expected: str) -> Callable[[str], torch.Size]:
+    """A function from a tensor's name to its shape, for reading a network's sizes off its weights.
+
+    It raises:
+        ValueError: the tensor is missing; the message says what was `expected`.
+    """
+
+    def shape(name: str) -> torch.Size:
+        if name not in tensors:
+            raise ValueError(f"{file}: tensor {name} is missing: expected {expected}")
+        return tensors[name].shape
+
+    return shape
+
+
+def depth(tensors: dict[str, Tensor], prefix: str) -> int:
+    """How many layers have tensors under `prefix`."""
+    return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
+
+
+def find_checkpoint(reward: str, source: str, weights: str, tokenizer_source: str) -> tuple[Path, Path]:
+    """The checkpoint `weights` and the folder of its tokenizer: both in the folder `source`, or each from the hub.
+
+    Raises:
+        ValueError: as `find_folder` and `only_file`.
+    """
+    if Path(source).is_dir():
+        folder = words = find_folder(reward, source, [(weights, "*.pt"), *TOKENIZER])
+    else:
+        others = f"{tokenizer_source}'s tokenizer.json"
+        folder = find_folder(reward, source, [(weights,)], optional=(), others=others)
+        words = find_folder(reward, tokenizer_source, TOKENIZER)
+    return only_file(reward, folder, ["*.pt"]), words
 
 
 def read_weights(file: Path, key: str | None = None) -> dict[str, Tensor]:
