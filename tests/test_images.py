@@ -1,12 +1,9 @@
 """An evaluation's images: the same set on any number of processes, whole after a kill, and in ADM's format."""
 
 import hashlib
-import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,26 +12,11 @@ from PIL import Image
 
 from marval.evaluate.images import DrawnImages, draw_bytes, draw_to_folder, read_shard, write_npz
 from marval.pipeline import Pipeline
+from processes import command, environment, launch
 from tiny import tiny_config, tiny_model
 
-SCRIPT = Path(__file__).parent / "images_run.py"
+SCRIPT = "images_run.py"
 COUNT = 18  # four shards of 4 and one of 2
-
-
-def command(processes, *arguments):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), *map(str, arguments)]
-
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
-
-
-def launch(processes, *arguments):
-    done = subprocess.run(
-        command(processes, *arguments), env=environment(), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def contents(folder):
@@ -47,26 +29,26 @@ def contents(folder):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images") / "alone"
-    launch(1, folder, COUNT)
+    launch(SCRIPT, 1, folder, COUNT, timeout=120)
     return folder
 
 
 def test_the_set_is_the_same_on_one_process_and_on_three(alone, tmp_path):
-    launch(3, tmp_path / "three", COUNT)
+    launch(SCRIPT, 3, tmp_path / "three", COUNT, timeout=120)
     assert contents(tmp_path / "three") == contents(alone)
     assert len(list((alone / "png").iterdir())) == COUNT
 
 
 def test_a_killed_run_keeps_its_shards_and_ends_the_same(alone, tmp_path):
     folder = tmp_path / "killed"
-    process = subprocess.Popen(command(1, folder, COUNT, 0.5), env=environment(), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(SCRIPT, 1, folder, COUNT, 0.5), env=environment(), stderr=subprocess.DEVNULL)
     while len(list(folder.glob("shard-*"))) < 2 and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = {file: file.stat().st_mtime_ns for file in folder.glob("shard-*")}
     assert 2 <= len(kept) < 5
-    launch(1, folder, COUNT)
+    launch(SCRIPT, 1, folder, COUNT, timeout=120)
     assert contents(folder) == contents(alone)
     assert all(file.stat().st_mtime_ns == when for file, when in kept.items())  # none was drawn again
 

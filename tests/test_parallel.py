@@ -1,38 +1,20 @@
 """Several processes do what one does, states move between numbers of processes, and kills lose nothing."""
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from marval.parallel import Workers
+from processes import command, environment, launch
 
-SCRIPT = Path(__file__).parent / "parallel_run.py"
+SCRIPT = "parallel_run.py"
 STAGES = ["train", "distill", "finetune", "anchored"]
-
-
-def command(processes, *arguments):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), *map(str, arguments)]
-
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
-
-
-def launch(processes, *arguments):
-    done = subprocess.run(
-        command(processes, *arguments), env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def weights(out):
@@ -62,7 +44,7 @@ def alone(tmp_path_factory):
     def run(stage):
         if stage not in runs:
             runs[stage] = tmp_path_factory.mktemp(stage) / "run"
-            launch(1, stage, runs[stage], 20)
+            launch(SCRIPT, 1, stage, runs[stage], 20)
         return runs[stage]
 
     return run
@@ -71,7 +53,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_equal_one(stage, processes, alone, tmp_path):
-    launch(processes, stage, tmp_path / "run", 20)
+    launch(SCRIPT, processes, stage, tmp_path / "run", 20)
     assert_close(weights(alone(stage)), weights(tmp_path / "run"))
     one, many = log_of(alone(stage)), log_of(tmp_path / "run")
     assert len(one) == len(many) >= 20
@@ -82,16 +64,16 @@ def test_processes_equal_one(stage, processes, alone, tmp_path):
 
 @pytest.mark.parametrize("stage", ["train", "anchored"])
 def test_accumulation_and_checkpointing_change_nothing(stage, alone, tmp_path):
-    launch(1, stage, tmp_path / "run", 20, "accumulate=3", "checkpoint_blocks=1")
+    launch(SCRIPT, 1, stage, tmp_path / "run", 20, "accumulate=3", "checkpoint_blocks=1")
     assert_close(weights(alone(stage)), weights(tmp_path / "run"))
 
 
 def test_a_state_saved_by_two_is_resumed_by_one_and_by_three(alone, tmp_path):
-    launch(2, "distill", tmp_path / "two", 12)
+    launch(SCRIPT, 2, "distill", tmp_path / "two", 12)
     for processes in (1, 3):
         out = tmp_path / f"on-{processes}"
         subprocess.run(["cp", "-r", tmp_path / "two", out], check=True)
-        launch(processes, "distill", out, 20, "--resume")
+        launch(SCRIPT, processes, "distill", out, 20, "--resume")
         assert_close(weights(alone("distill")), weights(out))
         assert [line["step"] for line in log_of(out)] == list(range(1, 21))
 
@@ -101,7 +83,7 @@ def kill_at_random(stage, out, kills, rng):
     for _ in range(kills):
         resume = ["--resume"] if list(out.glob("state-*/run.json")) else []
         process = subprocess.Popen(
-            command(1, stage, out, 20, "save_every=1", *resume), env=environment(), stderr=subprocess.DEVNULL
+            command(SCRIPT, 1, stage, out, 20, "save_every=1", *resume), env=environment(), stderr=subprocess.DEVNULL
         )
         began = time.monotonic()
         states = set(out.glob("state-*"))
@@ -110,7 +92,7 @@ def kill_at_random(stage, out, kills, rng):
         time.sleep(rng.random() * 0.3)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    launch(1, stage, out, 20, "save_every=1", "--resume")
+    launch(SCRIPT, 1, stage, out, 20, "save_every=1", "--resume")
 
 
 @pytest.mark.parametrize(("stage", "kills"), [("train", 3), pytest.param("distill", 20, marks=pytest.mark.slow)])
@@ -125,7 +107,7 @@ def test_a_killed_run_resumes_from_a_whole_state_and_ends_the_same(stage, kills,
 def test_sigterm_saves_and_exits_cleanly(processes, alone, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(
-        command(processes, "train", out, 100_000, "save_every=100000"),
+        command(SCRIPT, processes, "train", out, 100_000, "save_every=100000"),
         env=environment(), stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     while not (out / "log.jsonl").is_file() and process.poll() is None:
