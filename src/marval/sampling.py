@@ -14,10 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from marval.config import Chain, ModelConfig, OneStep, Schedule
 from marval.model import MAR, NoiseSchedule, TokenHead
+from marval.model.linear import packed
 from marval.randomness import generator
 
 OrderFunction = Callable[[tuple[int, int], int], Int[Tensor, " l"]]
 Orders = str | Int[Tensor, "*b l"] | OrderFunction
+FEWEST_CALLS = 25  # of the head, from which on `packed` saves more than it takes
 Hook = Callable[[int, Float[Tensor, "b l c"], Bool[Tensor, "b l"]], None]
 
 
@@ -312,13 +314,14 @@ def sample(
         draws = draw_tokens.noise_draws
         noise = torch.stack([image_noise(seed, draws, total, config.token_dim) for seed in seeds], dim=1)
     noise, order = noise.to(device, dtype), order.to(device)
+    head = packed(model.head) if iterations * draw_tokens.noise_draws >= FEWEST_CALLS else model.head
 
     def iterate(tokens: Tensor, visible: Tensor, positions: Tensor, guidance: float) -> Tensor:
         context = model_contexts(model, tokens, visible, positions, labels, guided=draw_tokens.guidance != 1.0)
         index = positions[..., None].expand(-1, -1, config.token_dim)
         local_noise = noise.gather(2, index.expand(len(noise), -1, -1, -1)).flatten(1, 2)
         null = context[1] if len(context) > 1 else None
-        drawn = draw_tokens(model.head, context[0], null, guidance, local_noise)
+        drawn = draw_tokens(head, context[0], null, guidance, local_noise)
         return tokens.scatter(1, index, drawn.unflatten(0, positions.shape).to(tokens.dtype))
 
     for k, count in enumerate(counts):
