@@ -156,6 +156,18 @@ def test_tables_name_the_smallest_k_of_the_same_quality(tmp_path):
     assert not fill_markdown(document, tmp_path)
 
 
+def test_a_bench_becomes_a_table(tmp_path):
+    row = {"model": "t", "iterations": 4, "batch": 2, "seconds_per_image": 2.0, "context_seconds": 0.5}
+    row |= {"gflops_per_image": 6033.6, "fraction_of_peak": 0.586}
+    faster = {**row, "model": "s", "seconds_per_image": 0.5, "speed_up": 4.0, "speed_up_by_flops": 2.04}
+    (tmp_path / "b.json").write_text(json.dumps({"bench": {"rows": [row, faster]}}))
+    document = tmp_path / "README.md"
+    document.write_text("<!-- bench: b.json --><!-- end -->")
+    assert fill_markdown(document, tmp_path)
+    assert "| t | 4 | 2 | 2.0 | 25% | 6,034 | 59% |  |  |" in document.read_text()
+    assert "| s | 4 | 2 | 0.5 | 100% | 6,034 | 59% | 4.0x | 2.0x |" in document.read_text()
+
+
 def test_a_classifier_comes_back_from_disk_and_rewards_the_class_in_the_prompt(tmp_path):
     for architecture in ("plain", "residual"):
         classifier = Classifier(architecture, 1, ("shirt", "t-shirt", "bag")).eval()

@@ -146,6 +146,22 @@ def speedup_table(file: Path) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + "\n".join(notes)
 
 
+def bench_table(file: Path) -> str:
+    """A bench's rows in Markdown, by batch size: seconds per image, operations, and speed-up over the teacher."""
+    rows = read_results(file)["bench"]["rows"]
+    lines = [["model", "K", "batch", "s / image", "of it the context network", "GFLOP / image"]]
+    lines[0] += ["of the machine's peak", "speed-up", "by arithmetic alone"]
+    lines.append(["---"] * len(lines[0]))
+    for row in rows:
+        seconds = row["seconds_per_image"]
+        cells = [row["model"], str(row["iterations"]), str(row["batch"]), f"{seconds:.1f}"]
+        cells += [f"{min(1.0, row['context_seconds'] / seconds):.0%}", f"{row['gflops_per_image']:,.0f}"]
+        cells += [f"{row['fraction_of_peak']:.0%}"]
+        cells += [f"{row[name]:.1f}x" if name in row else "" for name in ("speed_up", "speed_up_by_flops")]
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def rewards_table(file: Path) -> str:
     """Rewards over class-name prompts in Markdown: mean and standard error, one row for each model and K."""
     rows = read_results(file).get("rewards", {}).get("rows", [])
@@ -162,12 +178,13 @@ def rewards_table(file: Path) -> str:
 
 
 def fill_markdown(document: Path, root: Path) -> bool:
-    """Fill every `<!-- results: FILE -->` (`speed:`, `rewards:`, `claim: NAME`) ... `<!-- end -->`; True if it changed.
+    """Fill every `<!-- KIND: FILE -->` (or `<!-- claim: NAME -->`) ... `<!-- end -->`; True if the document changed.
 
-    A claim that says what it should is left as it is, so that its lines may be broken by hand.
+    Kinds are `results`, `speed`, `bench` and `rewards`. A claim that says what it should is left as it is, so that its
+    lines may be broken by hand.
     """
     text = document.read_text()
-    makers = {"results": markdown_table, "speed": speedup_table, "rewards": rewards_table}
+    makers = {"results": markdown_table, "speed": speedup_table, "bench": bench_table, "rewards": rewards_table}
     claims = {claim.name: claim for claim in CLAIMS}
 
     def table(match: re.Match[str]) -> str:
@@ -178,10 +195,12 @@ def fill_markdown(document: Path, root: Path) -> bool:
             new = claims[name].text(root)
             return match[0] if plain(old) == new else f"<!-- claim: {name} -->{new}<!-- end -->"
         if not (root / name).is_file():
-            raise ValueError(f"{document} shows {name}, which is not there: write it with marval evaluate --out {name}")
+            raise ValueError(f"{document} shows {name}, which is not there: write it with --out {name}")
         return f"<!-- {kind}: {name} -->\n{makers[kind](root / name)}\n<!-- end -->"
 
-    filled = re.sub(r"<!-- (results|speed|rewards|claim): (\S+) -->(.*?)<!-- end -->", table, text, flags=re.DOTALL)
+    filled = re.sub(
+        r"<!-- (results|speed|bench|rewards|claim): (\S+) -->(.*?)<!-- end -->", table, text, flags=re.DOTALL
+    )
     if filled != text:
         write_text(document, filled)
     return filled != text
