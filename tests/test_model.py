@@ -186,6 +186,8 @@ def test_layers_give_the_same_in_inference_mode(rows):
     expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
     with torch.inference_mode():
         torch.testing.assert_close(layer(x), expected)
+        curved = linear(x, layer.weight, layer.bias, gelu=True)
+        torch.testing.assert_close(curved, torch.nn.functional.gelu(expected))
         columns = torch.randn(24, 2 * rows, generator=generator("columns")).T  # not contiguous
         torch.testing.assert_close(layer(columns), layer(columns.contiguous()))
         part = linear(x, layer.weight[8:], layer.bias[8:])

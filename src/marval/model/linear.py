@@ -16,9 +16,9 @@ LARGE = 2**19  # but for weights of so many elements: reading them takes oneDNN 
 
 
 def linear(
-    x: Float[Tensor, "*n d"], weight: Float[Tensor, "o d"], bias: Float[Tensor, " o"] | None
+    x: Float[Tensor, "*n d"], weight: Float[Tensor, "o d"], bias: Float[Tensor, " o"] | None, gelu: bool = False
 ) -> Float[Tensor, "*n o"]:
-    """`x W^T + b`; in inference mode, in float32 on a CPU, by oneDNN.
+    """`x W^T + b`, or its GELU; in inference mode, in float32 on a CPU, by oneDNN.
 
     torch gives this product to MKL, which took 1.6 to 2.7 times oneDNN's time on a Zen 5 at 53 to 3,392 rows, and 1.6
     to 2.4 times at 1 to 32 rows of 1,024 x 1,024 weights and larger (Intel's own CPUs were not measured). oneDNN's
@@ -26,8 +26,9 @@ def linear(
     """
     few = FEWEST_ROWS if weight.numel() < LARGE else 0
     if x.dtype == weight.dtype and x.numel() >= few * x.shape[-1] and for_onednn(weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none")
+    y = F.linear(x, weight, bias)
+    return F.gelu(y) if gelu else y
 
 
 def for_onednn(weight: Tensor) -> bool:
