@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from marval.evaluate.results import read_results
-from marval.page.studio import LAST_SEED, MOST_PICTURES, Frame, Given, Picture, Studio, whole_number
+from marval.page.studio import LAST_SEED, MOST_PICTURES, Frame, Given, Picture, Studio, listed, whole_number
 from marval.page.views import Panel, colours, duration
 from marval.recipe import Recipe
 
@@ -46,7 +46,7 @@ def generate(
         ValueError: nothing chosen, an unknown name, or a number out of range; before anything is drawn.
     """
     known = studio.classes(models)
-    if not classes:
+    if not listed("classes", classes):
         raise ValueError("choose at least one class")
     for name in classes:
         if name not in known:
@@ -180,7 +180,7 @@ def compare(
         ValueError: nothing chosen, or a bad name or number; before anything is drawn.
     """
     studio.classes(models)
-    if not columns:
+    if not listed("numbers K", columns):
         raise ValueError("choose at least one K")
     for k in columns:
         whole_number("K, the iterations,", k, 1, min(studio.served(name).num_tokens for name in models))

@@ -1,56 +1,26 @@
-"""The endpoints for programs, and how visitors are told what is not possible."""
+"""The endpoints for programs."""
 
 import base64
-import binascii
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import gradio as gr
 
 from marval.page import actions, views
 from marval.page.actions import Desk
-from marval.page.studio import LAST_SEED, MOST_PICTURES, UPLOAD_BYTES, Studio, whole_number
-
-VISITORS = 16  # drawings that are under way at once; their pictures take turns
-DRAW: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": VISITORS}
-
-
-def told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its `ValueError`s as messages for the visitor."""
-
-    @functools.wraps(function)
-    def plain(*given: Any) -> Any:
-        try:
-            return function(*given)
-        except ValueError as error:
-            raise gr.Error(str(error), title="Not possible", print_exception=False) from None
-
-    return plain
-
-
-def streamed(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """As `told`, for a generator."""
-
-    @functools.wraps(function)
-    def generator(*given: Any) -> Iterator[Any]:
-        try:
-            yield from function(*given)
-        except ValueError as error:
-            raise gr.Error(str(error), title="Not possible", print_exception=False) from None
-
-    return generator
+from marval.page.guard import DRAW, friendly
+from marval.page.studio import LAST_SEED, MOST_PICTURES, UPLOAD_BYTES, Given, Studio, listed, whole_number
 
 
 def add_endpoints(studio: Studio) -> None:
     """The named endpoints for programs; docs/serve.md shows them."""
 
-    def decode(png: str) -> bytes:
+    def decode(png: Given) -> bytes:
+        if not isinstance(png, str):
+            raise ValueError("png must be a file's content in base64")
         if len(png) > UPLOAD_BYTES * 4 // 3 + 4:
-            raise ValueError(f"this file is too large: at most {UPLOAD_BYTES / 1e6:.0f} MB")
+            raise ValueError(f"this file is too large: at most {UPLOAD_BYTES / 2**20:.0f} MB")
         try:
             return base64.b64decode(png, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise ValueError(f"png must be a file's content in base64 ({error})") from None
 
     def models() -> list[dict]:
@@ -70,6 +40,7 @@ def add_endpoints(studio: Studio) -> None:
 
         Each picture has `png` (base64, the recipe in its metadata), `recipe` and `seconds`.
         """
+        listed("classes", classes)
         if not 1 <= len(classes) <= MOST_PICTURES:
             raise ValueError(f"{len(classes)} classes: expected 1 to {MOST_PICTURES}")
         whole_number("a seed", seed, 0, LAST_SEED)
@@ -102,7 +73,7 @@ def add_endpoints(studio: Studio) -> None:
 
     for function in (models, draw, edit, vary):
         gr.api(
-            told(function),
+            friendly(function),
             api_name=function.__name__,
             api_description=" ".join((function.__doc__ or "").split()),
             **DRAW,

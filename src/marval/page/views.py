@@ -142,11 +142,12 @@ def heading() -> str:
 
 
 def saving(picture: Picture) -> str:
-    """The link that saves the picture on the desk."""
+    """The link that saves the picture on the desk, and whether `marval sample --like` can draw it again."""
     url = data_url(picture.png)
+    told = " with its recipe" if picture.recipe else " (an upload has no recipe until a part of it is redrawn)"
     return (
         f'<p class="mv-saving"><a href="{url}" download="{escape(file_name(picture))}">Save this picture as PNG</a>'
-        f"{' with its recipe' if picture.recipe else ''}</p>"
+        f"{told}</p>"
     )
 
 
@@ -188,7 +189,7 @@ def painter(
 
 def gallery(pictures: Sequence[tuple[Picture, str]], now: Frame | None = None) -> str:
     """Pictures with captions, side by side, and the one that is being drawn."""
-    cells = [figure(picture, str(i), caption) for i, (picture, caption) in enumerate(pictures)]
+    cells = [figure(picture, f"0:{i}", caption) for i, (picture, caption) in enumerate(pictures)]
     cells += [growing(now)] if now is not None else []
     return f'<div class="mv-pictures mv-gallery">{"".join(cells)}</div>'
 
