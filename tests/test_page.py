@@ -17,8 +17,8 @@ from marval.io.checkpoint import save_model
 from marval.io.images import to_pil
 from marval.page import actions, views
 from marval.page.actions import Desk
-from marval.page.studio import LAST_SEED, Studio, read_upload
-from marval.recipe import find_pipelines, read_recipe, redraw
+from marval.page.studio import LAST_SEED, UPLOAD_BYTES, Studio, read_upload
+from marval.recipe import LONGEST, find_pipelines, read_recipe, redraw
 from tiny import tiny_config, tiny_model
 
 
@@ -121,6 +121,24 @@ def test_an_upload_is_encoded_once_and_its_other_pixels_stay(studio, names, tmp_
     (tmp_path / "a.png").write_bytes(desk.picture.png)  # the recipe holds the upload
     recipe, given = read_recipe(tmp_path / "a.png")
     assert to_pil(redraw(recipe, find_pipelines(None, "cpu"))).tobytes() == given.tobytes()
+
+
+def test_a_picture_is_edited_no_more_often_than_its_recipe_can_say(studio, names, tmp_path):
+    desk = Desk().put(studio.picture(studio.recipe(names[1], "cross", 1, 4)))
+    for i in range(LONGEST - 1):
+        *_, (desk, _, _) = actions.edit(studio, desk, [i % 16], names[1], "cross", i, 1)
+    (tmp_path / "a.png").write_bytes(desk.picture.png)
+    recipe, given = read_recipe(tmp_path / "a.png")
+    assert to_pil(redraw(recipe, find_pipelines(None, "cpu"))).tobytes() == given.tobytes()
+    with pytest.raises(ValueError, match="save this picture and upload it"):
+        next(actions.edit(studio, desk, [0], names[1], "cross", 0, 1))
+
+
+def test_an_upload_as_it_came_is_said_to_have_no_recipe(studio, names):
+    picture = studio.upload(content(photo()), names[1])
+    assert "an upload has no recipe until a part of it is redrawn" in views.saving(picture)
+    drawn = studio.picture(studio.recipe(names[1], "cross", 1, 4))
+    assert "with its recipe" in views.saving(drawn)
 
 
 def test_variations_keep_a_share(studio, names):
@@ -226,7 +244,7 @@ BAD_FILES = [
     (b"", "cannot be read"),
     (content(photo())[:200], "cannot be read"),
     (b"%PDF-1.4 " + bytes(100), "cannot be read"),
-    (bytes(5_000_001), "at most 5 MB"),
+    (bytes(UPLOAD_BYTES + 1), "at most 5 MB"),
     (animation("GIF"), "animation"),
     (animation("WEBP"), "animation"),
     (animation("PNG"), "animation"),

@@ -14,8 +14,9 @@ from PIL import Image
 
 import marval as package
 from marval.io.images import to_pil
-from serving import MODELS, ROOT, serving
+from serving import MODELS, ROOT, SCREENSHOTS, needs_chromium, serving
 from test_cli import marval, refused
+from test_forged import Forger
 from test_page import BAD_FILES
 
 
@@ -109,6 +110,31 @@ def test_sixteen_visitors_at_once_each_get_their_own(server):
     wanted = expected(range(16))
     for seed in range(16):
         assert np.array_equal(found[seed][seed], wanted[seed])
+
+
+@needs_chromium
+def test_who_finds_the_queue_full_is_told_so(chromium, tmp_path):
+    """16 drawings under way and 64 that wait: the next visitor reads a message, as do programs."""
+    with serving("fashion-teacher", cwd=tmp_path) as (address, _):
+        forger = Forger(address)
+        draw = forger.handler("mv-draw")
+        given = [["fashion-teacher"], ["bag"], 0, 8, 49, 3.0, "the model's own"]
+        body = {"fn_index": draw["id"], "session_hash": "others", "data": given}
+        answers = [forger.post("gradio_api/queue/join", **body).status_code for _ in range(16 + 64)]
+        assert answers == [200] * 80
+        answer = forger.post("gradio_api/queue/join", **body)
+        assert answer.status_code == 503
+        assert "Queue is full" in answer.json()["detail"]
+        with pytest.raises(Exception, match=r"Queue is full! Please try again\."):
+            Client(address, verbose=False).predict(model="fashion-teacher", classes=["bag"], api_name="/draw")
+        page = chromium.new_page()
+        page.goto(address)
+        page.click("#mv-draw")
+        page.wait_for_selector(".toast-body:has-text('currently busy. Please try again')", timeout=20_000)
+        page.wait_for_selector(".mv-status:has-text('Nothing was drawn: the message says why.')", timeout=20_000)
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SCREENSHOTS / "queue-full.png")
+        page.close()
 
 
 @pytest.mark.slow
