@@ -15,7 +15,7 @@ from PIL import Image
 from marval.config import OneStep
 from marval.io.checkpoint import save_model
 from marval.io.images import to_pil
-from marval.page import actions, views
+from marval.page import actions, bundled, views
 from marval.page.actions import Desk
 from marval.page.studio import LAST_SEED, UPLOAD_BYTES, Studio, read_upload
 from marval.recipe import LONGEST, find_pipelines, read_recipe, redraw
@@ -167,7 +167,7 @@ def test_the_comparison_fills_a_grid(studio, names):
 
 
 def test_bundled_figures_are_those_of_the_results():
-    header, rows = actions.tuning_rows()
+    header, rows = bundled.tuning_rows()
     assert header[:2] == ["model", "K"]
     pairs = {row[1] for row in rows}
     assert {"4", "8"} <= pairs
@@ -175,7 +175,7 @@ def test_bundled_figures_are_those_of_the_results():
         before, after = ([float(cell) for cell in row[2:]] for row in rows if row[1] == k)
         assert after[0] > before[0]  # the tuned reward, and the held-out one
         assert after[1] > before[1]
-    points = actions.quality_points()
+    points = bundled.quality_points()
     assert next(iter(points)) == "fashion-teacher"
     slow, fast = points["fashion-teacher"], points["fashion-student"]
     assert [k for _, _, k in slow] == [4, 6, 8, 16, 32]

@@ -79,9 +79,9 @@ def test_wheel_and_sdist_hold_every_file_as_a_file(built):
 def test_the_installed_wheel_draws_and_serves(installed, tmp_path):
     environment = {"PYTHONPATH": str(installed)}
     script = (
-        "import json, marval.cli; from marval.page import actions; from marval.page.studio import Studio; "
+        "import json, marval.cli; from marval.page import bundled; from marval.page.studio import Studio; "
         "from marval.page.app import build; build(Studio.open(['fashion-student'], 'cpu')); "
-        "print(json.dumps([marval.cli.__file__, actions.tuning_rows()[1], sorted(actions.quality_points())]))"
+        "print(json.dumps([marval.cli.__file__, bundled.tuning_rows()[1], sorted(bundled.quality_points())]))"
     )
 
     def run(*arguments):

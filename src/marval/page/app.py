@@ -9,7 +9,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from marval.config import Order
-from marval.page import actions, views
+from marval.page import actions, bundled, views
 from marval.page.actions import Desk
 from marval.page.editing import Editing
 from marval.page.endpoints import add_endpoints
@@ -183,7 +183,7 @@ def compare_tab(studio: Studio, make: Controls) -> None:
     gr.HTML('<h2 class="mv-step">Quality against time</h2>')
     gr.HTML(
         views.plot(
-            actions.quality_points(),
+            bundled.quality_points(),
             "milliseconds a picture (batch 1, two CPU threads)",
             "FD-EfficientNet, less is better",
         )
@@ -193,7 +193,7 @@ def compare_tab(studio: Studio, make: Controls) -> None:
         "2,000 samples each. Reward: mean log-probability of the class by fashion-classifier, which was optimised; "
         "held-out reward: the same by fashion-judge, which was not. More is better, but for the distance."
     )
-    gr.HTML(views.figures_table(*actions.tuning_rows(), caption))
+    gr.HTML(views.figures_table(*bundled.tuning_rows(), caption))
 
 
 def why_tab(studio: Studio, make: Controls) -> None:

@@ -9,7 +9,7 @@ import gradio as gr
 
 from marval.page import actions, views
 from marval.page.actions import Desk
-from marval.page.studio import UPLOAD_BYTES, Picture, Studio
+from marval.page.studio import Picture, Studio
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,8 @@ class Editing:
         """Put an uploaded file onto the desk."""
         if file is None:
             raise ValueError("choose a picture to upload")
-        content = Path(file).read_bytes() if Path(file).stat().st_size <= UPLOAD_BYTES else bytes(UPLOAD_BYTES + 1)
-        return self.shown(
-            now.put(self.studio.upload(content, name)), "Uploaded, cropped and encoded once. Now paint.", name
-        )
+        picture = self.studio.upload(Path(file).read_bytes(), name)
+        return self.shown(now.put(picture), "Uploaded, cropped and encoded once. Now paint.", name)
 
     def change(self, cells: list[int], now: Desk, name: str, *given: Any) -> Iterator[Any]:
         """Redraw what is painted."""
