@@ -334,3 +334,12 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(visitor):
             if wanted <= set(reached):
                 break
         assert wanted <= set(reached)
+
+
+@needs_chromium
+def test_the_api_page_opens_and_asks_no_other_host(visitor):
+    page = visitor()
+    page.get_by_role("button", name="Use via API").click()
+    for name in ("/models", "/draw", "/edit", "/vary"):
+        page.wait_for_selector(f"text={name}")
+    assert "Redraw some tokens" in page.inner_text("body")

@@ -13,11 +13,13 @@ from gradio_client import Client
 from PIL import Image
 
 import marval as package
+from marval.io.checkpoint import save_model
 from marval.io.images import to_pil
 from serving import MODELS, ROOT, SCREENSHOTS, needs_chromium, serving
 from test_cli import marval, refused
 from test_forged import Forger
 from test_page import BAD_FILES
+from tiny import tiny_config, tiny_model
 
 
 def pixels(png):
@@ -113,9 +115,16 @@ def test_sixteen_visitors_at_once_each_get_their_own(server):
 
 
 @needs_chromium
-def test_who_finds_the_queue_full_is_told_so(chromium, tmp_path):
-    """16 drawings under way and 64 that wait: the next visitor reads a message, as do programs."""
-    with serving("fashion-teacher", cwd=tmp_path) as (address, _):
+def test_own_models_and_a_full_queue(chromium, tmp_path):
+    """A model of the user's beside a bundled one; then, with 16 drawings under way and 64 that wait, the next visitor
+    reads a message, as do programs."""
+    save_model(tmp_path / "mine", tiny_model(), tiny_config())
+    with serving("fashion-teacher", "mine", cwd=tmp_path) as (address, _):
+        (own,) = Client(address, verbose=False).predict(model="mine", classes=["square"], seed=3, api_name="/draw")
+        assert own["recipe"]["model"] == "mine"
+        (tmp_path / "own.png").write_bytes(base64.b64decode(own["png"]))
+        result = marval("sample", "--like", "own.png", "--out", "again", cwd=tmp_path)
+        assert "the same, pixel for pixel" in result.stdout, result.stdout + result.stderr
         forger = Forger(address)
         draw = forger.handler("mv-draw")
         given = [["fashion-teacher"], ["bag"], 0, 8, 49, 3.0, "the model's own"]

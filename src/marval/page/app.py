@@ -14,7 +14,7 @@ from marval.page.actions import Desk
 from marval.page.editing import Editing
 from marval.page.endpoints import add_endpoints
 from marval.page.guard import DRAW, WAITING, Guard, Page, friendly
-from marval.page.studio import LAST_SEED, MOST_PICTURES, UPLOAD_BYTES, Studio
+from marval.page.studio import LAST_SEED, MOST_PICTURES, UPLOAD_BYTES, Studio, listed
 
 OWN_ORDER = "the model's own"
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -105,7 +105,9 @@ def generate_tab(studio: Studio, make: Controls) -> tuple[gr.State, gr.HTML]:
     def fit(names: list[str], chosen: list[str]) -> Any:
         known = studio.classes(names or make.names[:1])
         guided = any(studio.served(name).chain is not None for name in names)
-        return gr.update(choices=known, value=[c for c in chosen if c in known]), gr.update(interactive=guided)
+        return gr.update(choices=known, value=[c for c in listed("classes", chosen) if c in known]), gr.update(
+            interactive=guided
+        )
 
     models.change(friendly(fit), [models, classes], [classes, guidance], queue=False, **PRIVATE)
     return drawn, shown
