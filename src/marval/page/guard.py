@@ -15,7 +15,7 @@ VISITORS = 16  # drawings that are under way at once; their pictures take turns
 WAITING = 64  # requests that wait; more are turned away with a message
 DRAW: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": VISITORS}
 LARGEST_BODY = 8_000_000  # bytes; an upload may have 5 MB, and a third more in base64
-UNFIT = "this request does not fit the page: reload the page and try again"
+UNFIT = "a value that was sent does not fit its control: set it again, or reload the page"
 ELSEWHERE = re.compile(r"/(proxy=|file=\s*https?:)", re.IGNORECASE)  # gradio's routes that fetch from other hosts
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -134,4 +134,4 @@ class Guard:
             if started:
                 raise
             log.warning("refused: %s %.300s: %.300r", scope["method"], scope["path"], error)
-            await _answer(send, 400, UNFIT)
+            await _answer(send, 400, "this request does not fit the page: reload the page and try again")
