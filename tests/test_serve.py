@@ -127,7 +127,7 @@ def test_own_models_and_a_full_queue(chromium, tmp_path):
         assert "the same, pixel for pixel" in result.stdout, result.stdout + result.stderr
         forger = Forger(address)
         draw = forger.handler("mv-draw")
-        given = [["fashion-teacher"], ["bag"], 0, 8, 49, 3.0, "the model's own"]
+        given = [["fashion-teacher"], ["bag"], 0, 8, 16, 3.0, "the model's own"]
         body = {"fn_index": draw["id"], "session_hash": "others", "data": given}
         answers = [forger.post("gradio_api/queue/join", **body).status_code for _ in range(16 + 64)]
         assert answers == [200] * 80

@@ -73,10 +73,14 @@ class Page(gr.Blocks):
         Raises:
             gradio.Error: too few values, a value that its control does not offer, or an address in a file's place.
         """
-        addresses: list[str] = []
+        elsewhere: list[dict] = []
+
+        def named(value: Any) -> bool:
+            return isinstance(value, dict) and isinstance(value.get("path"), str) and is_http_url_like(value["path"])
+
         try:
-            traverse(inputs, addresses.append, lambda value: isinstance(value, str) and is_http_url_like(value))
-            if addresses:  # gradio would fetch it
+            traverse(inputs, elsewhere.append, named)
+            if elsewhere:  # gradio would fetch it
                 raise refusal("an address is no file: upload the picture itself")
             return await super().preprocess_data(block_fn, inputs, *rest, **options)
         except gr.Error as error:
