@@ -141,6 +141,7 @@ def test_own_models_and_a_full_queue(chromium, tmp_path):
         page.click("#mv-draw")
         page.wait_for_selector(".toast-body:has-text('currently busy. Please try again')", timeout=20_000)
         page.wait_for_selector(".mv-status:has-text('Nothing was drawn: the message says why.')", timeout=20_000)
+        page.wait_for_timeout(600)  # the message fades in
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=SCREENSHOTS / "queue-full.png")
         page.close()
