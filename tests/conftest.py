@@ -8,6 +8,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("marval", "beartype.beartype")
 
+pytest_plugins = ["serving"]  # fixtures of the page's tests
 GOLDEN = Path(__file__).parent / "golden"
 
 

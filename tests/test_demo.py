@@ -15,6 +15,7 @@ def test_the_demo_draws_scores_and_distils(tmp_path):
         [sys.executable, "-m", "marval", "demo", "--out", str(out)], capture_output=True, text=True, timeout=900
     )
     assert result.returncode == 0, result.stderr
+    assert "marval serve" in result.stdout.rstrip().splitlines()[-1]
     report = json.loads((out / "demo.json").read_text())
     rows = {(row["model"], row["iterations"]): row for row in report["rows"]}
     teacher, student = rows["fashion-teacher", 16], rows["fashion-student", 4]

@@ -15,10 +15,10 @@ from PIL import Image
 from marval.config import OneStep
 from marval.io.checkpoint import save_model
 from marval.io.images import to_pil
-from marval.page import actions, views
+from marval.page import actions, bundled, views
 from marval.page.actions import Desk
-from marval.page.studio import LAST_SEED, Studio, read_upload
-from marval.recipe import find_pipelines, read_recipe, redraw
+from marval.page.studio import LAST_SEED, UPLOAD_BYTES, Studio, read_upload
+from marval.recipe import LONGEST, find_pipelines, read_recipe, redraw
 from tiny import tiny_config, tiny_model
 
 
@@ -123,6 +123,24 @@ def test_an_upload_is_encoded_once_and_its_other_pixels_stay(studio, names, tmp_
     assert to_pil(redraw(recipe, find_pipelines(None, "cpu"))).tobytes() == given.tobytes()
 
 
+def test_a_picture_is_edited_no_more_often_than_its_recipe_can_say(studio, names, tmp_path):
+    desk = Desk().put(studio.picture(studio.recipe(names[1], "cross", 1, 4)))
+    for i in range(LONGEST - 1):
+        *_, (desk, _, _) = actions.edit(studio, desk, [i % 16], names[1], "cross", i, 1)
+    (tmp_path / "a.png").write_bytes(desk.picture.png)
+    recipe, given = read_recipe(tmp_path / "a.png")
+    assert to_pil(redraw(recipe, find_pipelines(None, "cpu"))).tobytes() == given.tobytes()
+    with pytest.raises(ValueError, match="save this picture and upload it"):
+        next(actions.edit(studio, desk, [0], names[1], "cross", 0, 1))
+
+
+def test_an_upload_as_it_came_is_said_to_have_no_recipe(studio, names):
+    picture = studio.upload(content(photo()), names[1])
+    assert "an upload has no recipe until a part of it is redrawn" in views.saving(picture)
+    drawn = studio.picture(studio.recipe(names[1], "cross", 1, 4))
+    assert "with its recipe" in views.saving(drawn)
+
+
 def test_variations_keep_a_share(studio, names):
     desk = Desk().put(studio.picture(studio.recipe(names[1], "cross", 1, 4)))
     *_, (varied, _, told) = actions.vary(studio, desk, 0.75, 3, names[1], "cross", 20, 4)
@@ -149,7 +167,7 @@ def test_the_comparison_fills_a_grid(studio, names):
 
 
 def test_bundled_figures_are_those_of_the_results():
-    header, rows = actions.tuning_rows()
+    header, rows = bundled.tuning_rows()
     assert header[:2] == ["model", "K"]
     pairs = {row[1] for row in rows}
     assert {"4", "8"} <= pairs
@@ -157,7 +175,7 @@ def test_bundled_figures_are_those_of_the_results():
         before, after = ([float(cell) for cell in row[2:]] for row in rows if row[1] == k)
         assert after[0] > before[0]  # the tuned reward, and the held-out one
         assert after[1] > before[1]
-    points = actions.quality_points()
+    points = bundled.quality_points()
     assert next(iter(points)) == "fashion-teacher"
     slow, fast = points["fashion-teacher"], points["fashion-student"]
     assert [k for _, _, k in slow] == [4, 6, 8, 16, 32]
@@ -226,7 +244,7 @@ BAD_FILES = [
     (b"", "cannot be read"),
     (content(photo())[:200], "cannot be read"),
     (b"%PDF-1.4 " + bytes(100), "cannot be read"),
-    (bytes(5_000_001), "at most 5 MB"),
+    (bytes(UPLOAD_BYTES + 1), "at most 5 MB"),
     (animation("GIF"), "animation"),
     (animation("WEBP"), "animation"),
     (animation("PNG"), "animation"),

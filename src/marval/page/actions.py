@@ -3,13 +3,10 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
-from pathlib import Path
 
 import torch
 
-from marval.evaluate.results import read_results
-from marval.page.studio import LAST_SEED, MOST_PICTURES, Frame, Given, Picture, Studio, whole_number
+from marval.page.studio import LAST_SEED, MOST_PICTURES, Frame, Given, Picture, Studio, listed, whole_number
 from marval.page.views import Panel, colours, duration
 from marval.recipe import Recipe
 
@@ -46,7 +43,7 @@ def generate(
         ValueError: nothing chosen, an unknown name, or a number out of range; before anything is drawn.
     """
     known = studio.classes(models)
-    if not classes:
+    if not listed("classes", classes):
         raise ValueError("choose at least one class")
     for name in classes:
         if name not in known:
@@ -180,7 +177,7 @@ def compare(
         ValueError: nothing chosen, or a bad name or number; before anything is drawn.
     """
     studio.classes(models)
-    if not columns:
+    if not listed("numbers K", columns):
         raise ValueError("choose at least one K")
     for k in columns:
         whole_number("K, the iterations,", k, 1, min(studio.served(name).num_tokens for name in models))
@@ -217,60 +214,3 @@ def race(
                 yield latest, progress(frame, recipe.model)
     told = [f"{name} {frame.calls.head:,} calls of the head" for name, frame in latest.items()]
     yield latest, f"Done: {', '.join(told)}."
-
-
-def bundled(name: str) -> Path:
-    """A results file that ships with the package."""
-    return Path(str(files("marval"))) / "assets" / name
-
-
-def tuning_rows() -> tuple[list[str], list[list[str]]]:
-    """Before and after MARVAL-RL: the tuned reward, the held-out one, distance and diversity, by K, as bundled."""
-    sweep = {
-        (row["model"], row["iterations"]): row for row in read_results(bundled("fashion-sweep.json"))["quality"]["rows"]
-    }
-    reward = {
-        (row["model"], row["iterations"]): row["log_probability"]
-        for row in read_results(bundled("fashion-reward.json"))["quality"]["rows"]
-    }
-    header = ["model", "K", "reward", "held-out reward", "FD-EfficientNet", "diversity"]
-    rows = []
-    for k in sorted(k for model, k in reward if model == "fashion-tuned"):
-        for model, told in (("fashion-student", "before"), ("fashion-tuned", "after")):
-            row = sweep[model, k]
-            figures = [f"{reward[model, k]:.4f}", f"{row['log_probability']:.4f}", f"{row['fd']:.1f}"]
-            rows.append([f"{told}: {model}", str(k), *figures, f"{row['diversity']:.2f}"])
-    return header, rows
-
-
-def quality_points() -> dict[str, list[tuple[float, float, int]]]:
-    """(milliseconds a picture at batch 1, FD-EfficientNet, K) of each bundled model, from the bundled results."""
-    results = read_results(bundled("fashion-sweep.json"))
-    seconds = {
-        (row["model"], row["iterations"]): row["seconds_per_image"]
-        for row in results["timing"]["rows"]
-        if row["batch"] == 1
-    }
-    points: dict[str, list[tuple[float, float, int]]] = {}
-    for row in sorted(results["quality"]["rows"], key=lambda row: row["iterations"]):
-        at = row["model"], row["iterations"]
-        if at in seconds:
-            points.setdefault(row["model"], []).append((seconds[at] * 1000, row["fd"], row["iterations"]))
-    return {name: points[name] for name in sorted(points, key=lambda name: name != "fashion-teacher")}
-
-
-def model_list(studio: Studio) -> list[dict[str, object]]:
-    """What the API says about the models."""
-    return [
-        {
-            "name": served.name,
-            "classes": list(served.classes),
-            "image_size": list(served.pipeline.config.space.image_size),
-            "token_grid": list(served.grid),
-            "iterations": served.pipeline.config.iterations,
-            "order": served.pipeline.config.order,
-            "guidance": None if served.chain is None else served.chain.guidance,
-            "steps": None if served.chain is None else served.chain.steps,
-        }
-        for served in studio.models.values()
-    ]

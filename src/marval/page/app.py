@@ -1,31 +1,40 @@
 """The page itself: gradio's components, wired to `actions`; and the server behind it."""
 
-import os
+import json
 from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any, get_args
-
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: no request to other hosts
 
 import gradio as gr
 from starlette.middleware import Middleware
 
 from marval.config import Order
-from marval.page import actions, views
+from marval.page import actions, bundled, views
 from marval.page.actions import Desk
 from marval.page.editing import Editing
-from marval.page.endpoints import DRAW, add_endpoints, streamed, told
-from marval.page.guard import Guard
-from marval.page.studio import LAST_SEED, MOST_PICTURES, UPLOAD_BYTES, Studio
+from marval.page.endpoints import add_endpoints
+from marval.page.guard import DRAW, WAITING, Guard, Page, friendly
+from marval.page.studio import LAST_SEED, MOST_PICTURES, UPLOAD_BYTES, Studio, listed
 
 OWN_ORDER = "the model's own"
-WAITING = 64  # requests that wait; more are turned away with a message
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 PICK = """element.addEventListener('click', (event) => {
   const button = event.target.closest('[data-picture]');
   if (button) trigger('select', {picture: button.dataset.picture});
 });"""
 PAINTED = "(...given) => [[...document.querySelectorAll('#mv-painter [data-token][aria-pressed=true]')].map((cell) => Number(cell.dataset.token)), ...given.slice(1)]"  # noqa: E501
+
+
+def draws(button: gr.Button, function: Any, given: list[Any], shown: list[Any], line: gr.HTML, js: Any = None) -> Any:
+    """Wire a button that draws; the line says at once that it was pressed, and whether nothing came of it."""
+
+    def say(text: str, busy: bool = False) -> str:
+        return f"() => {json.dumps(views.status(text, busy))}"
+
+    button.click(None, None, line, js=say("Waiting for a turn…", busy=True), **PRIVATE)
+    event = button.click(friendly(function), given, shown, js=js, **PRIVATE, **DRAW)
+    event.failure(None, None, line, js=say("Nothing was drawn: the message says why."), **PRIVATE)
+    return event
 
 
 class Controls:
@@ -83,23 +92,24 @@ def generate_tab(studio: Studio, make: Controls) -> tuple[gr.State, gr.HTML]:
     drawn = gr.State([], time_to_live=3600)
 
     def run(*given: Any) -> Iterator[Any]:
-        panels: list[views.Panel] = []
         own = None if given[-1] == OWN_ORDER else given[-1]
         for panels, told_now in actions.generate(studio, *(*given[:-1], own)):
             html = views.panels(panels, actions.reference(panels))
-            yield html, views.status(told_now, busy=not told_now.startswith("Done")), gr.skip()
-        yield gr.skip(), gr.skip(), [panel.pictures for panel in panels]
+            pictures = [panel.pictures for panel in panels]  # always those that are shown: Stop may come at any time
+            yield html, views.status(told_now, busy=not told_now.startswith("Done")), pictures
 
     given = [models, classes, seed, count, iterations, guidance, order]
-    event = draw.click(streamed(run), given, [shown, line, drawn], **PRIVATE, **DRAW)
+    event = draws(draw, run, given, [shown, line, drawn], line)
     stop.click(lambda: views.status("Stopped."), None, line, cancels=[event], queue=False, **PRIVATE)
 
     def fit(names: list[str], chosen: list[str]) -> Any:
         known = studio.classes(names or make.names[:1])
         guided = any(studio.served(name).chain is not None for name in names)
-        return gr.update(choices=known, value=[c for c in chosen if c in known]), gr.update(interactive=guided)
+        return gr.update(choices=known, value=[c for c in listed("classes", chosen) if c in known]), gr.update(
+            interactive=guided
+        )
 
-    models.change(told(fit), [models, classes], [classes, guidance], queue=False, **PRIVATE)
+    models.change(friendly(fit), [models, classes], [classes, guidance], queue=False, **PRIVATE)
     return drawn, shown
 
 
@@ -135,35 +145,20 @@ def edit_tab(studio: Studio, make: Controls, tabs: gr.Tabs, drawn: gr.State, gen
     everything = [desk, canvas, saved, varied, line]
 
     on = Editing(studio)
-    start.click(streamed(on.begin), [desk, model, label, seed, iterations], everything, **PRIVATE, **DRAW)
-    upload.upload(told(on.take), [upload, desk, model], everything, **PRIVATE, **DRAW)
-    redraw.click(
-        streamed(on.change), [painted, desk, model, new_label, new_seed, iterations], everything, js=PAINTED,
-        **PRIVATE, **DRAW,
-    )  # fmt: skip
-    undo.click(
-        told(lambda now, name: on.shown(now.undo(), "Taken back.", name)),
-        [desk, model],
-        everything,
-        queue=False,
-        **PRIVATE,
-    )
-    vary.click(
-        streamed(on.variations),
-        [desk, keep, count, model, new_label, new_seed, iterations],
-        everything,
-        **PRIVATE,
-        **DRAW,
-    )
-    varied.select(told(on.choose), [desk, model], everything, queue=False, **PRIVATE)
+    draws(start, on.begin, [desk, model, label, seed, iterations], everything, line)
+    upload.upload(friendly(on.take), [upload, desk, model], everything, **PRIVATE, **DRAW)
+    draws(redraw, on.change, [painted, desk, model, new_label, new_seed, iterations], everything, line, js=PAINTED)
+    undo.click(friendly(on.undo), [desk, model], everything, queue=False, **PRIVATE)
+    draws(vary, on.variations, [desk, keep, count, model, new_label, new_seed, iterations], everything, line)
+    varied.select(friendly(on.choose), [desk, model], everything, queue=False, **PRIVATE)
     targets = [*everything, tabs, model, label, new_label, iterations]
-    generated.select(told(on.bring), [drawn, desk], targets, queue=False, **PRIVATE)
+    generated.select(friendly(on.bring), [drawn, desk], targets, queue=False, **PRIVATE)
 
     def fit(name: str) -> Any:
         known = studio.classes([name])
         return [gr.update(choices=known), gr.update(choices=known)]
 
-    model.change(told(fit), model, [label, new_label], queue=False, **PRIVATE)
+    model.change(friendly(fit), model, [label, new_label], queue=False, **PRIVATE)
 
 
 def compare_tab(studio: Studio, make: Controls) -> None:
@@ -186,11 +181,11 @@ def compare_tab(studio: Studio, make: Controls) -> None:
             cells = views.compare_table(found.columns, rows, found.cells)
             yield cells, views.status(told_now, busy=not told_now.startswith("Done"))
 
-    draw.click(streamed(run), [models, label, seed, columns], [table, line], **PRIVATE, **DRAW)
+    draws(draw, run, [models, label, seed, columns], [table, line], line)
     gr.HTML('<h2 class="mv-step">Quality against time</h2>')
     gr.HTML(
         views.plot(
-            actions.quality_points(),
+            bundled.quality_points(),
             "milliseconds a picture (batch 1, two CPU threads)",
             "FD-EfficientNet, less is better",
         )
@@ -200,7 +195,7 @@ def compare_tab(studio: Studio, make: Controls) -> None:
         "2,000 samples each. Reward: mean log-probability of the class by fashion-classifier, which was optimised; "
         "held-out reward: the same by fashion-judge, which was not. More is better, but for the distance."
     )
-    gr.HTML(views.figures_table(*actions.tuning_rows(), caption))
+    gr.HTML(views.figures_table(*bundled.tuning_rows(), caption))
 
 
 def why_tab(studio: Studio, make: Controls) -> None:
@@ -228,13 +223,13 @@ def why_tab(studio: Studio, make: Controls) -> None:
             html = drawing(list(dict.fromkeys(names)), latest, int(given[-1]))
             yield html, views.status(told_now, busy=not told_now.startswith("Done"))
 
-    draw.click(streamed(run), [models, label, seed, iterations], [shown, line], **PRIVATE, **DRAW)
+    draws(draw, run, [models, label, seed, iterations], [shown, line], line)
 
 
 def build(studio: Studio) -> gr.Blocks:
     """The page of a studio."""
     make = Controls(studio)
-    with gr.Blocks(title="marval", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
+    with Page(title="marval", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
         gr.HTML(views.heading())
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
@@ -246,7 +241,7 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Tab("Why?", id="why"):
                 why_tab(studio, make)
         add_endpoints(studio)
-    return page.queue(max_size=WAITING)
+    return page.queue(max_size=WAITING, api_open=False)  # nobody draws past the queue
 
 
 def serve(studio: Studio, host: str = "127.0.0.1", port: int = 7860, browser: bool = False) -> tuple[gr.Blocks, str]:

@@ -1,6 +1,6 @@
 """The Edit tab's handlers: from a visitor's desk and choices to what the tab shows next."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import gradio as gr
 
 from marval.page import actions, views
 from marval.page.actions import Desk
-from marval.page.studio import UPLOAD_BYTES, Picture, Studio
+from marval.page.studio import Picture, Studio
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Editing:
                 canvas_now = views.painter(now.picture, grid, (), frame)
                 yield gr.skip(), canvas_now, "", "", views.status(actions.progress(frame, name), True)
 
-    def take(self, file: str, now: Desk, name: str) -> Any:
+    def take(self, file: str | None, now: Desk, name: str) -> Any:
         """Put an uploaded file onto the desk."""
-        content = Path(file).read_bytes() if Path(file).stat().st_size <= UPLOAD_BYTES else bytes(UPLOAD_BYTES + 1)
-        return self.shown(
-            now.put(self.studio.upload(content, name)), "Uploaded, cropped and encoded once. Now paint.", name
-        )
+        if file is None:
+            raise ValueError("choose a picture to upload")
+        picture = self.studio.upload(Path(file).read_bytes(), name)
+        return self.shown(now.put(picture), "Uploaded, cropped and encoded once. Now paint.", name)
 
     def change(self, cells: list[int], now: Desk, name: str, *given: Any) -> Iterator[Any]:
         """Redraw what is painted."""
@@ -61,15 +61,33 @@ class Editing:
         kept = Desk(now.picture, now.past, tuple(pictures), now.painted)
         yield kept, gr.skip(), gr.skip(), gr.skip(), gr.skip()
 
+    def undo(self, now: Desk, name: str) -> Any:
+        """Put the picture before onto the desk."""
+        return self.shown(now.undo(), "Taken back.", name)
+
     def choose(self, now: Desk, name: str, event: gr.EventData) -> Any:
         """Put a variation onto the desk."""
-        return self.shown(now.put(now.varied[int(event.picture)]), "This variation is the picture now.", name)
+        return self.shown(now.put(clicked([now.varied], event)), "This variation is the picture now.", name)
 
     def bring(self, pictures: list[list[Picture]], now: Desk, event: gr.EventData) -> Any:
         """Put a picture from Generate onto the desk, and open the tab with that picture's model and class."""
-        row, place = (int(part) for part in event.picture.split(":"))
-        picture = pictures[row][place]
+        picture = clicked(pictures, event)
         assert picture.recipe is not None  # it was drawn
         name, own = picture.recipe.model, picture.recipe
         values = self.shown(now.put(picture), "From Generate. Now paint.", name)
         return *values, gr.Tabs(selected="edit"), name, own.class_name, own.class_name, own.iterations
+
+
+def clicked(shown: Sequence[Sequence[Picture]], event: gr.EventData) -> Picture:
+    """The picture whose button was pressed: its key says the row and the place in it.
+
+    Raises:
+        ValueError: no such picture; a visitor's pictures are forgotten after an hour.
+    """
+    try:
+        row, place = (int(part) for part in event.picture.split(":"))
+        if row < 0 or place < 0:
+            raise IndexError
+        return shown[row][place]
+    except (AttributeError, TypeError, ValueError, IndexError):
+        raise ValueError("this picture is no longer here: draw it again") from None

@@ -1,64 +1,41 @@
-"""The endpoints for programs, and how visitors are told what is not possible."""
+"""The endpoints for programs; docs/serve.md shows them."""
 
 import base64
-import binascii
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import gradio as gr
 
 from marval.page import actions, views
 from marval.page.actions import Desk
-from marval.page.studio import LAST_SEED, MOST_PICTURES, UPLOAD_BYTES, Studio, whole_number
-
-VISITORS = 16  # drawings that are under way at once; their pictures take turns
-DRAW: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": VISITORS}
+from marval.page.guard import DRAW, friendly
+from marval.page.studio import LAST_SEED, MOST_PICTURES, UPLOAD_BYTES, Given, Picture, Studio, listed, whole_number
 
 
-def told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its `ValueError`s as messages for the visitor."""
+@dataclass(frozen=True)
+class Endpoints:
+    """Their docstrings are what the API page says."""
 
-    @functools.wraps(function)
-    def plain(*given: Any) -> Any:
-        try:
-            return function(*given)
-        except ValueError as error:
-            raise gr.Error(str(error), title="Not possible", print_exception=False) from None
+    studio: Studio
 
-    return plain
-
-
-def streamed(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """As `told`, for a generator."""
-
-    @functools.wraps(function)
-    def generator(*given: Any) -> Iterator[Any]:
-        try:
-            yield from function(*given)
-        except ValueError as error:
-            raise gr.Error(str(error), title="Not possible", print_exception=False) from None
-
-    return generator
-
-
-def add_endpoints(studio: Studio) -> None:
-    """The named endpoints for programs; docs/serve.md shows them."""
-
-    def decode(png: str) -> bytes:
-        if len(png) > UPLOAD_BYTES * 4 // 3 + 4:
-            raise ValueError(f"this file is too large: at most {UPLOAD_BYTES / 1e6:.0f} MB")
-        try:
-            return base64.b64decode(png, validate=True)
-        except binascii.Error as error:
-            raise ValueError(f"png must be a file's content in base64 ({error})") from None
-
-    def models() -> list[dict]:
+    def models(self) -> list[dict]:
         """The models of this page: name, classes, image_size, token_grid, and their own K (iterations), order, guidance
         and steps."""
-        return actions.model_list(studio)
+        return [
+            {
+                "name": served.name,
+                "classes": list(served.classes),
+                "image_size": list(served.pipeline.config.space.image_size),
+                "token_grid": list(served.grid),
+                "iterations": served.pipeline.config.iterations,
+                "order": served.pipeline.config.order,
+                "guidance": None if served.chain is None else served.chain.guidance,
+                "steps": None if served.chain is None else served.chain.steps,
+            }
+            for served in self.studio.models.values()
+        ]
 
     def draw(
+        self,
         model: str,
         classes: list[str],
         seed: int = 0,
@@ -70,22 +47,25 @@ def add_endpoints(studio: Studio) -> None:
 
         Each picture has `png` (base64, the recipe in its metadata), `recipe` and `seconds`.
         """
-        if not 1 <= len(classes) <= MOST_PICTURES:
+        if not 1 <= len(listed("classes", classes)) <= MOST_PICTURES:
             raise ValueError(f"{len(classes)} classes: expected 1 to {MOST_PICTURES}")
         whole_number("a seed", seed, 0, LAST_SEED)
-        recipes = [studio.recipe(model, name, seed + i, iterations, order, guidance) for i, name in enumerate(classes)]
-        return [views.plain(studio.picture(recipe)) for recipe in recipes]
+        recipes = [
+            self.studio.recipe(model, name, seed + i, iterations, order, guidance) for i, name in enumerate(classes)
+        ]
+        return [views.as_json(self.studio.picture(recipe)) for recipe in recipes]
 
     def edit(
-        model: str, png: str, tokens: list[int], class_name: str, seed: int = 0, iterations: int | None = None
+        self, model: str, png: str, tokens: list[int], class_name: str, seed: int = 0, iterations: int | None = None
     ) -> dict:
         """Redraw some tokens (numbered row by row from 0) of a picture (a file's content in base64) in a class; the
         others stay as they are."""
-        picture = studio.upload(decode(png), model)
-        recipe = studio.edit(picture, studio.recipe(model, class_name, seed, iterations), tokens)
-        return views.plain(studio.picture(recipe, picture))
+        picture = self._upload(png, model)
+        recipe = self.studio.edit(picture, self.studio.recipe(model, class_name, seed, iterations), tokens)
+        return views.as_json(self.studio.picture(recipe, picture))
 
     def vary(
+        self,
         model: str,
         png: str,
         class_name: str,
@@ -96,14 +76,25 @@ def add_endpoints(studio: Studio) -> None:
     ) -> list[dict]:
         """Variations of a picture (a file's content in base64), with seeds that count on from `seed`: a share `keep` of
         its tokens stays, the rest is drawn anew."""
-        desk = Desk(studio.upload(decode(png), model))
-        *_, (varied, _, _) = actions.vary(studio, desk, keep, count, model, class_name, seed, iterations)
-        return [views.plain(picture) for picture in varied]
+        desk = Desk(self._upload(png, model))
+        *_, (varied, _, _) = actions.vary(self.studio, desk, keep, count, model, class_name, seed, iterations)
+        return [views.as_json(picture) for picture in varied]
 
-    for function in (models, draw, edit, vary):
-        gr.api(
-            told(function),
-            api_name=function.__name__,
-            api_description=" ".join((function.__doc__ or "").split()),
-            **DRAW,
-        )
+    def _upload(self, png: Given, model: str) -> Picture:
+        if not isinstance(png, str):
+            raise ValueError("png must be a file's content in base64")
+        if len(png) > UPLOAD_BYTES * 4 // 3 + 4:
+            raise ValueError(f"this file is too large: at most {UPLOAD_BYTES / 2**20:.0f} MB")
+        try:
+            content = base64.b64decode(png, validate=True)
+        except ValueError as error:
+            raise ValueError(f"png must be a file's content in base64 ({error})") from None
+        return self.studio.upload(content, model)
+
+
+def add_endpoints(studio: Studio) -> None:
+    """Give the page that is being built its named endpoints."""
+    on = Endpoints(studio)
+    for function in (on.models, on.draw, on.edit, on.vary):
+        described = " ".join((function.__doc__ or "").split())
+        gr.api(friendly(function), api_name=function.__name__, api_description=described, **DRAW)

@@ -22,11 +22,11 @@ from marval.io.checkpoint import model_hash
 from marval.io.images import png_bytes, to_pil
 from marval.pipeline import find_model, load
 from marval.randomness import generator
-from marval.recipe import KEY, Recipe, draw_recipe, encode_picture, make_recipe, pack_upload
+from marval.recipe import KEY, LONGEST, Recipe, draw_recipe, encode_picture, make_recipe, pack_upload
 
 MOST_PICTURES = 8  # of one model, in one request
 LAST_SEED = 999_999
-UPLOAD_BYTES = 5_000_000
+UPLOAD_BYTES = 5 * 2**20
 UPLOAD_PIXELS = 25_000_000
 UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
@@ -147,13 +147,13 @@ class Studio:
             list(studio.frames(studio.recipe(name, 0, 0, 1)))
         return studio
 
-    def served(self, name: str) -> Served:
+    def served(self, name: Given) -> Served:
         """A model by its name.
 
         Raises:
             ValueError: not on this page.
         """
-        if name not in self.models:
+        if not isinstance(name, str) or name not in self.models:
             raise ValueError(f"no model {str(name)[:60]!r} here: expected one of {', '.join(self.models)}")
         return self.models[name]
 
@@ -163,7 +163,7 @@ class Studio:
         Raises:
             ValueError: no models, one that is not on this page, or models without a class in common.
         """
-        if not names:
+        if not listed("models", names):
             raise ValueError("choose at least one model")
         first, *others = [self.served(name) for name in names]
         common = [c for c in first.classes if all(c in other.classes for other in others)]
@@ -186,6 +186,8 @@ class Studio:
             ValueError: an unknown model, class or order, or a number out of range.
         """
         served = self.served(model)
+        if not isinstance(label, (str, int)) or len(str(label)) > 200:
+            raise ValueError(f"a class of {str(label)[:60]}: expected a name or a number")
         (number,) = served.pipeline.labels([label])
         count = served.pipeline.config.iterations if iterations is None else iterations
         whole_number("a seed", seed, 0, LAST_SEED)
@@ -203,15 +205,18 @@ class Studio:
         """The recipe that redraws some of a picture's tokens, in at most as many iterations as there are tokens.
 
         Raises:
-            ValueError: no tokens, positions out of range, or a picture of another kind of tokens.
+            ValueError: no tokens, positions out of range, a picture of another kind of tokens, or one with too many
+                edits for a recipe.
         """
         served = self.served(recipe.model)
-        if not isinstance(redrawn, (list, tuple)) or not redrawn:
+        if not listed("tokens to redraw", redrawn):
             raise ValueError("paint over at least one token first")
         for position in redrawn:
             whole_number("a token to redraw", position, 0, served.num_tokens - 1)
         if picture.tokens.shape != (served.num_tokens, served.pipeline.config.mar.token_dim):
             raise ValueError(f"{recipe.model} draws pictures of another kind: choose the model that drew this one")
+        if picture.recipe is not None and len(picture.recipe.history) >= LONGEST:
+            raise ValueError(f"a recipe holds {LONGEST} edits: save this picture and upload it to go on from there")
         positions = tuple(sorted({int(position) for position in redrawn}))
         return dataclasses.replace(
             recipe, redrawn=positions, iterations=min(recipe.iterations, len(positions)), before=picture.recipe,
@@ -313,6 +318,17 @@ class Studio:
         return Picture(tokens.cpu(), image, None, pack_upload(fitted))
 
 
+def listed(what: str, values: Given) -> Sequence[Any]:
+    """What was sent, if it is a list.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{what} of {str(values)[:60]}: expected a list")
+    return values
+
+
 def whole_number(what: str, value: Given, low: int, high: int) -> None:
     """Refuse what is not a whole number in a range.
 
@@ -335,7 +351,7 @@ def read_upload(content: bytes) -> Image.Image:
         ValueError: too large a file, not an image, an animation, or too many pixels to unpack.
     """
     if len(content) > UPLOAD_BYTES:
-        raise ValueError(f"this file has {len(content) / 1e6:.1f} MB: at most {UPLOAD_BYTES / 1e6:.0f} MB")
+        raise ValueError(f"this file has {len(content) / 2**20:.1f} MB: at most {UPLOAD_BYTES / 2**20:.0f} MB")
     try:
         picture = Image.open(io.BytesIO(content), formats=UPLOAD_FORMATS)
         # A telephone's JPEG may hold several pictures of one moment: that is no animation.

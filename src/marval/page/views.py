@@ -86,6 +86,11 @@ def growing(frame: Frame) -> str:
     )
 
 
+def waiting() -> str:
+    """The place of a picture that is still to be drawn."""
+    return '<figure class="mv-picture mv-waiting"><div></div><figcaption>&nbsp;</figcaption></figure>'
+
+
 def strip(frames: Sequence[Frame]) -> str:
     """The partial picture after each iteration, with the time at which it was there."""
     cells = "".join(
@@ -96,20 +101,19 @@ def strip(frames: Sequence[Frame]) -> str:
     return f'<div class="mv-strip" tabindex="0" role="group" aria-label="After each iteration">{cells}</div>'
 
 
-def panel(of: Panel, row: str, slowest: Panel | None) -> str:
+def panel(of: Panel, row: int, teacher: Panel | None) -> str:
     """A model with its pictures, its time and how much faster than the teacher it is."""
-    seconds, reference = of.seconds, slowest.seconds if slowest is not None else None
+    seconds, reference = of.seconds, teacher.seconds if teacher is not None else None
     time_told = f"<strong>{duration(seconds)}</strong> a picture" if seconds is not None else "<strong>–</strong>"
     if seconds is None and of.now is not None:
         time_told = f"<strong>{duration(of.now.seconds)}</strong> so far"
     faster = ""
-    if seconds and reference and slowest is not of:
+    if seconds and reference and teacher is not of:
         faster = f'<span class="mv-speed">{reference / seconds:.0f}× faster</span>'
     cells = [figure(picture, f"{row}:{i}") for i, picture in enumerate(of.pictures)]
     if of.now is not None:
         cells.append(growing(of.now))
-    waiting = '<figure class="mv-picture mv-waiting"><div></div><figcaption>&nbsp;</figcaption></figure>'
-    cells += [waiting] * (of.wanted - len(cells))
+    cells += [waiting()] * (of.wanted - len(cells))
     done = len(of.pictures) + (of.now.iteration / of.now.recipe.iterations if of.now else 0)
     name = escape(of.served.name)
     return (
@@ -123,7 +127,7 @@ def panel(of: Panel, row: str, slowest: Panel | None) -> str:
 
 def panels(of: Sequence[Panel], teacher: Panel | None) -> str:
     """Models side by side."""
-    return f'<div class="mv-panels">{"".join(panel(p, str(i), teacher) for i, p in enumerate(of))}</div>'
+    return f'<div class="mv-panels">{"".join(panel(p, i, teacher) for i, p in enumerate(of))}</div>'
 
 
 def heading() -> str:
@@ -142,11 +146,12 @@ def heading() -> str:
 
 
 def saving(picture: Picture) -> str:
-    """The link that saves the picture on the desk."""
+    """The link that saves the picture on the desk, and whether `marval sample --like` can draw it again."""
     url = data_url(picture.png)
+    told = " with its recipe" if picture.recipe else " (an upload has no recipe until a part of it is redrawn)"
     return (
         f'<p class="mv-saving"><a href="{url}" download="{escape(file_name(picture))}">Save this picture as PNG</a>'
-        f"{' with its recipe' if picture.recipe else ''}</p>"
+        f"{told}</p>"
     )
 
 
@@ -188,7 +193,7 @@ def painter(
 
 def gallery(pictures: Sequence[tuple[Picture, str]], now: Frame | None = None) -> str:
     """Pictures with captions, side by side, and the one that is being drawn."""
-    cells = [figure(picture, str(i), caption) for i, (picture, caption) in enumerate(pictures)]
+    cells = [figure(picture, f"0:{i}", caption) for i, (picture, caption) in enumerate(pictures)]
     cells += [growing(now)] if now is not None else []
     return f'<div class="mv-pictures mv-gallery">{"".join(cells)}</div>'
 
@@ -204,7 +209,7 @@ def compare_table(
             return figure(found, caption=duration(found.seconds))
         if isinstance(found, Frame):
             return growing(found)
-        return '<figure class="mv-picture mv-waiting"><div></div><figcaption>&nbsp;</figcaption></figure>'
+        return waiting()
 
     head = "".join(f'<th scope="col">K = {k}</th>' for k in columns)
     body = "".join(
@@ -246,7 +251,6 @@ def loops(served: Served, colour: str, frame: Frame | None, iterations: int) -> 
         )
 
     picture = "" if frame is None else growing(frame) if frame.picture is None else figure(frame.picture)
-    waiting = '<figure class="mv-picture mv-waiting"><div></div><figcaption>&nbsp;</figcaption></figure>'
     name = escape(served.name)
     told = f"{name}: {calls.context} passes of the context network, {calls.head} calls of the token head"
     return (
@@ -261,7 +265,7 @@ def loops(served: Served, colour: str, frame: Frame | None, iterations: int) -> 
         f'<text class="mv-small" x="202" y="98">{inner}</text>{around}'
         f"{block(22, 'context network', calls.context)}{block(206, 'token head', calls.head)}</svg>"
         f'<p class="mv-figures"><span><strong>{calls.tokens:,}</strong> tokens through the head</span></p>'
-        f'<div class="mv-pictures">{picture or waiting}</div></article>'
+        f'<div class="mv-pictures">{picture or waiting()}</div></article>'
     )
 
 
@@ -317,7 +321,7 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
 
-def plain(picture: Picture) -> dict[str, Any]:
+def as_json(picture: Picture) -> dict[str, Any]:
     """A picture as the API gives it: a PNG in base64, its recipe, and the seconds that it took."""
     recipe = None if picture.recipe is None else json.loads(picture.recipe.to_json())
     return {"png": base64.b64encode(picture.png).decode(), "recipe": recipe, "seconds": round(picture.seconds, 4)}
