@@ -53,8 +53,7 @@ def load_models(
         ValueError: no model is named, one cannot be loaded, two share a name, or T or w are given without a teacher.
     """
     from marval.config import Chain
-    from marval.evaluate.results import check_names
-    from marval.io.checkpoint import model_hash
+    from marval.evaluate.results import model_hashes
     from marval.pipeline import find_model, load
 
     if not names:
@@ -69,7 +68,7 @@ def load_models(
             found.append((find_model(name), pipeline))
     if (steps or guidance) and not any(isinstance(p.config.draw, Chain) for _, p in found):
         found[0][1].with_chain(steps=next(iter(steps), None), guidance=next(iter(guidance), None))  # says why not
-    check_names((pipeline.config.name, model_hash(folder)) for folder, pipeline in found)
+    model_hashes(found)
     return found
 
 
