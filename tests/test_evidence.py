@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from marval.evaluate.results import check_measure, check_names, read_results, wr
 from marval.evaluate.tables import fill_markdown, markdown_table, plain
 from marval.evaluate.throughput import best_batch, memory_of, summary
 from marval.pipeline import Pipeline
+from processes import marval
 from tiny import tiny_config, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -204,13 +202,6 @@ def test_claims_follow_their_results_and_have_a_spread_over_seeds(tmp_path):
 
 
 # The commands
-
-
-def marval(*arguments, cwd, processes=1):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "marval", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd / "cache")}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
