@@ -91,7 +91,7 @@ def judge_for(
     Raises:
         ValueError: the data are latents, which have no pictures to compare with, or do not fit the model.
     """
-    from marval.data import check_classes, check_data, load_images
+    from marval.data import FASHION_FORM, check_classes, check_data, load_images
     from marval.evaluate.judge import judge_by_reference, load_judge
 
     spec = data or pipeline.config.data
@@ -102,10 +102,14 @@ def judge_for(
     if spec.startswith("latents:"):
         raise ValueError(f"{spec} holds no pictures to compare with: name them with --data folder:DIR, or do not ask")
 
+    # A model of latents is trained on a cache, but its pictures are compared with pictures.
+    check = check_data if pipeline.config.space.kind == "pixels" else check_classes
+    if spec == "fashion-mnist":
+        check(FASHION_FORM, pipeline.config)  # the images themselves may never be read
+
     def real_images() -> "ImageData":
         images = load_images(spec, size=pipeline.config.space.image_size)
-        # A model of latents is trained on a cache, but its pictures are compared with pictures.
-        (check_data if pipeline.config.space.kind == "pixels" else check_classes)(images, pipeline.config)
+        check(images, pipeline.config)
         return images
 
     return load_judge(spec, classifier, real_images, features=features, sample=sample, device=pipeline.device)
