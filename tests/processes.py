@@ -1,4 +1,4 @@
-"""Scripts of tests run alone or by several processes under torchrun."""
+"""Scripts of tests, and marval itself, run alone or by several processes under torchrun."""
 
 import os
 import subprocess
@@ -8,9 +8,13 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 
 
-def command(script, processes, *arguments):
+def python(processes, *arguments):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [sys.executable, *(launcher if processes > 1 else []), str(FOLDER / script), *map(str, arguments)]
+    return [sys.executable, *(launcher if processes > 1 else []), *map(str, arguments)]
+
+
+def command(script, processes, *arguments):
+    return python(processes, FOLDER / script, *arguments)
 
 
 def environment():
@@ -22,3 +26,11 @@ def launch(script, processes, *arguments, timeout=300):
         command(script, processes, *arguments), env=environment(), capture_output=True, text=True, timeout=timeout
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def marval(*arguments, cwd, processes=1):
+    command, env = (
+        python(processes, "-m", "marval", *arguments),
+        {**environment(), "XDG_CACHE_HOME": str(cwd / "cache")},
+    )
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)

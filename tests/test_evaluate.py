@@ -126,6 +126,8 @@ def test_results_resume_and_refuse_other_weights(network, tmp_path):
     tiny_pipeline(OneStep(), seed=1).save(folder)
     with pytest.raises(ValueError, match="other weights named tiny"):
         evaluate([(folder, pipeline)], judge, **run)
+    with pytest.raises(ValueError, match="other weights named tiny"):
+        time_models([(folder, pipeline)], iterations=(2,), batches=(1,), repeats=1, out=out)
     out.write_text("[]")
     with pytest.raises(ValueError, match="not a results file"):
         evaluate([(folder, pipeline)], judge, **run)

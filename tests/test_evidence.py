@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 
@@ -20,6 +18,7 @@ from marval.evaluate.results import check_measure, check_names, read_results, wr
 from marval.evaluate.tables import fill_markdown, markdown_table, plain
 from marval.evaluate.throughput import best_batch, memory_of, summary
 from marval.pipeline import Pipeline
+from processes import marval
 from tiny import tiny_config, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +47,7 @@ def write(file, rows, times=()):
     return file
 
 
-def test_compare_says_what_differs_and_whether_it_exceeds_the_seeds_spread(tmp_path):
+def test_compare_says_what_differs_and_whether_it_is_more_than_chance(tmp_path):
     first = write(tmp_path / "a.json", [quality(seed=s, fd=f) for s, f in ((0, 10.0), (1, 11.0), (2, 12.0))])
     rows = [quality(seed=s, fd=f, sha256="b" * 64, accuracy=0.8) for s, f in ((0, 12.0), (1, 12.5), (2, 13.0))]
     second = write(tmp_path / "b.json", [*rows, quality(k=16)])
@@ -56,16 +55,62 @@ def test_compare_says_what_differs_and_whether_it_exceeds_the_seeds_spread(tmp_p
     figures = {difference.figure: difference for difference in found}
     assert figures["fd"].first == pytest.approx(11.0)
     assert figures["fd"].second == pytest.approx(12.5)
-    assert figures["fd"].spread == pytest.approx(2.0)
-    assert figures["fd"].verdict == "within the spread"
-    assert figures["accuracy"].verdict == "beyond the spread"  # no spread at all over the seeds
+    low, high = scipy.stats.ttest_ind([10.0, 11.0, 12.0], [12.0, 12.5, 13.0]).confidence_interval(0.95)
+    assert figures["fd"].chance == pytest.approx((high - low) / 2, rel=1e-3)
+    assert figures["fd"].counts == (3, 3)
+    assert figures["fd"].verdict == "no more than chance"
+    assert figures["accuracy"].verdict == "a difference"  # nothing varies over the seeds
     assert any("sha256" in line and "a" * 64 in line and "b" * 64 in line for line in said)
     assert any(line == f"only in {second}: s K=16, 100 samples" for line in said)
     _, same = compare(first, first)
     assert {difference.verdict for difference in same} == {"the same"}
     one = write(tmp_path / "one.json", [quality("tuned", fd=9.0)])  # one model each: compared under different names
     _, alone = compare(write(tmp_path / "other.json", [quality()]), one)
-    assert alone[0].verdict == "spread unknown: measure several seeds"
+    assert alone[0].verdict == "no telling from one seed on each side, measure several (--seed 0 1 2)"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "verdict"),
+    [
+        ([10.0], [99.0], "no telling"),
+        ([10.0, 10.2], [12.0], "no more than chance"),  # 2 seeds hardly know their own spread
+        ([10.0, 10.2, 9.9], [10.9], "a difference"),
+        ([10.0, 10.2], [12.0, 11.8], "a difference"),
+        ([10.0, 10.4, 9.7, 10.1, 10.3, 9.8], [10.6, 10.2, 10.9, 10.7, 10.3, 10.5], "a difference"),  # ranges overlap
+        ([10.0, 10.2, 9.9], [10.1, 10.0, 10.3], "no more than chance"),
+    ],
+)
+def test_the_verdict_is_that_of_students_t_test(first, second, verdict, tmp_path):
+    files = [
+        write(tmp_path / f"{name}.json", [quality(seed=seed, fd=fd) for seed, fd in enumerate(values)])
+        for name, values in (("a", first), ("b", second))
+    ]
+    _, (difference, _) = compare(*files)
+    assert difference.figure == "fd"
+    assert difference.verdict.startswith(verdict)
+    assert difference.counts == (len(first), len(second))
+    if difference.chance is not None:
+        result = scipy.stats.ttest_ind(first, second)
+        assert (result.pvalue < 0.05) == (verdict == "a difference")
+        low, high = result.confidence_interval(0.95)
+        assert difference.chance == pytest.approx((high - low) / 2, rel=1e-3)
+
+
+def test_times_differ_where_their_rounds_do_not_overlap(tmp_path):
+    def file(name, **changes):
+        row = timed(quality(), 1.0) | {"fastest": 0.9, "slowest": 1.2, "repeats": 3} | changes
+        return write(tmp_path / name, [], [row])
+
+    base = file("base.json")
+    for name, verdict, changes in (
+        ("apart", "a difference", {"seconds_per_image": 1.4, "fastest": 1.21, "slowest": 1.5}),
+        ("over", "no more than chance", {"seconds_per_image": 1.4, "fastest": 1.19, "slowest": 1.5}),
+        ("faster", "a difference", {"seconds_per_image": 0.8, "fastest": 0.7, "slowest": 0.89}),
+        ("once", "no telling from a single round", {"seconds_per_image": 9.0, "repeats": 1}),
+    ):
+        (difference,) = compare(base, file(f"{name}.json", **changes))[1]
+        assert difference.verdict.startswith(verdict)
+        assert difference.what == "rounds"
 
 
 def test_compare_refuses_what_does_not_compare(tmp_path):
@@ -204,13 +249,6 @@ def test_claims_follow_their_results_and_have_a_spread_over_seeds(tmp_path):
 
 
 # The commands
-
-
-def marval(*arguments, cwd, processes=1):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "marval", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd / "cache")}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")

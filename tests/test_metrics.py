@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from marval.data import load_fashion_mnist
+from marval.cli.arguments import judge_for
+from marval.data import ImageData, load_fashion_mnist
 from marval.evaluate import fidelity
 from marval.evaluate.features import (
     EfficientNetFeatures,
@@ -17,10 +18,11 @@ from marval.evaluate.features import (
     find_features,
     frechet_distance,
 )
-from marval.evaluate.judge import Judge, judge_by_reference, load_judge
+from marval.evaluate.judge import Judge, data_hash, judge_by_reference, load_judge
 from marval.evaluate.metrics import expected_bias, kernel_distance, neighbour_figures
+from marval.pipeline import Pipeline, load
 from marval.randomness import generator
-from tiny import tiny_data
+from tiny import tiny_config, tiny_data, tiny_model
 
 
 def reference_kid(x, y):
@@ -115,14 +117,60 @@ def test_own_features_judge_and_their_statistics_are_kept_apart(own_features):
     figures = judge.figures(data.images, data.labels)
     assert figures["fd"] == pytest.approx(0, abs=1e-6)
     assert figures["coverage"] == 1.0
-    assert len(judge.sample.features) == 40
+    assert len(judge.sample().features) == 40
     assert len(judge.data_sha256) == 64
     again = load_judge("folder:x", None, lambda: data, features="own_features:rows", sample=40)
-    assert torch.equal(again.sample.radius, judge.sample.radius)
+    assert torch.equal(again.sample().radius, judge.sample().radius)
     other = load_judge("folder:x", None, lambda: data, features="own_features:Columns", sample=40)
     assert other.figures(data.images, data.labels)["fd"] == pytest.approx(0, abs=1e-6)
     assert len(list((own_features / "cache/marval").glob("statistics-*"))) == 2
     assert extract(find_features("own_features:rows"), data.images).shape == (64, 8)
+
+
+def test_the_packaged_statistics_are_those_of_the_real_images(tmp_path, monkeypatch):
+    """Their hash is the data's, and images that are not the data are never measured under it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data = load_fashion_mnist("train")
+    assert Statistics.load(bundled_statistics("fashion-mnist")).data_sha256 == data_hash(data)
+    packaged = load_judge("fashion-mnist", None, lambda: data)
+    copied = load_judge("fashion-mnist:elsewhere", None, lambda: data)  # the same images from another folder
+    assert copied.data_sha256 == packaged.data_sha256
+    assert torch.equal(copied.real.mean, packaged.real.mean)
+    other = ImageData(data.images[:300].flip(3), data.labels[:300], data.class_names)
+    with pytest.raises(ValueError, match="not those of marval's statistics"):
+        load_judge("fashion-mnist", None, lambda: other, sample=10).sample()
+    own = load_judge("fashion-mnist:other", None, lambda: other)
+    assert own.data_sha256 == data_hash(other) != packaged.data_sha256
+    assert own.figures(other.images, other.labels)["fd"] == pytest.approx(0, abs=1e-3)
+
+
+def test_bundled_models_are_judged_without_reading_the_real_images(tmp_path, monkeypatch):
+    """Fréchet distance and accuracy need none; what does says so when it is measured, once (then it is kept)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    read: list[str] = []
+    data = load_fashion_mnist("train")
+
+    def counted(spec, size=None):
+        read.append(spec)
+        return data
+
+    monkeypatch.setattr("marval.data.load_images", counted)
+    pipeline = load("fashion-student", "cpu")
+    judge = judge_for(pipeline, None, None)
+    found = judge.figures(data.images[:100], data.labels[:100])
+    assert {"fd", "accuracy", "log_probability", "diversity"} == set(found)
+    assert len(judge.data_sha256) == 64
+    asked = judge_for(pipeline, None, None, sample=50)
+    assert read == []
+    assert {"kid", "precision", "recall", "density", "coverage"} <= set(
+        asked.figures(data.images[:20], data.labels[:20])
+    )
+    assert read == ["fashion-mnist"]
+    again = judge_for(pipeline, None, None, sample=50)
+    assert torch.equal(again.sample().features, asked.sample().features)
+    assert read == ["fashion-mnist"]
+    with pytest.raises(ValueError, match="not the model's"):
+        judge_for(Pipeline(tiny_model(), tiny_config()), "fashion-mnist", None)
 
 
 def test_statistics_of_other_features_and_bad_features_are_refused(own_features):
@@ -133,6 +181,7 @@ def test_statistics_of_other_features_and_bad_features_are_refused(own_features)
     assert kept.figures(data.images, data.labels)["fd"] == pytest.approx(0, abs=1e-4)  # kept in float32
     with pytest.raises(ValueError, match=r"own_features:rows .*expected 'EfficientNet-Lite0"):
         judge_by_reference(own_features / "rows.safetensors", None, None, "cpu")
+    assert kept.data_sha256 == judge.data_sha256  # statistics say which images they are of
     for spec, words in (
         ("own_features", "expected package.module:function"), ("no_such_module:f", "cannot import"),
         ("own_features:number", "has no function"),

@@ -10,6 +10,7 @@ from marval.evaluate.evaluate import draw_bytes
 from marval.evaluate.rewards import evaluate_rewards
 from marval.evaluate.tables import fill_markdown
 from marval.study import kept_of, rl_grid
+from processes import marval as processes_marval
 from test_cli import marval, refused
 from test_evaluate import tiny_pipeline
 
@@ -31,7 +32,7 @@ def test_rewards_are_recorded_with_images_prompts_and_seeds_and_not_scored_twice
         calls.append(len(images))
         return brightness(images, prompts)
 
-    run = {"prompt": "one {}", "iterations": (3,), "samples": 7, "out": out, "seed": 2, "report": lambda line: None}
+    run = {"prompt": "one {}", "iterations": (3,), "samples": 7, "out": out, "seeds": (2,), "report": lambda line: None}
     evaluate_rewards([(folder, pipeline)], {"bright": counted}, **run)
     evaluate_rewards([(folder, pipeline)], {"bright": counted, "length": length}, **run)
     assert calls == [7]
@@ -156,12 +157,28 @@ def test_the_grid_changes_one_thing_at_a_time():
     assert len(rl_grid(FinetuneConfig(backprop_iterations=2))) == 9
 
 
-def test_evaluate_measures_rewards_by_name(work):
-    result = marval("evaluate", "student", "--rewards", "classifier,math:f", "--samples", 10, cwd=work)
+def test_evaluate_measures_rewards_by_name_and_two_processes_find_what_one_does(work):
+    result = marval("evaluate", "student", "--rewards", "classifier,math:f", "--samples", 11, cwd=work)
     assert refused(result, "math has no function f")
-    options = ["evaluate", "student", "teacher", "--rewards", "classifier", "--samples", 10, "--out", "rewards.json"]
-    result = marval(*options, cwd=work)
-    assert result.returncode == 0, result.stderr
-    rows = json.loads((work / "rewards.json").read_text())["rewards"]["rows"]
-    assert [(row["model"], row["samples"], row["prompts"]) for row in rows] == [("student", 10, 10), ("tiny", 10, 10)]
-    assert all(row["rewards"]["classifier"]["mean"] < 0 for row in rows)
+    (work / "counted.py").write_text(
+        "def dark(images, prompts):\n"
+        "    with open('scored', 'a') as file:\n"
+        "        file.write(len(images) * '.')\n"
+        "    return -images.mean(dim=(1, 2, 3))\n"
+    )
+    found = []
+    for processes in (1, 2):
+        result = processes_marval(
+            "evaluate", "student", "teacher", "--rewards", "classifier,counted:dark", "--samples", 11, "--seed", 0, 1,
+            "--out", f"rewards-{processes}.json", cwd=work, processes=processes,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert (work / "scored").read_text() == "." * 11 * 4  # each image once: two models, two seeds
+        (work / "scored").unlink()
+        assert result.stdout.count("tiny K=2 seed 1: classifier -") == 1  # one process speaks
+        found.append(json.loads((work / f"rewards-{processes}.json").read_text())["rewards"]["rows"])
+    assert found[0] == found[1]
+    assert [(row["model"], row["seed"], row["samples"], row["prompts"]) for row in found[0]] == [
+        ("student", 0, 11, 10), ("student", 1, 11, 10), ("tiny", 0, 11, 10), ("tiny", 1, 11, 10),
+    ]  # fmt: skip
+    assert all(row["rewards"]["classifier"]["mean"] < 0 for row in found[0])

@@ -53,8 +53,7 @@ def load_models(
         ValueError: no model is named, one cannot be loaded, two share a name, or T or w are given without a teacher.
     """
     from marval.config import Chain
-    from marval.evaluate.results import check_names
-    from marval.io.checkpoint import model_hash
+    from marval.evaluate.results import model_hashes
     from marval.pipeline import find_model, load
 
     if not names:
@@ -69,7 +68,7 @@ def load_models(
             found.append((find_model(name), pipeline))
     if (steps or guidance) and not any(isinstance(p.config.draw, Chain) for _, p in found):
         found[0][1].with_chain(steps=next(iter(steps), None), guidance=next(iter(guidance), None))  # says why not
-    check_names((pipeline.config.name, model_hash(folder)) for folder, pipeline in found)
+    model_hashes(found)
     return found
 
 
@@ -92,7 +91,7 @@ def judge_for(
     Raises:
         ValueError: the data are latents, which have no pictures to compare with, or do not fit the model.
     """
-    from marval.data import check_classes, check_data, load_images
+    from marval.data import FASHION_FORM, check_classes, check_data, load_images
     from marval.evaluate.judge import judge_by_reference, load_judge
 
     spec = data or pipeline.config.data
@@ -103,10 +102,14 @@ def judge_for(
     if spec.startswith("latents:"):
         raise ValueError(f"{spec} holds no pictures to compare with: name them with --data folder:DIR, or do not ask")
 
+    # A model of latents is trained on a cache, but its pictures are compared with pictures.
+    check = check_data if pipeline.config.space.kind == "pixels" else check_classes
+    if spec == "fashion-mnist":
+        check(FASHION_FORM, pipeline.config)  # the images themselves may never be read
+
     def real_images() -> "ImageData":
         images = load_images(spec, size=pipeline.config.space.image_size)
-        # A model of latents is trained on a cache, but its pictures are compared with pictures.
-        (check_data if pipeline.config.space.kind == "pixels" else check_classes)(images, pipeline.config)
+        check(images, pipeline.config)
         return images
 
     return load_judge(spec, classifier, real_images, features=features, sample=sample, device=pipeline.device)

@@ -155,11 +155,10 @@ def evaluate(
         loaded = load_models(models, str(workers.device), steps, guidance)
         if rewards is not None:
             found = {name.strip(): find_reward(name.strip(), device=workers.device) for name in rewards.split(",")}
-            for one in seed:
-                evaluate_rewards(
-                    loaded, found, prompt=prompt, iterations=iterations, samples=samples, out=out, seed=one,
-                    autocast=autocast,
-                )  # fmt: skip
+            evaluate_rewards(
+                loaded, found, prompt=prompt, iterations=iterations, samples=samples, out=out, seeds=seed,
+                autocast=autocast, workers=workers,
+            )  # fmt: skip
             return
         judged = judge_for(loaded[0][1], data, judge, features=features, sample=REAL_SAMPLE, reference=reference)
         run(

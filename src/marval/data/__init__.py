@@ -2,6 +2,7 @@
 
 from marval.data.images import (
     FASHION_CLASSES,
+    FASHION_FORM,
     ImageData,
     batch_indices,
     load_fashion_mnist,
@@ -12,6 +13,6 @@ from marval.data.latents import LatentData, cache_latents
 from marval.data.load import TrainingData, check_classes, check_data, load_data, load_images
 
 __all__ = [
-    "FASHION_CLASSES", "ImageData", "LatentData", "TrainingData", "batch_indices", "cache_latents", "check_classes",
-    "check_data", "load_data", "load_fashion_mnist", "load_folder", "load_images", "split_data",
+    "FASHION_CLASSES", "FASHION_FORM", "ImageData", "LatentData", "TrainingData", "batch_indices", "cache_latents",
+    "check_classes", "check_data", "load_data", "load_fashion_mnist", "load_folder", "load_images", "split_data",
 ]  # fmt: skip

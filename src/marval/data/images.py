@@ -69,6 +69,10 @@ class ImageData:
         return space.encode(images.to(device)), labels.to(device)
 
 
+FASHION_FORM = ImageData(torch.empty(0, 1, 28, 28, dtype=torch.uint8), torch.empty(0).long(), FASHION_CLASSES)
+"""No images of Fashion-MNIST: what does not fit these fits none."""
+
+
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Int[Tensor, " b"]:
     """The images of training step `step` (from 0): epochs are shuffled anew, and a batch may span two of them.
 

@@ -1,5 +1,13 @@
-"""`marval compare`: what differs between two results files, and whether a difference exceeds the seeds' spread."""
+"""`marval compare`: what differs between two results files, and whether it is more than chance makes.
 
+Figures of several seeds are compared by Student's t-test (two-sided, 5 %) with one variance for both sides, so that one
+seed on one side is enough where the other has several; of one seed on each side nothing can be said. The seeds are
+those of the drawn images: what another training would give, no number of them tells. Seeds that both sides share make
+the test cautious (their images have their noise in common). Times differ where no round of one file is as fast as one
+of the other.
+"""
+
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,35 +18,47 @@ from marval.evaluate.results import Row, by_setting, figures_of, read_results, s
 
 IDENTITY = ("sha256", "data_sha256", "order", "draw")
 MADE = ("command", "commit", "device", "versions")
+UNKNOWN = {
+    "seeds": "no telling from one seed on each side, measure several (--seed 0 1 2)",
+    "rounds": "no telling from a single round, time several (--repeats 5)",
+}
+# The 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; for
+# more of them the last one, which is too large by at most 14 %.
+QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One figure of one setting in both files: means over seeds, and the larger range over seeds (None: unknown)."""
+    """One figure of one setting in both files.
+
+    Its mean over seeds or median over rounds, of how many in each file, and how much chance makes them differ (None:
+    unknown).
+    """
 
     setting: str
     figure: str
     first: float
     second: float
-    spread: float | None
+    chance: float | None
+    counts: tuple[int, int]
+    what: str = "seeds"
 
     @property
     def verdict(self) -> str:
-        """Whether the difference exceeds the spread."""
+        """Whether they differ by more than chance."""
         difference = abs(self.second - self.first)
         if difference == 0:
             return "the same"
-        if self.spread is None:
-            return "spread unknown: measure several seeds"
-        return "beyond the spread" if difference > self.spread else "within the spread"
+        if self.chance is None:
+            return UNKNOWN[self.what]
+        return "a difference" if difference > self.chance else "no more than chance"
 
 
 def compare(first: Path, second: Path) -> tuple[list[str], list[Difference]]:
     """Lines on what made the two differ, and the differences of every figure that both have at one setting.
 
     A setting is model, T, w, K, number of samples and precision; where each file holds one model, models of different
-    names are compared. The spread is the range (largest less smallest) over the seeds of a file, the larger of the two;
-    of a time, the range over its rounds.
+    names are compared.
 
     Raises:
         ValueError: a file is missing, holds no results, shares no setting with the other, or was measured on other
@@ -107,14 +127,31 @@ def _differences(first: Sequence[Row], second: Sequence[Row], part: str) -> list
     label = _label(first[0], part)
     if part == "timing":
         (a,), (b,) = first, second
-        spread = max(row["slowest"] - row["fastest"] for row in (a, b))
-        return [Difference(label, "seconds_per_image", a["seconds_per_image"], b["seconds_per_image"], spread)]
+        name, counts = "seconds_per_image", (a["repeats"], b["repeats"])
+        fast, slow = sorted((a, b), key=lambda row: row[name])
+        # Medians that are further apart leave no round of the slow one as fast as any of the fast one.
+        overlap = slow[name] - slow["fastest"] + fast["slowest"] - fast[name] if min(counts) > 1 else None
+        return [Difference(label, name, a[name], b[name], overlap, counts, "rounds")]
     found = []
     for name in figures_of(first[0]):
         values = [[row[name] for row in rows if name in row] for rows in (first, second)]
         if name == "gflops_per_image" or not all(values):
             continue
-        ranges = [max(seeds) - min(seeds) for seeds in values if len(seeds) > 1]
-        means = [statistics.mean(seeds) for seeds in values]
-        found.append(Difference(label, name, means[0], means[1], max(ranges, default=None)))
+        a_values, b_values = values
+        means = statistics.mean(a_values), statistics.mean(b_values)
+        counts = len(a_values), len(b_values)
+        found.append(Difference(label, name, *means, chance_of(a_values, b_values), counts))
     return found
+
+
+def chance_of(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """How far apart the means of two samples of one distribution come in 19 of 20 cases, by Student's t.
+
+    None: one value on each side says nothing.
+    """
+    degrees = len(first) + len(second) - 2
+    if degrees < 1:
+        return None
+    squares = sum(statistics.pvariance(values) * len(values) for values in (first, second))
+    error = math.sqrt(squares / degrees * (1 / len(first) + 1 / len(second)))
+    return QUANTILES[min(degrees, len(QUANTILES)) - 1] * error

@@ -17,23 +17,21 @@ from marval.evaluate.images import (
 )
 from marval.evaluate.judge import Judge, Parts
 from marval.evaluate.results import (
+    Models,
     Row,
     check_measure,
-    check_names,
     describe,
     made_by,
+    model_hashes,
     read_results,
     write_results,
 )
 from marval.flops import model_flops
-from marval.io.checkpoint import model_hash
 from marval.parallel import Workers
 from marval.pipeline import Pipeline
 from marval.sampling import draw_counts
 
 SHORTEST = 0.3  # seconds that a timing lasts at least
-
-Models = Sequence[tuple[Path, Pipeline]]
 
 
 def probe(
@@ -109,8 +107,7 @@ def evaluate(
     """
     workers = workers or Workers()
     rows: list[Row] = read_results(out).get("quality", {}).get("rows", [])
-    hashes = [model_hash(folder) for folder, _ in models]
-    check_names([(p.config.name, digest) for (_, p), digest in zip(models, hashes, strict=True)], rows, out)
+    hashes = model_hashes(models, rows, out)
     bias: float | None = None
     about = {"features": getattr(judge.network, "name", ""), "data_sha256": judge.data_sha256}
     check_measure(about, rows, out)
@@ -161,18 +158,21 @@ def time_models(
     out: Path,
     report: Callable[[str], None] = print,
 ) -> list[Row]:
-    """Seconds per image of every model at every K and batch size, interleaved in one run."""
+    """Seconds per image of every model at every K and batch size, interleaved in one run.
+
+    Raises:
+        ValueError: two models share a name, or `out` holds the quality of other weights under one.
+    """
     rows: list[Row] = []
-    hashes = [model_hash(folder) for folder, _ in models]
-    check_names([(p.config.name, digest) for (_, p), digest in zip(models, hashes, strict=True)])
-    runs, digests = [], []
-    for (_, pipeline), digest in zip(models, hashes, strict=True):
-        for k in iterations or (pipeline.config.iterations,):
-            runs.append((pipeline, k))
-            digests.append(digest)
+    hashes = model_hashes(models, read_results(out).get("quality", {}).get("rows", []), out)
+    settings = [
+        (pipeline, digest, k)
+        for (_, pipeline), digest in zip(models, hashes, strict=True)
+        for k in iterations or (pipeline.config.iterations,)
+    ]
     for batch in batches:
-        measured = seconds_per_image(runs, batch, repeats)
-        for (pipeline, k), digest, times in zip(runs, digests, measured, strict=True):
+        measured = seconds_per_image([(pipeline, k) for pipeline, _, k in settings], batch, repeats)
+        for (pipeline, digest, k), times in zip(settings, measured, strict=True):
             median = statistics.median(times)
             row = {**describe(pipeline), "sha256": digest, "iterations": k, "batch": batch}
             row |= {"seconds_per_image": median, "fastest": min(times), "slowest": max(times), "repeats": repeats}

@@ -77,28 +77,30 @@ def extract(network: nn.Module, images: UInt8[Tensor, "n c h w"], batch_size: in
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and covariance of features, of how many images, and which features."""
+    """Mean and covariance of features, of how many images, which features, and the SHA-256 of the images' bytes."""
 
     mean: Float[Tensor, " f"]
     covariance: Float[Tensor, "f f"]
     count: int
     features: str = FEATURES
+    data_sha256: str = ""  # not known
 
     @classmethod
-    def of(cls, parts: Iterable[Float[Tensor, "_ f"]], features: str = FEATURES) -> "Statistics":
+    def of(cls, parts: Iterable[Float[Tensor, "_ f"]], features: str = FEATURES, data_sha256: str = "") -> "Statistics":
         """The statistics of features that come in parts, summed in float64."""
         count, total, outer = 0, torch.tensor(0.0), torch.tensor(0.0)
         for part in parts:
             part = part.double()
             count, total, outer = count + len(part), total + part.sum(dim=0), outer + part.T @ part
         mean = total / count
-        return cls(mean, (outer - count * mean[:, None] * mean) / (count - 1), count, features)
+        return cls(mean, (outer - count * mean[:, None] * mean) / (count - 1), count, features, data_sha256)
 
     def save(self, file: Path) -> None:
         """Write mean and upper triangle in float32."""
         rows, columns = torch.triu_indices(*self.covariance.shape).unbind()
         tensors = {"mean": self.mean.float(), "covariance": self.covariance[rows, columns].float()}
-        write_tensors(file, tensors, {"features": self.features, "count": str(self.count)})
+        about = {"features": self.features, "count": str(self.count), "data_sha256": self.data_sha256}
+        write_tensors(file, tensors, about)
 
     @classmethod
     def load(cls, file: Path, features: str = FEATURES) -> "Statistics":
@@ -121,7 +123,7 @@ class Statistics:
         covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
         covariance[rows, columns] = triangle
         covariance[columns, rows] = triangle
-        return cls(mean, covariance, int(about["count"]), features)
+        return cls(mean, covariance, int(about["count"]), features, about.get("data_sha256", ""))
 
 
 def frechet_distance(features: Float[Tensor, "n f"], real: Statistics) -> float:

@@ -1,6 +1,7 @@
 """What drawn images are judged by: features of real images, a held-out classifier, ADM's reference."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from marval.data import ImageData
 from marval.evaluate.features import (
-    FEATURES,
     Features,
     Statistics,
     bundled_statistics,
@@ -53,7 +53,7 @@ class Judge:
     network: nn.Module
     real: Statistics | None
     classifier: Classifier | None
-    sample: RealSample | None = None  # for KID and neighbours
+    sample: Callable[[], RealSample] | None = None  # for KID and neighbours; called when these are measured
     data_sha256: str = ""
     reference: Reference | None = None
 
@@ -86,9 +86,10 @@ class Judge:
         if self.real is not None:
             found["fd"] = frechet_distance(features, self.real)
         if self.sample is not None:
-            found["kid"] = kernel_distance(features, self.sample.features)
-            if min(len(features), len(self.sample.features)) > max(NEIGHBOURS):
-                found |= neighbour_figures(features, self.sample.features, self.sample.radius)
+            some = self.sample()
+            found["kid"] = kernel_distance(features, some.features)
+            if min(len(features), len(some.features)) > max(NEIGHBOURS):
+                found |= neighbour_figures(features, some.features, some.radius)
         return found
 
     @torch.inference_mode()
@@ -121,27 +122,27 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "marval"
 
 
-def real_statistics(data: ImageData, network: Features, cache: Path | None = None) -> Statistics:
-    """Statistics of the real images, read from `cache` where they are there, else computed (and kept there)."""
-    if cache is not None and cache.is_file():
+def real_statistics(images: Callable[[], ImageData], network: Features, digest: str, cache: Path) -> Statistics:
+    """Statistics of the real images, read from `cache` where they are there, else computed and kept there."""
+    if cache.is_file():
         return Statistics.load(cache, network.name)
-    found = Statistics.of((extract(network, part) for part in data.images.split(1000)), network.name)
-    if cache is not None:
-        found.save(cache)
+    parts = (extract(network, part) for part in images().images.split(1000))
+    found = Statistics.of(parts, network.name, digest)
+    found.save(cache)
     return found
 
 
-def real_sample(data: ImageData, network: Features, count: int, cache: Path | None = None) -> RealSample:
+def real_sample(images: Callable[[], ImageData], network: Features, count: int, cache: Path) -> RealSample:
     """`count` real images, evenly spaced over the set, kept in `cache` likewise."""
-    if cache is not None and cache.is_file():
+    if cache.is_file():
         with safe_open(cache, framework="pt") as content:
             return RealSample(content.get_tensor("features"), content.get_tensor("radius"))
+    data = images()
     count = min(count, len(data))
     chosen = torch.arange(count) * len(data) // count
     features = extract(network, data.images[chosen])
     found = RealSample(features, neighbour_distances(features))
-    if cache is not None:
-        write_tensors(cache, {"features": found.features, "radius": found.radius}, {"features": network.name})
+    write_tensors(cache, {"features": found.features, "radius": found.radius}, {"features": network.name})
     return found
 
 
@@ -161,6 +162,9 @@ def load_judge(
 ) -> Judge:
     """The judge for a data set: bundled for Fashion-MNIST; elsewhere statistics are computed once and cached.
 
+    Of "fashion-mnist" the real images are not read before something is measured that neither the package nor the cache
+    holds of them.
+
     Args:
         data: the data set's specification.
         classifier: the held-out classifier; the bundled one for Fashion-MNIST when None, else none.
@@ -168,24 +172,42 @@ def load_judge(
         features: see `find_features`.
         sample: real images whose features KID and neighbours are measured on (at most `MOST`); 0: neither is.
         device: where features and classifier compute.
+
+    Raises:
+        ValueError: bad features or images (when they are read), or Fashion-MNIST's are not those of the package.
     """
     fashion = data.partition(":")[0] == "fashion-mnist"
     network = find_features(features).to(device)
-    bundled = bundled_statistics("fashion-mnist")
-    images = real_images()
-    digest = data_hash(images)
+    bundled = Statistics.load(bundled_statistics("fashion-mnist"))
+
+    @functools.cache
+    def images() -> ImageData:
+        found = real_images()
+        if data == "fashion-mnist" and data_hash(found) != bundled.data_sha256:
+            raise ValueError(
+                "Fashion-MNIST's images are not those of marval's statistics: name them by fashion-mnist:DIR"
+            )
+        return found
+
+    digest = bundled.data_sha256 if data == "fashion-mnist" else data_hash(images())
     key = f"{digest[:16]}-{hashlib.sha256(network.name.encode()).hexdigest()[:8]}"
-    if fashion and bundled.is_file() and network.name == FEATURES:
-        real = Statistics.load(bundled)
+    if digest == bundled.data_sha256 and network.name == bundled.features:
+        real = bundled
     else:
-        real = real_statistics(images, network, cache_folder() / f"statistics-{key}.safetensors")
+        real = real_statistics(images, network, digest, cache_folder() / f"statistics-{key}.safetensors")
     count = min(sample, MOST)
     cache = cache_folder() / f"features-{key}-{count}.safetensors"
-    some = real_sample(images, network, count, cache) if count else None
+
+    @functools.cache
+    def some() -> RealSample:
+        found = real_sample(images, network, count, cache)
+        images.cache_clear()  # their features are all that is needed from here on
+        return found
+
     if classifier is None and fashion:
         classifier = Path("fashion-judge")
     held_out = None if classifier is None else load_classifier(classifier).to(device)
-    return Judge(network, real, held_out, some, digest)
+    return Judge(network, real, held_out, some if count else None, digest)
 
 
 def judge_by_reference(file: Path, classifier: Path | None, features: str | None, device: torch.device | str) -> Judge:
@@ -199,6 +221,7 @@ def judge_by_reference(file: Path, classifier: Path | None, features: str | None
     judge = Judge(network, None, held_out)
     if file.suffix == ".safetensors":
         real = Statistics.load(file, network.name)
-        return dataclasses.replace(judge, real=real, data_sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+        digest = real.data_sha256 or hashlib.sha256(file.read_bytes()).hexdigest()
+        return dataclasses.replace(judge, real=real, data_sha256=digest)
     reference = Reference.load(file)
     return dataclasses.replace(judge, reference=reference, data_sha256=reference.sha256)

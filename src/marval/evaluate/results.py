@@ -15,6 +15,7 @@ import torch
 
 from marval.config import Chain
 from marval.evaluate.features import FEATURES
+from marval.io.checkpoint import model_hash
 from marval.io.files import write_text
 from marval.pipeline import Pipeline
 
@@ -22,6 +23,7 @@ PARTS = ("quality", "timing", "bench", "rewards", "study")
 PACKAGES = ("marval", "torch", "numpy", "torchmetrics")
 
 Row = dict[str, Any]
+Models = Sequence[tuple[Path, Pipeline]]  # with the folders that they were loaded from
 
 
 @functools.cache
@@ -65,6 +67,18 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
     config = pipeline.config
     draw = dataclasses.asdict(config.draw)
     return {"model": config.name, "teacher": isinstance(config.draw, Chain), "draw": draw, "order": config.order}
+
+
+def model_hashes(models: Models, rows: Sequence[Row] = (), out: Path | None = None) -> list[str]:
+    """SHA-256 of every model's weights.
+
+    Raises:
+        ValueError: as `check_names`.
+    """
+    hashes = [model_hash(folder) for folder, _ in models]
+    names = [pipeline.config.name for _, pipeline in models]
+    check_names(zip(names, hashes, strict=True), rows, out)
+    return hashes
 
 
 def check_names(models: Iterable[tuple[str, str]], rows: Sequence[Row] = (), out: Path | None = None) -> None:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int, UInt8
@@ -11,9 +10,8 @@ from torch import Tensor
 
 from marval.evaluate.evaluate import is_row_of
 from marval.evaluate.images import SEEDS, draw_bytes
-from marval.evaluate.results import check_names, describe, read_results, write_results
-from marval.io.checkpoint import model_hash
-from marval.pipeline import Pipeline
+from marval.evaluate.results import Models, Row, describe, model_hashes, read_results, write_results
+from marval.parallel import Workers
 from marval.rewards import Reward, checked
 
 
@@ -47,31 +45,34 @@ def reward_figures(
 
 
 def evaluate_rewards(
-    models: Sequence[tuple[Path, Pipeline]],
+    models: Models,
     rewards: Mapping[str, Reward],
     *,
     prompt: str,
     iterations: Sequence[int],
     samples: int,
     out: Path,
-    seed: int = 0,
+    seeds: Sequence[int] = (0,),
     autocast: bool = False,
+    workers: Workers | None = None,
     report: Callable[[str], None] = print,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Rewards of every model at every K, kept in `out` after each row; rewards that a row holds are not scored again.
 
-    A row says how many images, prompts and seeds it stands for: image i has seed `first_seed + i`.
+    A row says how many images, prompts and seeds it stands for: image i has seed `first_seed + i`. The `workers` share
+    the drawing; the main one scores and writes.
 
     Raises:
-        ValueError: a prompt without a place for the class's name, or `out` holds figures of other weights.
+        ValueError: a prompt without a place for the class's name, two models share a name, or `out` holds figures of
+            other weights under one.
     """
     if "{}" not in prompt:
         raise ValueError(f"prompt {prompt!r}: expected {{}} where the class's name goes")
-    rows = read_results(out).get("rewards", {}).get("rows", [])
-    for folder, pipeline in models:
-        digest, names = model_hash(folder), pipeline.config.class_names
-        check_names([(pipeline.config.name, digest)], rows, out)
-        for k in iterations or (pipeline.config.iterations,):
+    workers = workers or Workers()
+    rows: list[Row] = read_results(out).get("rewards", {}).get("rows", [])
+    for (_, pipeline), digest in zip(models, model_hashes(models, rows, out), strict=True):
+        names = pipeline.config.class_names
+        for k, seed in [(k, seed) for k in iterations or (pipeline.config.iterations,) for seed in seeds]:
             key = {**describe(pipeline), "sha256": digest, "iterations": k, "samples": samples, "autocast": autocast}
             key |= {"prompt": prompt, "prompts": min(samples, len(names)), "seeds": samples, "seed": seed}
             key["first_seed"] = seed * SEEDS
@@ -82,10 +83,13 @@ def evaluate_rewards(
             missing = {name: reward for name, reward in rewards.items() if name not in row["rewards"]}
             if missing:
                 began = time.monotonic()
-                images, labels = draw_bytes(pipeline, samples, k, seed, autocast=autocast)
-                row["rewards"] |= reward_figures(missing, images, labels, names, prompt, device=pipeline.device)
-                write_results(out, "rewards", rows, seed)
-                report(f"{pipeline.config.name} K={k}: {samples} images scored ({time.monotonic() - began:.0f} s)")
-            shown = "  ".join(f"{n} {v['mean']:.4g} ± {v['standard_error']:.2g}" for n, v in row["rewards"].items())
-            report(f"{pipeline.config.name} K={k}: {shown}")
+                images, labels = draw_bytes(pipeline, samples, k, seed, autocast=autocast, workers=workers)
+                if workers.main:
+                    row["rewards"] |= reward_figures(missing, images, labels, names, prompt, device=pipeline.device)
+                    write_results(out, "rewards", rows, seed)
+                    report(f"{pipeline.config.name} K={k}: {samples} images scored ({time.monotonic() - began:.0f} s)")
+                workers.barrier()
+            if workers.main:
+                shown = "  ".join(f"{n} {v['mean']:.4g} ± {v['standard_error']:.2g}" for n, v in row["rewards"].items())
+                report(f"{pipeline.config.name} K={k} seed {seed}: {shown}")
     return rows

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import torch
 
-from marval.evaluate.evaluate import Models
 from marval.evaluate.images import balanced_labels
-from marval.evaluate.results import Row, check_names, made_by, read_results, write_results
-from marval.io.checkpoint import model_hash
+from marval.evaluate.results import Models, Row, made_by, model_hashes, read_results, write_results
 from marval.memory import LiveMemory
 from marval.pipeline import Pipeline
 
@@ -72,11 +70,10 @@ def complete(rows: list[Row], models: Models, out: Path, memory: bool = True) ->
     Raises:
         ValueError: `out` holds figures of other weights under one of the names.
     """
-    hashes = {pipeline.config.name: model_hash(folder) for folder, pipeline in models}
-    check_names(hashes.items(), read_results(out).get("quality", {}).get("rows", []), out)
+    hashes = model_hashes(models, read_results(out).get("quality", {}).get("rows", []), out)
     for i, row in enumerate(rows):
         _, pipeline = models[i % len(models)]  # they took turns in this order
-        row |= {"sha256": hashes[row["model"]], "made": made_by(pipeline.device)}
+        row |= {"sha256": hashes[i % len(models)], "made": made_by(pipeline.device)}
         if memory:
             row["memory_bytes"] = memory_of(pipeline, row["iterations"], row["batch"], row["autocast"])
     write_results(out, "bench", rows, 0)
