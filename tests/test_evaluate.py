@@ -133,6 +133,21 @@ def test_results_resume_and_refuse_other_weights(network, tmp_path):
         evaluate([(folder, pipeline)], judge, **run)
 
 
+def test_missing_real_images_are_missed_before_anything_is_drawn(network, tmp_path, monkeypatch):
+    def missing():
+        raise ValueError("no such images")
+
+    def draws(*_):
+        raise AssertionError("drew first")
+
+    judge = Judge(network, Statistics.of([torch.randn(50, 1280, generator=generator("real"))]), None, missing)
+    monkeypatch.setattr("marval.evaluate.evaluate.draw_bytes", draws)
+    pipeline = tiny_pipeline(OneStep())
+    pipeline.save(tmp_path / "model")
+    with pytest.raises(ValueError, match="no such images"):
+        evaluate([(tmp_path / "model", pipeline)], judge, iterations=(2,), samples=6, out=tmp_path / "figures.json")
+
+
 def test_tables_name_the_smallest_k_of_the_same_quality(tmp_path):
     def quality(model, k, fd):
         return {"model": model, "draw": {}, "iterations": k, "samples": 10, "fd": fd}

@@ -132,6 +132,10 @@ def test_the_study_runs_its_grid_and_writes_results_plot_pictures_and_page(work)
     page = (work / "docs/study-rl.md").read_text()
     assert all(f"| {row['run']} | {row['why']} |" in page for row in rows)
     assert f"{rows[0]['curve'][-1]['tuned reward']:.4f}" in page
+    furthest = max(rows, key=lambda row: row["curve"][-1]["fd"])
+    assert f"furthest from the student is `{furthest['run']}`" in page
+    shown = work / f"runs/study-rl/{furthest['run'].replace(': ', '-').replace('=', '-')}/pictures.png"
+    assert (work / "docs/study-rl-pictures.png").read_bytes() == shown.read_bytes()
     for name in ("study-rl.png", "study-rl-pictures.png"):
         assert (work / "docs" / name).read_bytes().startswith(b"\x89PNG")
 
@@ -148,13 +152,13 @@ def test_the_grid_changes_one_thing_at_a_time():
 
     base = FinetuneConfig()
     runs = {run.name: run.changes for run in rl_grid(base)}
-    assert len(runs) == 10
+    assert len(runs) == 11
     assert runs["plain"] == {"anchor": 0.0}
     assert runs["M=4"] == {"backprop_iterations": 4}
     assert (
         runs["anchor: teacher"]["iterations"] == base.iterations + base.anchor_warmup
     )  # as many updates as the others
-    assert len(rl_grid(FinetuneConfig(backprop_iterations=2))) == 9
+    assert len(rl_grid(FinetuneConfig(backprop_iterations=2))) == 10
 
 
 def test_evaluate_measures_rewards_by_name_and_two_processes_find_what_one_does(work):

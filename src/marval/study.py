@@ -57,6 +57,7 @@ def rl_grid(base: FinetuneConfig) -> list[Run]:
         Run("anchor: teacher", {**anchored, "anchor_to": "teacher"}, "GSIM loss against the guided teacher"),
         Run("anchor: student", {**anchored, "anchor_to": "student"}, "score gap to the frozen student (DI*)"),
         Run("faster", {"learning_rate": 4 * base.learning_rate}, "4 times the learning rate"),
+        Run("hacked", {"learning_rate": 20 * base.learning_rate}, "20 times the learning rate, nothing that holds it"),
     ]  # fmt: skip
     return list({run.name: run for run in runs}.values())  # at small K, half the iterations is one
 
@@ -186,6 +187,11 @@ def best_run(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(rows, key=lambda row: row["curve"][row["kept"]]["log_probability"])
 
 
+def furthest_run(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The run whose end is furthest from the student: highest Fréchet distance."""
+    return max(rows, key=lambda row: ratios(row, -1)[0])
+
+
 def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """The trade-off curves: tuned and held-out reward against distance and diversity; a dot where a run is stopped.
 
@@ -220,8 +226,8 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
 def page(rows: Sequence[dict[str, Any]], provenance: Mapping[str, Any], plot_file: str, pictures: str) -> str:
     """The docs page: everything in it is read off the results."""
-    first = rows[0]
-    settings, best = first["settings"], best_run(rows)
+    first, best, furthest = rows[0], best_run(rows), furthest_run(rows)
+    settings = first["settings"]
     held_out = [
         name for name in first["curve"][0] if name not in ("fd", "diversity", "accuracy", "step", "tuned reward")
     ]
@@ -250,8 +256,14 @@ def page(rows: Sequence[dict[str, Any]], provenance: Mapping[str, Any], plot_fil
         table,
         f"![Trade-off curves]({plot_file})",
         "## What early stopping is for",
-        f"The run `{first['run']}` ({first['why']}): {summary(first)}. Early stopping "
-        + (f"ends it because {first['stopped']}." if first["stopped"] else "does not end it.")
+        f"The run that ends furthest from the student is `{furthest['run']}` ({furthest['why']}): {summary(furthest)}. "
+        "What it was not tuned for, before, as kept and at the end: "
+        + "; ".join(
+            f"{name} " + ", ".join(f"{furthest['curve'][i][name]:.4f}" for i in (0, furthest["kept"], -1))
+            for name in held_out
+        )
+        + ". Early stopping "
+        + (f"ends it because {furthest['stopped']}." if furthest["stopped"] else "does not end it.")
         + " The same seeds before, as kept, and at the end:",
         f"![Before, kept, end]({pictures})",
         "## Which is best",
@@ -266,7 +278,7 @@ def write_page(out: Path, docs: Path, folder: Path) -> None:
     study = read_results(out)["study"]
     rows = study["rows"]
     plot(rows, docs / "study-rl.png")
-    pictures = place_of(folder, rows[0]["run"]) / "pictures.png"
+    pictures = place_of(folder, furthest_run(rows)["run"]) / "pictures.png"
     if pictures.is_file():
         with atomic_path(docs / "study-rl-pictures.png") as partial:
             shutil.copyfile(pictures, partial)

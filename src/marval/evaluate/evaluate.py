@@ -117,6 +117,8 @@ def evaluate(
             key["autocast"] = autocast
             if any(judge.sample is None or "kid" in row for row in rows if is_row_of(row, key)):
                 continue
+            if workers.main and judge.sample is not None:
+                judge.sample()  # real images that are missing are missed before anything is drawn
             began = time.monotonic()
             parts = _images(pipeline, key, keep, workers, report)
             if workers.main:
