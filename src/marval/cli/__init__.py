@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 
 from marval.cli.converting import average, cache_latents, convert, plan
-from marval.cli.drawing import animate, bench, demo, evaluate, sample, serve
-from marval.cli.measuring import compare, sweep
+from marval.cli.drawing import animate, demo, sample, serve
+from marval.cli.measuring import bench, compare, evaluate, sweep
 from marval.cli.rewards import rewards, study, train_text_image
 from marval.cli.training import distill, finetune, preset_settings, train, train_classifier
 
