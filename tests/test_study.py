@@ -152,13 +152,15 @@ def test_the_grid_changes_one_thing_at_a_time():
 
     base = FinetuneConfig()
     runs = {run.name: run.changes for run in rl_grid(base)}
-    assert len(runs) == 11
-    assert runs["plain"] == {"anchor": 0.0}
-    assert runs["M=4"] == {"backprop_iterations": 4}
+    assert len(runs) == 13
+    plain = {"anchor": 0.0, "backprop_iterations": 8}
+    assert runs["plain"] == plain
+    assert runs["M=4"] == {**plain, "backprop_iterations": 4}
+    assert runs["faster"] == {**plain, "learning_rate": 4 * base.learning_rate}
     assert (
         runs["anchor: teacher"]["iterations"] == base.iterations + base.anchor_warmup
     )  # as many updates as the others
-    assert len(rl_grid(FinetuneConfig(backprop_iterations=2))) == 10
+    assert len(rl_grid(FinetuneConfig(sample_iterations=2))) == 12
 
 
 def test_evaluate_measures_rewards_by_name_and_two_processes_find_what_one_does(work):

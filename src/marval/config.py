@@ -285,9 +285,9 @@ class DistillConfig(RunConfig):
 class FinetuneConfig(RunConfig):
     """How a student is tuned with a reward (MARVAL-RL)."""
 
-    iterations: int = 100
+    iterations: int = 400
     sample_iterations: int = 8  # K
-    backprop_iterations: int = 8  # M, the last iterations that gradients flow through
+    backprop_iterations: int = 1  # M, the last iterations that gradients flow through (docs/study-rl.md)
     batch_size: int = 32
     learning_rate: float = 5e-6
     hinge: float | None = None  # images with a reward above this push no further

@@ -19,7 +19,7 @@ from torch import Tensor
 from marval.config import FinetuneConfig
 from marval.evaluate.images import draw_bytes
 from marval.evaluate.judge import Judge
-from marval.evaluate.results import read_results, write_results
+from marval.evaluate.results import made_by, read_results, write_results
 from marval.evaluate.rewards import reward_figures
 from marval.io.files import atomic_path, write_text
 from marval.io.images import grid, save_picture
@@ -42,24 +42,30 @@ class Run:
 
 
 def rl_grid(base: FinetuneConfig) -> list[Run]:
-    """The runs: the base (anchor off), then one change each."""
-    half = max(1, base.backprop_iterations // 2)
+    """The runs: gradients through every iteration without an anchor ("plain"), then one change each, or two."""
+    plain: dict[str, Any] = {"backprop_iterations": base.sample_iterations, "anchor": 0.0}
+    half, rate = max(1, base.sample_iterations // 2), base.learning_rate
     anchored = {"anchor": 1.0, "iterations": base.iterations + base.anchor_warmup}
     runs = [
-        Run("plain", {"anchor": 0.0}, "the base: gradients through every iteration, no anchor"),
+        Run("plain", {}, "gradients through every iteration, no anchor"),
         Run("M=1", {"backprop_iterations": 1}, "gradients through the last iteration only"),
         Run(f"M={half}", {"backprop_iterations": half}, "gradients through the last half of the iterations"),
         Run("head", {"train": "head"}, "only the token head learns"),
-        Run("low-rank", {"train": "low-rank", "learning_rate": 20 * base.learning_rate},
+        Run("low-rank", {"train": "low-rank", "learning_rate": 20 * rate},
             f"factors of rank {base.rank}, at 20 times the learning rate"),
         Run("normalized", {"normalize": True}, "the reward in units of its deviation on the student's images"),
-        Run("hinge", {"normalize": True, "hinge": 0.5}, "images half a deviation above the mean push no further"),
+        Run("hinge", {"normalize": True, "hinge": 0.0}, "images above the student's mean push no further"),
         Run("anchor: teacher", {**anchored, "anchor_to": "teacher"}, "GSIM loss against the guided teacher"),
         Run("anchor: student", {**anchored, "anchor_to": "student"}, "score gap to the frozen student (DI*)"),
-        Run("faster", {"learning_rate": 4 * base.learning_rate}, "4 times the learning rate"),
-        Run("hacked", {"learning_rate": 20 * base.learning_rate}, "20 times the learning rate, nothing that holds it"),
+        Run("faster", {"learning_rate": 4 * rate}, "4 times the learning rate"),
+        Run("M=1 longer", {"backprop_iterations": 1, "iterations": 2 * base.iterations}, "M=1 for twice as long"),
+        Run("M=1 faster", {"backprop_iterations": 1, "learning_rate": 4 * rate}, "M=1 at 4 times the learning rate"),
+        Run("hacked", {"learning_rate": 20 * rate}, "20 times the learning rate, nothing that holds it"),
     ]  # fmt: skip
-    return list({run.name: run for run in runs}.values())  # at small K, half the iterations is one
+    return [
+        Run(name, {**plain, **changes}, why)
+        for name, (changes, why) in {run.name: (run.changes, run.why) for run in runs}.items()  # M=1 may be half
+    ]
 
 
 def place_of(folder: Path, run: str) -> Path:
@@ -132,7 +138,8 @@ def study_rl(
         labels = [f"before\n{names[0]}", f"kept\n{names[1]}", f"end\n{names[2]}"]
         save_picture(place / "pictures.png", grid([pictures[i] for i in (0, kept, -1)], labels, title=run.name))
         rows = [row for row in rows if row["run"] != run.name]
-        rows.append({**key, "why": run.why, "seconds": seconds, "curve": curve, "kept": kept, "stopped": stopped})
+        found = {"why": run.why, "seconds": seconds, "curve": curve, "kept": kept, "stopped": stopped}
+        rows.append({**key, **found, "made": made_by(student.device)})
         write_results(out, "study", rows, base.seed)
         report(f"{run.name}: {summary(rows[-1])}")
     return rows
@@ -246,8 +253,9 @@ def page(rows: Sequence[dict[str, Any]], provenance: Mapping[str, Any], plot_fil
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     text = [
         "# What each setting of reward tuning does",
-        f"Written by `{provenance['command']}` (seed {provenance['seed']}, torch {provenance['torch']}, "
-        f"{provenance['threads']} threads). Runs that the results hold already are not repeated.",
+        f"Seed {provenance['seed']}, torch {provenance['torch']}, threads of a run: {provenance['threads']}. Runs that "
+        "the results hold already are not repeated; what they hold was made by:",
+        "\n".join(f"- `{command}`" for command in dict.fromkeys(row["made"]["command"] for row in rows)),
         f"Every run tunes {first['student']} with the reward `{first['reward']}` for {settings['iterations']} steps of "
         f"{settings['batch_size']} images, K = {settings['sample_iterations']}, and is measured every "
         f"{settings['probe_every']} steps on {first['samples']} images of fixed seeds. No run was stopped; what "

@@ -90,7 +90,7 @@ def study(
     judge: Path | None = None,
     only: str = "",
     samples: int = 1000,
-    settings: OmitArgPrefixes[FinetuneConfig] = FinetuneConfig(iterations=300),
+    settings: OmitArgPrefixes[FinetuneConfig] = FinetuneConfig(iterations=200, probe_every=20),
     runs: Path = Path("runs/study-rl"),
     out: Path = Path("results/study-rl.json"),
     docs: Path = Path("docs"),
