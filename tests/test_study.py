@@ -9,7 +9,7 @@ from marval.config import OneStep
 from marval.evaluate.evaluate import draw_bytes
 from marval.evaluate.rewards import evaluate_rewards
 from marval.evaluate.tables import fill_markdown
-from marval.study import kept_of, rl_grid
+from marval.study import cheapest_run, kept_of, price, rl_grid
 from processes import marval as processes_marval
 from test_cli import marval, refused
 from test_evaluate import tiny_pipeline
@@ -70,6 +70,19 @@ def test_early_stopping_is_read_off_a_whole_curve():
     kept, stopped = kept_of([*good, row(12, 4.9, -0.01)], FinetuneConfig())
     assert kept == 2  # the higher reward was bought with distance
     assert "Fréchet" in stopped
+
+
+def test_runs_are_compared_where_they_gained_the_same():
+    def run(*points):
+        return {"curve": [{"log_probability": lp, "fd": fd, "diversity": d} for lp, fd, d in points]}
+
+    fast = run((-0.10, 100.0, 50.0), (-0.06, 120.0, 40.0))  # half of its way is a fifth
+    slow = run((-0.10, 100.0, 50.0), (-0.08, 105.0, 48.0), (-0.07, 130.0, 40.0))
+    assert price(fast) == pytest.approx((1.10, 0.9))
+    assert price(slow) == pytest.approx((1.05, 0.96))
+    assert price(run((-0.10, 100.0, 50.0), (-0.09, 99.0, 50.0))) is None
+    assert cheapest_run([fast, slow]) is slow
+    assert cheapest_run([]) is None
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from marval.rewards import Reward
 from marval.train.finetune import Anchor, Keeper, finetune
 from marval.train.run import LOG
 
+GAIN = 0.2  # of the student's held-out log-probability, at which runs are compared
 SHOWN = 10  # images in a row of the pictures
 NEVER: dict[str, Any] = {"max_distance_ratio": math.inf, "min_diversity_ratio": 0.0, "patience": 10**9}
 
@@ -189,9 +190,26 @@ def summary(row: dict[str, Any]) -> str:
     )
 
 
-def best_run(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The run whose kept model has the highest held-out log-probability."""
-    return max(rows, key=lambda row: row["curve"][row["kept"]]["log_probability"])
+def price(row: dict[str, Any]) -> tuple[float, float] | None:
+    """Ratios of Fréchet distance and diversity where the held-out log-probability has risen by `GAIN`.
+
+    Interpolated between measurements; None where it never rises so far.
+    """
+    curve = row["curve"]
+    scores = [figures["log_probability"] for figures in curve]
+    goal = scores[0] + GAIN * abs(scores[0])
+    for i in range(1, len(curve)):
+        if scores[i] >= goal:
+            share = (goal - scores[i - 1]) / (scores[i] - scores[i - 1])
+            before, after = ratios(row, i - 1), ratios(row, i)
+            distance, diversity = (a + share * (b - a) for a, b in zip(before, after, strict=True))
+            return distance, diversity
+    return None
+
+
+def cheapest_run(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The run that buys the held-out gain with the least Fréchet distance; None where none reaches it."""
+    return min((row for row in rows if price(row)), key=lambda row: price(row) or (0, 0), default=None)
 
 
 def furthest_run(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -213,13 +231,19 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     except ImportError as error:
         raise ValueError("the plot needs matplotlib: pip install 'marval[plots]'") from error
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), sharex="col", sharey="row")
-    for row in rows:
+    ticks = [1, 1.1, 1.2, 1.5, 2, 3, 4]
+    axes[1, 0].set_xscale("log")  # a run that runs away would squeeze the others
+    axes[1, 0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[1, 0].minorticks_off()
+    axes[1, 1].invert_xaxis()  # to the right is worse, as for distance
+    for number, row in enumerate(rows):
+        style = {"linewidth": 1, "color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
         x = [[ratios(row, i)[axis] for i in range(len(row["curve"]))] for axis in (0, 1)]
         for down, name in enumerate(("tuned reward", "log_probability")):
             y = [figures[name] for figures in row["curve"]]
             for across in (0, 1):
-                (line,) = axes[down, across].plot(x[across], y, linewidth=1, label=row["run"])
-                axes[down, across].plot(x[across][row["kept"]], y[row["kept"]], "o", color=line.get_color())
+                axes[down, across].plot(x[across], y, label=row["run"], **style)
+                axes[down, across].plot(x[across][row["kept"]], y[row["kept"]], "o", color=style["color"])
     for across, name in enumerate(("FD-EfficientNet / the student's", "diversity / the student's")):
         axes[1, across].set_xlabel(name)
     for down, name in enumerate(("tuned reward", "held-out log-probability")):
@@ -233,14 +257,16 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
 def page(rows: Sequence[dict[str, Any]], provenance: Mapping[str, Any], plot_file: str, pictures: str) -> str:
     """The docs page: everything in it is read off the results."""
-    first, best, furthest = rows[0], best_run(rows), furthest_run(rows)
+    first, cheapest, furthest = rows[0], cheapest_run(rows), furthest_run(rows)
     settings = first["settings"]
     held_out = [
         name for name in first["curve"][0] if name not in ("fd", "diversity", "accuracy", "step", "tuned reward")
     ]
+    blind = [name for name in held_out if furthest["curve"][-1][name] > furthest["curve"][0][name]]
     header = ["run", "what it is", "step kept", "tuned reward: before, kept, end"]
     header += [f"{name}: before, kept, end" for name in held_out]
-    header += ["FD ratio: kept, end", "diversity ratio: kept, end", "why it is stopped", "seconds"]
+    header += ["FD ratio: kept, end", "diversity ratio: kept, end", "price: FD and diversity ratio"]
+    header += ["why it is stopped", "seconds"]
     lines = [header, ["---"] * len(header)]
     for row in rows:
         curve, kept = row["curve"], row["kept"]
@@ -249,6 +275,7 @@ def page(rows: Sequence[dict[str, Any]], provenance: Mapping[str, Any], plot_fil
             cells.append(", ".join(f"{curve[i][name]:.4f}" for i in (0, kept, -1)))
         for axis in (0, 1):
             cells.append(", ".join(f"{ratios(row, i)[axis]:.3f}" for i in (kept, -1)))
+        cells.append("not reached" if (cost := price(row)) is None else ", ".join(f"{ratio:.3f}" for ratio in cost))
         lines.append([*cells, row["stopped"] or "not stopped", f"{row['seconds']:.0f}"])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     text = [
@@ -260,7 +287,9 @@ def page(rows: Sequence[dict[str, Any]], provenance: Mapping[str, Any], plot_fil
         f"{settings['batch_size']} images, K = {settings['sample_iterations']}, and is measured every "
         f"{settings['probe_every']} steps on {first['samples']} images of fixed seeds. No run was stopped; what "
         "`marval finetune` would have kept, by its held-out figures, is marked (`kept`; dots in the plot). "
-        "`log_probability` is that of a classifier which no reward has seen; ratios are to the student's own figures.",
+        "`log_probability` is that of a classifier which no reward has seen; ratios are to the student's own figures. "
+        f"The price is what they are where the held-out log-probability has risen by {GAIN:.0%} of the student's: runs "
+        "of different speeds compare there.",
         table,
         f"![Trade-off curves]({plot_file})",
         "## What early stopping is for",
@@ -270,13 +299,17 @@ def page(rows: Sequence[dict[str, Any]], provenance: Mapping[str, Any], plot_fil
             f"{name} " + ", ".join(f"{furthest['curve'][i][name]:.4f}" for i in (0, furthest["kept"], -1))
             for name in held_out
         )
-        + ". Early stopping "
+        + ". "
+        + (f"({', '.join(blind)} ended above the start: by that alone nothing would have been seen.) " if blind else "")
+        + "Early stopping "
         + (f"ends it because {furthest['stopped']}." if furthest["stopped"] else "does not end it.")
         + " The same seeds before, as kept, and at the end:",
         f"![Before, kept, end]({pictures})",
-        "## Which is best",
-        f"The kept model with the highest held-out log-probability is that of **{best['run']}** ({best['why']}): "
-        f"{summary(best)}.",
+        "## Which is cheapest",
+        f"No run reaches a gain of {GAIN:.0%}."
+        if cheapest is None
+        else f"A held-out gain of {GAIN:.0%} costs the least Fréchet distance with **{cheapest['run']}** "
+        f"({cheapest['why']}): {summary(cheapest)}.",
     ]
     return "\n\n".join(text) + "\n"
 
