@@ -285,7 +285,7 @@ class DistillConfig(RunConfig):
 class FinetuneConfig(RunConfig):
     """How a student is tuned with a reward (MARVAL-RL)."""
 
-    iterations: int = 400
+    iterations: int = 200
     sample_iterations: int = 8  # K
     backprop_iterations: int = 1  # M, the last iterations that gradients flow through (docs/study-rl.md)
     batch_size: int = 32

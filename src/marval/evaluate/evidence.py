@@ -159,8 +159,9 @@ EVALUATE = (
 ALL = EVALUATE.format(tuned=" fashion-tuned", k="4 6 8 16 32", n=2000, out=SWEEP)
 TEN_THOUSAND = EVALUATE.format(tuned="", k="6 16", n=10_000, out=MANY) + " --batches"
 BENCH = (
-    "marval bench fashion-teacher fashion-student --iterations 4 8 16 32 --steps 100 50 25 10 --batches 1 64 "
-    f"--samples 2000 --seed 0 1 2 --plot docs/curve.png --out {CURVE}"
+    "marval evaluate fashion-teacher fashion-student --iterations 4 8 16 32 --steps 100 50 25 10 --samples 2000 "
+    f"--seed 0 1 2 --autocast --batches --out {CURVE}`, then `marval bench fashion-teacher fashion-student "
+    f"--iterations 4 8 16 32 --steps 100 50 25 10 --batches 1 64 --plot docs/curve.png --out {CURVE}"
 )
 
 CLAIMS = (

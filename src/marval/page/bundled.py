@@ -1,9 +1,10 @@
 """The figures that the page shows beside the pictures: those of the results that ship with the package."""
 
+import statistics
 from importlib.resources import files
 from pathlib import Path
 
-from marval.evaluate.results import read_results
+from marval.evaluate.results import by_setting, read_results
 
 
 def bundled(name: str) -> Path:
@@ -11,21 +12,28 @@ def bundled(name: str) -> Path:
     return Path(str(files("marval"))) / "assets" / name
 
 
+def quality(file: str) -> dict[tuple[str, int], dict[str, float]]:
+    """The figures of quality in a bundled results file by model and K, each the mean over its seeds."""
+    names = ("fd", "diversity", "log_probability")
+    return {
+        (rows[0]["model"], rows[0]["iterations"]): {name: statistics.mean(row[name] for row in rows) for name in names}
+        for rows in by_setting(read_results(bundled(file))["quality"]["rows"]).values()
+    }
+
+
 def tuning_rows() -> tuple[list[str], list[list[str]]]:
     """Before and after MARVAL-RL: the tuned reward, the held-out one, distance and diversity, by K, as bundled."""
-    sweep = {
-        (row["model"], row["iterations"]): row for row in read_results(bundled("fashion-sweep.json"))["quality"]["rows"]
-    }
-    reward = {
-        (row["model"], row["iterations"]): row["log_probability"]
-        for row in read_results(bundled("fashion-reward.json"))["quality"]["rows"]
-    }
+    sweep, reward = quality("fashion-sweep.json"), quality("fashion-reward.json")
     header = ["model", "K", "reward", "held-out reward", "FD-EfficientNet", "diversity"]
     rows = []
     for k in sorted(k for model, k in reward if model == "fashion-tuned"):
         for model, told in (("fashion-student", "before"), ("fashion-tuned", "after")):
             row = sweep[model, k]
-            figures = [f"{reward[model, k]:.4f}", f"{row['log_probability']:.4f}", f"{row['fd']:.1f}"]
+            figures = [
+                f"{reward[model, k]['log_probability']:.4f}",
+                f"{row['log_probability']:.4f}",
+                f"{row['fd']:.1f}",
+            ]
             rows.append([f"{told}: {model}", str(k), *figures, f"{row['diversity']:.2f}"])
     return header, rows
 
@@ -39,8 +47,7 @@ def quality_points() -> dict[str, list[tuple[float, float, int]]]:
         if row["batch"] == 1
     }
     points: dict[str, list[tuple[float, float, int]]] = {}
-    for row in sorted(results["quality"]["rows"], key=lambda row: row["iterations"]):
-        at = row["model"], row["iterations"]
-        if at in seconds:
-            points.setdefault(row["model"], []).append((seconds[at] * 1000, row["fd"], row["iterations"]))
+    for (model, k), figures in sorted(quality("fashion-sweep.json").items(), key=lambda item: item[0][1]):
+        if (model, k) in seconds:
+            points.setdefault(model, []).append((seconds[model, k] * 1000, figures["fd"], k))
     return {name: points[name] for name in sorted(points, key=lambda name: name != "fashion-teacher")}
