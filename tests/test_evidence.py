@@ -222,7 +222,7 @@ def test_readmes_tables_are_those_of_the_results(tmp_path):
 
 def test_claims_follow_their_results_and_have_a_spread_over_seeds(tmp_path):
     content = json.loads((ROOT / SWEEP).read_text())
-    rows = content["quality"]["rows"]
+    rows = [row for row in content["quality"]["rows"] if row["seed"] == 0]
     content["quality"]["rows"] = rows + [
         row | {"seed": 1, "fd": row["fd"] * (1.5 if row["model"] == "fashion-teacher" else 1.0)} for row in rows
     ]
@@ -241,7 +241,7 @@ def test_claims_follow_their_results_and_have_a_spread_over_seeds(tmp_path):
     assert not fill_markdown(document, tmp_path)  # lines broken by hand stay
     text = evidence(tmp_path)
     assert "(2 seeds)" in text
-    assert text.count("Not measured yet") == 2
+    assert text.count("Not measured yet") == 3
     assert BENCH in text
     document.write_text("<!-- claim: nonsense -->x<!-- end -->")
     with pytest.raises(ValueError, match="unknown claim nonsense"):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from marval.randomness import generator
-from marval.rewards import find_reward, parse_rewards, weighted_reward
+from marval.rewards import WeightedReward, find_reward, parse_rewards
 from marval.rewards.preprocess import Preprocessing
 from tiny_rewards import SIDE, write_aesthetic, write_clip, write_hps, write_image_reward
 
@@ -205,7 +205,7 @@ def test_rewards_from_folders_combine_with_weights(folders, images):
     clip, pickscore = folders["clip"][0], folders["pickscore"][0]
     parts = parse_rewards(f"pickscore:{pickscore}=1,clip:{clip}=0.5")
     assert [weight for _, weight in parts.values()] == [1.0, 0.5]
-    combined = weighted_reward(parts)(images, PROMPTS)
+    combined = WeightedReward(parts)(images, PROMPTS)
     first, second = (reward(images, PROMPTS) for reward, _ in parts.values())
     torch.testing.assert_close(combined, first + 0.5 * second)
 

@@ -52,6 +52,16 @@ def test_rewards_are_recorded_with_images_prompts_and_seeds_and_not_scored_twice
     assert fill_markdown(tmp_path / "page.md", tmp_path)
     assert "| tiny | 3 | 7 | 2 | 7 |" in (tmp_path / "page.md").read_text()
 
+    again = evaluate_rewards([(folder, pipeline)], {"bright": brightness}, **{**run, "seeds": (2, 3)})
+    assert len(again) == 2
+    assert fill_markdown(tmp_path / "page.md", tmp_path)  # one line for both: 14 images of 14 seeds
+    (line,) = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| tiny")]
+    mean, error = line.split("|")[6].split("±")
+    parts = [row["rewards"]["bright"] for row in again]
+    assert float(mean) == pytest.approx(sum(part["mean"] for part in parts) / 2, abs=1e-4)
+    assert float(error) == pytest.approx(sum(part["standard_error"] ** 2 for part in parts) ** 0.5 / 2, abs=1e-4)
+    assert "| tiny | 3 | 14 | 2 | 14 |" in line
+
     with pytest.raises(ValueError, match="where the class"):
         evaluate_rewards([(folder, pipeline)], {"bright": brightness}, **{**run, "prompt": "one"})
     tiny_pipeline(OneStep(), seed=1).save(folder)

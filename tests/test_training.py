@@ -263,10 +263,10 @@ def test_a_hinge_stops_good_images_from_pushing():
 
 def test_normalized_rewards_have_mean_0_and_deviation_1_part_by_part():
     from marval.randomness import generator
-    from marval.rewards import standardized, weighted_reward
+    from marval.rewards import WeightedReward, standardized
 
     images = torch.rand(50, 1, 4, 4, generator=generator("images"))
-    both = weighted_reward({"mean": (brightness, 1.0), "big": (lambda x, prompts: 1000 * x[:, 0, 0, 0], 0.5)})
+    both = WeightedReward({"mean": (brightness, 1.0), "big": (lambda x, prompts: 1000 * x[:, 0, 0, 0], 0.5)})
     normalized = standardized(both, images, ["a"] * 50)
     for part, _ in normalized.rewards.values():
         values = part(images, ["a"] * 50)
@@ -274,7 +274,7 @@ def test_normalized_rewards_have_mean_0_and_deviation_1_part_by_part():
         assert values.std().item() == pytest.approx(1, rel=1e-5)
     assert [weight for _, weight in normalized.rewards.values()] == [1.0, 0.5]
     with pytest.raises(ValueError, match=r"reward same: it is 3 for all of 50 images"):
-        standardized(weighted_reward({"same": (lambda x, p: 0 * x.sum((1, 2, 3)) + 3, 1.0)}), images, ["a"] * 50)
+        standardized(WeightedReward({"same": (lambda x, p: 0 * x.sum((1, 2, 3)) + 3, 1.0)}), images, ["a"] * 50)
 
 
 def test_low_rank_asks_for_one_process_and_a_rank(data, config, tmp_path):
@@ -288,7 +288,7 @@ def test_low_rank_asks_for_one_process_and_a_rank(data, config, tmp_path):
 
 
 def test_a_reward_that_becomes_nan_names_the_prompt_and_keeps_state_and_model(data, config, tmp_path):
-    from marval.rewards import weighted_reward
+    from marval.rewards import WeightedReward
 
     calls = []
 
@@ -299,7 +299,7 @@ def test_a_reward_that_becomes_nan_names_the_prompt_and_keeps_state_and_model(da
         return torch.where(broken, torch.nan, value) if len(calls) > 7 else value
 
     with pytest.raises(ValueError, match=r"reward mine: not finite for the prompt 'a high-quality .* square'"):
-        run_finetune(config, data, tmp_path / "run", reward=weighted_reward({"mine": (breaks, 1.0)}))
+        run_finetune(config, data, tmp_path / "run", reward=WeightedReward({"mine": (breaks, 1.0)}))
     assert len(calls) >= 8
     assert all(value.isfinite().all() for value in state_of(tmp_path / "run", 5).values())
     assert load(tmp_path / "run").sample([0]).isfinite().all()
@@ -431,10 +431,10 @@ def test_too_many_steps_that_are_not_finite_stop_the_run_and_keep_the_last_state
     ],
 )
 def test_a_bad_reward_is_named(reward, message, data, config, tmp_path):
-    from marval.rewards import weighted_reward
+    from marval.rewards import WeightedReward
 
     with pytest.raises(ValueError, match=message):
-        run_finetune(config, data, tmp_path / "run", reward=weighted_reward({"mine": (reward, 1.0)}))
+        run_finetune(config, data, tmp_path / "run", reward=WeightedReward({"mine": (reward, 1.0)}))
     assert isinstance(load(tmp_path / "run"), Pipeline)  # the student that it started from
 
 

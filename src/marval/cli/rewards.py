@@ -120,7 +120,7 @@ def study(
     """
     from marval.io.checkpoint import model_hash
     from marval.pipeline import find_model
-    from marval.rewards import find_reward, parse_rewards, weighted_reward
+    from marval.rewards import WeightedReward, find_reward, parse_rewards
     from marval.study import rl_grid, study_rl, write_page
     from marval.train.finetune import Anchor
 
@@ -141,7 +141,7 @@ def study(
     study_rl(
         pipeline,
         model_hash(find_model(student)),
-        weighted_reward(parse_rewards(reward, classifier, device)),
+        WeightedReward(parse_rewards(reward, classifier, device)),
         reward,
         {name.strip(): find_reward(name.strip(), device=device) for name in held_out.split(",") if name.strip()},
         judged,

@@ -166,7 +166,7 @@ def finetune(
     """
     from marval.evaluate.evaluate import probe
     from marval.parallel import start_workers
-    from marval.rewards import parse_rewards, weighted_reward
+    from marval.rewards import WeightedReward, parse_rewards
     from marval.train.finetune import Anchor
     from marval.train.finetune import finetune as run
 
@@ -185,7 +185,7 @@ def finetune(
         ended = run(
             pipeline.model,
             dataclasses.replace(pipeline.config, source=command_line()),
-            weighted_reward(parse_rewards(reward, classifier, workers.device)),
+            WeightedReward(parse_rewards(reward, classifier, workers.device)),
             settings,
             out,
             probe=probe(held_out, probe_samples, settings.sample_iterations, workers=workers),

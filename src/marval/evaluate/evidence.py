@@ -14,6 +14,7 @@ from marval.io.files import write_text
 
 DOCUMENT = "docs/evidence.md"
 SWEEP, MANY, CURVE = "results/fashion-sweep.json", "results/fashion-10000.json", "results/fashion-curve.json"
+TUNED = "results/fashion-rl.json"  # the student, and what tuning made of it with each seed
 REFERENCE_K = 16  # of the teacher whose quality a student is to reach
 
 HEAD = """# Evidence
@@ -133,6 +134,27 @@ def tuned_changes(table: dict[tuple[str, int], Row]) -> Figures:
     return figures
 
 
+def tunings(table: dict[tuple[str, int], Row]) -> Figures:
+    """The student at K = 8 and what each tuning makes of it: probabilities as they are, the rest as ratios."""
+    student, figures = table["fashion-student", 8], Figures()
+    tuned = sorted((model, row) for (model, k), row in table.items() if model.startswith("fashion-tuned-") and k == 8)
+    for name, key in (("accuracy", "accuracy"), ("log-probability", "log_probability")):
+        figures[f"{name}, before"] = student[key]
+        figures |= {f"{name}, {model}": row[key] for model, row in tuned}
+    for name, key in (("Fréchet distance", "fd"), ("diversity", "diversity")):
+        figures |= {f"{name}, {model} / student": row[key] / student[key] for model, row in tuned}
+    return figures
+
+
+def _tunings_sentence(figures: Figures, samples: int) -> str:
+    parts = []
+    for name in ("accuracy", "log-probability", "Fréchet distance", "diversity"):
+        values = [f"{value:.3f}" for label, value in figures.items() if label.startswith(name)]
+        before = f"{values.pop(0)} before, " if f"{name}, before" in figures else ""
+        parts.append(f"{name} {before}{_listed(values)} " + ("after" if before else "times the student's"))
+    return f"{samples:,} samples at K = 8, after tuning with each of three seeds: {'; '.join(parts)}"
+
+
 def _student_sentence(figures: Figures, samples: int) -> str:
     ks, values = _numbers(figures, "FD", "{:.2f}")
     return f"with {samples:,} samples its Fréchet distance is {values} times the teacher's at K = {ks}"
@@ -164,6 +186,12 @@ BENCH = (
     f"--iterations 4 8 16 32 --steps 100 50 25 10 --batches 1 64 --plot docs/curve.png --out {CURVE}"
 )
 
+TUNE = (
+    "for s in 0 1 2; do marval finetune fashion-student --name fashion-tuned-$s --reward classifier --seed $s "
+    "--out tuned-$s; done`, then `marval evaluate fashion-student tuned-0 tuned-1 tuned-2 --iterations 8 "
+    f"--samples 10000 --autocast --batches --out {TUNED}"
+)
+
 CLAIMS = (
     Claim("student", "Student against teacher, at the same K", SWEEP, ALL, student_ratios, _student_sentence),
     Claim(
@@ -174,6 +202,7 @@ CLAIMS = (
     ),
     Claim("many-samples", "The same with more samples", MANY, TEN_THOUSAND, ratios_to_reference, _many_sentence),
     Claim("tuned", "Tuned against student", SWEEP, ALL, tuned_changes, _tuned_sentence),
+    Claim("tunings", "Three tunings", TUNED, TUNE, tunings, _tunings_sentence),
 )  # fmt: skip
 
 
@@ -215,7 +244,7 @@ def _section(title: str, sentence: str, measured: Sequence[Measured], lines: Seq
     if measured:
         parts += ["| figure | value | spread |", "| --- | --- | --- |"]
         parts += [f"| {m.label} | {m.value:.4g} | {m.spread} |" for m in measured] + [""]
-    again = "Again, with three seeds" if measured else "Measure it"
+    again = "Again" if measured else "Measure it"
     return "\n".join([*parts, *lines, f"- {again}: `{command}`", ""])
 
 

@@ -3,6 +3,7 @@
 import re
 import statistics
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,17 @@ COLUMNS = {
 }
 
 
-def table_of(file: Path) -> tuple[list[str], list[list[str]]]:
+def table_of(file: Path, without: Collection[str] = ()) -> tuple[list[str], list[list[str]]]:
     """Header and rows: quality (of several seeds, mean and half their range), and time per image at each batch size.
 
-    T and w have columns where a teacher was measured at several.
+    T and w have columns where a teacher was measured at several; `without` names figures that are left out.
     """
     results = read_results(file)
     timing = results.get("timing", {}).get("rows", [])
     batches = sorted({row["batch"] for row in timing})
     quality = results.get("quality", {}).get("rows", [])
-    columns = {name: title_of(name, quality) for name in COLUMNS if any(name in row for row in quality)}
+    measured = [name for name in COLUMNS if name not in without and any(name in row for row in quality)]
+    columns = {name: title_of(name, quality) for name in measured}
     chains = {(r["model"], r["draw"].get("steps"), r["draw"].get("guidance")) for r in quality}
     several = len(chains) > len({model for model, _, _ in chains})
     header = ["model", "K", *(("T", "w") if several else ()), "samples", *columns.values()]
@@ -98,8 +100,8 @@ def print_table(file: Path) -> None:
 
 
 def markdown_table(file: Path) -> str:
-    """The table of a results file in Markdown."""
-    header, rows = table_of(file)
+    """The table of a results file in Markdown, as wide as a page shows it."""
+    header, rows = table_of(file, without=("density", "coverage"))
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -163,16 +165,24 @@ def bench_table(file: Path) -> str:
 
 
 def rewards_table(file: Path) -> str:
-    """Rewards over class-name prompts in Markdown: mean and standard error, one row for each model and K."""
-    rows = read_results(file).get("rewards", {}).get("rows", [])
-    names = list(dict.fromkeys(name for row in rows for name in row["rewards"]))
+    """Rewards over class-name prompts in Markdown: mean and standard error over all images of a model at one K."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in read_results(file).get("rewards", {}).get("rows", []):
+        groups.setdefault((row["model"], row["iterations"], row["samples"], row["prompt"]), []).append(row)
+    names = list(dict.fromkeys(name for rows in groups.values() for row in rows for name in row["rewards"]))
     lines = [["model", "K", "images", "prompts", "seeds", *names]]
     lines.append(["---"] * len(lines[0]))
-    for row in rows:
-        cells = [row["model"], *(str(row[key]) for key in ("iterations", "samples", "prompts", "seeds"))]
+    for rows in groups.values():
+        images = str(sum(row["samples"] for row in rows))
+        seeds = str(sum(row["seeds"] for row in rows))
+        cells = [rows[0]["model"], str(rows[0]["iterations"]), images, str(rows[0]["prompts"]), seeds]
         for name in names:
-            found = row["rewards"].get(name)
-            cells.append("" if found is None else f"{found['mean']:.4f} ± {found['standard_error']:.4f}")
+            found = [row["rewards"][name] for row in rows if name in row["rewards"]]
+            if not found:
+                cells.append("")
+                continue
+            error = sum(part["standard_error"] ** 2 for part in found) ** 0.5 / len(found)
+            cells.append(f"{statistics.mean(part['mean'] for part in found):.4f} ± {error:.4f}")
         lines.append(cells)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -1,6 +1,6 @@
 """Differentiable rewards: `reward(images in [0, 1], prompts) -> one number per image`."""
 
-from marval.rewards.base import KNOWN, Reward, checked, find_reward, parse_rewards, standardized, weighted_reward
+from marval.rewards.base import KNOWN, Reward, WeightedReward, checked, find_reward, parse_rewards, standardized
 from marval.rewards.classifier import Classifier, ClassifierReward, load_classifier
 
 __all__ = [
@@ -8,10 +8,10 @@ __all__ = [
     "Classifier",
     "ClassifierReward",
     "Reward",
+    "WeightedReward",
     "checked",
     "find_reward",
     "load_classifier",
     "parse_rewards",
     "standardized",
-    "weighted_reward",
 ]

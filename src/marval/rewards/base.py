@@ -158,11 +158,6 @@ class WeightedReward:
         return total
 
 
-def weighted_reward(rewards: dict[str, tuple[Reward, float]]) -> WeightedReward:
-    """The weighted sum of named rewards."""
-    return WeightedReward(rewards)
-
-
 @torch.no_grad()
 def standardized(
     reward: Reward, images: Float[Tensor, "n c h w"], prompts: Sequence[str], batch_size: int = 32
