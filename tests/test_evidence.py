@@ -248,6 +248,19 @@ def test_claims_follow_their_results_and_have_a_spread_over_seeds(tmp_path):
         fill_markdown(document, tmp_path)
 
 
+def test_three_tunings_become_a_sentence():
+    table = {("fashion-student", 8): {"accuracy": 0.9, "log_probability": -0.2, "fd": 100.0, "diversity": 50.0}}
+    for seed, fd in ((0, 110.0), (1, 95.0)):
+        row = {"accuracy": 0.91 + seed / 100, "log_probability": -0.1, "fd": fd, "diversity": 49.0}
+        table[f"fashion-tuned-{seed}", 8] = row
+    claim = next(claim for claim in CLAIMS if claim.name == "tunings")
+    assert claim.sentence(claim.figures(table), 10_000) == (
+        "10,000 samples at K = 8, before and after tuning with seeds 0 and 1: accuracy 0.900, then 0.910 and 0.920; "
+        "log-probability -0.200, then -0.100 and -0.100; Fréchet distance 1.100 and 0.950 times; "
+        "diversity 0.980 and 0.980 times"
+    )
+
+
 # The commands
 
 
