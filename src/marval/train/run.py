@@ -131,7 +131,7 @@ def save_state(
             dcp.save(tensors, storage_writer=writer, no_dist=workers.mesh is None)
         if workers.main:
             (partial / RUN).write_text(json.dumps({"step": step, "settings": settings, "extra": extra}))
-            old = saved_states(folder)
+            old = list(folder.glob("state-*"))  # one that a kill left half deleted, too
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
             for path in old:
