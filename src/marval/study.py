@@ -19,7 +19,7 @@ from torch import Tensor
 from marval.config import FinetuneConfig
 from marval.evaluate.images import draw_bytes
 from marval.evaluate.judge import Judge
-from marval.evaluate.results import made_by, read_results, write_results
+from marval.evaluate.results import made_by, markdown, read_results, write_results
 from marval.evaluate.rewards import reward_figures
 from marval.io.files import atomic_path, write_text
 from marval.io.images import grid, save_picture
@@ -63,10 +63,8 @@ def rl_grid(base: FinetuneConfig) -> list[Run]:
         Run("M=1 faster", {"backprop_iterations": 1, "learning_rate": 4 * rate}, "M=1 at 4 times the learning rate"),
         Run("hacked", {"learning_rate": 20 * rate}, "20 times the learning rate, nothing that holds it"),
     ]  # fmt: skip
-    return [
-        Run(name, {**plain, **changes}, why)
-        for name, (changes, why) in {run.name: (run.changes, run.why) for run in runs}.items()  # M=1 may be half
-    ]
+    once = {run.name: run for run in runs}.values()  # at small K, half the iterations is one
+    return [dataclasses.replace(run, changes={**plain, **run.changes}) for run in once]
 
 
 def place_of(folder: Path, run: str) -> Path:
@@ -209,7 +207,8 @@ def price(row: dict[str, Any]) -> tuple[float, float] | None:
 
 def cheapest_run(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The run that buys the held-out gain with the least Fréchet distance; None where none reaches it."""
-    return min((row for row in rows if price(row)), key=lambda row: price(row) or (0, 0), default=None)
+    prices = [(cost[0], i) for i, row in enumerate(rows) if (cost := price(row)) is not None]
+    return rows[min(prices)[1]] if prices else None
 
 
 def furthest_run(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -267,7 +266,7 @@ def page(rows: Sequence[dict[str, Any]], provenance: Mapping[str, Any], plot_fil
     header += [f"{name}: before, kept, end" for name in held_out]
     header += ["FD ratio: kept, end", "diversity ratio: kept, end", "price: FD and diversity ratio"]
     header += ["why it is stopped", "seconds"]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for row in rows:
         curve, kept = row["curve"], row["kept"]
         cells = [row["run"], row["why"], str(int(curve[kept]["step"]))]
@@ -277,7 +276,6 @@ def page(rows: Sequence[dict[str, Any]], provenance: Mapping[str, Any], plot_fil
             cells.append(", ".join(f"{ratios(row, i)[axis]:.3f}" for i in (kept, -1)))
         cells.append("not reached" if (cost := price(row)) is None else ", ".join(f"{ratio:.3f}" for ratio in cost))
         lines.append([*cells, row["stopped"] or "not stopped", f"{row['seconds']:.0f}"])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     text = [
         "# What each setting of reward tuning does",
         f"Seed {provenance['seed']}, torch {provenance['torch']}, threads of a run: {provenance['threads']}. Runs that "
@@ -290,7 +288,7 @@ def page(rows: Sequence[dict[str, Any]], provenance: Mapping[str, Any], plot_fil
         "`log_probability` is that of a classifier which no reward has seen; ratios are to the student's own figures. "
         f"The price is what they are where the held-out log-probability has risen by {GAIN:.0%} of the student's: runs "
         "of different speeds compare there.",
-        table,
+        markdown(header, lines),
         f"![Trade-off curves]({plot_file})",
         "## What early stopping is for",
         f"The run that ends furthest from the student is `{furthest['run']}` ({furthest['why']}): {summary(furthest)}. "

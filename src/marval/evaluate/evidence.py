@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marval.evaluate.pareto import points_of, verdicts
-from marval.evaluate.results import Row, by_setting, read_results
+from marval.evaluate.results import Row, by_setting, markdown, read_results
 from marval.io.files import write_text
 
 DOCUMENT = "docs/evidence.md"
@@ -252,8 +252,8 @@ def _section(title: str, sentence: str, measured: Sequence[Measured], lines: Seq
     if sentence:
         parts += [f"> {sentence}.", ""]
     if measured:
-        parts += ["| figure | value | spread |", "| --- | --- | --- |"]
-        parts += [f"| {m.label} | {m.value:.4g} | {m.spread} |" for m in measured] + [""]
+        rows = [(m.label, f"{m.value:.4g}", m.spread) for m in measured]
+        parts += [markdown(("figure", "value", "spread"), rows), ""]
     again = "Again" if measured else "Measure it"
     return "\n".join([*parts, *lines, f"- {again}: `{command}`", ""])
 

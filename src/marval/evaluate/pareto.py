@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marval.evaluate.results import Row, by_setting, read_results
+from marval.evaluate.results import Row, by_setting, markdown, read_results
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,12 @@ def _chain(row: Row) -> tuple[Any, ...]:
 
 def sweep_table(points: Sequence[Point]) -> str:
     """The points in Markdown."""
-    lines = [["model", "K", "T", "w", "FD-EfficientNet", "held-out accuracy", "ms / image"]]
-    lines.append(["---"] * len(lines[0]))
+    header, lines = ["model", "K", "T", "w", "FD-EfficientNet", "held-out accuracy", "ms / image"], []
     for p in points:
         chain = [str(p.steps or ""), "" if p.guidance is None else f"{p.guidance:g}"]
         accuracy = "" if p.accuracy is None else f"{p.accuracy:.4f}"
         lines.append([p.model, str(p.iterations), *chain, f"{p.fd:.2f}", accuracy, f"{p.seconds * 1000:.2f}"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(header, lines)
 
 
 def best_within(points: Sequence[Point], budget: float) -> str:

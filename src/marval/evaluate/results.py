@@ -154,6 +154,11 @@ def by_setting(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
     return found
 
 
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
+
+
 def figures_of(row: Row) -> dict[str, float]:
     """The measured figures of a row of quality: everything that is a fractional number and no setting."""
     return {name: value for name, value in row.items() if isinstance(value, float)}

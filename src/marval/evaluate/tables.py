@@ -12,7 +12,7 @@ from rich.table import Table
 
 from marval.evaluate.evidence import CLAIMS
 from marval.evaluate.features import FEATURES
-from marval.evaluate.results import Row, by_setting, read_results
+from marval.evaluate.results import Row, by_setting, markdown, read_results, setting
 from marval.io.files import write_text
 
 WIDTH = 240  # characters, where no terminal says how many
@@ -101,9 +101,7 @@ def print_table(file: Path) -> None:
 
 def markdown_table(file: Path) -> str:
     """The table of a results file in Markdown, as wide as a page shows it."""
-    header, rows = table_of(file, without=("density", "coverage"))
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(*table_of(file, without=("density", "coverage")))
 
 
 def speedup_table(file: Path) -> str:
@@ -121,8 +119,8 @@ def speedup_table(file: Path) -> str:
         fd.setdefault(key, statistics.mean(row["fd"] for row in rows))
     seconds = {(r["model"], r["iterations"], r["batch"]): r["seconds_per_image"] for r in timing}
     batches = sorted({r["batch"] for r in timing})
-    lines = [["model", "K", "samples", f"FD / {teacher}'s", *(f"speed-up, batch {b}" for b in batches)]]
-    lines.append(["---"] * len(lines[0]))
+    header = ["model", "K", "samples", f"FD / {teacher}'s", *(f"speed-up, batch {b}" for b in batches)]
+    lines = []
     for (model, k, samples), value in fd.items():
         if model != teacher and (teacher, k, samples) in fd:
             speed = [f"{seconds[teacher, k, b] / seconds[model, k, b]:.0f}x" for b in batches]
@@ -145,15 +143,15 @@ def speedup_table(file: Path) -> str:
             )
         else:
             notes.append(f"{model} does not reach the FD of {teacher} at K = {reference} at any K measured.")
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + "\n".join(notes)
+    return markdown(header, lines) + "\n\n" + "\n".join(notes)
 
 
 def bench_table(file: Path) -> str:
     """A bench's rows in Markdown, by batch size: seconds per image, operations, and speed-up over the teacher."""
     rows = read_results(file)["bench"]["rows"]
-    lines = [["model", "K", "batch", "s / image", "of it the context network", "GFLOP / image"]]
-    lines[0] += ["of the machine's peak", "speed-up", "by arithmetic alone"]
-    lines.append(["---"] * len(lines[0]))
+    header = ["model", "K", "batch", "s / image", "of it the context network", "GFLOP / image"]
+    header += ["of the machine's peak", "speed-up", "by arithmetic alone"]
+    lines = []
     for row in rows:
         seconds = row["seconds_per_image"]
         cells = [row["model"], str(row["iterations"]), str(row["batch"]), f"{seconds:.1f}"]
@@ -161,17 +159,16 @@ def bench_table(file: Path) -> str:
         cells += [f"{row['fraction_of_peak']:.0%}"]
         cells += [f"{row[name]:.1f}x" if name in row else "" for name in ("speed_up", "speed_up_by_flops")]
         lines.append(cells)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(header, lines)
 
 
 def rewards_table(file: Path) -> str:
     """Rewards over class-name prompts in Markdown: mean and standard error over all images of a model at one K."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in read_results(file).get("rewards", {}).get("rows", []):
-        groups.setdefault((row["model"], row["iterations"], row["samples"], row["prompt"]), []).append(row)
+        groups.setdefault((*setting(row), row["prompt"]), []).append(row)
     names = list(dict.fromkeys(name for rows in groups.values() for row in rows for name in row["rewards"]))
-    lines = [["model", "K", "images", "prompts", "seeds", *names]]
-    lines.append(["---"] * len(lines[0]))
+    header, lines = ["model", "K", "images", "prompts", "seeds", *names], []
     for rows in groups.values():
         images = str(sum(row["samples"] for row in rows))
         seeds = str(sum(row["seeds"] for row in rows))
@@ -184,7 +181,7 @@ def rewards_table(file: Path) -> str:
             error = sum(part["standard_error"] ** 2 for part in found) ** 0.5 / len(found)
             cells.append(f"{statistics.mean(part['mean'] for part in found):.4f} ± {error:.4f}")
         lines.append(cells)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(header, lines)
 
 
 def fill_markdown(document: Path, root: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from marval.evaluate.images import balanced_labels
-from marval.evaluate.results import Models, Row, made_by, model_hashes, read_results, write_results
+from marval.evaluate.results import Models, Row, made_by, markdown, model_hashes, read_results, write_results
 from marval.memory import LiveMemory
 from marval.pipeline import Pipeline
 
@@ -87,9 +87,9 @@ def summary(rows: Sequence[Row]) -> str:
         key: tuple[object, ...] = (row["model"], chain.get("steps", ""), chain.get("guidance", ""), row["iterations"])
         settings.setdefault(key, []).append(row)
     smallest = min(row["batch"] for row in rows)
-    lines = [["model", "T", "w", "K", f"ms / image, batch {smallest}", "images / s (batch)", "GFLOP / image", "MiB"]]
-    lines[0] += ["of the peak"]
-    lines.append(["---"] * len(lines[0]))
+    header = ["model", "T", "w", "K", f"ms / image, batch {smallest}", "images / s (batch)", "GFLOP / image", "MiB"]
+    header += ["of the peak"]
+    lines = []
     for key, group in settings.items():
         alone = min(group, key=lambda row: row["batch"])
         best = min(group, key=lambda row: row["seconds_per_image"])
@@ -100,4 +100,4 @@ def summary(rows: Sequence[Row]) -> str:
              f"{1 / best['seconds_per_image']:.4g} ({best['batch']})", f"{best['gflops_per_image']:.4g}", memory,
              f"{best['fraction_of_peak']:.0%}"]
         )  # fmt: skip
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(header, lines)

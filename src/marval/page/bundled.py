@@ -4,6 +4,7 @@ import statistics
 from importlib.resources import files
 from pathlib import Path
 
+from marval.evaluate.pareto import points_of
 from marval.evaluate.results import by_setting, read_results
 
 
@@ -40,14 +41,7 @@ def tuning_rows() -> tuple[list[str], list[list[str]]]:
 
 def quality_points() -> dict[str, list[tuple[float, float, int]]]:
     """(milliseconds a picture at batch 1, FD-EfficientNet, K) of each bundled model, from the bundled results."""
-    results = read_results(bundled("fashion-sweep.json"))
-    seconds = {
-        (row["model"], row["iterations"]): row["seconds_per_image"]
-        for row in results["timing"]["rows"]
-        if row["batch"] == 1
-    }
     points: dict[str, list[tuple[float, float, int]]] = {}
-    for (model, k), figures in sorted(quality("fashion-sweep.json").items(), key=lambda item: item[0][1]):
-        if (model, k) in seconds:
-            points.setdefault(model, []).append((seconds[model, k] * 1000, figures["fd"], k))
+    for point in points_of(bundled("fashion-sweep.json"), batch=1):
+        points.setdefault(point.model, []).append((point.seconds * 1000, point.fd, point.iterations))
     return {name: points[name] for name in sorted(points, key=lambda name: name != "fashion-teacher")}
