@@ -192,8 +192,9 @@ def compare_tab(studio: Studio, make: Controls) -> None:
     )
     gr.HTML('<h2 class="mv-step">Before and after tuning with a reward (MARVAL-RL)</h2>')
     caption = (
-        "2,000 samples each. Reward: mean log-probability of the class by fashion-classifier, which was optimised; "
-        "held-out reward: the same by fashion-judge, which was not. More is better, but for the distance."
+        "2,000 samples each; of three seeds, the mean, but for the reward. Reward: mean log-probability of the class "
+        "by fashion-classifier, which was optimised; held-out reward: the same by fashion-judge, which was not. More "
+        "is better, but for the distance."
     )
     gr.HTML(views.figures_table(*bundled.tuning_rows(), caption))
 
