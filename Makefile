@@ -25,8 +25,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff check --fix src tests
 
 tables: .venv/installed  ## fill the tables of README and model cards, and docs/evidence.md, from results/
-	$(BIN)/python -m marval.evaluate.tables README.md model_cards/*.md
-	$(BIN)/python -m marval.evaluate.evidence
+	$(BIN)/python -m marval.evidence README.md model_cards/*.md
 
 # The CPU build of torch: PyPI's own wheel would bring several GB of CUDA packages.
 # (Where PyTorch's index cannot be reached, pip's configured sources are asked.)

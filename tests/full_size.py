@@ -1,10 +1,10 @@
 """MAR-B with random weights on this machine; figures are printed and, with RESULTS, kept in that JSON file.
 
-python full_size.py distill|save|finetune IMAGES [RESULTS]: time and peak memory of one training step (save: and of
-saving the state and the model).
+python tests/full_size.py distill|save|finetune IMAGES [RESULTS]: time and peak memory of one training step (save: and
+of saving the state and the model).
 
-python full_size.py speed K [RESULTS]: seconds of one guided image (T = 100) by the official loop in plain PyTorch, by
-our teacher and by our student.
+python tests/full_size.py speed K [RESULTS]: seconds of one guided image (T = 100) by the official loop in plain
+PyTorch, by our teacher and by our student.
 """
 
 import dataclasses
@@ -19,8 +19,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from marval.config import Chain, DistillConfig, FinetuneConfig, LatentSpace, MARConfig, ModelConfig, OneStep
-from marval.evaluate.results import commit
-from marval.io.files import write_text
+from marval.evaluate.results import made_by, read_results, write_results
 from marval.model import MAR, linear
 from marval.randomness import generator
 from marval.sampling import DrawByChain, DrawInOneStep, sample
@@ -63,10 +62,12 @@ def report(figures):
     """Print the figures of this command, and keep them."""
     print(json.dumps(figures), flush=True)
     if len(sys.argv) > 3:
-        out, key = Path(sys.argv[3]), " ".join(sys.argv[1:3])
-        known = json.loads(out.read_text()) if out.is_file() else {}
-        made = {"command": f"python tests/full_size.py {key}", "commit": commit(), "threads": torch.get_num_threads()}
-        write_text(out, json.dumps({**known, key: {**figures, **made}}, indent=1) + "\n")
+        out, stage, count = Path(sys.argv[3]), sys.argv[1], int(sys.argv[2])
+        rows = read_results(out).get("full-size", {}).get("rows", [])
+        kept = [row for row in rows if (row["stage"], row["count"]) != (stage, count)]
+        made = made_by(torch.device("cpu")) | {"command": f"python tests/full_size.py {stage} {count}"}
+        row = {"stage": stage, "count": count, **figures, "made": made}
+        write_results(out, "full-size", sorted([*kept, row], key=lambda row: (row["stage"], row["count"])), 0)
 
 
 def main(stage, images):

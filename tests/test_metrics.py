@@ -262,8 +262,11 @@ def test_spatial_features_have_tensorflows_order(fake_fidelity):
 
 
 def test_bad_reference_files(tmp_path, fake_fidelity, monkeypatch):
-    with pytest.raises(ValueError, match=r"openaipublic.*No SHA-256 .* recorded"):
+    with pytest.raises(ValueError, match=r"openaipublic.*expected SHA-256 b32732719497.*records"):
         fidelity.Reference.load(tmp_path / "nowhere.npz")
+    write_reference(tmp_path / fidelity.ADM_FILE, tiny_data().images)
+    with pytest.raises(ValueError, match=r"has SHA-256 [0-9a-f]{64}, expected b32732719497.*fetch it again"):
+        fidelity.Reference.load(tmp_path / fidelity.ADM_FILE)
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
     with pytest.raises(ValueError, match="holds weights, expected mu and sigma"):
         fidelity.Reference.load(tmp_path / "other.npz")

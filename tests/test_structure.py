@@ -37,6 +37,7 @@ LEVELS = {
     "unmasking": 4,
     "page": 5,
     "demo": 6,
+    "evidence": 6,
     "cli": 7,
     "__main__": 8,
 }

@@ -8,7 +8,7 @@ import torch
 from marval.config import OneStep
 from marval.evaluate.evaluate import draw_bytes
 from marval.evaluate.rewards import evaluate_rewards
-from marval.evaluate.tables import fill_markdown
+from marval.evidence.documents import fill_markdown
 from marval.study import cheapest_run, kept_of, price, rl_grid
 from processes import marval as processes_marval
 from test_cli import marval, refused

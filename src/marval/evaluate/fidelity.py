@@ -22,10 +22,13 @@ POOL, LOGITS = "2048", "logits_unbiased"
 SPATIAL = 7  # channels of the 17 x 17 map that sFID is measured on (Nash et al. 2021; ADM's evaluator)
 SPLITS = 10  # of the Inception Score
 BATCH = 50
+ADM_FILE = "VIRTUAL_imagenet256_labeled.npz"
+# ADM publishes none; this is what everybody who keeps the file records, with a size of 2,037,122,530 bytes.
+ADM_SHA256 = "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758"
 WHERE = (
-    "fetch VIRTUAL_imagenet256_labeled.npz from https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
-    "ref_batches/imagenet/256/ (ADM: FID, sFID, precision, recall), or take fid_stats/adm_in256_stats.npz of LTH14/mar "
-    "(FID only). No SHA-256 of theirs is published: yours is recorded in the result, so that results can be compared"
+    f"fetch {ADM_FILE} from https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/ "
+    f"(ADM: FID, sFID, precision, recall; expected SHA-256 {ADM_SHA256}), or take fid_stats/adm_in256_stats.npz of "
+    "LTH14/mar (FID only); the result records the SHA-256 of whichever you use"
 )
 
 
@@ -44,7 +47,8 @@ class Reference:
         """Read a reference file.
 
         Raises:
-            ValueError: no such file (the message says where it comes from), or one without `mu` and `sigma`.
+            ValueError: no such file (the message says where it comes from), one without `mu` and `sigma`, or one of
+                ADM's name with another SHA-256.
         """
         if not file.is_file():
             raise ValueError(f"the reference {file} is not there: {WHERE}")
@@ -52,6 +56,9 @@ class Reference:
         with file.open("rb") as stream:
             while part := stream.read(1 << 24):
                 digest.update(part)
+        sha256 = digest.hexdigest()
+        if file.name == ADM_FILE and sha256 != ADM_SHA256:
+            raise ValueError(f"{file} has SHA-256 {sha256}, expected {ADM_SHA256}: fetch it again, or rename it")
         try:
             with np.load(file, allow_pickle=False) as content:
                 names = set(content.files)
@@ -63,7 +70,7 @@ class Reference:
                     spatial = _statistics(content["mu_s"], content["sigma_s"], "Inception, spatial")
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{file} cannot be read as ADM's reference ({error}): {WHERE}") from None
-        return cls(file, digest.hexdigest(), pool, spatial, "arr_0" in names)
+        return cls(file, sha256, pool, spatial, "arr_0" in names)
 
     def figures(self, images: Iterable[UInt8[Tensor, "n c h w"]], device: torch.device) -> dict[str, float]:
         """FID, Inception Score (mean and standard deviation over 10 splits) and, where the file allows, sFID,

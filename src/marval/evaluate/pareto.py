@@ -31,12 +31,15 @@ class Point:
         return f"{self.model} K={self.iterations}{chain}"
 
 
-def points_of(out: Path, *, batch: int, samples: int | None = None, only: Collection[str] = ()) -> list[Point]:
+def points_of(
+    out: Path, *, batch: int, samples: int | None = None, only: Collection[str] = (), seed: int | None = None
+) -> list[Point]:
     """The settings of a results file whose quality and whose time at a batch size were both measured.
 
     Args:
         samples: of the quality; the largest number that there is for each setting when None.
         only: models' names; all of them when empty.
+        seed: of the quality; the mean over all seeds when None.
     """
     results = read_results(out)
     times: dict[tuple[Any, ...], float] = {}
@@ -44,7 +47,8 @@ def points_of(out: Path, *, batch: int, samples: int | None = None, only: Collec
         if row["batch"] == batch:
             times[_chain(row)] = row["seconds_per_image"]
     found: dict[tuple[Any, ...], Point] = {}
-    for rows in by_setting(results.get("quality", {}).get("rows", [])).values():
+    quality = [row for row in results.get("quality", {}).get("rows", []) if seed in (None, row["seed"])]
+    for rows in by_setting(quality).values():
         row, key = rows[0], _chain(rows[0])
         fits = samples in (None, row["samples"]) and (not only or row["model"] in only) and "fd" in row
         if not fits or key not in times or (key in found and found[key].samples > row["samples"]):
@@ -89,6 +93,15 @@ def unbeaten(teacher: Sequence[Point], student: Sequence[Point]) -> list[Point]:
     Empty: the student lies left-below of the whole teacher curve.
     """
     return [t for t in teacher if not any(s.seconds < t.seconds and s.fd < t.fd for s in student)]
+
+
+def smallest_gain(teacher: Sequence[Point], student: Sequence[Point]) -> float:
+    """How many times as fast as the teacher the student is at a lower Fréchet distance, at the point that is hardest.
+
+    Above 1: the student lies left-below of the whole teacher curve. 0: some point of the teacher has a distance that
+    the student never reaches.
+    """
+    return min(max((t.seconds / s.seconds for s in student if s.fd < t.fd), default=0.0) for t in teacher)
 
 
 def verdicts(points: Sequence[Point]) -> list[str]:

@@ -1,6 +1,5 @@
-"""Tables from results files: on the console, and between the marks of a Markdown file."""
+"""Tables of results files, on the console and in Markdown."""
 
-import re
 import statistics
 import sys
 from collections.abc import Collection
@@ -10,10 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from marval.evaluate.evidence import CLAIMS
 from marval.evaluate.features import FEATURES
 from marval.evaluate.results import Row, by_setting, markdown, read_results, setting
-from marval.io.files import write_text
 
 WIDTH = 240  # characters, where no terminal says how many
 COLUMNS = {
@@ -105,11 +102,7 @@ def markdown_table(file: Path) -> str:
 
 
 def speedup_table(file: Path) -> str:
-    """Every other model against the first (the teacher) in Markdown: FD ratio and speed-ups at the same K.
-
-    The last lines name each model's smallest K whose FD is not above the first model's at K = 16 with as many
-    samples, and the speed-up there: the same quality.
-    """
+    """Every other model against the first (the teacher) in Markdown: FD ratio and speed-ups at the same K."""
     results = read_results(file)
     quality, timing = results["quality"]["rows"], results["timing"]["rows"]
     teacher = quality[0]["model"]
@@ -125,25 +118,7 @@ def speedup_table(file: Path) -> str:
         if model != teacher and (teacher, k, samples) in fd:
             speed = [f"{seconds[teacher, k, b] / seconds[model, k, b]:.0f}x" for b in batches]
             lines.append([model, str(k), str(samples), f"{value / fd[teacher, k, samples]:.3f}", *speed])
-    notes = []
-    reference = 16
-    for model in dict.fromkeys(m for m, _, _ in fd if m != teacher):
-        enough = [
-            (k, samples)
-            for (m, k, samples), value in sorted(fd.items(), key=lambda item: item[0][1])
-            if m == model and (teacher, reference, samples) in fd and value <= fd[teacher, reference, samples]
-        ]
-        if enough:
-            k, samples = enough[0]
-            speed = [f"{seconds[teacher, reference, b] / seconds[model, k, b]:.0f}x at batch {b}" for b in batches]
-            notes.append(
-                f"{model} reaches the FD of {teacher} at K = {reference} with K = {k} ({samples} samples): "
-                + ", ".join(speed)
-                + "."
-            )
-        else:
-            notes.append(f"{model} does not reach the FD of {teacher} at K = {reference} at any K measured.")
-    return markdown(header, lines) + "\n\n" + "\n".join(notes)
+    return markdown(header, lines)
 
 
 def bench_table(file: Path) -> str:
@@ -182,42 +157,3 @@ def rewards_table(file: Path) -> str:
             cells.append(f"{statistics.mean(part['mean'] for part in found):.4f} ± {error:.4f}")
         lines.append(cells)
     return markdown(header, lines)
-
-
-def fill_markdown(document: Path, root: Path) -> bool:
-    """Fill every `<!-- KIND: FILE -->` (or `<!-- claim: NAME -->`) ... `<!-- end -->`; True if the document changed.
-
-    Kinds are `results`, `speed`, `bench` and `rewards`. A claim that says what it should is left as it is, so that its
-    lines may be broken by hand.
-    """
-    text = document.read_text()
-    makers = {"results": markdown_table, "speed": speedup_table, "bench": bench_table, "rewards": rewards_table}
-    claims = {claim.name: claim for claim in CLAIMS}
-
-    def table(match: re.Match[str]) -> str:
-        kind, name, old = match[1], match[2], match[3]
-        if kind == "claim":
-            if name not in claims:
-                raise ValueError(f"{document} has an unknown claim {name}: expected one of {', '.join(claims)}")
-            new = claims[name].text(root)
-            return match[0] if plain(old) == new else f"<!-- claim: {name} -->{new}<!-- end -->"
-        if not (root / name).is_file():
-            raise ValueError(f"{document} shows {name}, which is not there: write it with --out {name}")
-        return f"<!-- {kind}: {name} -->\n{makers[kind](root / name)}\n<!-- end -->"
-
-    filled = re.sub(
-        r"<!-- (results|speed|bench|rewards|claim): (\S+) -->(.*?)<!-- end -->", table, text, flags=re.DOTALL
-    )
-    if filled != text:
-        write_text(document, filled)
-    return filled != text
-
-
-def plain(markdown: str) -> str:
-    """Text without comments and line breaks."""
-    return " ".join(re.sub(r"<!--.*?-->", "", markdown, flags=re.DOTALL).split())
-
-
-if __name__ == "__main__":  # python -m marval.evaluate.tables README.md ...
-    for name in sys.argv[1:]:
-        print(f"{name}: {'filled' if fill_markdown(Path(name), Path.cwd()) else 'unchanged'}")
