@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL
 from marval.config import Chain, DistillConfig, FinetuneConfig, LatentSpace, MARConfig, ModelConfig, OneStep
 from marval.evaluate.results import made_by, read_results, write_results
 from marval.model import MAR, linear
+from marval.plan import distill_memory, finetune_memory, plan_distill, plan_finetune
 from marval.randomness import generator
 from marval.sampling import DrawByChain, DrawInOneStep, sample
 from marval.train.distill import distill
@@ -70,6 +71,18 @@ def report(figures):
         write_results(out, "full-size", sorted([*kept, row], key=lambda row: (row["stage"], row["count"])), 0)
 
 
+def planned(stage, images):
+    """What `marval plan` expects of such a step in one process, in bytes; of tuning, without the VAE."""
+    mar = MARConfig.imagenet256("base")
+    if stage == "distill":
+        settings = DistillConfig.imagenet256("base")
+        plan, added = plan_distill(mar, settings, 1), distill_memory(mar, settings, images, False, masked=256)
+    else:
+        settings = dataclasses.replace(FinetuneConfig.imagenet256("base"), sample_iterations=4, backprop_iterations=1)
+        plan, added = plan_finetune(mar, settings, 1), finetune_memory(mar, settings, images, False)
+    return plan.weights + plan.gradients + plan.optimizer + added
+
+
 def main(stage, images):
     torch.nn.functional.linear(torch.randn(64, 64), torch.randn(64, 64))  # libraries take what they need
     before = memory("VmRSS")
@@ -83,7 +96,8 @@ def main(stage, images):
         """Called before anything is saved: by tuning at the start too, then after the step."""
         calls.append(memory("VmHWM") - before)
         if stage != "save" and len(calls) == (1 if stage == "distill" else 2):
-            report({"seconds": time.perf_counter() - began, "bytes": calls[-1]})
+            figures = {"seconds": time.perf_counter() - began, "bytes": calls[-1]}
+            report({**figures, "planned_bytes": planned(stage, images)})
             os._exit(0)
         return {"fd": 1.0, "diversity": 1.0, "log_probability": 0.0}
 

@@ -13,16 +13,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import marval.sampling
 from marval.config import DistillConfig, FinetuneConfig, MARConfig
+from marval.evaluate.results import write_results
+from marval.evaluate.tables import plan_table
 from marval.model import MAR
 from marval.plan import (
     GIB,
     LiveMemory,
     cache_bytes,
     distill_memory,
-    finetune_memory,
     mean_mask_ratio,
     plan_distill,
     plan_finetune,
+    plan_rows,
 )
 from marval.randomness import generator
 from marval.sampling import DrawInOneStep, model_contexts, sample
@@ -109,6 +111,26 @@ def test_the_command_answers_without_allocating():
     assert int(peak) * 1024 < 2 * GIB  # the weights of one network alone are 3.5 GiB
 
 
+def test_a_plan_is_kept_and_becomes_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "marval.plan.distill_memory", lambda config, settings, images, recompute: 2**30 + 2**20 * images
+    )
+    monkeypatch.setattr("marval.plan.finetune_memory", lambda config, settings, images, recompute: 2**20 * images)
+    rows = plan_rows("base", 4, 24 * GIB, 165e12, 0.5)
+    write_results(tmp_path / "plan.json", "plan", rows, 0)
+    assert [row["stage"] for row in rows] == ["distill", "finetune"]
+    assert rows[0]["kept_image_mib"] == 1.0
+    assert rows[0]["days"] == pytest.approx(rows[0]["pflop_per_step"] * rows[0]["steps"] / (4 * 0.165 * 0.5) / 86400)
+    header, _, memory, activations, fit, *work = plan_table(tmp_path / "plan.json").splitlines()
+    assert header == "|  | imagenet256-base |"
+    total = sum(rows[0][f"{name}_gib"] for name in ("weights", "gradients", "optimiser", "gathered"))
+    assert memory.endswith(f"| {total:.2f} |")
+    assert activations.endswith("| 1 / 1 |")
+    assert fit.endswith("in 24 GiB, with `--checkpoint-blocks` | 512 |")
+    assert work[0].startswith("| PFLOP a step of 2,048 images; days for 18,767 steps | 1.29; ")
+    assert work[1].startswith("| tune: PFLOP a step of 256 images; days for 25,022 steps | 0.76; ")
+
+
 def tuning_peak(config, iterations, learnt):
     """Bytes that a tuning step of one image adds at its peak: K iterations, gradients through the last M, `learnt`."""
     model = MAR(config).initialize(generator("peak")).eval()
@@ -147,15 +169,7 @@ def test_planned_memory_is_what_a_step_of_mar_base_takes(stage, images):
         [sys.executable, script, stage, str(images)], capture_output=True, text=True, timeout=600, check=True
     )
     measured = json.loads(run.stdout.splitlines()[-1])
-    if stage == "distill":
-        settings = DistillConfig.imagenet256("base")
-        plan = plan_distill(BASE, settings, 1)
-        added = distill_memory(BASE, settings, images, False, masked=256)
-    else:
-        settings = dataclasses.replace(FinetuneConfig.imagenet256("base"), sample_iterations=4, backprop_iterations=1)
-        plan = plan_finetune(BASE, settings, 1)
-        added = finetune_memory(BASE, settings, images, False)
-    planned = plan.weights + plan.gradients + plan.optimizer + added
-    print(f"{stage} of {images}: measured {measured['bytes'] / GIB:.2f} GiB, planned {planned / GIB:.2f} GiB")
-    assert measured["bytes"] == pytest.approx(planned, rel=0.15)
-    assert measured["bytes"] < 8 * GIB or images > 1
+    took, planned = measured["bytes"], measured["planned_bytes"]
+    print(f"{stage} of {images}: measured {took / GIB:.2f} GiB, planned {planned / GIB:.2f} GiB")
+    assert took == pytest.approx(planned, rel=0.15)
+    assert took < 8 * GIB or images > 1

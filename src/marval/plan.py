@@ -5,7 +5,7 @@ what is alive; floating-point operations come from formulas (`marval.flops`).
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -223,33 +223,57 @@ def cache_bytes(latent_channels: int = 16, side: int = 16, images: int = IMAGENE
     return images * CACHE_BYTES_PER_CHANNEL * latent_channels * side * side
 
 
-def report(size: Size, gpus: int, memory: int, peak_flops: float, efficiency: float) -> list[str]:
-    """The plan of both stages of a preset, in lines."""
-    config = MARConfig.imagenet256(size)
-    stages = {
+def plan_rows(size: Size, gpus: int, memory: int, peak_flops: float, efficiency: float) -> list[dict[str, Any]]:
+    """The plan of both stages of a preset on GPUs of `memory` bytes, as rows of a results file.
+
+    Of the activations, `kept` are without recomputation and `recomputed` with `--checkpoint-blocks`; `images` is how
+    many of the batch fit at a time.
+    """
+    config, rows = MARConfig.imagenet256(size), []
+    plans = {
         "distill": plan_distill(config, DistillConfig.imagenet256(size), gpus),
         "finetune": plan_finetune(config, FinetuneConfig.imagenet256(size), gpus),
     }
-    lines = [f"cache of latents: {cache_bytes() / 1e9:.1f} GB for {IMAGENET_IMAGES} images and their mirrors"]
-    for stage, plan in stages.items():
-        networks = ", ".join(f"{name} {number / 1e6:.1f}M" for name, number in plan.parameters.items())
-        lines += ["", f"{stage}: {plan.steps} steps of {plan.batch} images on {gpus} GPUs", f"  parameters: {networks}"]
-        parts = {"weights": plan.weights, "gradients": plan.gradients, "optimiser": plan.optimizer}
-        parts |= {"gathered layers": plan.gathered} if gpus > 1 else {}
-        lines.append("  GiB a GPU: " + ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items()))
-        for recompute in (False, True):
-            fixed, each = plan.activations[recompute]
-            fit = min(plan.images_that_fit(memory, recompute), -(-plan.batch // gpus))
-            how = "with --checkpoint-blocks" if recompute else "without recomputation"
-            accumulate = f"--accumulate {-(-plan.batch // (gpus * fit))}" if fit else "not even one image fits"
-            lines.append(
-                f"  activations {how}: {fixed / GIB:.2f} GiB + {each / 2**20:.0f} MiB an image; "
-                f"in {memory / GIB:.0f} GiB: {fit} images at a time ({accumulate})"
-            )
+    for stage, plan in plans.items():
+        row: dict[str, Any] = {"preset": f"imagenet256-{size}", "stage": stage, "gpus": gpus, "gpu_gib": memory / GIB}
+        row |= {"tflops": peak_flops / 1e12, "efficiency": efficiency, "batch": plan.batch, "steps": plan.steps}
+        row |= {"parameters": plan.parameters, "weights_gib": plan.weights / GIB, "gradients_gib": plan.gradients / GIB}
+        row |= {"optimiser_gib": plan.optimizer / GIB, "gathered_gib": plan.gathered / GIB}
+        for how, (fixed, each) in zip(
+            ("kept", "recomputed"), (plan.activations[r] for r in (False, True)), strict=True
+        ):
+            images = min(plan.images_that_fit(memory, how == "recomputed"), -(-plan.batch // gpus))
+            row |= {f"{how}_fixed_gib": fixed / GIB, f"{how}_image_mib": each / 2**20, f"{how}_images": images}
         days = plan.seconds(gpus, peak_flops, efficiency) / 86400
+        rows.append(row | {"pflop_per_step": plan.flops / 1e15, "days": days})
+    return rows
+
+
+def accumulated(row: Mapping[str, Any], images: int) -> int:
+    """Parts that one GPU's share of a batch goes in, `images` at a time."""
+    return -(-row["batch"] // (row["gpus"] * images))
+
+
+def report(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A preset's plan in lines."""
+    lines = [f"cache of latents: {cache_bytes() / 1e9:.1f} GB for {IMAGENET_IMAGES} images and their mirrors"]
+    for row in rows:
+        networks = ", ".join(f"{name} {number / 1e6:.1f}M" for name, number in row["parameters"].items())
+        lines += ["", f"{row['stage']}: {row['steps']} steps of {row['batch']} images on {row['gpus']} GPUs"]
+        lines.append(f"  parameters: {networks}")
+        kept = {name: row[f"{name}_gib"] for name in ("weights", "gradients", "optimiser")}
+        kept |= {"gathered layers": row["gathered_gib"]} if row["gpus"] > 1 else {}
+        lines.append("  GiB a GPU: " + ", ".join(f"{name} {value:.2f}" for name, value in kept.items()))
+        for how, named in (("kept", "without recomputation"), ("recomputed", "with --checkpoint-blocks")):
+            fit = row[f"{how}_images"]
+            parts = f"--accumulate {accumulated(row, fit)}" if fit else "not even one image fits"
+            lines.append(
+                f"  activations {named}: {row[f'{how}_fixed_gib']:.2f} GiB + {row[f'{how}_image_mib']:.0f} MiB an "
+                f"image; in {row['gpu_gib']:.0f} GiB: {fit} images at a time ({parts})"
+            )
         lines.append(
-            f"  {plan.flops / 1e15:.2f} PFLOP a step; {days:.2f} days at {efficiency:.0%} of {peak_flops / 1e12:.0f} "
-            f"TFLOP/s a GPU"
+            f"  {row['pflop_per_step']:.2f} PFLOP a step; {row['days']:.2f} days at {row['efficiency']:.0%} of "
+            f"{row['tflops']:.0f} TFLOP/s a GPU"
         )
     lines += ["", "finetune: the VAE's decoder and the reward are not counted."]
     return lines

@@ -93,12 +93,13 @@ def cache_latents(
 
 
 def plan(
-    preset: Positional[Literal["imagenet256-base", "imagenet256-large", "imagenet256-huge"]],
+    presets: Positional[tuple[Literal["imagenet256-base", "imagenet256-large", "imagenet256-huge"], ...]],
     *,
     gpus: int = 8,
     gpu_memory: float = 80.0,
     tflops: float = 312.0,
     efficiency: float = 0.35,
+    out: Path | None = None,
 ) -> None:
     """What a full-size run needs: memory, arithmetic, disk and days; nothing is allocated.
 
@@ -107,19 +108,28 @@ def plan(
     marval plan imagenet256-base --gpus 4 --gpu-memory 24 --tflops 165 --efficiency 0.3
 
     Args:
-        preset: the sizes of the networks and the recipes of both stages.
+        presets: the sizes of the networks and the recipes of both stages.
         gpus: processes that share the work, one on each GPU.
         gpu_memory: of one GPU, in GiB.
         tflops: peak of one GPU in bf16, in TFLOP/s (A100: 312, H100: 989).
         efficiency: the share of that peak that training reaches.
+        out: a JSON file that keeps the figures.
     """
+    if not presets:
+        raise ValueError("name a preset: imagenet256-base, imagenet256-large or imagenet256-huge")
     for name, value in (("gpus", gpus), ("gpu-memory", gpu_memory), ("tflops", tflops), ("efficiency", efficiency)):
         if not value > 0:
             raise ValueError(f"--{name} {value}: expected a number above 0")
-    from marval.plan import GIB, report
+    from marval.evaluate.results import write_results
+    from marval.plan import GIB, plan_rows, report
 
-    size = cast(Size, preset.removeprefix("imagenet256-"))
-    print("\n".join(report(size, gpus, int(gpu_memory * GIB), tflops * 1e12, efficiency)))
+    rows = []
+    for preset in presets:
+        size = cast(Size, preset.removeprefix("imagenet256-"))
+        rows += plan_rows(size, gpus, int(gpu_memory * GIB), tflops * 1e12, efficiency)
+        print("\n".join([*([f"{preset}:"] if len(presets) > 1 else []), *report(rows[-2:])]))
+    if out is not None:
+        write_results(out, "plan", rows, 0)
 
 
 def average(

@@ -19,7 +19,7 @@ from marval.io.checkpoint import model_hash
 from marval.io.files import write_text
 from marval.pipeline import Pipeline
 
-PARTS = ("quality", "timing", "bench", "rewards", "study", "full-size")
+PARTS = ("quality", "timing", "bench", "rewards", "study", "full-size", "plan")
 PACKAGES = ("marval", "torch", "numpy", "torchmetrics")
 
 Row = dict[str, Any]

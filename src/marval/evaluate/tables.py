@@ -2,7 +2,7 @@
 
 import statistics
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +157,39 @@ def rewards_table(file: Path) -> str:
             cells.append(f"{statistics.mean(part['mean'] for part in found):.4f} ± {error:.4f}")
         lines.append(cells)
     return markdown(header, lines)
+
+
+def plan_table(file: Path) -> str:
+    """The plan of full-size runs in Markdown, a column for each preset."""
+    stages: dict[str, list[Row]] = {}
+    for row in read_results(file)["plan"]["rows"]:
+        stages.setdefault(row["stage"], []).append(row)
+    distill, tune = stages["distill"], stages["finetune"]
+    names = ("weights", "gradients", "optimiser", "gathered")
+
+    def line(label: str, stage: list[Row], cell: Callable[[Row], str]) -> list[str]:
+        return [label, *(cell(row) for row in stage)]
+
+    def work(row: Row) -> str:
+        return f"{row['pflop_per_step']:.2f}; {row['days']:.1f}"
+
+    of = "PFLOP a step of {batch:,} images; days for {steps:,} steps"
+    return markdown(
+        ["", *(row["preset"] for row in distill)],
+        [
+            line(
+                "distil: weights, gradients, optimiser, gathered layers (GiB a GPU)", distill,
+                lambda row: f"{sum(row[f'{name}_gib'] for name in names):.2f}",
+            ),
+            line(
+                "activations of an image, kept / with `--checkpoint-blocks` (MiB)", distill,
+                lambda row: f"{row['kept_image_mib']:.0f} / {row['recomputed_image_mib']:.0f}",
+            ),
+            line(
+                f"images at a time in {distill[0]['gpu_gib']:.0f} GiB, with `--checkpoint-blocks`", distill,
+                lambda row: str(row["recomputed_images"]),
+            ),
+            line(of.format(**distill[0]), distill, work),
+            line("tune: " + of.format(**tune[0]), tune, work),
+        ],
+    )  # fmt: skip

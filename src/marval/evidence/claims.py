@@ -143,12 +143,14 @@ def _straightforward_sentence(figures: Figures, samples: int) -> str:
 
 def _memory_sentence(figures: Figures, samples: int) -> str:
     def of(start: str) -> list[str]:
-        return [f"{v:.1f}" for label, v in figures.items() if label.startswith(f"GiB, {start}")]
+        planned = [f" (planned {v:.1f})" for label, v in figures.items() if label.startswith(f"GiB planned, {start}")]
+        measured = [f"{v:.1f} GiB" for label, v in figures.items() if label.startswith(f"GiB, {start}")]
+        return [f"{m}{p}" for m, p in zip(measured, planned or [""] * len(measured), strict=True)]
 
-    first, second = of("GSIM step")
+    one, four = of("GSIM step")
     return (
-        f"a GSIM step takes {first} GiB at batch 1 and {second} at batch 4, a tuning step (K = 4, M = 1, with KL-16) "
-        f"{of('tuning')[0]}; a step that also saves the run's state and the model {of('step and save')[0]}"
+        f"a GSIM step takes {one} at batch 1 and {four} at batch 4; a tuning step (K = 4, M = 1) with KL-16, which the "
+        f"plan leaves out, {of('tuning')[0]}; a GSIM step that also saves its state and model {of('step and')[0]}"
     )
 
 

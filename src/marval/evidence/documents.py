@@ -4,12 +4,18 @@ import re
 from pathlib import Path
 
 from marval.evaluate.results import markdown, read_results
-from marval.evaluate.tables import bench_table, markdown_table, rewards_table, speedup_table
+from marval.evaluate.tables import bench_table, markdown_table, plan_table, rewards_table, speedup_table
 from marval.evidence.claims import CLAIMS, Claim, listed
 from marval.io.files import write_text
 
 DOCUMENT = "docs/evidence.md"
-TABLES = {"results": markdown_table, "speed": speedup_table, "bench": bench_table, "rewards": rewards_table}
+TABLES = {
+    "results": markdown_table,
+    "speed": speedup_table,
+    "bench": bench_table,
+    "rewards": rewards_table,
+    "plan": plan_table,
+}
 MARK = re.compile(rf"<!-- ({'|'.join(TABLES)}|claim): (\S+) -->(.*?)<!-- end -->", re.DOTALL)
 
 HEAD = """# Evidence

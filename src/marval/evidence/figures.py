@@ -188,12 +188,14 @@ def straightforward(file: Path) -> list[Measured]:
 
 
 def memory(file: Path) -> list[Measured]:
-    """Peak memory of a full-size training step of one process, in GiB."""
+    """Peak memory of a full-size training step of one process and what was planned, in GiB."""
     names = {"distill": "GSIM step", "finetune": "tuning step (K = 4, M = 1, with KL-16)", "save": "step and save"}
     return [
-        single(f"GiB, {name}, batch {row['count']}", row["bytes"] / 2**30)
+        single(f"GiB{of}, {name}, batch {row['count']}", row[key] / 2**30, how)
         for stage, name in names.items()
         for row in _rows_of_base(file, stage)
+        for of, key, how in (("", "bytes", "one run"), (" planned", "planned_bytes", "counted"))
+        if key in row
     ]
 
 
