@@ -275,9 +275,10 @@ def test_the_curves_claim_counts_beaten_points_and_finds_the_hardest(tmp_path):
     beaten, gain = figures["beaten by the student, batch 1"], figures["smallest gain, batch 1"]
     assert (beaten.value, beaten.low, beaten.high, beaten.of) == (2, 1, 2, "2 seeds")
     assert (gain.value, gain.low, gain.high) == (pytest.approx(5.0), 0.0, pytest.approx(5.0))
+    assert figures["FD, fashion-student K=8"].spread == "9 to 10.5 (2 seeds)"
     assert claim.sentence({label: m.value for label, m in figures.items()}, 100) == (
-        "at batch 1 it beats 2 of the teacher's 2 points in both, and has a lower distance than any of them at least "
-        "5.0 times as fast (100 samples)"
+        "with 100 samples the student beats, in time and distance at once, 2 of the teacher's 2 points at batch 1 (by "
+        "at least 5.0x in time)"
     )
 
 

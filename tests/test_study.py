@@ -204,7 +204,7 @@ def test_evaluate_measures_rewards_by_name_and_two_processes_find_what_one_does(
         assert result.returncode == 0, result.stderr
         assert (work / "scored").read_text() == "." * 11 * 4  # each image once: two models, two seeds
         (work / "scored").unlink()
-        assert result.stdout.count("tiny K=2 seed 1: classifier -") == 1  # one process speaks
+        assert result.stdout.count("tiny K=2, T=8, w=1.5, seed 1: classifier -") == 1  # one process speaks
         found.append(json.loads((work / f"rewards-{processes}.json").read_text())["rewards"]["rows"])
     assert found[0] == found[1]
     assert [(row["model"], row["seed"], row["samples"], row["prompts"]) for row in found[0]] == [

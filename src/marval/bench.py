@@ -13,7 +13,7 @@ from torch import Tensor
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep, Schedule, Size
 from marval.evaluate.images import balanced_labels
-from marval.evaluate.results import describe, write_results
+from marval.evaluate.results import describe, named, write_results
 from marval.flops import context_flops, head_flops, model_flops
 from marval.model import MAR, TokenHead
 from marval.model.linear import linear
@@ -189,7 +189,7 @@ def _row(
 def _line(row: dict[str, Any]) -> str:
     seconds, context = row["seconds_per_image"], row["context_seconds"]
     line = (
-        f"{row['model']} K={row['iterations']} batch {row['batch']}: {seconds:.4g} s/image "
+        f"{named(row)}, batch {row['batch']}: {seconds:.4g} s/image "
         f"({row['fastest']:.4g} to {row['slowest']:.4g}; context {min(1.0, context / seconds):.0%}), "
         f"{row['gflops_per_image']:.4g} GFLOP, {row['fraction_of_peak']:.0%} of the peak"
     )

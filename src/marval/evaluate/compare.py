@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marval.evaluate.results import Row, by_setting, figures_of, read_results, setting
+from marval.evaluate.results import Row, by_setting, figures_of, named, read_results, setting
 
 IDENTITY = ("sha256", "data_sha256", "order", "draw")
 MADE = ("command", "commit", "device", "versions")
@@ -95,10 +95,8 @@ def _groups(rows: Sequence[Row], part: str) -> dict[tuple[Any, ...], list[Row]]:
 
 
 def _label(row: Row, part: str) -> str:
-    draw = row["draw"]
-    chain = f" T={draw['steps']} w={draw['guidance']:g}" if "steps" in draw else ""
     count = f"{row['samples']} samples" if part == "quality" else f"batch {row['batch']}"
-    return f"{row['model']} K={row['iterations']}{chain}, {count}"
+    return f"{named(row)}, {count}"
 
 
 def _made_differently(first: Sequence[Row], second: Sequence[Row], part: str) -> list[str]:

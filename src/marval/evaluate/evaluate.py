@@ -23,6 +23,7 @@ from marval.evaluate.results import (
     describe,
     made_by,
     model_hashes,
+    named,
     read_results,
     write_results,
 )
@@ -133,7 +134,7 @@ def evaluate(
                 rows.append({**row, **about, "made": made_by(pipeline.device)})
                 write_results(out, "quality", rows, seed)
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-                report(f"{pipeline.config.name} K={k} seed {seed}: {shown}  ({time.monotonic() - began:.0f} s)")
+                report(f"{named(row)}, seed {seed}: {shown}  ({time.monotonic() - began:.0f} s)")
             workers.barrier()
     return rows
 
@@ -179,6 +180,6 @@ def time_models(
             row = {**describe(pipeline), "sha256": digest, "iterations": k, "batch": batch}
             row |= {"seconds_per_image": median, "fastest": min(times), "slowest": max(times), "repeats": repeats}
             rows.append({**row, "made": made_by(pipeline.device)})
-            report(f"{pipeline.config.name} K={k} batch {batch}: {median * 1000:.2f} ms/image")
+            report(f"{named(row)}, batch {batch}: {median * 1000:.2f} ms/image")
     write_results(out, "timing", rows, 0)
     return rows

@@ -146,6 +146,13 @@ def setting(row: Row) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def named(row: Row) -> str:
+    """Model, K and, for a teacher, T and w, as reports say it."""
+    draw = row["draw"]
+    chain = f", T={draw['steps']}, w={draw['guidance']:g}" if "steps" in draw else ""
+    return f"{row['model']} K={row['iterations']}{chain}"
+
+
 def by_setting(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
     """Rows that differ in their seed alone, together."""
     found: dict[tuple[Any, ...], list[Row]] = {}

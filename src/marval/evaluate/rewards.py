@@ -10,7 +10,7 @@ from torch import Tensor
 
 from marval.evaluate.evaluate import is_row_of
 from marval.evaluate.images import SEEDS, draw_bytes
-from marval.evaluate.results import Models, Row, describe, model_hashes, read_results, write_results
+from marval.evaluate.results import Models, Row, describe, model_hashes, named, read_results, write_results
 from marval.parallel import Workers
 from marval.rewards import Reward, checked
 
@@ -87,9 +87,9 @@ def evaluate_rewards(
                 if workers.main:
                     row["rewards"] |= reward_figures(missing, images, labels, names, prompt, device=pipeline.device)
                     write_results(out, "rewards", rows, seed)
-                    report(f"{pipeline.config.name} K={k}: {samples} images scored ({time.monotonic() - began:.0f} s)")
+                    report(f"{named(row)}: {samples} images scored ({time.monotonic() - began:.0f} s)")
                 workers.barrier()
             if workers.main:
                 shown = "  ".join(f"{n} {v['mean']:.4g} ± {v['standard_error']:.2g}" for n, v in row["rewards"].items())
-                report(f"{pipeline.config.name} K={k} seed {seed}: {shown}")
+                report(f"{named(row)}, seed {seed}: {shown}")
     return rows

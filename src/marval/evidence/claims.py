@@ -161,10 +161,9 @@ def _curve_sentence(figures: Figures, samples: int) -> str:
             batch = label.rpartition(", ")[2]
             beaten, gain = figures[f"beaten by the student, {batch}"], figures[f"smallest gain, {batch}"]
             parts.append(
-                f"at {batch} it beats {beaten:.0f} of the teacher's {count:.0f} points in both, and has a lower "
-                f"distance than any of them at least {gain:.1f} times as fast"
+                f"{beaten:.0f} of the teacher's {count:.0f} points at {batch} (by at least {gain:.1f}x in time)"
             )
-    return f"{'; '.join(parts)} ({samples:,} samples)"
+    return f"with {samples:,} samples the student beats, in time and distance at once, {listed(parts)}"
 
 
 def _study_sentence(figures: Figures, samples: int) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marval.evaluate.pareto import points_of, smallest_gain, unbeaten
-from marval.evaluate.results import Row, by_setting, read_results
+from marval.evaluate.results import Row, by_setting, named, read_results
 from marval.study import furthest_run, price, ratios
 
 REFERENCE_K = 16  # of the teacher whose quality a student is to reach
@@ -221,7 +221,8 @@ def curve(file: Path) -> list[Measured]:
             ("beaten by the student", "smallest gain"), zip(*figures, strict=True), strict=True
         ):
             found.append(Measured(f"{name}, batch {batch}", value, min(each), max(each), f"{len(seeds)} seeds"))
-    return found
+    groups = by_setting(results["quality"]["rows"]).values()
+    return found + [ranged(f"FD, {named(rows[0])}", [row["fd"] for row in rows]) for rows in groups]
 
 
 # Tuning
