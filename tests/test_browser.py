@@ -232,6 +232,8 @@ def test_pictures_are_there_to_edit_after_stop(visitor):
     page.wait_for_selector("#mv-generated article[aria-label=fashion-teacher] .mv-growing")
     page.click("#mv-stop")
     page.wait_for_selector(".mv-status:has-text('Stopped.')")
+    page.wait_for_timeout(2000)  # what comes late must not unsay it
+    assert page.locator(".mv-status").first.inner_text() == "Stopped."
     student = page.locator("#mv-generated article[aria-label=fashion-student]")
     shown = student.locator(".mv-picture img").nth(1).get_attribute("src")
     student.get_by_role("button", name="Edit").nth(1).click()

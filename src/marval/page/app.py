@@ -23,17 +23,20 @@ PICK = """element.addEventListener('click', (event) => {
   if (button) trigger('select', {picture: button.dataset.picture});
 });"""
 PAINTED = "(...given) => [[...document.querySelectorAll('#mv-painter [data-token][aria-pressed=true]')].map((cell) => Number(cell.dataset.token)), ...given.slice(1)]"  # noqa: E501
+STOPPED = "Stopped."
 
 
 def draws(button: gr.Button, function: Any, given: list[Any], shown: list[Any], line: gr.HTML, js: Any = None) -> Any:
     """Wire a button that draws; the line says at once that it was pressed, and whether nothing came of it."""
 
     def say(text: str, busy: bool = False) -> str:
-        return f"() => {json.dumps(views.status(text, busy))}"
+        return json.dumps(views.status(text, busy))
 
-    button.click(None, None, line, js=say("Waiting for a turn…", busy=True), **PRIVATE)
+    waiting, failed = say("Waiting for a turn…", busy=True), say("Nothing was drawn: the message says why.")
+    button.click(None, None, line, js=f"() => {{ window.marvalStopped = false; return {waiting}; }}", **PRIVATE)
     event = button.click(friendly(function), given, shown, js=js, **PRIVATE, **DRAW)
-    event.failure(None, None, line, js=say("Nothing was drawn: the message says why."), **PRIVATE)
+    # What Stop cancels fails too, and that may come after Stop's own words.
+    event.failure(None, None, line, js=f"() => window.marvalStopped ? {say(STOPPED)} : {failed}", **PRIVATE)
     return event
 
 
@@ -100,7 +103,10 @@ def generate_tab(studio: Studio, make: Controls) -> tuple[gr.State, gr.HTML]:
 
     given = [models, classes, seed, count, iterations, guidance, order]
     event = draws(draw, run, given, [shown, line, drawn], line)
-    stop.click(lambda: views.status("Stopped."), None, line, cancels=[event], queue=False, **PRIVATE)
+    stop.click(
+        lambda: views.status(STOPPED), None, line, js="() => { window.marvalStopped = true; return []; }",
+        cancels=[event], queue=False, **PRIVATE,
+    )  # fmt: skip
 
     def fit(names: list[str], chosen: list[str]) -> Any:
         known = studio.classes(names or make.names[:1])
