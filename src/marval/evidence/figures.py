@@ -37,9 +37,9 @@ def single(label: str, value: float, of: str = "one run") -> Measured:
     return Measured(label, value, value, value, of)
 
 
-def ranged(label: str, values: Sequence[float], what: str = "seed") -> Measured:
-    """The mean of several values, with their range."""
-    of = f"{len(values)} {what}s" if len(values) > 1 else f"one {what}"
+def ranged(label: str, values: Sequence[float]) -> Measured:
+    """The mean over seeds, with their range."""
+    of = f"{len(values)} seeds" if len(values) > 1 else "one seed"
     return Measured(label, statistics.mean(values), min(values), max(values), of)
 
 
