@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -89,6 +90,8 @@ def test_gradients_reach_every_pixel_of_the_features(network):
 def test_diversity_is_the_mean_distance_within_a_class():
     features = torch.tensor([[0.0, 0.0], [3.0, 4.0], [10.0, 0.0], [10.0, 1.0]])
     assert diversity_within_class(features, torch.tensor([0, 0, 1, 1])) == pytest.approx((5 + 1) / 2)
+    assert diversity_within_class(features, torch.tensor([0, 0, 1, 2])) == pytest.approx(5)  # one image has no pair
+    assert math.isnan(diversity_within_class(features, torch.tensor([0, 1, 2, 3])))
 
 
 def test_drawn_images_do_not_depend_on_the_batch_size():

@@ -241,6 +241,10 @@ def test_figures_against_adms_reference_file(fake_fidelity, tmp_path):
     assert found["sfid"] == pytest.approx(0, abs=1e-3)
     assert found["inception_precision"] == found["inception_recall"] == 1.0
     assert (found["inception_score"], found["inception_score_std"]) == (64.0, 10.0)
+    said, bias = judge.warning(4)
+    assert "4 images are fewer than 8 features" in said
+    assert bias > 0
+    assert judge.warning(8) is None
     assert "fd" not in found  # no distance on other features is called FID
     crosses = data.images[data.labels == 0]
     lazy = fidelity.Reference.load(tmp_path / "adm.npz").figures([crosses], torch.device("cpu"))

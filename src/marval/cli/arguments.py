@@ -1,5 +1,6 @@
 """What the verbs' arguments stand for: the device, models, data and judges that they name; and the whole command."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,4 +118,4 @@ def judge_for(
 
 def command_line() -> str:
     """What was typed, for provenance."""
-    return " ".join(["marval", *sys.argv[1:]])
+    return shlex.join(["marval", *sys.argv[1:]])

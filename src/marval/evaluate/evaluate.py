@@ -1,5 +1,6 @@
 """`marval evaluate`: figures of one or more models, one row per (model, K, seed), written as JSON after every row."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -123,12 +124,12 @@ def evaluate(
             began = time.monotonic()
             parts = _images(pipeline, key, keep, workers, report)
             if workers.main:
-                figures = judge.figures_of(parts)
+                figures = {name: value for name, value in judge.figures_of(parts).items() if not math.isnan(value)}
                 if bias is None and (warning := judge.warning(samples)) is not None:
                     bias = warning[1]
                     report(f"warning: {warning[0]}")
                 if bias is not None:
-                    figures["fd_bias"] = bias
+                    figures["fid_bias" if judge.real is None else "fd_bias"] = bias
                 rows = [row for row in rows if not is_row_of(row, key)]  # one without today's figures
                 row = {**key, **figures, "gflops_per_image": flops_per_image(pipeline, k) / 1e9}
                 rows.append({**row, **about, "made": made_by(pipeline.device)})

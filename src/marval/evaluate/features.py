@@ -6,6 +6,7 @@ A Fréchet distance on EfficientNet's features is called FD-EfficientNet: it is 
 import hashlib
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -152,6 +153,10 @@ def bundled_statistics(name: str) -> Path:
 
 
 def diversity_within_class(features: Float[Tensor, "n f"], labels: Tensor, most: int = 200) -> float:
-    """Mean Euclidean distance between features of two images of a class, averaged over classes (`most` of each)."""
-    distances = [torch.pdist(features[labels == label][:most].float()).mean() for label in labels.unique()]
-    return float(torch.stack(distances).mean())
+    """Mean Euclidean distance between features of two images of a class, averaged over classes (`most` of each).
+
+    Classes with a single image have none; NaN where all are such.
+    """
+    classes, counts = labels.unique(return_counts=True)
+    pairs = [torch.pdist(features[labels == label][:most].float()).mean() for label in classes[counts > 1]]
+    return float(torch.stack(pairs).mean()) if pairs else math.nan

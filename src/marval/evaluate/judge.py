@@ -106,12 +106,16 @@ class Judge:
         return {name: torch.cat(values) for name, values in found.items()}
 
     def warning(self, count: int) -> tuple[str, float] | None:
-        """What to say, and the bias of the Fréchet distance to expect, where `count` images are fewer than features."""
-        if self.real is None or count >= len(self.real.mean):
+        """What to say, and the bias of the Fréchet distance to expect, where `count` images are fewer than features.
+
+        Of ADM's reference it is that of the FID.
+        """
+        real = self.reference.pool if self.real is None and self.reference is not None else self.real
+        if real is None or count >= len(real.mean):
             return None
-        bias = expected_bias(self.real, count)
+        bias = expected_bias(real, count)
         return (
-            f"{count} images are fewer than {len(self.real.mean)} features: a perfect model would have a Fréchet "
+            f"{count} images are fewer than {len(real.mean)} features: a perfect model would have a Fréchet "
             f"distance of about {bias:.4g}, not 0; compare equal counts only, or raise --samples",
             bias,
         )

@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -40,7 +41,7 @@ def commit() -> str:
 def provenance(seed: int) -> dict[str, Any]:
     """What made a result: command, commit, versions, machine."""
     return {
-        "command": " ".join(["marval", *sys.argv[1:]]),
+        "command": shlex.join(["marval", *sys.argv[1:]]),
         "commit": commit(),
         "seed": seed,
         "torch": torch.__version__,
@@ -55,7 +56,7 @@ def made_by(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {
-        "command": " ".join(["marval", *sys.argv[1:]]),
+        "command": shlex.join(["marval", *sys.argv[1:]]),
         "commit": commit(),
         "device": f"{device.type} ({name})",
         "versions": {"python": platform.python_version(), **versions},

@@ -180,12 +180,14 @@ def _study_sentence(figures: Figures, samples: int) -> str:
     )
 
 
-EVALUATE = (
-    "marval evaluate fashion-teacher fashion-student{tuned} --iterations {k} --samples {n} "
-    "--seed 0 1 2 --autocast --out {out}"
+ALL = (
+    "marval evaluate fashion-teacher fashion-student fashion-tuned --iterations 4 6 8 16 32 --samples 2000 --seed "
+    f"0 1 2 --autocast --out {SWEEP}",
 )
-ALL = (EVALUATE.format(tuned=" fashion-tuned", k="4 6 8 16 32", n=2000, out=SWEEP),)
-TEN_THOUSAND = (EVALUATE.format(tuned="", k="6 16", n=10_000, out=MANY) + " --batches",)
+TEN_THOUSAND = tuple(
+    f"marval evaluate {models} --samples 10000 --seed 0 1 --autocast --batches --out {MANY}"
+    for models in ("fashion-teacher --iterations 16", "fashion-student fashion-tuned --iterations 6 16")
+)
 TUNE = (
     "for s in 0 1 2; do marval finetune fashion-student --name fashion-tuned-$s --reward classifier --seed $s "
     "--out tuned-$s; done",
