@@ -17,7 +17,7 @@ from marval.evaluate.results import check_measure, check_names, read_results, wr
 from marval.evaluate.tables import markdown_table
 from marval.evaluate.throughput import best_batch, memory_of, summary
 from marval.evidence.claims import CLAIMS, SWEEP
-from marval.evidence.documents import DOCUMENT, evidence, fill_markdown, plain
+from marval.evidence.documents import DOCUMENT, again, evidence, fill_markdown, plain
 from marval.evidence.figures import tunings
 from marval.pipeline import Pipeline
 from processes import marval
@@ -249,7 +249,9 @@ def test_claims_follow_their_results_and_have_a_spread_over_seeds(tmp_path):
     text = evidence(tmp_path)
     assert "(2 seeds)" in text
     assert text.count("Not measured yet") == sum(claim.file != SWEEP for claim in CLAIMS) > 0
-    assert all(f"`{command}`" in text for claim in CLAIMS for command in claim.commands)
+    assert all(f"`{command}`" in text for claim in CLAIMS for command in claim.commands if claim.file != SWEEP)
+    assert f"`{again(student)[0]}`, then `marval compare {SWEEP} again/fashion-sweep.json`" in text
+    assert all("results/" not in command for command in again(student)[:-1])  # rows that are there would not be drawn
     document.write_text("<!-- claim: nonsense -->x<!-- end -->")
     with pytest.raises(ValueError, match="unknown claim nonsense"):
         fill_markdown(document, tmp_path)

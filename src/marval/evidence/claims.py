@@ -231,7 +231,8 @@ CLAIMS = (
     ), rewards, None),
     Claim(
         "study", "What each setting of tuning costs", STUDY, ("study",),
-        ("marval study rl --iterations 200 --probe-every 20 --samples 1000",), study, _study_sentence,
+        (f"marval study rl --iterations 200 --probe-every 20 --samples 1000 --out {STUDY} --docs docs/",), study,
+        _study_sentence,
     ),
     Claim("full-size", "How much faster a full-size student can be", FULL_SIZE, ("bench",), (
         f"marval bench imagenet256-base --iterations 16 64 --batches 1 4 8 --repeats 0 --out {FULL_SIZE}",

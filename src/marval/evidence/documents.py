@@ -1,6 +1,7 @@
 """README and model cards filled with tables and claims, and `docs/evidence.md`: every claim and how to repeat it."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from marval.evaluate.results import markdown, read_results
@@ -76,9 +77,8 @@ def _replace(file: Path, text: str) -> bool:
 
 
 def _section(claim: Claim, root: Path) -> str:
-    commands = ", then ".join(f"`{command}`" for command in claim.commands)
     if not (root / claim.file).is_file():
-        return f"## {claim.title}\n\n- Not measured yet.\n- Measure it: {commands}\n"
+        return f"## {claim.title}\n\n- Not measured yet.\n- Measure it: {_shell(claim.commands)}\n"
     parts = [f"## {claim.title}", ""]
     if claim.sentence is not None:
         parts += [f"> {claim.text(root)}.", ""]
@@ -86,7 +86,19 @@ def _section(claim: Claim, root: Path) -> str:
     parts += [markdown(("figure", "value", "spread"), rows), ""]
     for part in claim.parts:
         parts += _provenance(root, claim.file, part)
-    return "\n".join([*parts, f"- Again: {commands}", ""])
+    return "\n".join([*parts, f"- Again: {_shell(again(claim))}", ""])
+
+
+def again(claim: Claim) -> list[str]:
+    """The commands that measure anew beside the results, whose rows would be taken as done, and compare."""
+    commands = [re.sub(r"\b(results|docs)/", "again/", command) for command in claim.commands]
+    if not {"quality", "timing"}.isdisjoint(claim.parts):
+        commands.append(f"marval compare {claim.file} {claim.file.replace('results/', 'again/')}")
+    return commands
+
+
+def _shell(commands: Sequence[str]) -> str:
+    return ", then ".join(f"`{command}`" for command in commands)
 
 
 def _provenance(root: Path, file: str, part: str) -> list[str]:
