@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marval.evaluate.results import Row, by_setting, markdown, read_results
+from marval.evaluate.results import Row, by_setting, markdown, named, read_results
 
 
 @dataclass(frozen=True)
@@ -18,17 +18,12 @@ class Point:
     iterations: int
     steps: int | None  # T; None for a student
     guidance: float | None  # w; None for a student
+    label: str  # all of these
     seconds: float
     fd: float
     accuracy: float | None
     samples: int
     seeds: int
-
-    @property
-    def label(self) -> str:
-        """Model, K and, for a teacher, T and w."""
-        chain = f", T={self.steps}, w={self.guidance:g}" if self.guidance is not None else ""
-        return f"{self.model} K={self.iterations}{chain}"
 
 
 def points_of(
@@ -56,8 +51,8 @@ def points_of(
         accuracies = [r["accuracy"] for r in rows if "accuracy" in r]
         found[key] = Point(
             row["model"], row["teacher"], row["iterations"], row["draw"].get("steps"), row["draw"].get("guidance"),
-            times[key], statistics.mean(r["fd"] for r in rows), statistics.mean(accuracies) if accuracies else None,
-            row["samples"], len(rows),
+            named(row), times[key], statistics.mean(r["fd"] for r in rows),
+            statistics.mean(accuracies) if accuracies else None, row["samples"], len(rows),
         )  # fmt: skip
     return sorted(found.values(), key=lambda p: (p.model, -(p.steps or 0), p.guidance or 0, p.iterations))
 

@@ -38,10 +38,15 @@ def commit() -> str:
         return "not a checkout"
 
 
+def command_line() -> str:
+    """What was typed, for provenance."""
+    return shlex.join(["marval", *sys.argv[1:]])
+
+
 def provenance(seed: int) -> dict[str, Any]:
     """What made a result: command, commit, versions, machine."""
     return {
-        "command": shlex.join(["marval", *sys.argv[1:]]),
+        "command": command_line(),
         "commit": commit(),
         "seed": seed,
         "torch": torch.__version__,
@@ -56,7 +61,7 @@ def made_by(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {
-        "command": shlex.join(["marval", *sys.argv[1:]]),
+        "command": command_line(),
         "commit": commit(),
         "device": f"{device.type} ({name})",
         "versions": {"python": platform.python_version(), **versions},
