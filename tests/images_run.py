@@ -13,10 +13,12 @@ from tiny import tiny_config, tiny_model
 def main(folder, count, pause):
     with start_workers("cpu") as workers:
         pipeline = Pipeline(tiny_model(), tiny_config())
-        drawn = images.draw_to_folder(
-            pipeline, folder, {"model": "tiny"}, count=count, iterations=3, seed=2, shard=4,
-            workers=workers, report=lambda line: time.sleep(pause),
-        )  # fmt: skip
+        drawn = images.claim_folder(folder, {"model": "tiny"}, count, shard=4, workers=workers)
+        for _ in images.draw_shards(
+            pipeline, count, 3, 2, into=drawn, workers=workers, report=lambda line: time.sleep(pause)
+        ):
+            pass
+        workers.barrier()
         images.write_pngs(drawn, workers)
         if workers.main:
             images.write_npz(drawn)

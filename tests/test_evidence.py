@@ -11,6 +11,7 @@ from PIL import Image
 
 from marval.config import Chain, OneStep
 from marval.evaluate.compare import compare
+from marval.evaluate.images import SHARD
 from marval.evaluate.pareto import best_within, points_of, smallest_gain, sweep_table, unbeaten, verdicts
 from marval.evaluate.plots import draw_pareto, draw_sweep
 from marval.evaluate.results import check_measure, check_names, read_results, write_results
@@ -346,17 +347,19 @@ def test_bench_measures_teachers_at_several_t_and_draws_the_curve(work):
 
 
 def test_two_processes_evaluate_as_one_and_say_what_made_the_row(work):
+    count = SHARD + 10  # each process draws a shard
     for processes in (1, 2):
         done = marval(
-            "evaluate", "student", "--iterations", 2, "--samples", 8, "--batches", "--images", f"drawn-{processes}",
+            "evaluate", "student", "--iterations", 2, "--samples", count, "--batches", "--images", f"drawn-{processes}",
             "--image-format", "png", "--out", f"{processes}.json", cwd=work, processes=processes,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         (row,) = read_results(work / f"{processes}.json")["quality"]["rows"]
         assert {"fd", "kid", "precision", "recall", "density", "coverage", "diversity", "fd_bias"} <= set(row)
         assert len(row["sha256"]) == len(row["data_sha256"]) == 64
-        assert {"command", "commit", "device", "versions"} == set(row["made"])
-        assert len(list(work.glob(f"drawn-{processes}/*/png/*.png"))) == 8
+        assert {"command", "commit", "device", "versions", "processes", "threads"} == set(row["made"])
+        assert (row["made"]["processes"], row["made"]["threads"]) == (processes, 1)
+        assert len(list(work.glob(f"drawn-{processes}/*/png/*.png"))) == count
     _, found = compare(work / "1.json", work / "2.json")
     assert {difference.verdict for difference in found} == {"the same"}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from marval.evaluate.images import DrawnImages, draw_bytes, draw_to_folder, read_shard, write_npz
+from marval.evaluate.images import DrawnImages, claim_folder, draw_bytes, draw_shards, read_shard, write_npz
 from marval.pipeline import Pipeline
 from processes import command, environment, launch
 from tiny import tiny_config, tiny_model
@@ -65,24 +65,35 @@ def test_images_are_balanced_seeded_one_by_one_and_written_in_adms_format(alone)
     assert torch.equal((eleventh * 255).round().byte()[0], images[11])
     with np.load(alone / "images.npz") as archive:
         array = archive["arr_0"]
+        assert (archive["arr_1"] == labels.numpy()).all()
     assert array.shape == (COUNT, 8, 8, 3)
     assert array.dtype == np.uint8
     assert (array == images.permute(0, 2, 3, 1).numpy()).all()
     assert (np.asarray(Image.open(alone / "png/00011-1.png")) == images[11, 0].numpy()).all()
+    (alone / ".images.npz.killed").write_text("half of one")  # what a kill leaves
+    before = (alone / "images.npz").stat().st_mtime_ns
+    assert write_npz(drawn).stat().st_mtime_ns == before  # a whole one is kept
+    (alone / "images.npz").unlink()
     again = write_npz(drawn)
     assert (np.load(again)["arr_0"] == array).all()
+    assert not list(alone.glob(".images*"))
 
 
 def test_another_models_images_and_damaged_shards_are_refused(tmp_path):
     pipeline = Pipeline(tiny_model(), tiny_config())
-    settings = {"count": 6, "iterations": 2, "seed": 0, "shard": 4, "report": lambda line: None}
-    drawn = draw_to_folder(pipeline, tmp_path / "a", {"sha256": "one"}, **settings)
+
+    def draw(sha256):
+        drawn = claim_folder(tmp_path / "a", {"sha256": sha256}, 6, shard=4)
+        list(draw_shards(pipeline, 6, 2, 0, into=drawn, report=lambda line: None))
+        return drawn
+
+    drawn = draw("one")
     with pytest.raises(ValueError, match="holds images of sha256 'one', expected 'two': choose another --images"):
-        draw_to_folder(pipeline, tmp_path / "a", {"sha256": "two"}, **settings)
+        draw("two")
     file, rows = drawn.shards[1]
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"damaged .* remove it and run the same command again"):
         read_shard(file, rows)
     file.unlink()
-    draw_to_folder(pipeline, tmp_path / "a", {"sha256": "one"}, **settings)
+    draw("one")
     assert len(read_shard(file, rows)[0]) == 2

@@ -1,7 +1,9 @@
 """Figures of features against float64 references and known answers; ADM's reference by torch-fidelity's interface."""
 
+import hashlib
 import sys
 import types
+import urllib.error
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from marval.evaluate.features import (
     frechet_distance,
 )
 from marval.evaluate.judge import Judge, data_hash, judge_by_reference, load_judge
-from marval.evaluate.metrics import expected_bias, kernel_distance, neighbour_figures
+from marval.evaluate.metrics import MOST, RealSample, expected_bias, kernel_distance, neighbour_figures
 from marval.pipeline import Pipeline, load
 from marval.randomness import generator
 from tiny import tiny_config, tiny_data, tiny_model
@@ -34,31 +36,42 @@ def reference_kid(x, y):
     return within - 2 * xy.mean()
 
 
-def test_kid_equals_a_float64_reference():
+def figures_between(drawn, real):
+    return neighbour_figures(drawn, RealSample.of(real))
+
+
+@pytest.mark.parametrize("counts", [(120, 120), (1100, 70), (30, 1500)])  # fewer and more rows than are done at a time
+def test_kid_equals_a_float64_reference(counts):
     rng = np.random.default_rng(0)
-    real, drawn = rng.normal(size=(120, 9)), 1.2 * rng.normal(size=(120, 9)) + 0.3
-    found = kernel_distance(torch.from_numpy(drawn), torch.from_numpy(real), subsets=2, subset_size=120)
+    drawn, real = 1.2 * rng.normal(size=(counts[0], 9)) + 0.3, rng.normal(size=(counts[1], 9))
+    found = kernel_distance(torch.from_numpy(drawn), RealSample.of(torch.from_numpy(real)))
     assert found == pytest.approx(reference_kid(drawn, real), rel=1e-6)
-    state = torch.get_rng_state()
-    assert kernel_distance(torch.from_numpy(drawn), torch.from_numpy(real), subset_size=50) == pytest.approx(
-        kernel_distance(torch.from_numpy(drawn), torch.from_numpy(real), subset_size=50), rel=1e-12
-    )
-    assert torch.equal(state, torch.get_rng_state())  # the global stream is left as it was
+
+
+def test_kid_is_unbiased_where_a_frechet_distance_is_not():
+    """Two samples of one distribution: 0 on average at any number of images, so sometimes below it."""
+    rng = np.random.default_rng(2)
+    pairs = [(rng.normal(size=(40, 6)), rng.normal(size=(90, 6))) for _ in range(60)]
+    found = np.array([kernel_distance(torch.from_numpy(x), RealSample.of(torch.from_numpy(y))) for x, y in pairs])
+    assert abs(found.mean()) < 3 * found.std() / len(found) ** 0.5
+    assert found.min() < 0 < found.max()
+    with pytest.raises(ValueError, match="at least 2"):
+        kernel_distance(torch.ones(1, 6), RealSample.of(torch.ones(9, 6)))
 
 
 def test_precision_asks_whether_drawn_images_are_real_and_recall_whether_real_ones_are_drawn():
     rng = generator("two islands")
     here, there = torch.randn(40, 4, generator=rng), torch.randn(40, 4, generator=rng) + 100
     both, one = torch.cat([here, there]), torch.randn(60, 4, generator=rng) * 0.5
-    lazy = neighbour_figures(one, both)  # draws one of the two kinds, and draws it well
+    lazy = figures_between(one, both)  # draws one of the two kinds, and draws it well
     assert lazy["precision"] > 0.95
     assert lazy["recall"] <= 0.5
     assert lazy["coverage"] <= 0.5
     assert lazy["density"] > 1
-    wild = neighbour_figures(both, one)  # half of what it draws is of no kind
+    wild = figures_between(both, one)  # half of what it draws is of no kind
     assert wild["precision"] <= 0.5
     assert wild["recall"] > 0.95
-    same = neighbour_figures(both, both)
+    same = figures_between(both, both)
     assert same["precision"] == same["recall"] == same["coverage"] == 1.0
 
 
@@ -76,9 +89,9 @@ def test_neighbour_figures_equal_their_definitions_in_numpy():
         "density": (between <= radius(real, 5)).sum() / 5 / len(drawn),
         "coverage": (between <= radius(real, 5)).any(axis=0).mean(),
     }
-    assert neighbour_figures(torch.from_numpy(drawn), torch.from_numpy(real)) == pytest.approx(expected, abs=1e-9)
+    assert figures_between(torch.from_numpy(drawn), torch.from_numpy(real)) == pytest.approx(expected, abs=1e-9)
     with pytest.raises(ValueError, match="at least 6"):
-        neighbour_figures(torch.from_numpy(drawn[:5]), torch.from_numpy(real))
+        figures_between(torch.from_numpy(drawn[:5]), torch.from_numpy(real))
 
 
 def test_the_bias_of_few_images_is_foretold():
@@ -93,6 +106,17 @@ def test_the_bias_of_few_images_is_foretold():
     assert f"{bias:.4g}" in said
     assert "300 images are fewer than 1280 features" in said
     assert Judge(network, real, None).warning(1280) is None
+
+
+def test_only_the_real_images_are_cut_to_ten_thousand():
+    """Recall asks every drawn image: those past the first 10,000 reach real images that the others do not."""
+    rng = generator("many")
+    real = torch.randn(MOST + 50, 2, generator=rng)
+    assert len(RealSample.of(real).features) == MOST
+    far = torch.tensor([[50.0, 50.0]]) + torch.randn(MOST, 2, generator=rng)
+    found = figures_between(torch.cat([far, torch.randn(100, 2, generator=rng)]), real)
+    assert found["recall"] > 0.5
+    assert found["precision"] == pytest.approx(100 / (MOST + 100), rel=0.2)
 
 
 @pytest.fixture
@@ -201,34 +225,47 @@ class FakeInception(torch.nn.Module):
         self.Mixed_6d = torch.nn.Module()
         self.Mixed_6d.branch1x1 = torch.nn.Conv2d(3, 192, 4, 4, bias=False)
         torch.nn.init.normal_(self.Mixed_6d.branch1x1.weight, generator=generator("fake"))
+        self.fc = torch.nn.Linear(8, 3)
 
     def forward(self, images):
         assert images.dtype == torch.uint8
         assert images.shape[1] == 3
         maps = self.Mixed_6d.branch1x1(images.float() / 255)
         features = maps[:, :16:2].mean(dim=(2, 3))
-        return features, features[:, :3]
+        return features, self.fc(features)
 
 
 @pytest.fixture
-def fake_fidelity(monkeypatch):
+def fake_fidelity(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/inception.pth").write_bytes(b"weights")
     extractor, score = types.ModuleType("extractor"), types.ModuleType("score")
     extractor.FeatureExtractorInceptionV3 = FakeInception
+    extractor.URL_INCEPTION_V3 = "https://nowhere/inception.pth"
     score.isc_features_to_metric = lambda logits, splits: {
         "inception_score_mean": float(len(logits)), "inception_score_std": float(splits)
     }  # fmt: skip
-    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    package = types.ModuleType("torch_fidelity")
+    package.feature_extractor_inceptionv3 = extractor
+    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", extractor)
     monkeypatch.setitem(sys.modules, "torch_fidelity.metric_isc", score)
 
 
 def write_reference(file, images, **extra):
     """ADM's file for some images: statistics of the fake network's features."""
-    pool, _, spatial = fidelity.Inception(torch.device("cpu")).of([images])
+    columns = fidelity.Inception("cpu").columns(images)
+    pool, spatial = columns["pool"], columns["spatial"]
     arrays = {"mu": pool.mean(0).numpy(), "sigma": np.cov(pool.double().numpy(), rowvar=False)}
     arrays |= {"mu_s": spatial.mean(0).numpy(), "sigma_s": np.cov(spatial.double().numpy(), rowvar=False)}
     arrays["arr_0"] = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     np.savez(file, **{name: value for name, value in arrays.items() if name not in extra.get("without", ())})
+
+
+def reference_figures(file, images):
+    reference = fidelity.Reference.load(file, "cpu")
+    return reference.figures(reference.inception.columns(images))
 
 
 def test_figures_against_adms_reference_file(fake_fidelity, tmp_path):
@@ -236,52 +273,58 @@ def test_figures_against_adms_reference_file(fake_fidelity, tmp_path):
     write_reference(tmp_path / "adm.npz", data.images)
     judge = judge_by_reference(tmp_path / "adm.npz", None, None, "cpu")
     assert len(judge.data_sha256) == 64
-    found = judge.figures_of([(data.images[:30], data.labels[:30]), (data.images[30:], data.labels[30:])])
+    assert judge.about["reference"] == "adm.npz"
+    assert judge.about["inception_sha256"] == hashlib.sha256(b"weights").hexdigest()
+    found = judge.figures(data.images, data.labels)
     assert found["fid"] == pytest.approx(0, abs=1e-4)
     assert found["sfid"] == pytest.approx(0, abs=1e-3)
-    assert found["inception_precision"] == found["inception_recall"] == 1.0
+    assert found["inception_precision"] == found["inception_recall"] == found["inception_coverage"] == 1.0
+    assert found["inception_kid"] <= 0  # of the same images: pairs of an image with itself are left out on each side
     assert (found["inception_score"], found["inception_score_std"]) == (64.0, 10.0)
     said, bias = judge.warning(4)
     assert "4 images are fewer than 8 features" in said
     assert bias > 0
     assert judge.warning(8) is None
     assert "fd" not in found  # no distance on other features is called FID
-    crosses = data.images[data.labels == 0]
-    lazy = fidelity.Reference.load(tmp_path / "adm.npz").figures([crosses], torch.device("cpu"))
+    lazy = reference_figures(tmp_path / "adm.npz", data.images[data.labels == 0])
     assert lazy["fid"] > 0.1
     assert lazy["inception_precision"] == 1.0
     assert lazy["inception_recall"] < 0.9
     write_reference(tmp_path / "mar.npz", data.images, without=("mu_s", "sigma_s", "arr_0"))
-    short = fidelity.Reference.load(tmp_path / "mar.npz").figures([data.images], torch.device("cpu"))
+    short = reference_figures(tmp_path / "mar.npz", data.images)
     assert set(short) == {"fid", "inception_score", "inception_score_std"}
 
 
 def test_spatial_features_have_tensorflows_order(fake_fidelity):
-    inception = fidelity.Inception(torch.device("cpu"))
+    inception = fidelity.Inception("cpu")
     images = tiny_data().images[:2]
-    _, _, spatial = inception.of([images])
+    spatial = inception.columns(images)["spatial"]
     maps = inception.network.Mixed_6d.branch1x1(images.expand(-1, 3, -1, -1).float() / 255)
     assert spatial.shape == (2, 2 * 2 * 7)
     torch.testing.assert_close(spatial[1, 7 * 3 : 7 * 4], maps[1, :7, 1, 1])
 
 
 def test_bad_reference_files(tmp_path, fake_fidelity, monkeypatch):
-    with pytest.raises(ValueError, match=r"openaipublic.*expected SHA-256 b32732719497.*records"):
-        fidelity.Reference.load(tmp_path / "nowhere.npz")
+    """All of them are refused as the file is read, before anything is drawn."""
+
+    def refused(name, words):
+        with pytest.raises(ValueError, match=words):
+            fidelity.Reference.load(tmp_path / name, "cpu")
+
+    refused("nowhere.npz", r"openaipublic.*expected SHA-256 b32732719497.*records")
     write_reference(tmp_path / fidelity.ADM_FILE, tiny_data().images)
-    with pytest.raises(ValueError, match=r"has SHA-256 [0-9a-f]{64}, expected b32732719497.*fetch it again"):
-        fidelity.Reference.load(tmp_path / fidelity.ADM_FILE)
+    refused(fidelity.ADM_FILE, r"has SHA-256 [0-9a-f]{64}, expected b32732719497.*fetch it again")
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
-    with pytest.raises(ValueError, match="holds weights, expected mu and sigma"):
-        fidelity.Reference.load(tmp_path / "other.npz")
+    refused("other.npz", "holds weights, expected mu and sigma")
     (tmp_path / "text.npz").write_text("hello")
-    with pytest.raises(ValueError, match="cannot be read as ADM's reference"):
-        fidelity.Reference.load(tmp_path / "text.npz")
+    refused("text.npz", "cannot be read as ADM's reference")
     np.savez(tmp_path / "short.npz", mu=np.zeros(3), sigma=np.eye(3))
-    reference = fidelity.Reference.load(tmp_path / "short.npz")
-    with pytest.raises(ValueError, match="statistics of 3 features, expected Inception's 8"):
-        reference.figures([tiny_data().images], torch.device("cpu"))
+    refused("short.npz", "statistics of 3 features, expected 8")
+
+    def unreachable(*_):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3", unreachable)
+    refused("short.npz", r"no network.*put https://nowhere/inception.pth at .*checkpoints/inception.pth")
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(ValueError, match=r"pip install 'marval\[fidelity\]'"):
-        reference.figures([tiny_data().images], torch.device("cpu"))
+    refused("short.npz", r"pip install 'marval\[fidelity\]'")

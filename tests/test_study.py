@@ -206,6 +206,7 @@ def test_evaluate_measures_rewards_by_name_and_two_processes_find_what_one_does(
         (work / "scored").unlink()
         assert result.stdout.count("tiny K=2, T=8, w=1.5, seed 1: classifier -") == 1  # one process speaks
         found.append(json.loads((work / f"rewards-{processes}.json").read_text())["rewards"]["rows"])
+        assert all(row.pop("made")["processes"] == processes for row in found[-1])
     assert found[0] == found[1]
     assert [(row["model"], row["seed"], row["samples"], row["prompts"]) for row in found[0]] == [
         ("student", 0, 11, 10), ("student", 1, 11, 10), ("tiny", 0, 11, 10), ("tiny", 1, 11, 10),

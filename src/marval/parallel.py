@@ -28,6 +28,7 @@ from marval.model.blocks import Block
 GLOO_SECONDS = 0.3  # for Gloo's threads to let go of their last tensors
 
 Network = TypeVar("Network", MAR, TokenHead)
+Value = TypeVar("Value")
 
 # What is called besides `forward`: FSDP gathers the weights at these calls.
 CALLED = {MAR: ("context", "class_embedding", "null_embedding"), TokenHead: ("denoise", "embed_context", "embed_time")}
@@ -102,6 +103,22 @@ class Workers:
         found = [torch.empty_like(padded) for _ in range(self.count)]
         dist.all_gather(found, padded)
         return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+
+    def agree(self, value: Value) -> Value:
+        """The main process's value, on every process."""
+        if self.mesh is None:
+            return value
+        found: list[Any] = [value]
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    def collect(self, value: Value) -> list[Value]:
+        """Every process's value by rank, on the main process; nothing on the others."""
+        if self.mesh is None:
+            return [value]
+        found: list[Any] = [None] * self.count if self.main else []
+        dist.gather_object(value, found if self.main else None)
+        return found
 
     def stopping(self) -> bool:
         """Whether any process was asked to stop (SIGTERM); all of them get the same answer."""

@@ -20,7 +20,7 @@ from marval.config import FinetuneConfig
 from marval.evaluate.images import draw_bytes
 from marval.evaluate.judge import Judge
 from marval.evaluate.results import made_by, markdown, read_results, write_results
-from marval.evaluate.rewards import reward_figures
+from marval.evaluate.rewards import mean_and_error, reward_values
 from marval.io.files import atomic_path, write_text
 from marval.io.images import grid, save_picture
 from marval.pipeline import Pipeline
@@ -159,10 +159,10 @@ def watcher(
         images, labels = draw_bytes(pipeline, samples, settings.sample_iterations, seed=0)
         found = judge.figures(images, labels)
         rewards = {"tuned reward": reward, **held_out}
-        scores = reward_figures(
+        values = reward_values(
             rewards, images, labels, pipeline.config.class_names, settings.prompt, device=pipeline.device
         )
-        found |= {name: score["mean"] for name, score in scores.items()}
+        found |= {name: mean_and_error(one)["mean"] for name, one in values.items()}
         curve.append({name: float(f"{value:.6g}") for name, value in found.items()})
         pictures.append(images[:SHOWN].float() / 255)
         return dict(found)

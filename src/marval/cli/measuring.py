@@ -52,17 +52,25 @@ def evaluate(
         features: package.module:function, byte images (B, C, H, W) to features (B, F), in EfficientNet's place.
         reference: a file in the real images' place: ADM's .npz (FID, IS, sFID, precision and recall by torch-fidelity)
             or marval's statistics .safetensors.
-        rewards: measure these instead, over the prompts of all classes: "clip,image-reward" (see marval rewards).
+        rewards: measure these instead, over the prompts of all classes: "clip,image-reward" (see marval rewards);
+            nothing is timed.
         prompt: what an image's prompt is, with {} for its class's name.
         seed: of the samples; several: a row for each, and their spread.
         autocast: draw the samples for quality in bf16 (the result says so; times are always float32).
         images: a folder that keeps the images; a run that was killed goes on there.
-        image_format: besides shards, png files or one npz in ADM's format (arr_0).
+        image_format: besides shards, png files or one npz in ADM's format (arr_0, and labels in arr_1).
         out: the JSON file; rows that it holds already are not drawn again.
         device: "auto", "cpu", "cuda", "mps", ...
     """
     import signal
 
+    unused = {"data": data, "judge": judge, "features": features, "reference": reference}
+    if rewards is not None and (given := [f"--{name}" for name, value in unused.items() if value is not None]):
+        raise ValueError(f"{', '.join(given)}: not with --rewards, which are measured instead; run them apart")
+    if image_format != "shards" and images is None:
+        raise ValueError(f"--image-format {image_format}: say where with --images DIR")
+    if repeats < 1 or any(batch < 1 for batch in batches):
+        raise ValueError(f"--repeats {repeats} --batches {batches}: expected at least 1 of each")
     from marval.evaluate.evaluate import KeepImages, time_models
     from marval.evaluate.evaluate import evaluate as run
     from marval.evaluate.rewards import evaluate_rewards
@@ -73,17 +81,18 @@ def evaluate(
     with start_workers(usable_device(device)) as workers:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # finished shards and rows are whole: nothing to save
         loaded = load_models(models, str(workers.device), steps, guidance)
+        keep = None if images is None else KeepImages(images, image_format)
         if rewards is not None:
             found = {name.strip(): find_reward(name.strip(), device=workers.device) for name in rewards.split(",")}
             evaluate_rewards(
                 loaded, found, prompt=prompt, iterations=iterations, samples=samples, out=out, seeds=seed,
-                autocast=autocast, workers=workers,
+                autocast=autocast, keep=keep, workers=workers,
             )  # fmt: skip
             return
         judged = judge_for(loaded[0][1], data, judge, features=features, sample=REAL_SAMPLE, reference=reference)
         run(
             loaded, judged, iterations=iterations, samples=samples, out=out, seeds=seed, autocast=autocast,
-            keep=None if images is None else KeepImages(images, image_format), workers=workers,
+            keep=keep, workers=workers,
         )  # fmt: skip
         if batches and workers.main:
             time_models(loaded, iterations=iterations, batches=batches, repeats=repeats, out=out)

@@ -7,16 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from marval.evaluate.fidelity import Columns
 from marval.evaluate.images import (
     DrawnImages,
     Keep,
     balanced_labels,
+    claim_folder,
     draw_bytes,
-    draw_to_folder,
+    draw_shards,
     write_npz,
     write_pngs,
 )
-from marval.evaluate.judge import Judge, Parts
+from marval.evaluate.judge import Judge
 from marval.evaluate.results import (
     Models,
     Row,
@@ -72,20 +78,89 @@ class KeepImages:
     folder: Path
     form: Keep = "shards"
 
-    def draw(self, pipeline: Pipeline, key: Row, workers: Workers, report: Callable[[str], None]) -> DrawnImages:
-        """The images of a row, drawn as far as they are missing, and exported."""
+    def claim(self, key: Row, workers: Workers) -> DrawnImages:
+        """The folder of a row's images (see `claim_folder`)."""
         draw = key["draw"]
         chain = f"-T{draw['steps']}-w{draw['guidance']:g}" if key["teacher"] else ""
         name = f"{key['model'] or 'model'}-K{key['iterations']}{chain}-seed{key['seed']}-{key['samples']}"
-        drawn = draw_to_folder(
-            pipeline, self.folder / name, key, count=key["samples"], iterations=key["iterations"], seed=key["seed"],
-            autocast=key["autocast"], workers=workers, report=report,
-        )  # fmt: skip
+        return claim_folder(self.folder / name, key, key["samples"], workers=workers)
+
+    def export(self, drawn: DrawnImages, workers: Workers, report: Callable[[str], None]) -> None:
+        """Write the other form, once every process has drawn its share."""
+        workers.barrier()
         if self.form == "png":
             write_pngs(drawn, workers)
         if self.form == "npz" and workers.main:
             report(f"{write_npz(drawn)}")
-        return drawn
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of figures that is to be measured: a model, and at which K and with which images (`key`)."""
+
+    pipeline: Pipeline
+    key: Row
+
+    def columns(
+        self,
+        judge: Callable[[UInt8[Tensor, "n c h w"], Int[Tensor, " n"]], Columns],
+        keep: KeepImages | None,
+        workers: Workers,
+        report: Callable[[str], None],
+    ) -> Columns:
+        """What `judge` says of every image, in order; every process draws and judges its own. Empty but on the main."""
+        key, parts = self.key, dict[int, Columns]()
+        into = None if keep is None else keep.claim(key, workers)
+        for rows, images, labels in draw_shards(
+            self.pipeline, key["samples"], key["iterations"], key["seed"], autocast=key["autocast"], into=into,
+            workers=workers, report=report,
+        ):  # fmt: skip
+            parts[rows.start] = judge(images, labels)
+        if keep is not None and into is not None:
+            keep.export(into, workers, report)
+        found = {start: part for own in workers.collect(parts) for start, part in own.items()}
+        ordered = [found[start] for start in sorted(found)]
+        return {name: torch.cat([part[name] for part in ordered]) for name in ordered[0]} if ordered else {}
+
+
+def runs_of(
+    models: Models,
+    hashes: Sequence[str],
+    *,
+    iterations: Sequence[int],
+    samples: int,
+    seeds: Sequence[int],
+    autocast: bool,
+) -> list[Run]:
+    """Every model at every K (its own default when none is given) with every seed.
+
+    Raises:
+        ValueError: a K that a model has not, or fewer than 2 samples.
+    """
+    if samples < 2:
+        raise ValueError(f"--samples {samples}: expected at least 2")
+    return [
+        Run(pipeline, {
+            **describe(pipeline), "sha256": digest, "iterations": k, "samples": samples, "seed": seed,
+            "autocast": autocast,
+        })
+        for (_, pipeline), digest in zip(models, hashes, strict=True)
+        for k in iterations_of(pipeline, iterations)
+        for seed in dict.fromkeys(seeds)
+    ]  # fmt: skip
+
+
+def iterations_of(pipeline: Pipeline, iterations: Sequence[int]) -> tuple[int, ...]:
+    """The numbers K that are asked for, each once, or the model's default.
+
+    Raises:
+        ValueError: a K that the model has not.
+    """
+    tokens = pipeline.config.mar.num_tokens
+    for k in iterations:
+        if not 1 <= k <= tokens:
+            raise ValueError(f"--iterations {k}: expected 1 to {tokens} for {pipeline.config.name}")
+    return tuple(dict.fromkeys(iterations)) or (pipeline.config.iterations,)
 
 
 def evaluate(
@@ -104,39 +179,41 @@ def evaluate(
     """Figures of every model at every K and seed, kept in `out` after each row; rows there already are not redone.
 
     Raises:
-        ValueError: two models share a name, or `out` holds figures of other weights under the same name, on other
-            features or against other data.
+        ValueError: two models share a name, `out` holds figures of other weights under the same name, on other
+            features or against other data, or what `runs_of` raises.
     """
     workers = workers or Workers()
     rows: list[Row] = read_results(out).get("quality", {}).get("rows", [])
     hashes = model_hashes(models, rows, out)
     bias: float | None = None
-    about = {"features": getattr(judge.network, "name", ""), "data_sha256": judge.data_sha256}
-    check_measure(about, rows, out)
-    for (_, pipeline), digest in zip(models, hashes, strict=True):
-        for k, seed in [(k, seed) for k in iterations or (pipeline.config.iterations,) for seed in seeds]:
-            key: Row = {**describe(pipeline), "sha256": digest, "iterations": k, "samples": samples, "seed": seed}
-            key["autocast"] = autocast
-            if any(judge.sample is None or "kid" in row for row in rows if is_row_of(row, key)):
-                continue
-            if workers.main and judge.sample is not None:
-                judge.sample()  # real images that are missing are missed before anything is drawn
-            began = time.monotonic()
-            parts = _images(pipeline, key, keep, workers, report)
-            if workers.main:
-                figures = {name: value for name, value in judge.figures_of(parts).items() if not math.isnan(value)}
-                if bias is None and (warning := judge.warning(samples)) is not None:
-                    bias = warning[1]
-                    report(f"warning: {warning[0]}")
-                if bias is not None:
-                    figures["fid_bias" if judge.real is None else "fd_bias"] = bias
-                rows = [row for row in rows if not is_row_of(row, key)]  # one without today's figures
-                row = {**key, **figures, "gflops_per_image": flops_per_image(pipeline, k) / 1e9}
-                rows.append({**row, **about, "made": made_by(pipeline.device)})
-                write_results(out, "quality", rows, seed)
-                shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-                report(f"{named(row)}, seed {seed}: {shown}  ({time.monotonic() - began:.0f} s)")
-            workers.barrier()
+    check_measure(judge.about, rows, out)
+    runs = runs_of(models, hashes, iterations=iterations, samples=samples, seeds=seeds, autocast=autocast)
+    # The main process's file decides: others may see an older one.
+    measured = workers.agree([any(complete(row, run.key, judge) for row in rows) for run in runs])
+    for run, done in zip(runs, measured, strict=True):
+        key = run.key
+        if done:
+            if keep is not None:
+                run.columns(lambda *_: {}, keep, workers, report)
+            continue
+        if workers.main and judge.sample is not None:
+            judge.sample()  # real images that are missing are missed before anything is drawn
+        began = time.monotonic()
+        columns = run.columns(judge.columns, keep, workers, report)
+        if workers.main:
+            figures = {name: value for name, value in judge.figures_of(columns).items() if not math.isnan(value)}
+            if bias is None and (warning := judge.warning(samples)) is not None:
+                bias = warning[1]
+                report(f"warning: {warning[0]}")
+            if bias is not None:
+                figures["fid_bias" if judge.real is None else "fd_bias"] = bias
+            rows = [row for row in rows if not is_row_of(row, key)]  # one without today's figures
+            row = {**key, **figures, "gflops_per_image": flops_per_image(run.pipeline, key["iterations"]) / 1e9}
+            rows.append({**row, **judge.about, "made": made_by(run.pipeline.device, workers.count)})
+            write_results(out, "quality", rows, key["seed"])
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            report(f"{named(row)}, seed {key['seed']}: {shown}  ({time.monotonic() - began:.0f} s)")
+    workers.barrier()
     return rows
 
 
@@ -145,12 +222,9 @@ def is_row_of(row: Row, key: Row) -> bool:
     return all(row.get(name) == value for name, value in key.items())
 
 
-def _images(
-    pipeline: Pipeline, key: Row, keep: KeepImages | None, workers: Workers, report: Callable[[str], None]
-) -> Parts:
-    if keep is not None:
-        return keep.draw(pipeline, key, workers, report)
-    return [draw_bytes(pipeline, key["samples"], key["iterations"], key["seed"], 250, key["autocast"], workers)]
+def complete(row: Row, key: Row, judge: Judge) -> bool:
+    """Whether a row holds all figures of `key` that the judge gives."""
+    return is_row_of(row, key) and (judge.sample is None or "kid" in row)
 
 
 def time_models(

@@ -1,11 +1,11 @@
-"""FID, Inception Score, sFID, precision and recall against ADM's reference file, with torch-fidelity's Inception.
+"""FID, Inception Score, sFID, precision, recall and more against ADM's reference file, with torch-fidelity's Inception.
 
 torch-fidelity (the extra `fidelity`) needs torchvision, so it is no part of the default install. Its network is the
 2015 Inception of the TensorFlow evaluators, which published FIDs were measured with.
 """
 
-import hashlib
-from collections.abc import Iterable
+import functools
+import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from marval.evaluate.features import Statistics, frechet_distance
-from marval.evaluate.metrics import neighbour_figures
+from marval.evaluate.metrics import MOST, RealSample, kernel_distance, neighbour_figures
+from marval.io.files import sha256_of
 
 POOL, LOGITS = "2048", "logits_unbiased"
 SPATIAL = 7  # channels of the 17 x 17 map that sFID is measured on (Nash et al. 2021; ADM's evaluator)
@@ -32,31 +33,32 @@ WHERE = (
 )
 
 
+Columns = dict[str, Tensor]  # a row for each image
+
+
 @dataclass(frozen=True)
 class Reference:
-    """What ADM's file holds of ImageNet: Inception statistics, spatial ones and pictures, where it has them."""
+    """What ADM's file holds of ImageNet (Inception statistics; spatial ones and pictures, where it has them), and the
+    network that drawn images are seen with."""
 
     file: Path
     sha256: str
     pool: Statistics
     spatial: Statistics | None
     pictures: bool
+    inception: "Inception"
 
     @classmethod
-    def load(cls, file: Path) -> "Reference":
-        """Read a reference file.
+    def load(cls, file: Path, device: torch.device | str) -> "Reference":
+        """Read a reference file and the network.
 
         Raises:
-            ValueError: no such file (the message says where it comes from), one without `mu` and `sigma`, or one of
-                ADM's name with another SHA-256.
+            ValueError: no such file (the message says where it comes from), one without `mu` and `sigma`, one of ADM's
+                name with another SHA-256, or with statistics of another network; or what `Inception` raises.
         """
         if not file.is_file():
             raise ValueError(f"the reference {file} is not there: {WHERE}")
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while part := stream.read(1 << 24):
-                digest.update(part)
-        sha256 = digest.hexdigest()
+        sha256 = sha256_of(file)
         if file.name == ADM_FILE and sha256 != ADM_SHA256:
             raise ValueError(f"{file} has SHA-256 {sha256}, expected {ADM_SHA256}: fetch it again, or rename it")
         try:
@@ -70,47 +72,69 @@ class Reference:
                     spatial = _statistics(content["mu_s"], content["sigma_s"], "Inception, spatial")
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{file} cannot be read as ADM's reference ({error}): {WHERE}") from None
-        return cls(file, sha256, pool, spatial, "arr_0" in names)
-
-    def figures(self, images: Iterable[UInt8[Tensor, "n c h w"]], device: torch.device) -> dict[str, float]:
-        """FID, Inception Score (mean and standard deviation over 10 splits) and, where the file allows, sFID,
-        precision and recall (k = 3, the first 10,000 of each side).
-
-        Raises:
-            ValueError: torch-fidelity is not installed, or the file's statistics are of another network.
-        """
         inception = Inception(device)
-        pool, logits, spatial = inception.of(images)
-        if pool.shape[1] != len(self.pool.mean):
-            raise ValueError(
-                f"{self.file} has statistics of {len(self.pool.mean)} features, expected Inception's {pool.shape[1]}"
-            )
-        score = inception.score(logits)
+        if inception.features != len(pool.mean):
+            raise ValueError(f"{file} has statistics of {len(pool.mean)} features, expected {inception.features}")
+        return cls(file, sha256, pool, spatial, "arr_0" in names, inception)
+
+    @property
+    def name(self) -> str:
+        """The reference as results call it: by its publisher, where its SHA-256 is known."""
+        return f"{ADM_FILE} (ADM)" if self.sha256 == ADM_SHA256 else self.file.name
+
+    @functools.cached_property
+    def sample(self) -> RealSample:
+        """What the network sees in the file's pictures (the first `MOST`); computed at the first call."""
+        with np.load(self.file, allow_pickle=False) as content:
+            pictures = torch.from_numpy(content["arr_0"][:MOST]).permute(0, 3, 1, 2)
+        return RealSample.of(self.inception.columns(pictures)["pool"])
+
+    def figures(self, columns: Columns) -> dict[str, float]:
+        """FID, Inception Score (mean and standard deviation over 10 splits) and, where the file allows, sFID, and on
+        pooled features precision and recall (k = 3), density and coverage (k = 5), and KID.
+
+        Args:
+            columns: `Inception.columns` of the drawn images.
+        """
+        pool = columns["pool"]
+        score = self.inception.score(columns["logits"])
         found = {"fid": frechet_distance(pool, self.pool), "inception_score": score[0], "inception_score_std": score[1]}
         if self.spatial is not None:
-            found["sfid"] = frechet_distance(spatial, self.spatial)
+            found["sfid"] = frechet_distance(columns["spatial"], self.spatial)
         if self.pictures:
-            with np.load(self.file, allow_pickle=False) as content:
-                real = torch.from_numpy(content["arr_0"]).permute(0, 3, 1, 2)
-            near = neighbour_figures(pool, inception.of([real])[0])
-            found |= {"inception_precision": near["precision"], "inception_recall": near["recall"]}
+            near = neighbour_figures(pool, self.sample) | {"kid": kernel_distance(pool, self.sample)}
+            found |= {f"inception_{name}": value for name, value in near.items()}
         return found
 
 
 class Inception:
-    """torch-fidelity's Inception: pooled features, logits without bias, and ADM's spatial features."""
+    """torch-fidelity's Inception: pooled features, logits without bias, and ADM's spatial features.
 
-    def __init__(self, device: torch.device):
+    Its weights are fetched once, or lie in PyTorch's hub folder.
+
+    Raises:
+        ValueError: torch-fidelity is not installed, or its weights cannot be fetched (where they belong is said).
+    """
+
+    def __init__(self, device: torch.device | str):
         try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+            from torch_fidelity import feature_extractor_inceptionv3 as fidelity
             from torch_fidelity.metric_isc import isc_features_to_metric
         except ImportError as error:
             raise ValueError(
                 "FID against a reference file needs torch-fidelity: pip install 'marval[fidelity]', with the "
                 f"torchvision that belongs to your torch ({error})"
             ) from error
+        weights = Path(torch.hub.get_dir()) / "checkpoints" / Path(fidelity.URL_INCEPTION_V3).name
+        try:
+            network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", [POOL, LOGITS])
+        except (urllib.error.URLError, OSError) as error:
+            raise ValueError(
+                f"torch-fidelity's Inception cannot be fetched ({error}): put {fidelity.URL_INCEPTION_V3} at {weights}"
+            ) from None
         self.device, self.isc = device, isc_features_to_metric
-        self.network: Any = FeatureExtractorInceptionV3("inception-v3-compat", [POOL, LOGITS]).to(device).eval()
+        self.network: Any = network.to(device).eval()
+        self.sha256 = sha256_of(weights)
         self.spatial: Tensor | None = None
         # TensorFlow's mixed_6/conv, which ADM reads sFID from, is this branch.
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
@@ -118,18 +142,20 @@ class Inception:
     def _keep(self, module: Any, inputs: Any, output: Tensor) -> None:
         self.spatial = output[:, :SPATIAL].permute(0, 2, 3, 1).flatten(1)  # TensorFlow's channels come last
 
+    @property
+    def features(self) -> int:
+        """How many pooled features there are."""
+        return int(self.network.fc.in_features)
+
     @torch.inference_mode()
-    def of(
-        self, images: Iterable[UInt8[Tensor, "_ c h w"]]
-    ) -> tuple[Float[Tensor, "n f"], Float[Tensor, "n l"], Float[Tensor, "n s"]]:
-        """Pooled features, logits and spatial features of byte images, which may come in parts."""
-        parts = []
-        for batch in (batch for part in images for batch in part.split(BATCH)):
+    def columns(self, images: UInt8[Tensor, "n c h w"]) -> Columns:
+        """Pooled features (n, 2048), logits (n, 1008) and spatial features (n, 2023) of byte images, on the CPU."""
+        parts: list[Columns] = []
+        for batch in images.split(BATCH):
             pool, logits = self.network(batch.expand(-1, 3, -1, -1).contiguous().to(self.device))
             assert self.spatial is not None
-            parts.append((pool.cpu(), logits.cpu(), self.spatial.float().cpu()))
-        pools, all_logits, spatials = (torch.cat(kind) for kind in zip(*parts, strict=True))
-        return pools, all_logits, spatials
+            parts.append({"pool": pool.cpu(), "logits": logits.cpu(), "spatial": self.spatial.float().cpu()})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def score(self, logits: Float[Tensor, "n l"]) -> tuple[float, float]:
         """Inception Score: mean and standard deviation over the splits (Salimans et al. 2016)."""

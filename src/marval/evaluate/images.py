@@ -1,13 +1,13 @@
-"""Drawn images: class-balanced labels, a seed for each image, rounded bytes; in memory, or in shards on disk.
+"""Drawn images: class-balanced labels, a seed for each image, rounded bytes; shard by shard, or kept in a folder.
 
-Image i of an evaluation with seed s has class `i mod classes` and seed `1,000,000 s + i`, whatever draws it. A folder
-of images has `plan.json` (what is drawn) and `shard-00000.safetensors` and so on, each written whole. Every process
-draws whole shards, so that the set is the same, to the bit, on 1 process or on 64, and a killed run goes on.
+Image i of an evaluation with seed s has class `i mod classes` and seed `1,000,000 s + i`, whatever draws it. Every
+process draws whole shards, so that the set is the same, to the bit, on 1 process or on 64. A folder of images has
+`plan.json` (what is drawn) and `shard-00000.safetensors` and so on, each written whole, so that a killed run goes on.
 """
 
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -79,6 +79,11 @@ def draw_bytes(
     return workers.gather(images, count), torch.tensor(labels)
 
 
+def shards_of(count: int, shard: int = SHARD) -> list[range]:
+    """The images of every shard."""
+    return [range(start, min(start + shard, count)) for start in range(0, count, shard)]
+
+
 @dataclass(frozen=True)
 class DrawnImages:
     """The images of a folder, read shard by shard, as often as they are asked for."""
@@ -90,11 +95,15 @@ class DrawnImages:
     @property
     def shards(self) -> list[tuple[Path, range]]:
         """Every shard's file and the images in it."""
-        starts = range(0, self.count, self.shard)
         return [
-            (self.folder / f"shard-{number:05d}.safetensors", range(start, min(start + self.shard, self.count)))
-            for number, start in enumerate(starts)
+            (self.folder / f"shard-{number:05d}.safetensors", rows)
+            for number, rows in enumerate(shards_of(self.count, self.shard))
         ]
+
+    @property
+    def missing(self) -> int:
+        """How many shards are still to be drawn."""
+        return sum(not file.is_file() for file, _ in self.shards)
 
     def __iter__(self) -> Iterator[tuple[UInt8[Tensor, "_ c h w"], Int[Tensor, " _"]]]:
         for file, rows in self.shards:
@@ -117,43 +126,58 @@ def read_shard(file: Path, rows: range) -> tuple[UInt8[Tensor, "n c h w"], Int[T
     return images, labels
 
 
-def draw_to_folder(
+def draw_shards(
     pipeline: Pipeline,
-    folder: Path,
-    plan: dict[str, Any],
-    *,
     count: int,
     iterations: int,
     seed: int,
+    *,
     autocast: bool = False,
     batch_size: int = 250,
     shard: int = SHARD,
+    into: DrawnImages | None = None,
     workers: Workers | None = None,
     report: Callable[[str], None] = print,
-) -> DrawnImages:
-    """Draw what is missing of a folder's images; `plan` says whose they are.
+) -> Iterator[tuple[range, UInt8[Tensor, "_ c h w"], Int[Tensor, " _"]]]:
+    """This process's shards of an evaluation, one by one: which images, the images, their labels.
 
-    The processes take turns with the shards, on a file system that all of them see.
+    Args:
+        into: a folder that keeps them; what is there is read, not drawn. All processes must see it.
+    """
+    workers = workers or Workers()
+    if into is not None:
+        files: Sequence[tuple[Path | None, range]] = into.shards
+    else:
+        files = [(None, rows) for rows in shards_of(count, shard)]
+    kept = [file is not None and file.is_file() for file, _ in files]
+    order = workers.agree(sorted(range(len(files)), key=kept.__getitem__))  # what is missing is shared out evenly
+    for number in order[workers.rank :: workers.count]:
+        file, rows = files[number]
+        if file is not None and file.is_file():
+            yield rows, *read_shard(file, rows)
+            continue
+        images = draw_rows(pipeline, rows, iterations, seed, batch_size, autocast)
+        labels = torch.tensor([i % len(pipeline.config.class_names) for i in rows])
+        if file is not None:
+            write_tensors(file, {"images": images, "labels": labels}, {"first": str(rows.start)})
+            if workers.main:
+                report(f"{file.parent.name}: {rows.stop} of {count} images")
+        yield rows, images, labels
+
+
+def claim_folder(
+    folder: Path, plan: dict[str, Any], count: int, *, shard: int = SHARD, workers: Workers | None = None
+) -> DrawnImages:
+    """A folder for the images of an evaluation, empty or with some of them; `plan` says whose they are.
 
     Raises:
         ValueError: the folder holds images of another plan.
     """
-    workers = workers or Workers()
-    drawn = DrawnImages(folder, count, shard)
     plan = json.loads(json.dumps({**plan, "shard": shard}))
     check_plan(folder, plan)
-    if workers.main:
+    if workers is None or workers.main:
         write_text(folder / PLAN, json.dumps(plan, indent=1) + "\n")
-    for number, (file, rows) in enumerate(drawn.shards):
-        if number % workers.count != workers.rank or file.is_file():
-            continue
-        images = draw_rows(pipeline, rows, iterations, seed, batch_size, autocast)
-        labels = torch.tensor([i % len(pipeline.config.class_names) for i in rows])
-        write_tensors(file, {"images": images, "labels": labels}, {"first": str(rows.start)})
-        if workers.main:
-            report(f"{folder.name}: {rows.stop} of {count} images")
-    workers.barrier()
-    return drawn
+    return DrawnImages(folder, count, shard)
 
 
 def check_plan(folder: Path, plan: dict[str, Any]) -> None:
@@ -193,20 +217,25 @@ def write_pngs(drawn: DrawnImages, workers: Workers | None = None) -> Path:
 
 
 def write_npz(drawn: DrawnImages) -> Path:
-    """All images as `images.npz` in ADM's format: `arr_0`, (N, H, W, 3), bytes; grey is repeated.
+    """All images as `images.npz` in ADM's format: `arr_0`, (N, H, W, 3), bytes; grey is repeated. `arr_1`: the labels.
 
-    Shard by shard: 50,000 images of 256 x 256 need not fit in memory.
+    Shard by shard: 50,000 images of 256 x 256 need not fit in memory. A file that is there is kept.
     """
     target = drawn.folder / "images.npz"
+    if target.is_file():
+        return target
+    for partial in drawn.folder.glob(f".{target.name}.*"):  # of a run that was killed
+        partial.unlink()
     first, _ = next(iter(drawn))
     shape = (drawn.count, *first.shape[-2:], 3)
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
-    with (
-        atomic_path(target) as partial,
-        zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as stream,
-    ):
-        np.lib.format.write_array_header_1_0(stream, header)
-        for images, _ in drawn:
-            stream.write(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+    labels = []
+    with atomic_path(target) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+            np.lib.format.write_array_header_1_0(stream, header)
+            for images, own in drawn:
+                stream.write(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+                labels.append(own)
+        with archive.open("arr_1.npy", "w") as stream:
+            np.lib.format.write_array(stream, torch.cat(labels).numpy())
     return target

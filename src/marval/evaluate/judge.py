@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,62 +23,80 @@ from marval.evaluate.features import (
     find_features,
     frechet_distance,
 )
-from marval.evaluate.fidelity import Reference
+from marval.evaluate.fidelity import Columns, Reference
 from marval.evaluate.metrics import (
     MOST,
     NEIGHBOURS,
+    RealSample,
     expected_bias,
     kernel_distance,
-    neighbour_distances,
     neighbour_figures,
 )
-from marval.io.files import write_tensors
-from marval.rewards import Classifier, load_classifier
+from marval.io.files import sha256_of, write_tensors
+from marval.rewards import Classifier, classifier_file, load_classifier
 
-Parts = Iterable[tuple[UInt8[Tensor, "_ c h w"], Int[Tensor, " _"]]]
-
-
-@dataclass(frozen=True)
-class RealSample:
-    """Features of some real images, and each one's distances to its neighbours among them."""
-
-    features: Float[Tensor, "m f"]
-    radius: Float[Tensor, "2 m"]
+CLASSIFIED = 500  # images at a time
+REAL_SAMPLE = tuple(field.name for field in dataclasses.fields(RealSample))
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Features, the real set's statistics, a classifier that no reward has seen; and what else may be asked for."""
+    """Features, the real set's statistics, a classifier that no reward has seen; and what else may be asked for.
+
+    Images are judged in two steps, so that many processes can share the first: `columns` of some images have a row for
+    each; `figures_of` takes those of all.
+    """
 
     network: nn.Module
     real: Statistics | None
     classifier: Classifier | None
     sample: Callable[[], RealSample] | None = None  # for KID and neighbours; called when these are measured
     data_sha256: str = ""
+    classifier_sha256: str = ""
     reference: Reference | None = None
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What results say of it: the features' name and the SHA-256 of all that the figures depend on."""
+        about = {"features": getattr(self.network, "name", ""), "data_sha256": self.data_sha256}
+        if self.classifier_sha256:
+            about["classifier_sha256"] = self.classifier_sha256
+        if self.reference is not None:
+            about |= {"reference": self.reference.name, "inception_sha256": self.reference.inception.sha256}
+        return about
 
     def figures(self, images: UInt8[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> dict[str, float]:
         """As `figures_of`, of images in memory."""
-        return self.figures_of([(images, labels)])
+        return self.figures_of(self.columns(images, labels))
 
-    def figures_of(self, parts: Parts) -> dict[str, float]:
-        """Every figure of images that come in parts, read once or (with a reference) twice.
+    @torch.inference_mode()
+    def columns(self, images: UInt8[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> Columns:
+        """What each image has by itself: its label, its features, what the classifier says, what Inception sees."""
+        found = {"labels": labels, "features": extract(self.network, images)}
+        if self.classifier is not None:
+            device = next(self.classifier.parameters()).device
+            logits = torch.cat(
+                [self.classifier(part.to(device).float() / 255).cpu() for part in images.split(CLASSIFIED)]
+            )
+            found["accuracy"] = (logits.argmax(dim=1) == labels).float()
+            found["log_probability"] = logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
+        if self.reference is not None:
+            found |= self.reference.inception.columns(images)
+        return found
+
+    def figures_of(self, columns: Columns) -> dict[str, float]:
+        """Every figure of images, from their `columns`.
 
         FD, KID, precision, recall, density, coverage and diversity on the judge's features; held-out accuracy and
         log-probability; and against ADM's reference what `Reference.figures` finds.
         """
-        features, labels, columns = [], [], []
-        for images, part_labels in parts:
-            features.append(extract(self.network, images))
-            labels.append(part_labels)
-            columns.append(self._scores(images, part_labels))
-        found = self._distances(torch.cat(features))
-        found["diversity"] = diversity_within_class(torch.cat(features), torch.cat(labels))
-        for name in columns[0]:
-            found[name] = float(torch.cat([column[name] for column in columns]).mean())
+        found = self._distances(columns["features"])
+        found["diversity"] = diversity_within_class(columns["features"], columns["labels"])
+        for name in ("accuracy", "log_probability"):
+            if name in columns:
+                found[name] = float(columns[name].mean())
         if self.reference is not None:
-            device = next(iter(self.network.parameters()), torch.empty(0)).device
-            found |= self.reference.figures((images for images, _ in parts), device)
+            found |= self.reference.figures(columns)
         return found
 
     def _distances(self, features: Float[Tensor, "n f"]) -> dict[str, float]:
@@ -87,23 +105,10 @@ class Judge:
             found["fd"] = frechet_distance(features, self.real)
         if self.sample is not None:
             some = self.sample()
-            found["kid"] = kernel_distance(features, some.features)
+            found["kid"] = kernel_distance(features, some)
             if min(len(features), len(some.features)) > max(NEIGHBOURS):
-                found |= neighbour_figures(features, some.features, some.radius)
+                found |= neighbour_figures(features, some)
         return found
-
-    @torch.inference_mode()
-    def _scores(self, images: UInt8[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> dict[str, Tensor]:
-        """The numbers that each image has by itself."""
-        found: dict[str, list[Tensor]] = {}
-        for part, wanted in zip(images.split(500), labels.split(500), strict=True):
-            if self.classifier is not None:
-                device = next(self.classifier.parameters()).device
-                logits = self.classifier(part.to(device).float() / 255).cpu()
-                found.setdefault("accuracy", []).append((logits.argmax(dim=1) == wanted).float())
-                chosen = logits.log_softmax(dim=1).gather(1, wanted[:, None])[:, 0]
-                found.setdefault("log_probability", []).append(chosen)
-        return {name: torch.cat(values) for name, values in found.items()}
 
     def warning(self, count: int) -> tuple[str, float] | None:
         """What to say, and the bias of the Fréchet distance to expect, where `count` images are fewer than features.
@@ -128,31 +133,36 @@ def cache_folder() -> Path:
 
 def real_statistics(images: Callable[[], ImageData], network: Features, digest: str, cache: Path) -> Statistics:
     """Statistics of the real images, read from `cache` where they are there, else computed and kept there."""
-    if cache.is_file():
-        return Statistics.load(cache, network.name)
-    parts = (extract(network, part) for part in images().images.split(1000))
-    found = Statistics.of(parts, network.name, digest)
-    found.save(cache)
-    return found
+    if not cache.is_file():
+        parts = (extract(network, part) for part in images().images.split(1000))
+        Statistics.of(parts, network.name, digest).save(cache)
+    return Statistics.load(cache, network.name)  # kept in float32: so that the first run finds what later ones do
 
 
 def real_sample(images: Callable[[], ImageData], network: Features, count: int, cache: Path) -> RealSample:
     """`count` real images, evenly spaced over the set, kept in `cache` likewise."""
     if cache.is_file():
         with safe_open(cache, framework="pt") as content:
-            return RealSample(content.get_tensor("features"), content.get_tensor("radius"))
+            return RealSample(**{name: content.get_tensor(name) for name in REAL_SAMPLE})
     data = images()
     count = min(count, len(data))
     chosen = torch.arange(count) * len(data) // count
-    features = extract(network, data.images[chosen])
-    found = RealSample(features, neighbour_distances(features))
-    write_tensors(cache, {"features": found.features, "radius": found.radius}, {"features": network.name})
+    found = RealSample.of(extract(network, data.images[chosen]))
+    write_tensors(cache, {name: getattr(found, name) for name in REAL_SAMPLE}, {"features": network.name})
     return found
 
 
 def data_hash(data: ImageData) -> str:
     """SHA-256 of the images' bytes."""
     return hashlib.sha256(data.images.contiguous().numpy().tobytes()).hexdigest()
+
+
+def held_out(network: Features, classifier: Path | None, device: torch.device | str) -> Judge:
+    """A judge that knows no real images yet."""
+    if classifier is None:
+        return Judge(network, None, None)
+    digest = sha256_of(classifier_file(classifier))
+    return Judge(network, None, load_classifier(classifier).to(device), classifier_sha256=digest)
 
 
 def load_judge(
@@ -200,7 +210,7 @@ def load_judge(
     else:
         real = real_statistics(images, network, digest, cache_folder() / f"statistics-{key}.safetensors")
     count = min(sample, MOST)
-    cache = cache_folder() / f"features-{key}-{count}.safetensors"
+    cache = cache_folder() / f"sample-{key}-{count}.safetensors"
 
     @functools.cache
     def some() -> RealSample:
@@ -210,22 +220,23 @@ def load_judge(
 
     if classifier is None and fashion:
         classifier = Path("fashion-judge")
-    held_out = None if classifier is None else load_classifier(classifier).to(device)
-    return Judge(network, real, held_out, some if count else None, digest)
+    return dataclasses.replace(
+        held_out(network, classifier, device), real=real, sample=some if count else None, data_sha256=digest
+    )
 
 
 def judge_by_reference(file: Path, classifier: Path | None, features: str | None, device: torch.device | str) -> Judge:
     """A judge with a reference file in the place of real images: ADM's `.npz`, or marval's statistics.
 
     Raises:
-        ValueError: no such file (where ADM's comes from is said), or statistics of other features (both are named).
+        ValueError: no such file (where ADM's comes from is said), statistics of other features (both are named), or
+            what `Reference.load` raises.
     """
     network = find_features(features).to(device)
-    held_out = None if classifier is None else load_classifier(classifier).to(device)
-    judge = Judge(network, None, held_out)
+    judge = held_out(network, classifier, device)
     if file.suffix == ".safetensors":
         real = Statistics.load(file, network.name)
-        digest = real.data_sha256 or hashlib.sha256(file.read_bytes()).hexdigest()
+        digest = real.data_sha256 or sha256_of(file)
         return dataclasses.replace(judge, real=real, data_sha256=digest)
-    reference = Reference.load(file)
+    reference = Reference.load(file, device)
     return dataclasses.replace(judge, reference=reference, data_sha256=reference.sha256)

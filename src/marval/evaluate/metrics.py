@@ -3,79 +3,79 @@
 Features in, numbers out. The Fréchet distance itself stands in `marval.evaluate.features`, beside its statistics.
 """
 
-import warnings
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from marval.evaluate.features import Statistics, frechet_distance
 from marval.randomness import generator
 
-MOST = 10_000  # images of each side whose neighbours are sought: distances grow with the square
+MOST = 10_000  # real images that drawn ones are compared with one by one: what distances take grows with them
 NEIGHBOURS = (3, 5)  # k of precision and recall, and of density and coverage
 ROWS = 1000  # of a matrix of distances at a time
 
 
-class Given(nn.Module):
-    """torchmetrics asks a network for features: these are ready."""
+@dataclass(frozen=True)
+class RealSample:
+    """Features of some real images, and what they have among themselves."""
 
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
+    features: Float[Tensor, "m f"]
+    radius: Float[Tensor, "2 m"]  # see `neighbour_distances`
+    kernel: Float[Tensor, ""]  # see `mean_kernel`
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+    @classmethod
+    def of(cls, features: Float[Tensor, "n f"]) -> "RealSample":
+        """Of the first `MOST` images."""
+        features = features[:MOST]
+        return cls(features, neighbour_distances(features), mean_kernel(features))
 
 
-def kernel_distance(
-    drawn: Float[Tensor, "n f"], real: Float[Tensor, "m f"], subsets: int = 20, subset_size: int = 1000
-) -> float:
-    """KID: the squared maximum mean discrepancy under a cubic kernel, unbiased (Binkowski et al. 2018), in float64.
+def kernel_distance(drawn: Float[Tensor, "n f"], real: RealSample) -> float:
+    """KID: the squared maximum mean discrepancy under the kernel (x.y / f + 1)^3 (Binkowski et al. 2018), in float64.
 
-    The mean over `subsets` random choices of `subset_size` images of each side, or of as many as there are.
+    The unbiased estimate on all images of both sides, of which there may be unequal numbers: means over random subsets,
+    as they are often taken, estimate the same with more noise. It may fall below 0.
+
+    Raises:
+        ValueError: fewer than 2 images on one side.
     """
-    from torchmetrics.image.kid import KernelInceptionDistance
-
-    size = min(subset_size, len(drawn), len(real))
-    with warnings.catch_warnings():  # it warns that it keeps the features, which are here anyway
-        warnings.simplefilter("ignore")
-        metric = KernelInceptionDistance(
-            Given(drawn.shape[1]), subsets=subsets, subset_size=size, sync_on_compute=False
-        )
-    metric.update(real.double(), real=True)
-    metric.update(drawn.double(), real=False)
-    with torch.random.fork_rng(devices=[]):  # it draws subsets from the global stream
-        torch.manual_seed(generator("kid").initial_seed())
-        mean, _ = metric.compute()
-    return float(mean)
+    if min(len(drawn), len(real.features)) < 2:
+        raise ValueError(f"{len(drawn)} drawn and {len(real.features)} real images: expected at least 2 of each")
+    between = torch.stack([_kernel(part, real.features).sum() for part in drawn.split(ROWS)]).sum()
+    return float(mean_kernel(drawn) + real.kernel - 2 * between / (len(drawn) * len(real.features)))
 
 
-def neighbour_figures(
-    drawn: Float[Tensor, "n f"], real: Float[Tensor, "m f"], real_radius: Float[Tensor, "2 m"] | None = None
-) -> dict[str, float]:
+def mean_kernel(features: Float[Tensor, "n f"]) -> Float[Tensor, ""]:
+    """The mean of KID's kernel over all pairs of two different images, in float64."""
+    pairs = torch.stack([_kernel(part, features).sum() for part in features.split(ROWS)]).sum()
+    themselves = (features.double().square().mean(dim=1) + 1).pow(3).sum()
+    return (pairs - themselves) / (len(features) * (len(features) - 1))
+
+
+def _kernel(x: Float[Tensor, "n f"], y: Float[Tensor, "m f"]) -> Float[Tensor, "n m"]:
+    return (x.double() @ y.double().T / x.shape[1] + 1).pow(3)
+
+
+def neighbour_figures(drawn: Float[Tensor, "n f"], real: RealSample) -> dict[str, float]:
     """Precision, recall, density and coverage, from balls that reach to each image's k-th nearest neighbour.
 
     Precision is the share of drawn images within a real image's ball, recall the share of real images within a drawn
     image's ball (k = 3; Kynkäänniemi et al. 2019). Density counts the real balls that a drawn image lies in, over k;
-    coverage is the share of real images with a drawn image in their ball (k = 5; Naeem et al. 2020). The first
-    `MOST` images of each side.
-
-    Args:
-        real_radius: what `neighbour_distances` finds of the real images, where it is known.
+    coverage is the share of real images with a drawn image in their ball (k = 5; Naeem et al. 2020).
 
     Raises:
         ValueError: fewer than 6 images on one side.
     """
-    drawn, real = drawn[:MOST].double(), real[:MOST].double()
-    if min(len(drawn), len(real)) <= max(NEIGHBOURS):
-        raise ValueError(f"{len(drawn)} drawn and {len(real)} real images: expected at least 6 of each")
-    near, dense = neighbour_distances(real) if real_radius is None else real_radius
+    if min(len(drawn), len(real.features)) <= max(NEIGHBOURS):
+        raise ValueError(f"{len(drawn)} drawn and {len(real.features)} real images: expected at least 6 of each")
+    (near, dense), features = real.radius, real.features.double()
     precise = density = 0.0
-    recalled = torch.zeros(len(real), dtype=torch.bool)
-    covered = torch.zeros(len(real), dtype=torch.bool)
+    recalled = torch.zeros(len(features), dtype=torch.bool)
+    covered = torch.zeros(len(features), dtype=torch.bool)
     for part, radius in zip(drawn.split(ROWS), neighbour_distances(drawn)[0].split(ROWS), strict=True):
-        distances = torch.cdist(part, real)
+        distances = torch.cdist(part.double(), features)
         precise += float((distances <= near).any(dim=1).sum())
         within = distances <= dense
         density += float(within.sum()) / NEIGHBOURS[1]

@@ -1,5 +1,6 @@
 """Results files: JSON with one part per kind of measurement, whose rows say what made them."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -21,7 +22,7 @@ from marval.io.files import write_text
 from marval.pipeline import Pipeline
 
 PARTS = ("quality", "timing", "bench", "rewards", "study", "full-size", "plan")
-PACKAGES = ("marval", "torch", "numpy", "torchmetrics")
+PACKAGES = ("marval", "torch", "numpy", "torchmetrics", "torch-fidelity")
 
 Row = dict[str, Any]
 Models = Sequence[tuple[Path, Pipeline]]  # with the folders that they were loaded from
@@ -29,11 +30,16 @@ Models = Sequence[tuple[Path, Pipeline]]  # with the folders that they were load
 
 @functools.cache
 def commit() -> str:
-    """The commit of the code that runs."""
-    try:
+    """The commit of the code that runs, "-dirty" where the package differs from it."""
+
+    def git(*arguments: str) -> str:
+        package = Path(__file__).parents[1]
         return subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            ["git", *arguments], cwd=package, capture_output=True, text=True, check=True
         ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
     except (OSError, subprocess.CalledProcessError):
         return "not a checkout"
 
@@ -56,15 +62,20 @@ def provenance(seed: int) -> dict[str, Any]:
     }
 
 
-def made_by(device: torch.device) -> dict[str, Any]:
-    """What made one row: command, commit, device and versions."""
+def made_by(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """What made one row: command, commit, device, processes and the threads of each, versions of what is installed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return {
         "command": command_line(),
         "commit": commit(),
         "device": f"{device.type} ({name})",
-        "versions": {"python": platform.python_version(), **versions},
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
     }
 
 
@@ -110,7 +121,7 @@ def check_measure(about: Row, rows: Sequence[Row], out: Path) -> None:
     """
     for row in rows:
         for name, value in about.items():
-            found = row.get(name, FEATURES if name == "features" else value)  # older rows do not say
+            found = row.get(name, FEATURES if name == "features" else value)  # a row may not say
             if found != value:
                 raise ValueError(f"{out} has {name} {found!r}, expected {value!r}: choose another --out")
 

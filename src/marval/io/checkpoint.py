@@ -1,7 +1,6 @@
 """Models on disk: a folder with `model.safetensors` (which carries its configuration) and a readable `config.json`."""
 
 import copy
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from marval.config import ModelConfig
-from marval.io.files import write_tensors, write_text
+from marval.io.files import sha256_of, write_tensors, write_text
 from marval.model import MAR
 
 WEIGHTS = "model.safetensors"
@@ -91,8 +90,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig]:
 
 def model_hash(folder: Path) -> str:
     """SHA-256 of a model's weights' file."""
-    with (folder / WEIGHTS if folder.is_dir() else folder).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(folder / WEIGHTS if folder.is_dir() else folder)
 
 
 def check_tensors(file: Path | str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

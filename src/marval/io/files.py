@@ -1,6 +1,7 @@
-"""Writing files so that a reader, or a crash, never meets half of one."""
+"""Files written so that a reader, or a crash, never meets half of one; and their hashes."""
 
 import contextlib
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -53,6 +54,12 @@ def write_text(target: Path | str, text: str) -> None:
     """Write `text` to `target`, whole or not at all."""
     with atomic_path(target) as partial:
         partial.write_text(text)
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _umask() -> int:

@@ -7,7 +7,6 @@ image size, VAE stride, patch size) comes from the caller, from `args`, or from 
 
 import argparse
 import dataclasses
-import hashlib
 import pickle
 import re
 import zipfile
@@ -22,7 +21,7 @@ from torch import Tensor
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig
 from marval.imagenet import imagenet_classes
 from marval.io.checkpoint import check_tensors
-from marval.io.files import atomic_path
+from marval.io.files import atomic_path, sha256_of
 from marval.model import MAR
 
 HEADS_OF_WIDTH = {768: 12, 1024: 16, 1280: 16}  # MAR-B, -L, -H
@@ -212,5 +211,4 @@ def save_official(file: Path | str, model: MAR) -> None:
 
 def file_hash(path: Path | str) -> str:
     """SHA-256 of a checkpoint's file, read in pieces."""
-    with find_file(Path(path)).open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return sha256_of(find_file(Path(path)))

@@ -1,7 +1,7 @@
 """Differentiable rewards: `reward(images in [0, 1], prompts) -> one number per image`."""
 
 from marval.rewards.base import KNOWN, Reward, WeightedReward, checked, find_reward, parse_rewards, standardized
-from marval.rewards.classifier import Classifier, ClassifierReward, load_classifier
+from marval.rewards.classifier import Classifier, ClassifierReward, classifier_file, load_classifier
 
 __all__ = [
     "KNOWN",
@@ -10,6 +10,7 @@ __all__ = [
     "Reward",
     "WeightedReward",
     "checked",
+    "classifier_file",
     "find_reward",
     "load_classifier",
     "parse_rewards",

@@ -105,22 +105,32 @@ def save_classifier(file: Path, classifier: Classifier, figures: dict[str, objec
     write_tensors(file, tensors, {"format": "pt", "classifier": json.dumps(about)})
 
 
+def classifier_file(file: Path | str) -> Path:
+    """Where a classifier lies: a bundled one by name ("fashion-classifier", "fashion-judge"), or a file.
+
+    Raises:
+        ValueError: no such file.
+    """
+    bundled = Path(str(files("marval"))) / "assets" / f"{file}.safetensors"
+    path = bundled if bundled.is_file() else Path(file)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: make a classifier with marval train-classifier")
+    return path
+
+
 def load_classifier(file: Path | str) -> Classifier:
-    """Read a classifier's file, or a bundled one by name ("fashion-classifier", "fashion-judge").
+    """Read a classifier (see `classifier_file`).
 
     Raises:
         ValueError: no such file, or not a classifier.
     """
-    bundled = Path(str(files("marval"))) / "assets" / f"{file}.safetensors"
-    path = bundled if bundled.is_file() else Path(file)
+    path = classifier_file(file)
     try:
         with safe_open(path, framework="pt") as content:
             about = json.loads((content.metadata() or {}).get("classifier", "null"))
             if about is None:
                 raise ValueError(f"{path} is not a classifier: make one with marval train-classifier")
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: make a classifier with marval train-classifier") from None
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from None
     classifier = Classifier(about["architecture"], about["channels"], tuple(about["class_names"]))
