@@ -19,9 +19,10 @@ import torch
 from diffusers import AutoencoderKL
 
 from marval.config import Chain, DistillConfig, FinetuneConfig, LatentSpace, MARConfig, ModelConfig, OneStep
-from marval.evaluate.results import made_by, read_results, write_results
+from marval.evaluate.results import read_results, write_results
 from marval.model import MAR, linear
 from marval.plan import distill_memory, finetune_memory, plan_distill, plan_finetune
+from marval.provenance import made_by
 from marval.randomness import generator
 from marval.sampling import DrawByChain, DrawInOneStep, sample
 from marval.train.distill import distill

@@ -94,6 +94,36 @@ def test_diversity_is_the_mean_distance_within_a_class():
     assert math.isnan(diversity_within_class(features, torch.tensor([0, 1, 2, 3])))
 
 
+class Sure(Classifier):
+    """Takes an image's brightness for its class, by given log-odds."""
+
+    def __init__(self, odds):
+        super().__init__("plain", 1, ("a", "b", "c"))
+        self.odds = torch.nn.Parameter(torch.tensor(odds))
+
+    def forward(self, images):
+        seen = (images[:, 0, 0, 0] * 255).round().long()
+        return torch.nn.functional.one_hot(seen, 3).float() * self.odds
+
+
+def test_accuracy_and_log_probability_have_known_answers(network):
+    """600 images, more than are classified at a time: two in three are what they are called."""
+    labels = torch.arange(600) % 3
+    seen = torch.where(labels == 2, 0, labels)
+    images = seen.byte()[:, None, None, None].expand(-1, 1, 8, 8)
+    judge = Judge(network, None, Sure(2.0))
+    columns = judge.columns(images, labels)
+    assert columns["accuracy"].tolist() == [1.0, 1.0, 0.0] * 200
+    right, wrong = 2 - math.log(math.e**2 + 2), -math.log(math.e**2 + 2)
+    assert columns["log_probability"].tolist() == pytest.approx([right, right, wrong] * 200)
+    found = judge.figures(images, labels)
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert found["log_probability"] == pytest.approx((2 * right + wrong) / 3)
+    halves = [judge.columns(images[rows], labels[rows]) for rows in (slice(0, 250), slice(250, 600))]
+    together = {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+    assert judge.figures_of(together) == pytest.approx(found, rel=1e-5)
+
+
 def test_drawn_images_do_not_depend_on_the_batch_size():
     pipeline = tiny_pipeline(Chain(guidance=1.5, steps=8, clip=True))
     images, labels = draw_bytes(pipeline, 7, 3, seed=2)
@@ -115,7 +145,7 @@ def test_results_resume_and_refuse_other_weights(network, tmp_path):
     pipeline = tiny_pipeline(OneStep())
     pipeline.save(folder)
     said: list[str] = []
-    run = {"iterations": (2, 3), "samples": 6, "out": out, "report": said.append}
+    run = {"iterations": (2, 3, 2), "samples": 6, "out": out, "report": said.append}
     rows = evaluate([(folder, pipeline)], judge, **run)
     assert [row["iterations"] for row in rows] == [2, 3]
     assert [line.split()[0] for line in said] == ["warning:", "tiny", "tiny"]  # 6 images are fewer than 1280 features
@@ -127,6 +157,16 @@ def test_results_resume_and_refuse_other_weights(network, tmp_path):
     assert len(results["quality"]["rows"]) == 2
     assert len(results["timing"]["rows"]) == 4
     assert {"command", "commit", "seed", "torch"} <= set(results["quality"])
+    before = [row for row in results["timing"]["rows"] if row["iterations"] == 3]
+    time_models([(folder, pipeline)], iterations=(2,), batches=(1, 2), repeats=1, out=out, report=said.append)
+    after = json.loads(out.read_text())["timing"]["rows"]
+    assert len(after) == 4
+    assert [row for row in after if row["iterations"] == 3] == before  # only what was timed again is replaced
+    with pytest.raises(ValueError, match="expected 1 to 16 for tiny"):
+        evaluate([(folder, pipeline)], judge, **run | {"iterations": (4, 17)})
+    with pytest.raises(ValueError, match="--samples 1: expected at least 2"):
+        evaluate([(folder, pipeline)], judge, **run | {"samples": 1})
+    assert len(json.loads(out.read_text())["quality"]["rows"]) == 2
     tiny_pipeline(OneStep(), seed=1).save(folder)
     with pytest.raises(ValueError, match="other weights named tiny"):
         evaluate([(folder, pipeline)], judge, **run)

@@ -1,14 +1,18 @@
 """Results files compared, quality against time, and README's claims against the results that they stand on."""
 
 import dataclasses
+import hashlib
 import json
+import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
 from PIL import Image
 
+from marval import provenance
 from marval.config import Chain, OneStep
 from marval.evaluate.compare import compare
 from marval.evaluate.images import SHARD
@@ -116,12 +120,54 @@ def test_times_differ_where_their_rounds_do_not_overlap(tmp_path):
         assert difference.what == "rounds"
 
 
+def test_a_teacher_and_a_student_compare_where_each_file_holds_one(tmp_path):
+    a = write(tmp_path / "t.json", [teacher(8, 100, fd, seed=s) for s, fd in ((0, 12.0), (1, 12.1), (2, 11.9))])
+    b = write(tmp_path / "s.json", [quality(seed=s, fd=fd) for s, fd in ((0, 9.0), (1, 9.1), (2, 9.2))])
+    said, found = compare(a, b)
+    assert found[0].setting == "t K=8, T=100, w=3, 100 samples, against s"
+    assert (found[0].verdict, found[0].counts) == ("a difference", (3, 3))
+    assert any("draw" in line for line in said)
+    several = write(tmp_path / "two.json", [teacher(8, 100, 12.0), teacher(8, 10, 30.0)])
+    with pytest.raises(ValueError, match="share no setting"):  # which of the two chains?
+        compare(several, b)
+
+
+def rewarded(seed, **rewards):
+    scores = {name: {"mean": mean, "standard_error": error} for name, (mean, error) in rewards.items()}
+    return quality(seed=seed, prompt="a {}", rewards=scores)
+
+
+def test_rewards_compare_by_their_standard_errors(tmp_path):
+    """Two seeds of 100 images each against one: 1.96 times the standard error of the difference of their means."""
+    for name, rows in (
+        ("a", [rewarded(0, clip=(20.0, 0.3)), rewarded(1, clip=(20.4, 0.4))]),
+        ("b", [rewarded(0, clip=(21.0, 0.6), other=(1.0, 0.1))]),
+        ("c", [rewarded(0, clip=(21.6, 0.6))]),
+    ):
+        write_results(tmp_path / f"{name}.json", "rewards", rows, 0)
+    (one,) = compare(tmp_path / "a.json", tmp_path / "b.json")[1]
+    assert (one.figure, one.first, one.second, one.counts) == ("clip", pytest.approx(20.2), 21.0, (200, 100))
+    assert one.chance == pytest.approx(1.96 * (0.25**2 + 0.6**2) ** 0.5)
+    assert one.verdict == "no more than chance"
+    (other,) = compare(tmp_path / "a.json", tmp_path / "c.json")[1]
+    assert other.verdict == "a difference"
+
+
+def test_benches_compare_at_the_same_precision(tmp_path):
+    row = timed(quality(), 1.0) | {"repeats": 3}
+    write_results(tmp_path / "a.json", "bench", [row | {"autocast": True, "seconds_per_image": 0.4}, row], 0)
+    write_results(tmp_path / "b.json", "bench", [row | {"seconds_per_image": 3.0, "fastest": 2.9, "slowest": 3.1}], 0)
+    said, (difference,) = compare(tmp_path / "a.json", tmp_path / "b.json")
+    assert (difference.first, difference.second, difference.verdict) == (1.0, 3.0, "a difference")
+    assert f"only in {tmp_path / 'a.json'}: s K=8, batch 1, bf16" in said
+
+
 def test_compare_refuses_what_does_not_compare(tmp_path):
     first = write(tmp_path / "a.json", [quality()])
     other = write(tmp_path / "features.json", [quality(features="my:net")])
     with pytest.raises(ValueError, match="features 'E' and 'my:net'"):
         compare(first, other)
-    with pytest.raises(ValueError, match="against data"):
+    with pytest.raises(ValueError, match=r"data_sha256 'd+' and 'e+'"):
         compare(first, write(tmp_path / "data.json", [quality(data_sha256="e" * 64)]))
     with pytest.raises(ValueError, match="share no setting"):
         compare(first, write(tmp_path / "k.json", [quality(k=3)]))
@@ -165,7 +211,7 @@ def test_points_join_quality_and_time_and_know_who_beats_whom(curve, tmp_path):
     assert smallest_gain([p for p in points[2:] if p.fd > 8], points[:2]) == pytest.approx(5.0)  # T=10, K=8, by K=4
     assert [p.fd for p in points_of(curve, batch=1, seed=1)] == [9.5]
     assert verdicts([p for p in points if p.iterations != 16]) == ["s lies left-below of all 2 points of the teacher"]
-    assert best_within(points, 0.03) == "best within 0.03 s an image: s K=4: FD 12.00 in 0.02 s"
+    assert best_within(points, 0.03) == "best within 0.03 s an image: s K=4: FD on E 12.00 in 0.02 s"
     assert "t K=16, T=100" in best_within(points, 5.0)
     assert best_within(points, 0.001).startswith("none draws an image in 0.001 s: the fastest is s K=4")
     assert "| t | 16 | 100 | 3 | 8.00 | 0.9000 | 2000.00 |" in sweep_table(points)
@@ -174,6 +220,23 @@ def test_points_join_quality_and_time_and_know_who_beats_whom(curve, tmp_path):
         draw(points, tmp_path / name, 1)
         with Image.open(tmp_path / name) as picture:
             assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20)) > 20
+
+
+def test_points_take_times_of_the_same_weights_in_float32_and_fid_where_it_was_measured(tmp_path):
+    row = quality(autocast=True) | {"fid": 2.5}
+    row.pop("fd")
+    weights = {"sha256": row["sha256"]}
+    times = [
+        timed(row, 0.1) | weights | {"autocast": True}, timed(row, 0.2) | weights,
+        timed(row, 0.3) | {"sha256": "b" * 64}, timed(row, 0.4) | weights | {"compiled": True},
+    ]  # fmt: skip
+    file = write(tmp_path / "r.json", [row])
+    for order in (times, times[::-1]):
+        write_results(file, "bench", order, 0)
+        (point,) = points_of(file, batch=1)
+        assert (point.seconds, point.fd, point.measure) == (0.2, 2.5, "FID")
+    write_results(file, "bench", times[2:3], 0)
+    assert points_of(file, batch=1) == []  # of other weights
 
 
 def test_tables_show_means_over_seeds_and_the_chains_that_vary(curve):
@@ -206,6 +269,25 @@ def test_a_benchs_summary_takes_latency_and_the_best_throughput():
         [row, row | {"batch": 64, "seconds_per_image": 0.5, "memory_bytes": 2**23, "fraction_of_peak": 0.4}]
     )
     assert "| t | 100 | 3.0 | 8 | 2000 (1800 to 2400) | 2 (64) | 3 | 8 | 40% |" in table
+
+
+def test_the_commit_says_when_the_code_differs_from_it(tmp_path, monkeypatch):
+    def git(*arguments):
+        told = ("-c", "user.name=a", "-c", "user.email=a@b")
+        done = subprocess.run(["git", *told, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    commit = provenance.commit.__wrapped__
+    git("init", "-q")
+    (tmp_path / "code.py").write_text("a = 1")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    assert commit() == git("rev-parse", "HEAD")
+    (tmp_path / "results.json").write_text("{}")  # what the command itself writes is no code
+    assert commit() == git("rev-parse", "HEAD")
+    (tmp_path / "code.py").write_text("a = 2")
+    assert commit() == git("rev-parse", "HEAD") + "-dirty"
 
 
 # The claims of README
@@ -325,6 +407,8 @@ def work(tmp_path_factory):
             Image.fromarray(array.numpy()).save(root / "pictures" / name / f"{i}.png")
     config = dataclasses.replace(tiny_config(), data="folder:pictures")
     Pipeline(tiny_model(), config).save(root / "teacher")
+    (root / "bright.py").write_text("def bright(images, prompts): return images.mean(dim=(1, 2, 3))\n")
+    write_results(root / "other.json", "bench", [timed(quality("student"), 1.0) | {"sha256": "f" * 64}], 0)
     for name, seed in (("student", 0), ("impostor", 1)):
         Pipeline(tiny_model(seed), dataclasses.replace(config, draw=OneStep(), name="student")).save(root / name)
     return root
@@ -364,6 +448,35 @@ def test_two_processes_evaluate_as_one_and_say_what_made_the_row(work):
     assert {difference.verdict for difference in found} == {"the same"}
 
 
+def test_images_of_rows_that_are_measured_are_drawn_and_exported(work):
+    arguments = ("evaluate", "student", "--iterations", 2, 2, "--samples", 6, "--batches", "--out", "kept.json")
+    for kept in ((), ("--images", "kept", "--image-format", "npz")):
+        done = marval(*arguments, *kept, cwd=work)
+        assert done.returncode == 0, done.stderr
+        assert len(read_results(work / "kept.json")["quality"]["rows"]) == 1
+    (archive,) = work.glob("kept/*/images.npz")
+    with np.load(archive) as content:
+        assert content["arr_0"].shape == (6, 8, 8, 3)
+        assert content["arr_1"].tolist() == [0, 1] * 3
+    done = marval("evaluate", "student", "--rewards", "bright:bright", "--iterations", 2, "--samples", 6, "--images",
+                  "kept", "--out", "rewards.json", cwd=work)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (row,) = read_results(work / "rewards.json")["rewards"]["rows"]
+    assert row["rewards"]["bright:bright"]["mean"] == pytest.approx(content_mean(archive), rel=1e-4)
+    assert row["rewards"]["bright:bright"]["sha256"] == hashlib.sha256((work / "bright.py").read_bytes()).hexdigest()
+    assert len(list((work / "kept").iterdir())) == 1  # the same images
+    (work / "bright.py").write_text((work / "bright.py").read_text() + "# changed")
+    done = marval("evaluate", "student", "--rewards", "bright:bright", "--iterations", 2, "--samples", 6, "--out",
+                  "rewards.json", cwd=work)  # fmt: skip
+    assert done.returncode == 2
+    assert "rewards.json holds figures of a reward bright:bright with other weights" in done.stderr
+
+
+def content_mean(archive):
+    with np.load(archive) as content:
+        return content["arr_0"].mean() / 255
+
+
 def test_sweep_and_compare_run(work):
     done = marval(
         "sweep", "teacher", "--iterations", 2, 4, "--guidance", 1, 2, "--steps", 3, "--samples", 8, "--budget", 60,
@@ -389,6 +502,12 @@ def test_sweep_and_compare_run(work):
         ),
         (("compare", "a.json", "b.json"), ("a.json is not there",)),
         (("bench", "imagenet256-base", "student"), ("random weights",)),
+        (("evaluate", "student", "--samples", 1), ("--samples 1", "at least 2")),
+        (("evaluate", "student", "--iterations", 99), ("--iterations 99", "1 to 16")),
+        (("evaluate", "student", "--repeats", 0), ("--repeats 0",)),
+        (("evaluate", "student", "--rewards", "classifier", "--judge", "j"), ("--judge", "not with --rewards")),
+        (("evaluate", "student", "--image-format", "png"), ("--images DIR",)),
+        (("bench", "student", "--iterations", 2, "--out", "other.json"), ("other weights named student",)),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

@@ -1,7 +1,6 @@
 """`marval bench`: how fast models draw, against what their arithmetic and the machine allow."""
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep, Schedule, Size
+from marval.evaluate.evaluate import iterations_of
 from marval.evaluate.images import balanced_labels
-from marval.evaluate.results import describe, named, write_results
+from marval.evaluate.results import describe, named, replace_times
+from marval.evaluate.throughput import memory_of
+from marval.evaluate.timing import in_turns, seconds_of
 from marval.flops import context_flops, head_flops, model_flops
 from marval.model import MAR, TokenHead
 from marval.model.linear import linear
 from marval.pipeline import Pipeline
+from marval.provenance import made_by
 from marval.randomness import generator
 from marval.sampling import DrawTokens, draw_counts, draw_function, sample
 
@@ -55,21 +58,6 @@ def random_pair(size: Size, device: str) -> list[Pipeline]:
     ]
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for an accelerator; a CPU is always done."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def seconds_of(job: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of a job."""
-    synchronize(device)
-    began = time.perf_counter()
-    job()
-    synchronize(device)
-    return time.perf_counter() - began
-
-
 @torch.inference_mode()
 def peak_flops(device: torch.device, autocast: bool, repeats: int = 7) -> float:
     """The machine's floating-point operations a second in a large matrix product, the best of a few tries."""
@@ -104,6 +92,7 @@ def bench(
     batches: Sequence[int],
     repeats: int,
     out: Path,
+    hashes: Sequence[str] = (),
     autocast: bool = False,
     compiled: bool = False,
     report: Callable[[str], None] = print,
@@ -111,8 +100,11 @@ def bench(
     """Time every model at every K and batch size, in turn, so that a drifting machine hits all alike.
 
     Rows hold seconds per image (median, fastest, slowest; latents, without a VAE), the context network's share of it,
-    operations, their rate, and the fraction of the machine's peak; with a teacher first, also the speed-up over it
-    at the same K, and the one that operations alone allow.
+    operations, their rate, the fraction of the machine's peak, and memory; with a teacher first, also the speed-up
+    over it at the same K, and the one that operations alone allow. They replace those of `out` at the same setting.
+
+    Args:
+        hashes: SHA-256 of every model's weights; without, they are random: rows say no hash and measure no memory.
     """
     device = pipelines[0].device
     if compiled:
@@ -122,33 +114,33 @@ def bench(
             model.head.denoise = torch.compile(model.head.denoise, dynamic=True)  # type: ignore[method-assign]
     peak = peak_flops(device, autocast)
     report(f"peak of this machine ({device.type}, {'bf16' if autocast else 'float32'}): {peak / 1e9:.0f} GFLOP/s")
-    runs = [(pipeline, k) for k in iterations for pipeline in pipelines]
+    own = [iterations_of(pipeline, iterations) for pipeline in pipelines]
+    runs = [(k, i) for k in dict.fromkeys(k for ks in own for k in ks) for i, ks in enumerate(own) if k in ks]
     rows: list[dict[str, Any]] = []
     for batch in batches:
-        times: list[list[float]] = [[] for _ in runs]
-        contexts: list[list[float]] = [[] for _ in runs]
-        for repeat in range(repeats + 1):
-            for i, (pipeline, k) in enumerate(runs):
-                draw = draw_function(pipeline.config)
-                nothing = DrawNothing(draw.noise_draws, draw.guidance, draw.guidance_schedule)
-                whole = seconds_of(_drawing(pipeline, draw, k, batch, autocast), device) / batch
-                part = seconds_of(_drawing(pipeline, nothing, k, batch, autocast), device) / batch
-                if repeat > 0 or repeats == 0:  # the first round warms up
-                    times[i].append(whole)
-                    contexts[i].append(part)
-        for (pipeline, k), whole_times, part_times in zip(runs, times, contexts, strict=True):
-            row = _row(pipeline, k, batch, whole_times, part_times, peak)
-            row |= {"autocast": autocast, "compiled": compiled, "device": device.type}
+        jobs = []
+        for k, i in runs:
+            draw = draw_function(pipelines[i].config)
+            nothing = DrawNothing(draw.noise_draws, draw.guidance, draw.guidance_schedule)
+            jobs += [_drawing(pipelines[i], one, k, batch, autocast) for one in (draw, nothing)]
+        times = [[seconds / batch for seconds in own] for own in in_turns(jobs, repeats, device)]
+        for (k, i), whole, context in zip(runs, times[::2], times[1::2], strict=True):
+            row = _row(pipelines[i], k, batch, whole, context, peak)
+            row |= {"autocast": autocast, "compiled": compiled, "device": device.type, "made": made_by(device)}
+            if hashes:
+                row["sha256"] = hashes[i]
+                if not compiled:
+                    row["memory_bytes"] = memory_of(pipelines[i], k, batch, autocast)
             teacher = next((r for r in rows if r["teacher"] and (r["iterations"], r["batch"]) == (k, batch)), None)
             if teacher is not None and not row["teacher"]:
                 row["speed_up"] = teacher["seconds_per_image"] / row["seconds_per_image"]
                 row["speed_up_by_flops"] = teacher["gflops_per_image"] / row["gflops_per_image"]
             rows.append(row)
             report(_line(row))
-    for k in iterations:
+    for k in dict.fromkeys(k for k, _ in runs):
         for saving, share in savings(pipelines[0].config.mar, k).items():
             report(f"K={k}: {saving}: {share:.0%} less to compute for a student")
-    write_results(out, "bench", rows, 0)
+    replace_times(out, "bench", rows)
     return rows
 
 

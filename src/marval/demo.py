@@ -13,10 +13,10 @@ from marval.config import DistillConfig, OneStep
 from marval.data import load_images
 from marval.evaluate.images import draw_bytes
 from marval.evaluate.judge import Judge, load_judge
-from marval.evaluate.results import provenance
 from marval.io.files import write_text
 from marval.io.images import grid, save_picture
 from marval.pipeline import Pipeline, load
+from marval.provenance import provenance
 from marval.train.distill import distill
 
 SAMPLES = 100  # images that each model is scored on

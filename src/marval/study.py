@@ -19,11 +19,12 @@ from torch import Tensor
 from marval.config import FinetuneConfig
 from marval.evaluate.images import draw_bytes
 from marval.evaluate.judge import Judge
-from marval.evaluate.results import made_by, markdown, read_results, write_results
+from marval.evaluate.results import markdown, read_results, write_results
 from marval.evaluate.rewards import mean_and_error, reward_values
 from marval.io.files import atomic_path, write_text
 from marval.io.images import grid, save_picture
 from marval.pipeline import Pipeline
+from marval.provenance import made_by
 from marval.rewards import Reward
 from marval.train.finetune import Anchor, Keeper, finetune
 from marval.train.run import LOG

@@ -1,7 +1,5 @@
-"""What the verbs' arguments stand for: the device, models, data and judges that they name; and the whole command."""
+"""What the verbs' arguments stand for: the device, models, data and judges that they name."""
 
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,8 +112,3 @@ def judge_for(
         return images
 
     return load_judge(spec, classifier, real_images, features=features, sample=sample, device=pipeline.device)
-
-
-def command_line() -> str:
-    """What was typed, for provenance."""
-    return shlex.join(["marval", *sys.argv[1:]])

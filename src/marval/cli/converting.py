@@ -6,8 +6,9 @@ from typing import Literal, cast
 
 from tyro.conf import Positional
 
-from marval.cli.arguments import command_line, usable_device
+from marval.cli.arguments import usable_device
 from marval.config import Order, Size
+from marval.provenance import command_line, made_by
 
 
 def convert(
@@ -120,6 +121,8 @@ def plan(
     for name, value in (("gpus", gpus), ("gpu-memory", gpu_memory), ("tflops", tflops), ("efficiency", efficiency)):
         if not value > 0:
             raise ValueError(f"--{name} {value}: expected a number above 0")
+    import torch
+
     from marval.evaluate.results import write_results
     from marval.plan import GIB, plan_rows, report
 
@@ -129,7 +132,8 @@ def plan(
         rows += plan_rows(size, gpus, int(gpu_memory * GIB), tflops * 1e12, efficiency)
         print("\n".join([*([f"{preset}:"] if len(presets) > 1 else []), *report(rows[-2:])]))
     if out is not None:
-        write_results(out, "plan", rows, 0)
+        made = made_by(torch.device("cpu"))
+        write_results(out, "plan", [{**row, "made": made} for row in rows], 0)
 
 
 def average(

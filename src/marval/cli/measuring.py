@@ -110,6 +110,9 @@ def bench(
     repeats: int = 3,
     samples: int = 0,
     seed: tuple[int, ...] = (0,),
+    data: str | None = None,
+    judge: Path | None = None,
+    reference: Path | None = None,
     plot: Path | None = None,
     autocast: bool = False,
     compiled: bool = False,
@@ -133,6 +136,9 @@ def bench(
         repeats: timed rounds after one that warms up; 0: only that one, for runs of many minutes.
         samples: images of each (model, K, T, w) for the quality; 0: none is measured.
         seed: of those images; several: their mean.
+        data: the real images; those of the first model when left out.
+        judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
+        reference: a file in the real images' place, as for marval evaluate: the curve is then of FID.
         plot: a picture of quality against time per image (needs `samples` in this or an earlier run, and `plots`).
         autocast: draw in bf16.
         compiled: use torch.compile.
@@ -142,8 +148,10 @@ def bench(
     from marval.bench import bench as run
     from marval.bench import largest_batch, random_pair
     from marval.evaluate.evaluate import evaluate as measure
+    from marval.evaluate.evaluate import iterations_of
     from marval.evaluate.plots import need_matplotlib
-    from marval.evaluate.throughput import complete, summary, worthwhile_batches
+    from marval.evaluate.results import measured_rows, model_hashes
+    from marval.evaluate.throughput import summary, worthwhile_batches
 
     if not models:
         raise ValueError("name at least one model, for example: marval bench fashion-teacher fashion-student")
@@ -164,19 +172,19 @@ def bench(
     for size in full_size:
         pair = random_pair(cast(Size, size), device)
         pipelines += [p.with_chain(steps=next(iter(steps), None)) if p.config.draw.kind == "chain" else p for p in pair]
-    iterations = iterations or (pipelines[0].config.iterations,)
+    hashes = model_hashes(loaded, measured_rows(out), out)  # before anything is measured
+    smallest = [iterations_of(pipeline, iterations)[0] for pipeline in pipelines]
     if not batches and full_size:
-        batches = (1, 4) if device == "cpu" else (1, largest_batch(pipelines[0], iterations[0], autocast))
-    batches = batches or worthwhile_batches(pipelines, iterations[0], autocast)
+        batches = (1, 4) if device == "cpu" else (1, largest_batch(pipelines[0], smallest[0], autocast))
+    batches = tuple(dict.fromkeys(batches)) or worthwhile_batches(pipelines, smallest, autocast)
     if samples:
-        judged = judge_for(pipelines[0], None, None)
+        judged = judge_for(pipelines[0], data, judge, reference=reference)
         measure(loaded, judged, iterations=iterations, samples=samples, out=out, seeds=seed, autocast=autocast)
     rows = run(
-        pipelines, iterations=iterations, batches=batches, repeats=repeats, out=out, autocast=autocast,
+        pipelines, iterations=iterations, batches=batches, repeats=repeats, out=out, hashes=hashes, autocast=autocast,
         compiled=compiled,
     )  # fmt: skip
     if loaded:
-        complete(rows, loaded, out, memory=not compiled)
         print(summary(rows))
         show_curve(out, min(batches), plot)
 
@@ -188,11 +196,14 @@ def compare(first: Positional[Path], second: Positional[Path]) -> None:
 
     marval compare student.json tuned.json
 
+    Quality, rewards, times and benches are compared. Where each file holds one model (of a teacher at one T and w),
+    they are compared whoever they are: a teacher and a student, say.
+
     Measure three seeds or more (--seed 0 1 2): of one in each file nothing can be said. One against several will do,
     and takes a large difference.
 
     Args:
-        first: a JSON file of marval evaluate.
+        first: a JSON file of marval evaluate, bench or sweep.
         second: another.
     """
     from marval.evaluate.compare import compare as run
@@ -221,6 +232,7 @@ def sweep(
     repeats: int = 3,
     data: str | None = None,
     judge: Path | None = None,
+    reference: Path | None = None,
     autocast: bool = False,
     plot: Path | None = None,
     out: Path = Path("results/sweep.json"),
@@ -244,6 +256,7 @@ def sweep(
         repeats: timed rounds.
         data: the real images; those of the model when left out.
         judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
+        reference: a file in the real images' place, as for marval evaluate.
         autocast: draw the samples in bf16 (times are always float32).
         plot: a picture of the curves (needs the extra `plots`).
         out: the JSON file; rows that it holds already are not drawn again.
@@ -253,16 +266,14 @@ def sweep(
     from marval.evaluate.pareto import best_within, points_of, sweep_table
     from marval.evaluate.plots import draw_sweep, need_matplotlib
 
-    if samples < 1 or batch < 1 or repeats < 1 or (budget is not None and budget <= 0):
-        raise ValueError(
-            f"--samples {samples} --batch {batch} --repeats {repeats} --budget {budget}: expected at least 1, above 0"
-        )
+    if batch < 1 or repeats < 1 or (budget is not None and budget <= 0):
+        raise ValueError(f"--batch {batch} --repeats {repeats} --budget {budget}: expected at least 1, above 0")
     if plot is not None:
         need_matplotlib()
     loaded = load_models((model,), usable_device(device), steps, guidance)
     tokens = loaded[0][1].config.mar.num_tokens
     iterations = iterations or tuple(2**i for i in range(tokens.bit_length()) if 2**i <= tokens)
-    judged = judge_for(loaded[0][1], data, judge)
+    judged = judge_for(loaded[0][1], data, judge, reference=reference)
     evaluate(loaded, judged, iterations=iterations, samples=samples, out=out, seeds=seed, autocast=autocast)
     time_models(loaded, iterations=iterations, batches=(batch,), repeats=repeats, out=out)
     points = points_of(out, batch=batch, samples=samples, only={loaded[0][1].config.name})

@@ -57,8 +57,8 @@ def train_text_image(
     import json
 
     from marval.data import load_images, split_data
-    from marval.evaluate.results import provenance
     from marval.io.files import write_text
+    from marval.provenance import provenance
     from marval.train.text_image import Phrases
     from marval.train.text_image import train_text_image as run
 

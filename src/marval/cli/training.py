@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from marval.cli.arguments import command_line, data_of, judge_for, load_pipeline, usable_device
+from marval.cli.arguments import data_of, judge_for, load_pipeline, usable_device
 from marval.config import Chain, DistillConfig, FinetuneConfig, TrainConfig
+from marval.provenance import command_line
 
 if TYPE_CHECKING:
     from marval.parallel import Workers

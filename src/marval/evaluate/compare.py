@@ -3,8 +3,8 @@
 Figures of several seeds are compared by Student's t-test (two-sided, 5 %) with one variance for both sides, so that one
 seed on one side is enough where the other has several; of one seed on each side nothing can be said. The seeds are
 those of the drawn images: what another training would give, no number of them tells. Seeds that both sides share make
-the test cautious (their images have their noise in common). Times differ where no round of one file is as fast as one
-of the other.
+the test cautious (their images have their noise in common). Rewards are compared by their standard errors over images.
+Times differ where no round of one file is as fast as one of the other.
 """
 
 import math
@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marval.evaluate.results import Row, by_setting, figures_of, named, read_results, setting
+from marval.evaluate.results import Row, curve_of, figures_of, named, read_results, setting, timed_setting
 
 IDENTITY = ("sha256", "data_sha256", "order", "draw")
-MADE = ("command", "commit", "device", "versions")
+MADE = ("command", "commit", "device", "processes", "threads", "versions")
+KINDS = ("quality", "rewards", "timing", "bench")
+NORMAL = 1.96  # standard deviations within which 19 of 20 normal values lie
 UNKNOWN = {
     "seeds": "no telling from one seed on each side, measure several (--seed 0 1 2)",
     "rounds": "no telling from a single round, time several (--repeats 5)",
@@ -31,8 +33,8 @@ QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.2
 class Difference:
     """One figure of one setting in both files.
 
-    Its mean over seeds or median over rounds, of how many in each file, and how much chance makes them differ (None:
-    unknown).
+    Its mean over seeds or images, or median over rounds, of how many in each file, and how much chance makes them
+    differ (None: unknown).
     """
 
     setting: str
@@ -57,8 +59,8 @@ class Difference:
 def compare(first: Path, second: Path) -> tuple[list[str], list[Difference]]:
     """Lines on what made the two differ, and the differences of every figure that both have at one setting.
 
-    A setting is model, T, w, K, number of samples and precision; where each file holds one model, models of different
-    names are compared.
+    A setting is who draws (model, T, w) and how it was measured (K, number of samples or batch size, precision,
+    prompt). Where each file holds one who draws, these are compared whoever they are: a teacher and a student, say.
 
     Raises:
         ValueError: a file is missing, holds no results, shares no setting with the other, or was measured on other
@@ -67,18 +69,20 @@ def compare(first: Path, second: Path) -> tuple[list[str], list[Difference]]:
     parts = [_read(file) for file in (first, second)]
     said: list[str] = []
     found: list[Difference] = []
-    for part in ("quality", "timing"):
+    for part in KINDS:
         a, b = (_groups(results.get(part, {}).get("rows", []), part) for results in parts)
-        if len({key[0] for key in a}) == len({key[0] for key in b}) == 1:
-            (name,) = {key[0] for key in a}
-            b = {(name, *key[1:]): rows for key, rows in b.items()}
+        if len({who for who, _ in a}) == len({who for who, _ in b}) == 1:
+            (who,) = {who for who, _ in a}
+            b = {(who, how): rows for (_, how), rows in b.items()}
         for here, there, file in ((a, b, first), (b, a, second)):
             said += [f"only in {file}: {_label(rows[0], part)}" for key, rows in here.items() if key not in there]
         for key in (key for key in a if key in b):
             said += [line for line in _made_differently(a[key], b[key], part) if line not in said]
             found += _differences(a[key], b[key], part)
     if not found:
-        raise ValueError(f"{first} and {second} share no setting (model, T, w, K, samples): nothing to compare")
+        raise ValueError(
+            f"{first} and {second} share no setting (model, T, w, K, samples or batch, precision): nothing to compare"
+        )
     return said, found
 
 
@@ -88,25 +92,35 @@ def _read(file: Path) -> dict[str, Any]:
     return read_results(file)
 
 
-def _groups(rows: Sequence[Row], part: str) -> dict[tuple[Any, ...], list[Row]]:
-    if part == "quality":
-        return by_setting(rows)
-    return {(*setting(row), row["batch"]): [row] for row in rows}
+def _groups(rows: Sequence[Row], part: str) -> dict[tuple[tuple[Any, ...], tuple[Any, ...]], list[Row]]:
+    """Rows by who draws and how it was measured."""
+    found: dict[tuple[tuple[Any, ...], tuple[Any, ...]], list[Row]] = {}
+    for row in rows:
+        key = setting(row) if part in ("quality", "rewards") else timed_setting(row)
+        found.setdefault((key[:3], (*key[3:], row.get("prompt"))), []).append(row)
+    return found
 
 
 def _label(row: Row, part: str) -> str:
-    count = f"{row['samples']} samples" if part == "quality" else f"batch {row['batch']}"
-    return f"{named(row)}, {count}"
+    label = f"{named(row)}, " + (
+        f"{row['samples']} samples" if part in ("quality", "rewards") else f"batch {row['batch']}"
+    )
+    if part == "bench":
+        label += "".join(f", {name}" for name, on in (("bf16", "autocast"), ("compiled", "compiled")) if row.get(on))
+    return label
+
+
+def _label_of(first: Row, second: Row, part: str) -> str:
+    label = _label(first, part)
+    return label if curve_of(first) == curve_of(second) else f"{label}, against {curve_of(second)}"
 
 
 def _made_differently(first: Sequence[Row], second: Sequence[Row], part: str) -> list[str]:
-    a, b, label = first[0], second[0], _label(first[0], part)
-    features = [row.get("features") for row in (a, b)]
-    if None not in features and features[0] != features[1]:
-        raise ValueError(f"{label}: measured on features {features[0]!r} and {features[1]!r}: these do not compare")
-    data = [row.get("data_sha256") or None for row in (a, b)]
-    if None not in data and data[0] != data[1]:
-        raise ValueError(f"{label}: measured against data {data[0]} and {data[1]}: these do not compare")
+    a, b, label = first[0], second[0], _label_of(first[0], second[0], part)
+    for name in ("features", "data_sha256", "classifier_sha256"):
+        found = [row.get(name) or None for row in (a, b)]
+        if None not in found and found[0] != found[1]:
+            raise ValueError(f"{label}: measured with {name} {found[0]!r} and {found[1]!r}: these do not compare")
     lines = []
     for name in IDENTITY:
         if a.get(name) != b.get(name):
@@ -122,14 +136,20 @@ def _made_differently(first: Sequence[Row], second: Sequence[Row], part: str) ->
 
 
 def _differences(first: Sequence[Row], second: Sequence[Row], part: str) -> list[Difference]:
-    label = _label(first[0], part)
-    if part == "timing":
-        (a,), (b,) = first, second
-        name, counts = "seconds_per_image", (a["repeats"], b["repeats"])
-        fast, slow = sorted((a, b), key=lambda row: row[name])
-        # Medians that are further apart leave no round of the slow one as fast as any of the fast one.
-        overlap = slow[name] - slow["fastest"] + fast["slowest"] - fast[name] if min(counts) > 1 else None
-        return [Difference(label, name, a[name], b[name], overlap, counts, "rounds")]
+    label = _label_of(first[0], second[0], part)
+    if part == "quality":
+        return _of_quality(first, second, label)
+    if part == "rewards":
+        return _of_rewards(first, second, label)
+    (a,), (b,) = first, second
+    name, counts = "seconds_per_image", (a["repeats"], b["repeats"])
+    fast, slow = sorted((a, b), key=lambda row: row[name])
+    # Medians that are further apart leave no round of the slow one as fast as any of the fast one.
+    overlap = slow[name] - slow["fastest"] + fast["slowest"] - fast[name] if min(counts) > 1 else None
+    return [Difference(label, name, a[name], b[name], overlap, counts, "rounds")]
+
+
+def _of_quality(first: Sequence[Row], second: Sequence[Row], label: str) -> list[Difference]:
     found = []
     for name in figures_of(first[0]):
         values = [[row[name] for row in rows if name in row] for rows in (first, second)]
@@ -139,6 +159,21 @@ def _differences(first: Sequence[Row], second: Sequence[Row], part: str) -> list
         means = statistics.mean(a_values), statistics.mean(b_values)
         counts = len(a_values), len(b_values)
         found.append(Difference(label, name, *means, chance_of(a_values, b_values), counts))
+    return found
+
+
+def _of_rewards(first: Sequence[Row], second: Sequence[Row], label: str) -> list[Difference]:
+    """Means over all images of both sides; their standard errors say what chance makes (1.96 of them, 5 %)."""
+    found = []
+    for name in first[0]["rewards"]:
+        sides = [[row["rewards"][name] for row in rows if name in row["rewards"]] for rows in (first, second)]
+        if not all(sides):
+            continue
+        means = [statistics.mean(one["mean"] for one in side) for side in sides]
+        errors = [math.hypot(*(one["standard_error"] for one in side)) / len(side) for side in sides]
+        one, other = (sum(row["samples"] for row in rows if name in row["rewards"]) for rows in (first, second))
+        chance = NORMAL * math.hypot(*errors)
+        found.append(Difference(label, name, means[0], means[1], chance, (one, other), "images"))
     return found
 
 

@@ -28,18 +28,19 @@ from marval.evaluate.results import (
     Row,
     check_measure,
     describe,
-    made_by,
+    measured_rows,
     model_hashes,
     named,
     read_results,
+    replace_times,
     write_results,
 )
+from marval.evaluate.timing import Job, in_turns
 from marval.flops import model_flops
 from marval.parallel import Workers
 from marval.pipeline import Pipeline
+from marval.provenance import made_by
 from marval.sampling import draw_counts
-
-SHORTEST = 0.3  # seconds that a timing lasts at least
 
 
 def probe(
@@ -52,23 +53,6 @@ def probe(
 def flops_per_image(pipeline: Pipeline, iterations: int) -> int:
     """Floating-point operations (2 per multiply-add) of matrix products and attention for one image."""
     return model_flops(pipeline.config, draw_counts(pipeline.config.mar.num_tokens, iterations)).total
-
-
-def seconds_per_image(runs: Sequence[tuple[Pipeline, int]], batch: int, repeats: int) -> list[list[float]]:
-    """Times of every (pipeline, K), in turn, `repeats` times over, so that a drifting machine hits all alike.
-
-    Each is the mean over at least `SHORTEST` seconds: a single short run would time caches that the others emptied.
-    """
-    times: list[list[float]] = [[] for _ in runs]
-    for repeat in range(repeats + 1):
-        for i, (pipeline, iterations) in enumerate(runs):
-            began, drawn = time.perf_counter(), 0
-            while drawn == 0 or time.perf_counter() - began < SHORTEST:
-                pipeline.sample(balanced_labels(batch, len(pipeline.config.class_names)), iterations=iterations)
-                drawn += batch  # the images are on the CPU: an accelerator is done
-            if repeat > 0:  # the first round warms up
-                times[i].append((time.perf_counter() - began) / drawn)
-    return times
 
 
 @dataclass(frozen=True)
@@ -184,7 +168,7 @@ def evaluate(
     """
     workers = workers or Workers()
     rows: list[Row] = read_results(out).get("quality", {}).get("rows", [])
-    hashes = model_hashes(models, rows, out)
+    hashes = model_hashes(models, measured_rows(out), out)
     bias: float | None = None
     check_measure(judge.about, rows, out)
     runs = runs_of(models, hashes, iterations=iterations, samples=samples, seeds=seeds, autocast=autocast)
@@ -236,25 +220,31 @@ def time_models(
     out: Path,
     report: Callable[[str], None] = print,
 ) -> list[Row]:
-    """Seconds per image of every model at every K and batch size, interleaved in one run.
+    """Seconds per image of every model at every K and batch size, in turns; they replace those at the same setting.
 
     Raises:
-        ValueError: two models share a name, or `out` holds the quality of other weights under one.
+        ValueError: two models share a name, or `out` holds figures of other weights under one.
     """
     rows: list[Row] = []
-    hashes = model_hashes(models, read_results(out).get("quality", {}).get("rows", []), out)
     settings = [
         (pipeline, digest, k)
-        for (_, pipeline), digest in zip(models, hashes, strict=True)
-        for k in iterations or (pipeline.config.iterations,)
+        for (_, pipeline), digest in zip(models, model_hashes(models, measured_rows(out), out), strict=True)
+        for k in iterations_of(pipeline, iterations)
     ]
+
+    def drawing(pipeline: Pipeline, k: int, batch: int) -> Job:
+        labels = balanced_labels(batch, len(pipeline.config.class_names))
+        return lambda: pipeline.sample(labels, iterations=k)
+
     for batch in batches:
-        measured = seconds_per_image([(pipeline, k) for pipeline, _, k in settings], batch, repeats)
-        for (pipeline, digest, k), times in zip(settings, measured, strict=True):
+        jobs = [drawing(pipeline, k, batch) for pipeline, _, k in settings]
+        measured = in_turns(jobs, repeats, models[0][1].device)
+        for (pipeline, digest, k), seconds in zip(settings, measured, strict=True):
+            times = [one / batch for one in seconds]
             median = statistics.median(times)
             row = {**describe(pipeline), "sha256": digest, "iterations": k, "batch": batch}
             row |= {"seconds_per_image": median, "fastest": min(times), "slowest": max(times), "repeats": repeats}
             rows.append({**row, "made": made_by(pipeline.device)})
             report(f"{named(row)}, batch {batch}: {median * 1000:.2f} ms/image")
-    write_results(out, "timing", rows, 0)
+    replace_times(out, "timing", rows)
     return rows

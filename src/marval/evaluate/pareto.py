@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marval.evaluate.results import Row, by_setting, markdown, named, read_results
+from marval.evaluate.results import Row, by_setting, curve_of, markdown, named, read_results, title_of
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,13 @@ class Point:
     model: str
     teacher: bool
     iterations: int
+    curve: str  # model and, for a teacher, T and w: what K varies along
+    label: str  # the same with K
     steps: int | None  # T; None for a student
     guidance: float | None  # w; None for a student
-    label: str  # all of these
     seconds: float
-    fd: float
+    fd: float  # Fréchet distance: FID, where the quality is measured against ADM's reference
+    measure: str  # the distance's name
     accuracy: float | None
     samples: int
     seeds: int
@@ -31,27 +33,32 @@ def points_of(
 ) -> list[Point]:
     """The settings of a results file whose quality and whose time at a batch size were both measured.
 
+    Times are those of the same weights, without compilation and in float32 where there are such.
+
     Args:
         samples: of the quality; the largest number that there is for each setting when None.
         only: models' names; all of them when empty.
         seed: of the quality; the mean over all seeds when None.
     """
     results = read_results(out)
-    times: dict[tuple[Any, ...], float] = {}
-    for row in [*results.get("timing", {}).get("rows", []), *results.get("bench", {}).get("rows", [])]:
-        if row["batch"] == batch:
-            times[_chain(row)] = row["seconds_per_image"]
+    timed = [row for part in ("bench", "timing") for row in results.get(part, {}).get("rows", [])]
+    timed = sorted(
+        (row for row in timed if row["batch"] == batch),
+        key=lambda row: (bool(row.get("compiled")), bool(row.get("autocast"))),
+    )
     found: dict[tuple[Any, ...], Point] = {}
     quality = [row for row in results.get("quality", {}).get("rows", []) if seed in (None, row["seed"])]
     for rows in by_setting(quality).values():
         row, key = rows[0], _chain(rows[0])
-        fits = samples in (None, row["samples"]) and (not only or row["model"] in only) and "fd" in row
-        if not fits or key not in times or (key in found and found[key].samples > row["samples"]):
+        distance = "fd" if "fd" in row else "fid"
+        fits = samples in (None, row["samples"]) and (not only or row["model"] in only) and distance in row
+        time = next((t["seconds_per_image"] for t in timed if _chain(t) == key and _same_weights(t, row)), None)
+        if not fits or time is None or (key in found and found[key].samples > row["samples"]):
             continue
         accuracies = [r["accuracy"] for r in rows if "accuracy" in r]
         found[key] = Point(
-            row["model"], row["teacher"], row["iterations"], row["draw"].get("steps"), row["draw"].get("guidance"),
-            named(row), times[key], statistics.mean(r["fd"] for r in rows),
+            row["model"], row["teacher"], row["iterations"], curve_of(row), named(row), row["draw"].get("steps"),
+            row["draw"].get("guidance"), time, statistics.mean(r[distance] for r in rows), title_of(distance, rows),
             statistics.mean(accuracies) if accuracies else None, row["samples"], len(rows),
         )  # fmt: skip
     return sorted(found.values(), key=lambda p: (p.model, -(p.steps or 0), p.guidance or 0, p.iterations))
@@ -62,9 +69,14 @@ def _chain(row: Row) -> tuple[Any, ...]:
     return row["model"], draw.get("steps"), draw.get("guidance"), row["iterations"]
 
 
+def _same_weights(timed: Row, row: Row) -> bool:
+    return timed.get("sha256", row.get("sha256")) == row.get("sha256", timed.get("sha256"))
+
+
 def sweep_table(points: Sequence[Point]) -> str:
     """The points in Markdown."""
-    header, lines = ["model", "K", "T", "w", "FD-EfficientNet", "held-out accuracy", "ms / image"], []
+    measure = points[0].measure if points else "Fréchet distance"
+    header, lines = ["model", "K", "T", "w", measure, "held-out accuracy", "ms / image"], []
     for p in points:
         chain = [str(p.steps or ""), "" if p.guidance is None else f"{p.guidance:g}"]
         accuracy = "" if p.accuracy is None else f"{p.accuracy:.4f}"
@@ -79,7 +91,7 @@ def best_within(points: Sequence[Point], budget: float) -> str:
         fastest = min(points, key=lambda p: p.seconds)
         return f"none draws an image in {budget:g} s: the fastest is {fastest.label}, {fastest.seconds:.4g} s"
     best = min(within, key=lambda p: p.fd)
-    return f"best within {budget:g} s an image: {best.label}: FD {best.fd:.2f} in {best.seconds:.4g} s"
+    return f"best within {budget:g} s an image: {best.label}: {best.measure} {best.fd:.2f} in {best.seconds:.4g} s"
 
 
 def unbeaten(teacher: Sequence[Point], student: Sequence[Point]) -> list[Point]:

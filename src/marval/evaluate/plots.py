@@ -31,8 +31,7 @@ def curves_of(points: Sequence[Point]) -> dict[str, list[Point]]:
     """Points by model and, for teachers, T and w, each curve by growing K."""
     curves: dict[str, list[Point]] = {}
     for p in points:
-        chain = f", T={p.steps}, w={p.guidance:g}" if p.guidance is not None else ""
-        curves.setdefault(p.model + chain, []).append(p)
+        curves.setdefault(p.curve, []).append(p)
     return {name: sorted(curve, key=lambda p: p.iterations) for name, curve in curves.items()}
 
 
@@ -50,7 +49,7 @@ def draw_pareto(points: Sequence[Point], file: Path, batch: int) -> None:
             place = (p.seconds * 1000, p.fd)
             axes.annotate(f"K={p.iterations}", place, (4, 4), textcoords="offset points", fontsize=7)
     axes.set(
-        xscale="log", xlabel=f"ms per image, batch {batch}", ylabel=f"FD-EfficientNet ({_samples(points)} samples)"
+        xscale="log", xlabel=f"ms per image, batch {batch}", ylabel=f"{points[0].measure} ({_samples(points)} samples)"
     )
     for kind in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         kind(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else "")  # 1, 2, 5, 10, 20, ... in plain numbers
@@ -64,7 +63,7 @@ def draw_sweep(points: Sequence[Point], file: Path, batch: int) -> None:
     figure = need_matplotlib()(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     panels: list[tuple[Any, str, Callable[[Point], float | None]]] = [
-        (left, f"FD-EfficientNet ({_samples(points)} samples)", lambda p: p.fd),
+        (left, f"{points[0].measure} ({_samples(points)} samples)", lambda p: p.fd),
         (right, "held-out accuracy", lambda p: p.accuracy),
     ]
     for axes, title, value in panels:

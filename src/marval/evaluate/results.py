@@ -1,82 +1,42 @@
 """Results files: JSON with one part per kind of measurement, whose rows say what made them."""
 
-import contextlib
 import dataclasses
-import functools
-import importlib.metadata
 import json
-import platform
-import shlex
-import subprocess
-import sys
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from marval.config import Chain
 from marval.evaluate.features import FEATURES
 from marval.io.checkpoint import model_hash
 from marval.io.files import write_text
 from marval.pipeline import Pipeline
+from marval.provenance import provenance
 
 PARTS = ("quality", "timing", "bench", "rewards", "study", "full-size", "plan")
-PACKAGES = ("marval", "torch", "numpy", "torchmetrics", "torch-fidelity")
+
+TITLES = {
+    "fd": "FD-EfficientNet",
+    "fid": "FID",
+    "inception_score": "IS",
+    "sfid": "sFID",
+    "inception_precision": "Inception precision",
+    "inception_recall": "Inception recall",
+    "inception_kid": "Inception KID",
+    "accuracy": "held-out accuracy",
+    "log_probability": "held-out log-probability",
+    "diversity": "diversity",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "gflops_per_image": "GFLOP / image",
+}
 
 Row = dict[str, Any]
 Models = Sequence[tuple[Path, Pipeline]]  # with the folders that they were loaded from
-
-
-@functools.cache
-def commit() -> str:
-    """The commit of the code that runs, "-dirty" where the package differs from it."""
-
-    def git(*arguments: str) -> str:
-        package = Path(__file__).parents[1]
-        return subprocess.run(
-            ["git", *arguments], cwd=package, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "not a checkout"
-
-
-def command_line() -> str:
-    """What was typed, for provenance."""
-    return shlex.join(["marval", *sys.argv[1:]])
-
-
-def provenance(seed: int) -> dict[str, Any]:
-    """What made a result: command, commit, versions, machine."""
-    return {
-        "command": command_line(),
-        "commit": commit(),
-        "seed": seed,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def made_by(device: torch.device, processes: int = 1) -> dict[str, Any]:
-    """What made one row: command, commit, device, processes and the threads of each, versions of what is installed."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {
-        "command": command_line(),
-        "commit": commit(),
-        "device": f"{device.type} ({name})",
-        "processes": processes,
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-    }
 
 
 def describe(pipeline: Pipeline) -> dict[str, Any]:
@@ -154,6 +114,18 @@ def write_results(out: Path, part: str, rows: list[Row], seed: int) -> None:
     write_text(out, json.dumps(results, indent=1) + "\n")
 
 
+def replace_times(out: Path, part: str, rows: list[Row]) -> None:
+    """Put rows of timing or bench into a results file, in the place of those at the same setting."""
+    new = {timed_setting(row) for row in rows}
+    kept = [row for row in read_results(out).get(part, {}).get("rows", []) if timed_setting(row) not in new]
+    write_results(out, part, kept + rows, 0)
+
+
+def measured_rows(out: Path) -> list[Row]:
+    """Rows of a results file that name a model and its weights, of all parts."""
+    return [row for part in read_results(out).values() for row in part["rows"] if "model" in row and "sha256" in row]
+
+
 def setting(row: Row) -> tuple[Any, ...]:
     """What a row was measured at, but for its seed: model, T and w (None for a student), K, samples, bf16."""
     draw = row["draw"]
@@ -163,11 +135,34 @@ def setting(row: Row) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def timed_setting(row: Row) -> tuple[Any, ...]:
+    """What a row of timing or bench was measured at: model, T, w, K, batch size, bf16, compiled."""
+    draw = row["draw"]
+    return (
+        row["model"], draw.get("steps"), draw.get("guidance"), row["iterations"], row["batch"],
+        bool(row.get("autocast")), bool(row.get("compiled")),
+    )  # fmt: skip
+
+
 def named(row: Row) -> str:
     """Model, K and, for a teacher, T and w, as reports say it."""
+    return f"{row['model']} K={row['iterations']}{_chain(row)}"
+
+
+def curve_of(row: Row) -> str:
+    """The same without K."""
+    return f"{row['model']}{_chain(row)}"
+
+
+def _chain(row: Row) -> str:
     draw = row["draw"]
-    chain = f", T={draw['steps']}, w={draw['guidance']:g}" if "steps" in draw else ""
-    return f"{row['model']} K={row['iterations']}{chain}"
+    return f", T={draw['steps']}, w={draw['guidance']:g}" if "steps" in draw else ""
+
+
+def title_of(name: str, rows: Iterable[Row]) -> str:
+    """A figure's name in tables and plots; a distance on the user's own features says so."""
+    other = sorted({row["features"] for row in rows if row.get("features", FEATURES) not in (FEATURES, "")})
+    return f"FD on {', '.join(other)}" if name == "fd" and other else TITLES[name]
 
 
 def by_setting(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
@@ -175,6 +170,15 @@ def by_setting(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         found.setdefault(setting(row), []).append(row)
+    return found
+
+
+def mean_distances(rows: Iterable[Row]) -> dict[tuple[str, int, int], float]:
+    """Fréchet distance by (model, K, samples), the mean over seeds; of a teacher at several T and w, the first's."""
+    found: dict[tuple[str, int, int], float] = {}
+    for group in by_setting(rows).values():
+        key = (group[0]["model"], group[0]["iterations"], group[0]["samples"])
+        found.setdefault(key, statistics.mean(row["fd"] for row in group))
     return found
 
 

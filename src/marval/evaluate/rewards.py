@@ -10,9 +10,10 @@ from torch import Tensor
 
 from marval.evaluate.evaluate import KeepImages, Run, is_row_of, runs_of
 from marval.evaluate.images import SEEDS
-from marval.evaluate.results import Models, Row, made_by, model_hashes, named, read_results, write_results
+from marval.evaluate.results import Models, Row, measured_rows, model_hashes, named, read_results, write_results
 from marval.parallel import Workers
-from marval.rewards import Reward, checked
+from marval.provenance import made_by
+from marval.rewards import Reward, checked, reward_hash
 
 
 @torch.no_grad()
@@ -76,7 +77,9 @@ def evaluate_rewards(
         raise ValueError(f"prompt {prompt!r}: expected {{}} where the class's name goes")
     workers = workers or Workers()
     rows: list[Row] = read_results(out).get("rewards", {}).get("rows", [])
-    hashes = model_hashes(models, rows, out)
+    hashes = model_hashes(models, measured_rows(out), out)
+    weights = {name: reward_hash(reward) for name, reward in rewards.items()}
+    check_rewards(weights, rows, out)
     for run in runs_of(models, hashes, iterations=iterations, samples=samples, seeds=seeds, autocast=autocast):
         names, seed = run.pipeline.config.class_names, run.key["seed"]
         key = run.key | {"prompt": prompt, "prompts": min(samples, len(names)), "seeds": samples}
@@ -87,7 +90,9 @@ def evaluate_rewards(
             began = time.monotonic()
             found = _scores(run, missing, prompt, keep, workers, report)
             if workers.main:
-                row["rewards"] |= {name: mean_and_error(values) for name, values in found.items()}
+                row["rewards"] |= {
+                    name: {**mean_and_error(values), "sha256": weights[name]} for name, values in found.items()
+                }
                 row["made"] = made_by(run.pipeline.device, workers.count)
                 rows = [r for r in rows if r is not row] + [row]
                 write_results(out, "rewards", rows, seed)
@@ -97,6 +102,18 @@ def evaluate_rewards(
             report(f"{named(row)}, seed {seed}: {shown}")
     workers.barrier()
     return rows
+
+
+def check_rewards(weights: Mapping[str, str], rows: Sequence[Row], out: Path) -> None:
+    """One name stands for one reward in a results file, as far as its rows say.
+
+    Raises:
+        ValueError: `out` holds figures of other weights under a reward's name.
+    """
+    for row in rows:
+        for name, digest in weights.items():
+            if row["rewards"].get(name, {}).get("sha256", digest) != digest:
+                raise ValueError(f"{out} holds figures of a reward {name} with other weights: choose another --out")
 
 
 def _scores(

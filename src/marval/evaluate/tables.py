@@ -9,26 +9,26 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from marval.evaluate.features import FEATURES
-from marval.evaluate.results import Row, by_setting, markdown, read_results, setting
+from marval.evaluate.results import Row, by_setting, markdown, mean_distances, read_results, setting, title_of
 
 WIDTH = 240  # characters, where no terminal says how many
-COLUMNS = {
-    "fd": ("FD-EfficientNet", "{:.2f}"),
-    "fid": ("FID", "{:.3f}"),
-    "inception_score": ("IS", "{:.2f}"),
-    "sfid": ("sFID", "{:.3f}"),
-    "inception_precision": ("Inception precision", "{:.3f}"),
-    "inception_recall": ("Inception recall", "{:.3f}"),
-    "accuracy": ("held-out accuracy", "{:.4f}"),
-    "log_probability": ("held-out log-probability", "{:.4f}"),
-    "diversity": ("diversity", "{:.3f}"),
-    "kid": ("KID", "{:.3f}"),
-    "precision": ("precision", "{:.3f}"),
-    "recall": ("recall", "{:.3f}"),
-    "density": ("density", "{:.3f}"),
-    "coverage": ("coverage", "{:.3f}"),
-    "gflops_per_image": ("GFLOP / image", "{:.2f}"),
+FORMS = {
+    "fd": "{:.2f}",
+    "fid": "{:.3f}",
+    "inception_score": "{:.2f}",
+    "sfid": "{:.3f}",
+    "inception_precision": "{:.3f}",
+    "inception_recall": "{:.3f}",
+    "accuracy": "{:.4f}",
+    "log_probability": "{:.4f}",
+    "diversity": "{:.3f}",
+    "kid": "{:.3f}",
+    "inception_kid": "{:.5f}",
+    "precision": "{:.3f}",
+    "recall": "{:.3f}",
+    "density": "{:.3f}",
+    "coverage": "{:.3f}",
+    "gflops_per_image": "{:.2f}",
 }
 
 
@@ -41,7 +41,7 @@ def table_of(file: Path, without: Collection[str] = ()) -> tuple[list[str], list
     timing = results.get("timing", {}).get("rows", [])
     batches = sorted({row["batch"] for row in timing})
     quality = results.get("quality", {}).get("rows", [])
-    measured = [name for name in COLUMNS if name not in without and any(name in row for row in quality)]
+    measured = [name for name in FORMS if name not in without and any(name in row for row in quality)]
     columns = {name: title_of(name, quality) for name in measured}
     chains = {(r["model"], r["draw"].get("steps"), r["draw"].get("guidance")) for r in quality}
     several = len(chains) > len({model for model, _, _ in chains})
@@ -59,12 +59,6 @@ def table_of(file: Path, without: Collection[str] = ()) -> tuple[list[str], list
     return header, rows
 
 
-def title_of(name: str, rows: list[Row]) -> str:
-    """A column's title; a distance on the user's own features says so."""
-    other = sorted({row["features"] for row in rows if row.get("features", FEATURES) not in (FEATURES, "")})
-    return f"FD on {', '.join(other)}" if name == "fd" and other else COLUMNS[name][0]
-
-
 def _place(row: Row, models: list[str]) -> tuple[Any, ...]:
     draw = row["draw"]
     chain = -draw.get("steps", 0), draw.get("guidance", 0)
@@ -74,7 +68,7 @@ def _place(row: Row, models: list[str]) -> tuple[Any, ...]:
 def _cell(values: list[float], name: str) -> str:
     if not values:
         return ""
-    form = COLUMNS[name][1]
+    form = FORMS[name]
     spread = (max(values) - min(values)) / 2
     mean = form.format(statistics.mean(values))
     return f"{mean} ± {form.format(spread)}" if len(values) > 1 and name != "gflops_per_image" else mean
@@ -106,10 +100,7 @@ def speedup_table(file: Path) -> str:
     results = read_results(file)
     quality, timing = results["quality"]["rows"], results["timing"]["rows"]
     teacher = quality[0]["model"]
-    fd: dict[tuple[str, int, int], float] = {}
-    for rows in by_setting(quality).values():  # the mean over seeds
-        key = (rows[0]["model"], rows[0]["iterations"], rows[0]["samples"])
-        fd.setdefault(key, statistics.mean(row["fd"] for row in rows))
+    fd = mean_distances(quality)
     seconds = {(r["model"], r["iterations"], r["batch"]): r["seconds_per_image"] for r in timing}
     batches = sorted({r["batch"] for r in timing})
     header = ["model", "K", "samples", f"FD / {teacher}'s", *(f"speed-up, batch {b}" for b in batches)]

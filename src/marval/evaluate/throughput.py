@@ -2,12 +2,11 @@
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
 from marval.evaluate.images import balanced_labels
-from marval.evaluate.results import Models, Row, made_by, markdown, model_hashes, read_results, write_results
+from marval.evaluate.results import Row, markdown
 from marval.memory import LiveMemory
 from marval.pipeline import Pipeline
 
@@ -34,15 +33,15 @@ def best_batch(seconds: Callable[[int], float], most: int = 1024) -> int:
     return batch
 
 
-def worthwhile_batches(pipelines: Sequence[Pipeline], iterations: int, autocast: bool) -> tuple[int, ...]:
-    """1, and the best batch size of every model: up to 1,024, on a CPU to 64."""
+def worthwhile_batches(pipelines: Sequence[Pipeline], iterations: Sequence[int], autocast: bool) -> tuple[int, ...]:
+    """1, and the best batch size of every model, at the K that `iterations` has for it: up to 1,024, on a CPU to 64."""
     found, most = {1}, 64 if pipelines[0].device.type == "cpu" else 1024
-    for pipeline in pipelines:
+    for pipeline, k in zip(pipelines, iterations, strict=True):
 
-        def seconds(batch: int, pipeline: Pipeline = pipeline) -> float:
-            draw(pipeline, iterations, min(batch, 2), autocast)  # warm-up
+        def seconds(batch: int, pipeline: Pipeline = pipeline, k: int = k) -> float:
+            draw(pipeline, k, min(batch, 2), autocast)  # warm-up
             began = time.perf_counter()
-            draw(pipeline, iterations, batch, autocast)
+            draw(pipeline, k, batch, autocast)
             return time.perf_counter() - began
 
         found.add(best_batch(seconds, most))
@@ -62,21 +61,6 @@ def memory_of(pipeline: Pipeline, iterations: int, batch: int, autocast: bool) -
     with LiveMemory() as live:
         draw(pipeline, iterations, batch, autocast)
     return weights + live.peak
-
-
-def complete(rows: list[Row], models: Models, out: Path, memory: bool = True) -> None:
-    """Put hash, memory and what made them into rows of `marval.bench.bench`, and write them again.
-
-    Raises:
-        ValueError: `out` holds figures of other weights under one of the names.
-    """
-    hashes = model_hashes(models, read_results(out).get("quality", {}).get("rows", []), out)
-    for i, row in enumerate(rows):
-        _, pipeline = models[i % len(models)]  # they took turns in this order
-        row |= {"sha256": hashes[i % len(models)], "made": made_by(pipeline.device)}
-        if memory:
-            row["memory_bytes"] = memory_of(pipeline, row["iterations"], row["batch"], row["autocast"])
-    write_results(out, "bench", rows, 0)
 
 
 def summary(rows: Sequence[Row]) -> str:

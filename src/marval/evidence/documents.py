@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from marval.evaluate.results import markdown, read_results
+from marval.evaluate.compare import KINDS
+from marval.evaluate.results import Row, markdown, read_results
 from marval.evaluate.tables import bench_table, markdown_table, plan_table, rewards_table, speedup_table
 from marval.evidence.claims import CLAIMS, Claim, listed
 from marval.io.files import write_text
@@ -92,7 +93,7 @@ def _section(claim: Claim, root: Path) -> str:
 def again(claim: Claim) -> list[str]:
     """The commands that measure anew beside the results, whose rows would be taken as done, and compare."""
     commands = [re.sub(r"\b(results|docs)/", "again/", command) for command in claim.commands]
-    if not {"quality", "timing"}.isdisjoint(claim.parts):
+    if not set(KINDS).isdisjoint(claim.parts):
         commands.append(f"marval compare {claim.file} {claim.file.replace('results/', 'again/')}")
     return commands
 
@@ -102,17 +103,33 @@ def _shell(commands: Sequence[str]) -> str:
 
 
 def _provenance(root: Path, file: str, part: str) -> list[str]:
-    """What made a part of a results file: commands, commits, seeds, threads; and the models' hashes."""
+    """What made a part of a results file: commands, commits, seeds, processes; and the models' hashes."""
     content = read_results(root / file)[part]
     rows = content["rows"]
     made = [row.get("made", content) for row in rows]
     devices = sorted({one.get("device", one.get("machine", "device not recorded")) for one in made})
+    torches = sorted({one.get("versions", content).get("torch", "?") for one in made})
     seeds = sorted({str(row.get("seed", content.get("seed", 0))) for row in rows})
     names = sorted({f"{row['model']} ({row['sha256'][:12]})" for row in rows if "sha256" in row and "model" in row})
     models = f"; models {listed(names)}" if names else ""
     return [
-        f"- From `{file}` ({part}): seed {listed(seeds)}, torch {content.get('torch', '?')}, {content['threads']} "
-        f"threads, {listed(devices)}{models}.",
+        f"- From `{file}` ({part}): seed {listed(seeds)}, torch {listed(torches)}, "
+        f"{listed(sorted({_processes(one) for one in made}))}, {listed(devices)}{models}.",
         *(f"- Measured by `{command}`" for command in sorted({one["command"] for one in made})),
-        f"- At commit {listed(sorted({one['commit'][:12] for one in made}))}.",
+        f"- At commit {listed(sorted({_short(one['commit']) for one in made}))}.",
     ]
+
+
+def _processes(made: Row) -> str:
+    if "processes" not in made:
+        return "processes not recorded"
+
+    def count(number: int, what: str) -> str:
+        return f"{number} {what}" + ("es" if number > 1 and what == "process" else "s" if number > 1 else "")
+
+    return f"{count(made['processes'], 'process')} of {count(made['threads'], 'thread')}"
+
+
+def _short(commit: str) -> str:
+    digest, _, dirty = commit.partition("-")
+    return f"{digest[:12]}-{dirty}" if dirty else digest[:12]

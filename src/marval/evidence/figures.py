@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marval.evaluate.pareto import points_of, smallest_gain, unbeaten
-from marval.evaluate.results import Row, by_setting, named, read_results
+from marval.evaluate.results import Row, by_setting, mean_distances, named, read_results
 from marval.study import furthest_run, price, ratios
 
 REFERENCE_K = 16  # of the teacher whose quality a student is to reach
@@ -143,10 +143,7 @@ def same_quality(file: Path) -> list[Measured]:
     Distances are means over seeds. A student that reaches it at no K is left out.
     """
     results = read_results(file)
-    fd = {
-        (rows[0]["model"], rows[0]["iterations"]): statistics.mean(row["fd"] for row in rows)
-        for rows in by_setting(results["quality"]["rows"]).values()
-    }
+    fd = {(model, k): value for (model, k, _), value in mean_distances(results["quality"]["rows"]).items()}
     timing = {(r["model"], r["iterations"], r["batch"]): r for r in results["timing"]["rows"]}
     found = []
     for model in dict.fromkeys(model for model, _ in fd if model != TEACHER):

@@ -1,6 +1,15 @@
 """Differentiable rewards: `reward(images in [0, 1], prompts) -> one number per image`."""
 
-from marval.rewards.base import KNOWN, Reward, WeightedReward, checked, find_reward, parse_rewards, standardized
+from marval.rewards.base import (
+    KNOWN,
+    Reward,
+    WeightedReward,
+    checked,
+    find_reward,
+    parse_rewards,
+    reward_hash,
+    standardized,
+)
 from marval.rewards.classifier import Classifier, ClassifierReward, classifier_file, load_classifier
 
 __all__ = [
@@ -14,5 +23,6 @@ __all__ = [
     "find_reward",
     "load_classifier",
     "parse_rewards",
+    "reward_hash",
     "standardized",
 ]

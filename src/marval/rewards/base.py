@@ -1,6 +1,8 @@
 """The reward protocol, rewards by name, and their weighted sum."""
 
+import hashlib
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,8 +10,9 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from marval.io.files import sha256_of
 from marval.rewards.aesthetic import load_aesthetic
 from marval.rewards.classifier import ClassifierReward, load_classifier
 from marval.rewards.clip import load_clip_reward, load_pickscore
@@ -90,6 +93,27 @@ def find_reward(name: str, classifier: Path | None = None, device: torch.device 
     if not callable(getattr(module, source, None)):
         raise ValueError(f"reward {name!r}: {kind} has no function {source}")
     return getattr(module, source)
+
+
+def reward_hash(reward: Reward) -> str:
+    """SHA-256 of a reward's weights: names and values of all its tensors; of code without any, of its file.
+
+    Empty where there is neither.
+    """
+    modules = {"": reward} if isinstance(reward, nn.Module) else getattr(reward, "__dict__", {})
+    digest, tensors = hashlib.sha256(), 0
+    for prefix, module in modules.items():
+        if isinstance(module, nn.Module):
+            for name, tensor in module.state_dict().items():
+                digest.update(f"{prefix}.{name}".encode())
+                digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                tensors += 1
+    if tensors:
+        return digest.hexdigest()
+    try:
+        return sha256_of(Path(inspect.getfile(reward if inspect.isfunction(reward) else type(reward))))
+    except (TypeError, OSError):  # compiled, or typed in
+        return ""
 
 
 def parse_rewards(

@@ -1,0 +1,71 @@
+"""What made a result: the command as typed, the commit, the machine, versions."""
+
+import contextlib
+import functools
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("marval", "torch", "numpy", "torchmetrics", "torch-fidelity")
+
+
+def command_line() -> str:
+    """What was typed."""
+    return shlex.join(["marval", *sys.argv[1:]])
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of the code that runs, "-dirty" where the package's code differs from it."""
+
+    def git(*arguments: str) -> str:
+        package = Path(__file__).parent
+        return subprocess.run(
+            ["git", *arguments], cwd=package, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "not a checkout"
+
+
+def made_by(device: "torch.device", processes: int = 1) -> dict[str, Any]:
+    """Of one row: command, commit, device, processes and the threads of each, versions of what is installed."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "command": command_line(),
+        "commit": commit(),
+        "device": f"{device.type} ({name})",
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def provenance(seed: int) -> dict[str, Any]:
+    """Of a whole file or part: command, commit, seed, versions, machine."""
+    import torch
+
+    return {
+        "command": command_line(),
+        "commit": commit(),
+        "seed": seed,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
