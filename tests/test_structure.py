@@ -15,6 +15,7 @@ LEVELS = {
     "config": 0,
     "randomness": 0,
     "imagenet": 0,
+    "provenance": 0,
     "efficientnet": 1,
     "flops": 1,
     "memory": 1,
