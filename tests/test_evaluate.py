@@ -177,15 +177,42 @@ def test_results_resume_and_refuse_other_weights(network, tmp_path):
         evaluate([(folder, pipeline)], judge, **run)
 
 
+def test_a_batch_is_timed_whole_and_each_setting_once(tmp_path, monkeypatch):
+    drawn, pipeline = [], tiny_pipeline(OneStep())
+    pipeline.save(tmp_path / "model")
+
+    def sample(self, labels, *, iterations, batch_size):
+        drawn.append((len(labels), batch_size))
+
+    monkeypatch.setattr(Pipeline, "sample", sample)
+    monkeypatch.setattr("marval.evaluate.timing.SHORTEST", 0.0)
+    rows = time_models(
+        [(tmp_path / "model", pipeline)], iterations=(2, 2), batches=(256, 1, 1), repeats=1, out=tmp_path / "t.json"
+    )
+    assert [(row["iterations"], row["batch"]) for row in rows] == [(2, 256), (2, 1)]
+    assert drawn == [(256, 256)] * 2 + [(1, 1)] * 2
+
+
+def test_rows_without_what_is_asked_for_are_measured_again(network, tmp_path):
+    real = Statistics.of([torch.randn(50, 1280, generator=generator("real"))])
+    pipeline = tiny_pipeline(OneStep())
+    pipeline.save(tmp_path / "model")
+    run = {"iterations": (2,), "samples": 6, "out": tmp_path / "figures.json", "report": lambda line: None}
+    (row,) = evaluate([(tmp_path / "model", pipeline)], Judge(network, real, None), **run)
+    assert "accuracy" not in row
+    (row,) = evaluate([(tmp_path / "model", pipeline)], Judge(network, real, Classifier("plain", 1, ("a", "b"))), **run)
+    assert "accuracy" in row
+
+
 def test_missing_real_images_are_missed_before_anything_is_drawn(network, tmp_path, monkeypatch):
     def missing():
         raise ValueError("no such images")
 
-    def draws(*_):
+    def draws(*_, **__):
         raise AssertionError("drew first")
 
     judge = Judge(network, Statistics.of([torch.randn(50, 1280, generator=generator("real"))]), None, missing)
-    monkeypatch.setattr("marval.evaluate.evaluate.draw_bytes", draws)
+    monkeypatch.setattr("marval.evaluate.evaluate.draw_shards", draws)
     pipeline = tiny_pipeline(OneStep())
     pipeline.save(tmp_path / "model")
     with pytest.raises(ValueError, match="no such images"):

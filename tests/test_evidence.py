@@ -153,6 +153,15 @@ def test_rewards_compare_by_their_standard_errors(tmp_path):
     assert other.verdict == "a difference"
 
 
+def test_rewards_of_other_weights_do_not_compare(tmp_path):
+    for name, digest in (("a", "1"), ("b", "2")):
+        row = rewarded(0, clip=(20.0, 0.3))
+        row["rewards"]["clip"]["sha256"] = digest * 64
+        write_results(tmp_path / f"{name}.json", "rewards", [row], 0)
+    with pytest.raises(ValueError, match=r"rewards clip with weights 1+ and 2+: these do not compare"):
+        compare(tmp_path / "a.json", tmp_path / "b.json")
+
+
 def test_benches_compare_at_the_same_precision(tmp_path):
     row = timed(quality(), 1.0) | {"repeats": 3}
     write_results(tmp_path / "a.json", "bench", [row | {"autocast": True, "seconds_per_image": 0.4}, row], 0)
@@ -199,7 +208,7 @@ def curve(tmp_path):
 
 
 def test_points_join_quality_and_time_and_know_who_beats_whom(curve, tmp_path):
-    points = points_of(curve, batch=1)
+    points = points_of(curve, part="timing", batch=1)
     assert [p.label for p in points] == [
         "s K=4", "s K=8", "t K=8, T=100, w=3", "t K=16, T=100, w=3", "t K=8, T=10, w=3", "t K=16, T=10, w=3",
     ]  # fmt: skip
@@ -209,13 +218,13 @@ def test_points_join_quality_and_time_and_know_who_beats_whom(curve, tmp_path):
     assert verdicts(points) == ["s does not beat t K=16, T=100, w=3"]
     assert smallest_gain(points[2:], points[:2]) == 0.0
     assert smallest_gain([p for p in points[2:] if p.fd > 8], points[:2]) == pytest.approx(5.0)  # T=10, K=8, by K=4
-    assert [p.fd for p in points_of(curve, batch=1, seed=1)] == [9.5]
+    assert [p.fd for p in points_of(curve, part="timing", batch=1, seed=1)] == [9.5]
     assert verdicts([p for p in points if p.iterations != 16]) == ["s lies left-below of all 2 points of the teacher"]
     assert best_within(points, 0.03) == "best within 0.03 s an image: s K=4: FD on E 12.00 in 0.02 s"
     assert "t K=16, T=100" in best_within(points, 5.0)
     assert best_within(points, 0.001).startswith("none draws an image in 0.001 s: the fastest is s K=4")
     assert "| t | 16 | 100 | 3 | 8.00 | 0.9000 | 2000.00 |" in sweep_table(points)
-    assert points_of(curve, batch=64) == []
+    assert points_of(curve, part="timing", batch=64) == []
     for draw, name in ((draw_pareto, "p.png"), (draw_sweep, "s.png")):
         draw(points, tmp_path / name, 1)
         with Image.open(tmp_path / name) as picture:
@@ -233,10 +242,24 @@ def test_points_take_times_of_the_same_weights_in_float32_and_fid_where_it_was_m
     file = write(tmp_path / "r.json", [row])
     for order in (times, times[::-1]):
         write_results(file, "bench", order, 0)
-        (point,) = points_of(file, batch=1)
+        (point,) = points_of(file, part="bench", batch=1)
         assert (point.seconds, point.fd, point.measure) == (0.2, 2.5, "FID")
     write_results(file, "bench", times[2:3], 0)
-    assert points_of(file, batch=1) == []  # of other weights
+    assert points_of(file, part="bench", batch=1) == []  # of other weights
+
+
+def test_points_have_equal_numbers_of_samples_and_times_of_one_machine(tmp_path):
+    """A Fréchet distance falls with the number of samples: the student's 10,000 are left out against the rest's 100."""
+    rows = [teacher(8, 100, 10.0), teacher(16, 100, 8.0), quality(fd=9.0), quality(fd=5.0, samples=10_000)]
+    times = [timed(row, 1.0) | {"made": {"device": "cpu", "threads": 2}} for row in rows[:3]]
+    file = write(tmp_path / "r.json", rows, times)
+    points = points_of(file, part="timing", batch=1)
+    assert {(p.label, p.fd, p.samples) for p in points} == {
+        ("t K=8, T=100, w=3", 10.0, 100), ("t K=16, T=100, w=3", 8.0, 100), ("s K=8", 9.0, 100),
+    }  # fmt: skip
+    assert [p.fd for p in points_of(file, part="timing", batch=1, samples=10_000)] == [5.0]
+    write_results(file, "timing", [*times[:2], times[2] | {"made": {"device": "cuda", "threads": 2}}], 0)
+    assert [p.label for p in points_of(file, part="timing", batch=1)] == ["s K=8"]
 
 
 def test_tables_show_means_over_seeds_and_the_chains_that_vary(curve):
@@ -280,13 +303,15 @@ def test_the_commit_says_when_the_code_differs_from_it(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
     commit = provenance.commit.__wrapped__
     git("init", "-q")
-    (tmp_path / "code.py").write_text("a = 1")
+    git("commit", "-qm", "theirs", "--allow-empty")
+    (tmp_path / "provenance.py").write_text("a = 1")
+    assert commit() == "not a checkout"  # installed in a folder of somebody else's repository
     git("add", ".")
     git("commit", "-qm", "first")
     assert commit() == git("rev-parse", "HEAD")
     (tmp_path / "results.json").write_text("{}")  # what the command itself writes is no code
     assert commit() == git("rev-parse", "HEAD")
-    (tmp_path / "code.py").write_text("a = 2")
+    (tmp_path / "provenance.py").write_text("a = 2")
     assert commit() == git("rev-parse", "HEAD") + "-dirty"
 
 
@@ -424,7 +449,7 @@ def test_bench_measures_teachers_at_several_t_and_draws_the_curve(work):
     assert len(rows) == 2 * 2 * 3
     assert {row["draw"].get("steps") for row in rows} == {5, 2, None}
     assert all(row["memory_bytes"] > 0 and len(row["sha256"]) == 64 and row["made"]["device"] for row in rows)
-    assert len(points_of(work / "bench.json", batch=1)) == 6
+    assert len(points_of(work / "bench.json", part="bench", batch=1)) == 6
     assert "images / s (batch)" in done.stdout
     assert "8 images are fewer than 1280 features" in done.stdout
     assert Image.open(work / "curve.png").size[0] > 500
@@ -480,7 +505,7 @@ def content_mean(archive):
 def test_sweep_and_compare_run(work):
     done = marval(
         "sweep", "teacher", "--iterations", 2, 4, "--guidance", 1, 2, "--steps", 3, "--samples", 8, "--budget", 60,
-        "--repeats", 1, "--plot", "sweep.png", "--out", "sweep.json", cwd=work,
+        "--repeats", 1, "--plot", "sweep.png", "--out", "sweep.json", cwd=work, processes=2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "best within 60 s an image: tiny K=" in done.stdout
@@ -507,6 +532,8 @@ def test_sweep_and_compare_run(work):
         (("evaluate", "student", "--repeats", 0), ("--repeats 0",)),
         (("evaluate", "student", "--rewards", "classifier", "--judge", "j"), ("--judge", "not with --rewards")),
         (("evaluate", "student", "--image-format", "png"), ("--images DIR",)),
+        (("evaluate", "student", "--judge", "fashion-judge"), ("--judge tells t-shirt", "cross, square")),
+        (("evaluate", "student", "fashion-student"), ("fashion-student and student draw other classes",)),
         (("bench", "student", "--iterations", 2, "--out", "other.json"), ("other weights named student",)),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",

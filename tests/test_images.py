@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from marval.evaluate.images import DrawnImages, claim_folder, draw_bytes, draw_shards, read_shard, write_npz
+from marval.evaluate.images import SHARD, DrawnImages, claim_folder, draw_bytes, draw_shards, read_shard, write_npz
 from marval.pipeline import Pipeline
 from processes import command, environment, launch
 from tiny import tiny_config, tiny_model
@@ -97,3 +97,18 @@ def test_another_models_images_and_damaged_shards_are_refused(tmp_path):
     file.unlink()
     draw("one")
     assert len(read_shard(file, rows)[0]) == 2
+
+
+def test_what_is_said_of_images_is_in_their_order_on_any_number_of_processes(tmp_path):
+    """Three shards on three processes; two of them gone, on two; some images drawn and some read."""
+    count = 2 * SHARD + 7
+    expected, labels = draw_bytes(Pipeline(tiny_model(), tiny_config()), count, 2, seed=3)
+    for processes in (3, 2, 1):
+        launch("columns_run.py", processes, count, tmp_path / "drawn", tmp_path / "columns.pt", timeout=120)
+        found = torch.load(tmp_path / "columns.pt")
+        assert torch.equal(found["images"], expected)
+        assert torch.equal(found["labels"], labels)
+        files = sorted(tmp_path.glob("drawn/*/shard-*"))
+        assert len(files) == 3
+        for file in files[:2]:
+            file.unlink()

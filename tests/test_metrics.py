@@ -230,7 +230,8 @@ class FakeInception(torch.nn.Module):
     def forward(self, images):
         assert images.dtype == torch.uint8
         assert images.shape[1] == 3
-        maps = self.Mixed_6d.branch1x1(images.float() / 255)
+        resized = torch.nn.functional.interpolate(images.float() / 255, (8, 8))  # as the real one, to one size
+        maps = self.Mixed_6d.branch1x1(resized)
         features = maps[:, :16:2].mean(dim=(2, 3))
         return features, self.fc(features)
 
@@ -318,8 +319,13 @@ def test_bad_reference_files(tmp_path, fake_fidelity, monkeypatch):
     refused("other.npz", "holds weights, expected mu and sigma")
     (tmp_path / "text.npz").write_text("hello")
     refused("text.npz", "cannot be read as ADM's reference")
+    write_reference(tmp_path / "cut.npz", tiny_data().images)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-500])  # half fetched
+    refused("cut.npz", r"cannot be read as ADM's reference \(no whole .npz\)")
+    np.savez(tmp_path / "spatial.npz", mu=np.zeros(8), sigma=np.eye(8), mu_s=np.zeros(3), sigma_s=np.eye(3))
+    refused("spatial.npz", "spatial statistics of 3 features, expected 28")
     np.savez(tmp_path / "short.npz", mu=np.zeros(3), sigma=np.eye(3))
-    refused("short.npz", "statistics of 3 features, expected 8")
+    refused("short.npz", "pool statistics of 3 features, expected 8")
 
     def unreachable(*_):
         raise urllib.error.URLError("no network")

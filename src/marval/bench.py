@@ -116,8 +116,9 @@ def bench(
     report(f"peak of this machine ({device.type}, {'bf16' if autocast else 'float32'}): {peak / 1e9:.0f} GFLOP/s")
     own = [iterations_of(pipeline, iterations) for pipeline in pipelines]
     runs = [(k, i) for k in dict.fromkeys(k for ks in own for k in ks) for i, ks in enumerate(own) if k in ks]
-    rows: list[dict[str, Any]] = []
-    for batch in batches:
+    every: list[dict[str, Any]] = []
+    for batch in dict.fromkeys(batches):
+        rows: list[dict[str, Any]] = []
         jobs = []
         for k, i in runs:
             draw = draw_function(pipelines[i].config)
@@ -131,17 +132,18 @@ def bench(
                 row["sha256"] = hashes[i]
                 if not compiled:
                     row["memory_bytes"] = memory_of(pipelines[i], k, batch, autocast)
-            teacher = next((r for r in rows if r["teacher"] and (r["iterations"], r["batch"]) == (k, batch)), None)
+            teacher = next((r for r in rows if r["teacher"] and r["iterations"] == k), None)
             if teacher is not None and not row["teacher"]:
                 row["speed_up"] = teacher["seconds_per_image"] / row["seconds_per_image"]
                 row["speed_up_by_flops"] = teacher["gflops_per_image"] / row["gflops_per_image"]
             rows.append(row)
             report(_line(row))
+        replace_times(out, "bench", rows)
+        every += rows
     for k in dict.fromkeys(k for k, _ in runs):
         for saving, share in savings(pipelines[0].config.mar, k).items():
             report(f"K={k}: {saving}: {share:.0%} less to compute for a student")
-    replace_times(out, "bench", rows)
-    return rows
+    return every
 
 
 def _drawing(pipeline: Pipeline, draw: DrawTokens, iterations: int, batch: int, autocast: bool) -> Callable[[], Tensor]:

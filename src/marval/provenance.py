@@ -32,6 +32,9 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
+        git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # installed in somebody else's checkout, it is not of it
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
     except (OSError, subprocess.CalledProcessError):
         return "not a checkout"

@@ -46,7 +46,7 @@ def data_of(pipeline: "Pipeline", data: str | None) -> "TrainingData":
 def load_models(
     names: Sequence[str], device: str, steps: Sequence[int] = (), guidance: Sequence[float] = ()
 ) -> list[tuple[Path, "Pipeline"]]:
-    """Models with their folders; a teacher once for each T (the largest first) and w.
+    """Models with their folders, each once; a teacher once for each T (the largest first) and w.
 
     Raises:
         ValueError: no model is named, one cannot be loaded, two share a name, or T or w are given without a teacher.
@@ -54,6 +54,7 @@ def load_models(
     from marval.config import Chain
     from marval.evaluate.results import model_hashes
     from marval.pipeline import find_model, load
+    from marval.provenance import commit
 
     if not names:
         raise ValueError("name at least one model, for example fashion-student")
@@ -61,14 +62,18 @@ def load_models(
     for name in names:
         pipeline = load(name, device)
         if isinstance(pipeline.config.draw, Chain):
-            pairs = [(t, w) for t in sorted(steps, reverse=True) or (None,) for w in guidance or (None,)]
+            pairs = [(t, w) for t in sorted(set(steps), reverse=True) or (None,) for w in guidance or (None,)]
             found += [(find_model(name), pipeline.with_chain(steps=t, guidance=w)) for t, w in pairs]
         else:
             found.append((find_model(name), pipeline))
     if (steps or guidance) and not any(isinstance(p.config.draw, Chain) for _, p in found):
         found[0][1].with_chain(steps=next(iter(steps), None), guidance=next(iter(guidance), None))  # says why not
-    model_hashes(found)
-    return found
+    commit()  # as the code is now: the command may run for hours
+    hashes = model_hashes(found)
+    once = {
+        (digest, p.config.name, p.config.draw): (folder, p) for digest, (folder, p) in zip(hashes, found, strict=True)
+    }
+    return list(once.values())
 
 
 def judge_for(
@@ -79,6 +84,7 @@ def judge_for(
     features: str | None = None,
     sample: int = 0,
     reference: Path | None = None,
+    main: bool = True,
 ) -> "Judge":
     """What the model's images are judged by: `--judge` or the bundled classifier, and the real images' features.
 
@@ -86,29 +92,54 @@ def judge_for(
         features: "package.module:function" in the place of EfficientNet.
         sample: real images that KID and neighbours are measured on.
         reference: a file in the place of real images: ADM's `.npz`, or marval's statistics `.safetensors`.
+        main: False: of several processes one that only draws and judges single images, and needs no real ones.
 
     Raises:
-        ValueError: the data are latents, which have no pictures to compare with, or do not fit the model.
+        ValueError: the data are latents, which have no pictures to compare with, or they or the classifier do not fit
+            the model.
     """
     from marval.data import FASHION_FORM, check_classes, check_data, load_images
-    from marval.evaluate.judge import judge_by_reference, load_judge
+    from marval.evaluate.features import find_features
+    from marval.evaluate.judge import held_out, judge_by_reference, load_judge
 
-    spec = data or pipeline.config.data
-    if reference is not None:
-        if classifier is None and spec.partition(":")[0] == "fashion-mnist":
-            classifier = Path("fashion-judge")
-        return judge_by_reference(reference, classifier, features, pipeline.device)
-    if spec.startswith("latents:"):
-        raise ValueError(f"{spec} holds no pictures to compare with: name them with --data folder:DIR, or do not ask")
-
+    spec, device = data or pipeline.config.data, pipeline.device
+    if classifier is None and spec.partition(":")[0] == "fashion-mnist":
+        classifier = Path("fashion-judge")
     # A model of latents is trained on a cache, but its pictures are compared with pictures.
     check = check_data if pipeline.config.space.kind == "pixels" else check_classes
-    if spec == "fashion-mnist":
-        check(FASHION_FORM, pipeline.config)  # the images themselves may never be read
 
     def real_images() -> "ImageData":
         images = load_images(spec, size=pipeline.config.space.image_size)
         check(images, pipeline.config)
         return images
 
-    return load_judge(spec, classifier, real_images, features=features, sample=sample, device=pipeline.device)
+    if reference is not None:
+        judge = judge_by_reference(reference, classifier, features, device)
+    elif spec.startswith("latents:"):
+        raise ValueError(f"{spec} holds no pictures to compare with: name them with --data folder:DIR, or do not ask")
+    elif not main:
+        judge = held_out(find_features(features).to(device), classifier, device)
+    else:
+        if spec == "fashion-mnist":
+            check(FASHION_FORM, pipeline.config)  # the images themselves may never be read
+        judge = load_judge(spec, classifier, real_images, features=features, sample=sample, device=device)
+    check_classifier(judge, pipeline)
+    return judge
+
+
+def check_classifier(judge: "Judge", pipeline: "Pipeline") -> None:
+    """A judge's classifier tells the model's classes apart, in pictures such as it draws.
+
+    Raises:
+        ValueError: other classes, or another number of channels.
+    """
+    from marval.config import PixelSpace
+
+    config, classifier = pipeline.config, judge.classifier
+    channels = config.space.channels if isinstance(config.space, PixelSpace) else 3
+    if classifier is not None and (classifier.class_names, classifier.channels) != (config.class_names, channels):
+        raise ValueError(
+            f"--judge tells {', '.join(classifier.class_names[:4])}, ... apart in pictures of {classifier.channels} "
+            f"channels, {config.name} draws {', '.join(config.class_names[:4])}, ... in {channels}: make another with "
+            "marval train-classifier"
+        )

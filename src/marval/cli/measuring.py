@@ -1,14 +1,33 @@
 """The verbs that measure: evaluate, bench, sweep and compare."""
 
+import contextlib
+import signal
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from tyro.conf import Positional
 
 from marval.cli.arguments import judge_for, load_models, usable_device
 from marval.config import FinetuneConfig, Size
 
+if TYPE_CHECKING:
+    from marval.parallel import Workers
+
 REAL_SAMPLE = 10_000  # real images that KID, precision and recall are measured on
+
+
+@contextlib.contextmanager
+def measuring_workers(device: str) -> Iterator["Workers"]:
+    """The processes that draw; SIGTERM ends them at once: finished shards and rows are whole, there is nothing to save.
+
+    Times are the main one's.
+    """
+    from marval.parallel import start_workers
+
+    with start_workers(usable_device(device)) as workers:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        yield workers
 
 
 def evaluate(
@@ -57,13 +76,12 @@ def evaluate(
         prompt: what an image's prompt is, with {} for its class's name.
         seed: of the samples; several: a row for each, and their spread.
         autocast: draw the samples for quality in bf16 (the result says so; times are always float32).
-        images: a folder that keeps the images; a run that was killed goes on there.
+        images: a folder that keeps the images, which all processes see; a run that was killed goes on there (without,
+            it goes on after the last row that it ended).
         image_format: besides shards, png files or one npz in ADM's format (arr_0, and labels in arr_1).
         out: the JSON file; rows that it holds already are not drawn again.
         device: "auto", "cpu", "cuda", "mps", ...
     """
-    import signal
-
     unused = {"data": data, "judge": judge, "features": features, "reference": reference}
     if rewards is not None and (given := [f"--{name}" for name, value in unused.items() if value is not None]):
         raise ValueError(f"{', '.join(given)}: not with --rewards, which are measured instead; run them apart")
@@ -75,11 +93,9 @@ def evaluate(
     from marval.evaluate.evaluate import evaluate as run
     from marval.evaluate.rewards import evaluate_rewards
     from marval.evaluate.tables import print_table
-    from marval.parallel import start_workers
     from marval.rewards import find_reward
 
-    with start_workers(usable_device(device)) as workers:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # finished shards and rows are whole: nothing to save
+    with measuring_workers(device) as workers:
         loaded = load_models(models, str(workers.device), steps, guidance)
         keep = None if images is None else KeepImages(images, image_format)
         if rewards is not None:
@@ -89,7 +105,9 @@ def evaluate(
                 autocast=autocast, keep=keep, workers=workers,
             )  # fmt: skip
             return
-        judged = judge_for(loaded[0][1], data, judge, features=features, sample=REAL_SAMPLE, reference=reference)
+        judged = judge_for(
+            loaded[0][1], data, judge, features=features, sample=REAL_SAMPLE, reference=reference, main=workers.main
+        )
         run(
             loaded, judged, iterations=iterations, samples=samples, out=out, seeds=seed, autocast=autocast,
             keep=keep, workers=workers,
@@ -112,6 +130,7 @@ def bench(
     seed: tuple[int, ...] = (0,),
     data: str | None = None,
     judge: Path | None = None,
+    features: str | None = None,
     reference: Path | None = None,
     plot: Path | None = None,
     autocast: bool = False,
@@ -138,6 +157,7 @@ def bench(
         seed: of those images; several: their mean.
         data: the real images; those of the first model when left out.
         judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
+        features: package.module:function in EfficientNet's place, as for marval evaluate.
         reference: a file in the real images' place, as for marval evaluate: the curve is then of FID.
         plot: a picture of quality against time per image (needs `samples` in this or an earlier run, and `plots`).
         autocast: draw in bf16.
@@ -162,31 +182,37 @@ def bench(
         )
     if plot is not None:
         need_matplotlib()  # before hours of measuring
-    device = usable_device(device)
     sizes = [name.removeprefix("imagenet256-") for name in models]
     full_size = [size for name, size in zip(models, sizes, strict=True) if size != name and size in get_args(Size)]
     if full_size and (len(full_size) < len(models) or samples or guidance or len(steps) > 1):
         raise ValueError("imagenet256-* have random weights: bench them alone, without --samples and --guidance")
-    loaded = [] if full_size else load_models(models, device, steps, guidance)
-    pipelines = [pipeline for _, pipeline in loaded]
-    for size in full_size:
-        pair = random_pair(cast(Size, size), device)
-        pipelines += [p.with_chain(steps=next(iter(steps), None)) if p.config.draw.kind == "chain" else p for p in pair]
-    hashes = model_hashes(loaded, measured_rows(out), out)  # before anything is measured
-    smallest = [iterations_of(pipeline, iterations)[0] for pipeline in pipelines]
-    if not batches and full_size:
-        batches = (1, 4) if device == "cpu" else (1, largest_batch(pipelines[0], smallest[0], autocast))
-    batches = tuple(dict.fromkeys(batches)) or worthwhile_batches(pipelines, smallest, autocast)
-    if samples:
-        judged = judge_for(pipelines[0], data, judge, reference=reference)
-        measure(loaded, judged, iterations=iterations, samples=samples, out=out, seeds=seed, autocast=autocast)
-    rows = run(
-        pipelines, iterations=iterations, batches=batches, repeats=repeats, out=out, hashes=hashes, autocast=autocast,
-        compiled=compiled,
-    )  # fmt: skip
-    if loaded:
-        print(summary(rows))
-        show_curve(out, min(batches), plot)
+    with measuring_workers(device) as workers:
+        on = str(workers.device)
+        loaded = [] if full_size else load_models(models, on, steps, guidance)
+        pipelines = [pipeline for _, pipeline in loaded]
+        for size in full_size:
+            for p in random_pair(cast(Size, size), on):
+                pipelines.append(p.with_chain(steps=next(iter(steps), None)) if p.config.draw.kind == "chain" else p)
+        hashes = model_hashes(loaded, measured_rows(out), out)  # before anything is measured
+        smallest = [iterations_of(pipeline, iterations)[0] for pipeline in pipelines]
+        if samples:
+            judged = judge_for(pipelines[0], data, judge, features=features, reference=reference, main=workers.main)
+            measure(
+                loaded, judged, iterations=iterations, samples=samples, out=out, seeds=seed, autocast=autocast,
+                workers=workers,
+            )  # fmt: skip
+        if not workers.main:
+            return
+        if not batches and full_size:
+            batches = (1, 4) if on == "cpu" else (1, largest_batch(pipelines[0], smallest[0], autocast))
+        batches = batches or worthwhile_batches(pipelines, smallest, autocast)
+        rows = run(
+            pipelines, iterations=iterations, batches=batches, repeats=repeats, out=out, hashes=hashes,
+            autocast=autocast, compiled=compiled,
+        )  # fmt: skip
+        if loaded:
+            print(summary(rows))
+            show_curve(out, min(batches), plot)
 
 
 def compare(first: Positional[Path], second: Positional[Path]) -> None:
@@ -232,6 +258,7 @@ def sweep(
     repeats: int = 3,
     data: str | None = None,
     judge: Path | None = None,
+    features: str | None = None,
     reference: Path | None = None,
     autocast: bool = False,
     plot: Path | None = None,
@@ -256,6 +283,7 @@ def sweep(
         repeats: timed rounds.
         data: the real images; those of the model when left out.
         judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
+        features: package.module:function in EfficientNet's place, as for marval evaluate.
         reference: a file in the real images' place, as for marval evaluate.
         autocast: draw the samples in bf16 (times are always float32).
         plot: a picture of the curves (needs the extra `plots`).
@@ -270,19 +298,26 @@ def sweep(
         raise ValueError(f"--batch {batch} --repeats {repeats} --budget {budget}: expected at least 1, above 0")
     if plot is not None:
         need_matplotlib()
-    loaded = load_models((model,), usable_device(device), steps, guidance)
-    tokens = loaded[0][1].config.mar.num_tokens
-    iterations = iterations or tuple(2**i for i in range(tokens.bit_length()) if 2**i <= tokens)
-    judged = judge_for(loaded[0][1], data, judge, reference=reference)
-    evaluate(loaded, judged, iterations=iterations, samples=samples, out=out, seeds=seed, autocast=autocast)
-    time_models(loaded, iterations=iterations, batches=(batch,), repeats=repeats, out=out)
-    points = points_of(out, batch=batch, samples=samples, only={loaded[0][1].config.name})
-    print(sweep_table(points))
-    if budget is not None:
-        print(best_within(points, budget))
-    if plot is not None:
-        draw_sweep(points, plot, batch)
-        print(plot)
+    with measuring_workers(device) as workers:
+        loaded = load_models((model,), str(workers.device), steps, guidance)
+        tokens = loaded[0][1].config.mar.num_tokens
+        iterations = iterations or tuple(2**i for i in range(tokens.bit_length()) if 2**i <= tokens)
+        judged = judge_for(loaded[0][1], data, judge, features=features, reference=reference, main=workers.main)
+        evaluate(
+            loaded, judged, iterations=iterations, samples=samples, out=out, seeds=seed, autocast=autocast,
+            workers=workers,
+        )  # fmt: skip
+        if not workers.main:
+            return
+        time_models(loaded, iterations=iterations, batches=(batch,), repeats=repeats, out=out)
+        name = loaded[0][1].config.name
+        points = points_of(out, part="timing", batch=batch, samples=samples, only={name})
+        print(sweep_table(points))
+        if budget is not None:
+            print(best_within(points, budget))
+        if plot is not None:
+            draw_sweep(points, plot, batch)
+            print(plot)
 
 
 def show_curve(out: Path, batch: int, plot: Path | None) -> None:
@@ -294,7 +329,7 @@ def show_curve(out: Path, batch: int, plot: Path | None) -> None:
     from marval.evaluate.pareto import points_of, verdicts
     from marval.evaluate.plots import draw_pareto
 
-    points = points_of(out, batch=batch)
+    points = points_of(out, part="bench", batch=batch)
     for line in verdicts(points):
         print(line)
     if plot is not None:

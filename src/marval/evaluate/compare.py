@@ -117,7 +117,7 @@ def _label_of(first: Row, second: Row, part: str) -> str:
 
 def _made_differently(first: Sequence[Row], second: Sequence[Row], part: str) -> list[str]:
     a, b, label = first[0], second[0], _label_of(first[0], second[0], part)
-    for name in ("features", "data_sha256", "classifier_sha256"):
+    for name in ("features", "data_sha256", "classifier_sha256", "inception_sha256"):
         found = [row.get(name) or None for row in (a, b)]
         if None not in found and found[0] != found[1]:
             raise ValueError(f"{label}: measured with {name} {found[0]!r} and {found[1]!r}: these do not compare")
@@ -169,6 +169,11 @@ def _of_rewards(first: Sequence[Row], second: Sequence[Row], label: str) -> list
         sides = [[row["rewards"][name] for row in rows if name in row["rewards"]] for rows in (first, second)]
         if not all(sides):
             continue
+        weights = {one["sha256"] for side in sides for one in side if "sha256" in one}
+        if len(weights) > 1:
+            raise ValueError(
+                f"{label}: rewards {name} with weights {' and '.join(sorted(weights))}: these do not compare"
+            )
         means = [statistics.mean(one["mean"] for one in side) for side in sides]
         errors = [math.hypot(*(one["standard_error"] for one in side)) / len(side) for side in sides]
         one, other = (sum(row["samples"] for row in rows if name in row["rewards"]) for rows in (first, second))

@@ -163,32 +163,35 @@ def evaluate(
     """Figures of every model at every K and seed, kept in `out` after each row; rows there already are not redone.
 
     Raises:
-        ValueError: two models share a name, `out` holds figures of other weights under the same name, on other
-            features or against other data, or what `runs_of` raises.
+        ValueError: two models share a name or draw other classes, `out` holds figures of other weights under the same
+            name, on other features or against other data, or what `runs_of` raises.
     """
     workers = workers or Workers()
+    check_alike([pipeline for _, pipeline in models])
     rows: list[Row] = read_results(out).get("quality", {}).get("rows", [])
     hashes = model_hashes(models, measured_rows(out), out)
-    bias: float | None = None
-    check_measure(judge.about, rows, out)
+    if workers.main:  # it alone knows the real images
+        check_measure(judge.about, rows, out)
     runs = runs_of(models, hashes, iterations=iterations, samples=samples, seeds=seeds, autocast=autocast)
     # The main process's file decides: others may see an older one.
     measured = workers.agree([any(complete(row, run.key, judge) for row in rows) for run in runs])
+    bias: float | None = None
+    if workers.main and not all(measured):
+        if judge.sample is not None:
+            judge.sample()  # real images that are missing are missed before anything is drawn
+        if (warning := judge.warning(samples)) is not None:
+            bias = warning[1]
+            report(f"warning: {warning[0]}")
     for run, done in zip(runs, measured, strict=True):
         key = run.key
         if done:
             if keep is not None:
                 run.columns(lambda *_: {}, keep, workers, report)
             continue
-        if workers.main and judge.sample is not None:
-            judge.sample()  # real images that are missing are missed before anything is drawn
         began = time.monotonic()
         columns = run.columns(judge.columns, keep, workers, report)
         if workers.main:
             figures = {name: value for name, value in judge.figures_of(columns).items() if not math.isnan(value)}
-            if bias is None and (warning := judge.warning(samples)) is not None:
-                bias = warning[1]
-                report(f"warning: {warning[0]}")
             if bias is not None:
                 figures["fid_bias" if judge.real is None else "fd_bias"] = bias
             rows = [row for row in rows if not is_row_of(row, key)]  # one without today's figures
@@ -201,6 +204,23 @@ def evaluate(
     return rows
 
 
+def check_alike(pipelines: Sequence[Pipeline]) -> None:
+    """Models draw pictures of one form in the same classes, so that one judge serves them all.
+
+    Raises:
+        ValueError: they do not.
+    """
+    forms = [
+        (p.config.class_names, p.config.space.image_size, getattr(p.config.space, "channels", 3)) for p in pipelines
+    ]
+    for pipeline, form in zip(pipelines, forms, strict=True):
+        if form != forms[0]:
+            raise ValueError(
+                f"{pipeline.config.name} and {pipelines[0].config.name} draw other classes or another form of "
+                "pictures: measure them apart"
+            )
+
+
 def is_row_of(row: Row, key: Row) -> bool:
     """Whether a row holds the figures of `key`."""
     return all(row.get(name) == value for name, value in key.items())
@@ -208,7 +228,8 @@ def is_row_of(row: Row, key: Row) -> bool:
 
 def complete(row: Row, key: Row, judge: Judge) -> bool:
     """Whether a row holds all figures of `key` that the judge gives."""
-    return is_row_of(row, key) and (judge.sample is None or "kid" in row)
+    wanted = {"kid": judge.sample, "accuracy": judge.classifier, "fid": judge.reference}
+    return is_row_of(row, key) and all(name in row for name, asked in wanted.items() if asked is not None)
 
 
 def time_models(
@@ -225,7 +246,7 @@ def time_models(
     Raises:
         ValueError: two models share a name, or `out` holds figures of other weights under one.
     """
-    rows: list[Row] = []
+    every: list[Row] = []
     settings = [
         (pipeline, digest, k)
         for (_, pipeline), digest in zip(models, model_hashes(models, measured_rows(out), out), strict=True)
@@ -234,9 +255,10 @@ def time_models(
 
     def drawing(pipeline: Pipeline, k: int, batch: int) -> Job:
         labels = balanced_labels(batch, len(pipeline.config.class_names))
-        return lambda: pipeline.sample(labels, iterations=k)
+        return lambda: pipeline.sample(labels, iterations=k, batch_size=batch)
 
-    for batch in batches:
+    for batch in dict.fromkeys(batches):
+        rows: list[Row] = []
         jobs = [drawing(pipeline, k, batch) for pipeline, _, k in settings]
         measured = in_turns(jobs, repeats, models[0][1].device)
         for (pipeline, digest, k), seconds in zip(settings, measured, strict=True):
@@ -246,5 +268,6 @@ def time_models(
             row |= {"seconds_per_image": median, "fastest": min(times), "slowest": max(times), "repeats": repeats}
             rows.append({**row, "made": made_by(pipeline.device)})
             report(f"{named(row)}, batch {batch}: {median * 1000:.2f} ms/image")
-    replace_times(out, "timing", rows)
-    return rows
+        replace_times(out, "timing", rows)
+        every += rows
+    return every

@@ -6,6 +6,8 @@ torch-fidelity (the extra `fidelity`) needs torchvision, so it is no part of the
 
 import functools
 import urllib.error
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from marval.evaluate.features import Statistics, frechet_distance
-from marval.evaluate.metrics import MOST, RealSample, kernel_distance, neighbour_figures
+from marval.evaluate.metrics import MOST, RealSample, compute_device, sample_figures
 from marval.io.files import sha256_of
 
 POOL, LOGITS = "2048", "logits_unbiased"
@@ -62,6 +64,8 @@ class Reference:
         if file.name == ADM_FILE and sha256 != ADM_SHA256:
             raise ValueError(f"{file} has SHA-256 {sha256}, expected {ADM_SHA256}: fetch it again, or rename it")
         try:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("no whole .npz")
             with np.load(file, allow_pickle=False) as content:
                 names = set(content.files)
                 if not {"mu", "sigma"} <= names:
@@ -70,11 +74,13 @@ class Reference:
                 spatial = None
                 if {"mu_s", "sigma_s"} <= names:
                     spatial = _statistics(content["mu_s"], content["sigma_s"], "Inception, spatial")
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{file} cannot be read as ADM's reference ({error}): {WHERE}") from None
         inception = Inception(device)
-        if inception.features != len(pool.mean):
-            raise ValueError(f"{file} has statistics of {len(pool.mean)} features, expected {inception.features}")
+        blank = inception.columns(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+        for name, statistics in (("pool", pool), ("spatial", spatial)):
+            if statistics is not None and len(statistics.mean) != (width := blank[name].shape[1]):
+                raise ValueError(f"{file} has {name} statistics of {len(statistics.mean)} features, expected {width}")
         return cls(file, sha256, pool, spatial, "arr_0" in names, inception)
 
     @property
@@ -102,7 +108,7 @@ class Reference:
         if self.spatial is not None:
             found["sfid"] = frechet_distance(columns["spatial"], self.spatial)
         if self.pictures:
-            near = neighbour_figures(pool, self.sample) | {"kid": kernel_distance(pool, self.sample)}
+            near = sample_figures(pool.to(compute_device(self.inception.device)), self.sample)
             found |= {f"inception_{name}": value for name, value in near.items()}
         return found
 
@@ -132,7 +138,7 @@ class Inception:
             raise ValueError(
                 f"torch-fidelity's Inception cannot be fetched ({error}): put {fidelity.URL_INCEPTION_V3} at {weights}"
             ) from None
-        self.device, self.isc = device, isc_features_to_metric
+        self.device, self.isc = torch.device(device), isc_features_to_metric
         self.network: Any = network.to(device).eval()
         self.sha256 = sha256_of(weights)
         self.spatial: Tensor | None = None
@@ -141,11 +147,6 @@ class Inception:
 
     def _keep(self, module: Any, inputs: Any, output: Tensor) -> None:
         self.spatial = output[:, :SPATIAL].permute(0, 2, 3, 1).flatten(1)  # TensorFlow's channels come last
-
-    @property
-    def features(self) -> int:
-        """How many pooled features there are."""
-        return int(self.network.fc.in_features)
 
     @torch.inference_mode()
     def columns(self, images: UInt8[Tensor, "n c h w"]) -> Columns:

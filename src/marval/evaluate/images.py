@@ -100,11 +100,6 @@ class DrawnImages:
             for number, rows in enumerate(shards_of(self.count, self.shard))
         ]
 
-    @property
-    def missing(self) -> int:
-        """How many shards are still to be drawn."""
-        return sum(not file.is_file() for file, _ in self.shards)
-
     def __iter__(self) -> Iterator[tuple[UInt8[Tensor, "_ c h w"], Int[Tensor, " _"]]]:
         for file, rows in self.shards:
             yield read_shard(file, rows)

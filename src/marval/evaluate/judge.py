@@ -24,14 +24,7 @@ from marval.evaluate.features import (
     frechet_distance,
 )
 from marval.evaluate.fidelity import Columns, Reference
-from marval.evaluate.metrics import (
-    MOST,
-    NEIGHBOURS,
-    RealSample,
-    expected_bias,
-    kernel_distance,
-    neighbour_figures,
-)
+from marval.evaluate.metrics import MOST, RealSample, compute_device, expected_bias, sample_figures
 from marval.io.files import sha256_of, write_tensors
 from marval.rewards import Classifier, classifier_file, load_classifier
 
@@ -104,10 +97,8 @@ class Judge:
         if self.real is not None:
             found["fd"] = frechet_distance(features, self.real)
         if self.sample is not None:
-            some = self.sample()
-            found["kid"] = kernel_distance(features, some)
-            if min(len(features), len(some.features)) > max(NEIGHBOURS):
-                found |= neighbour_figures(features, some)
+            device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
+            found |= sample_figures(features.to(compute_device(device)), self.sample())
         return found
 
     def warning(self, count: int) -> tuple[str, float] | None:
@@ -154,7 +145,7 @@ def real_sample(images: Callable[[], ImageData], network: Features, count: int, 
 
 def data_hash(data: ImageData) -> str:
     """SHA-256 of the images' bytes."""
-    return hashlib.sha256(data.images.contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(data.images.contiguous().numpy().data).hexdigest()
 
 
 def held_out(network: Features, classifier: Path | None, device: torch.device | str) -> Judge:

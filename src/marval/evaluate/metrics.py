@@ -31,6 +31,27 @@ class RealSample:
         features = features[:MOST]
         return cls(features, neighbour_distances(features), mean_kernel(features))
 
+    def to(self, device: torch.device) -> "RealSample":
+        """The same on another device."""
+        return RealSample(self.features.to(device), self.radius.to(device), self.kernel.to(device))
+
+
+def sample_figures(drawn: Float[Tensor, "n f"], real: RealSample) -> dict[str, float]:
+    """KID, and what `neighbour_figures` finds where there are enough images, on the features' device.
+
+    float64: of an accelerator without it, bring the features to the CPU.
+    """
+    real = real.to(drawn.device)
+    found = {"kid": kernel_distance(drawn, real)}
+    if min(len(drawn), len(real.features)) > max(NEIGHBOURS):
+        found |= neighbour_figures(drawn, real)
+    return found
+
+
+def compute_device(device: torch.device) -> torch.device:
+    """Where distances between many images are computed: on the device if it has float64, else on the CPU."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
 
 def kernel_distance(drawn: Float[Tensor, "n f"], real: RealSample) -> float:
     """KID: the squared maximum mean discrepancy under the kernel (x.y / f + 1)^3 (Binkowski et al. 2018), in float64.
@@ -72,8 +93,7 @@ def neighbour_figures(drawn: Float[Tensor, "n f"], real: RealSample) -> dict[str
         raise ValueError(f"{len(drawn)} drawn and {len(real.features)} real images: expected at least 6 of each")
     (near, dense), features = real.radius, real.features.double()
     precise = density = 0.0
-    recalled = torch.zeros(len(features), dtype=torch.bool)
-    covered = torch.zeros(len(features), dtype=torch.bool)
+    recalled, covered = torch.zeros(2, len(features), dtype=torch.bool, device=features.device)
     for part, radius in zip(drawn.split(ROWS), neighbour_distances(drawn)[0].split(ROWS), strict=True):
         distances = torch.cdist(part.double(), features)
         precise += float((distances <= near).any(dim=1).sum())

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from marval.evaluate.results import Row, by_setting, curve_of, markdown, named, read_results, title_of
 
@@ -29,39 +29,55 @@ class Point:
 
 
 def points_of(
-    out: Path, *, batch: int, samples: int | None = None, only: Collection[str] = (), seed: int | None = None
+    out: Path,
+    *,
+    part: Literal["timing", "bench"],
+    batch: int,
+    samples: int | None = None,
+    only: Collection[str] = (),
+    seed: int | None = None,
 ) -> list[Point]:
     """The settings of a results file whose quality and whose time at a batch size were both measured.
 
-    Times are those of the same weights, without compilation and in float32 where there are such.
+    Distances of unequal numbers of samples do not compare: all points have the number and precision that most settings
+    have (of equals, the larger number). Times are those of the same weights on the machine and with the threads of the
+    newest row, without compilation and in float32 where there are such.
 
     Args:
-        samples: of the quality; the largest number that there is for each setting when None.
+        part: of the results, that has the times.
+        samples: of the quality; the number that most settings have when None.
         only: models' names; all of them when empty.
         seed: of the quality; the mean over all seeds when None.
     """
     results = read_results(out)
-    timed = [row for part in ("bench", "timing") for row in results.get(part, {}).get("rows", [])]
+    timed = [row for row in results.get(part, {}).get("rows", []) if row["batch"] == batch]
     timed = sorted(
-        (row for row in timed if row["batch"] == batch),
+        (row for row in timed if _machine(row) == _machine(timed[-1])),
         key=lambda row: (bool(row.get("compiled")), bool(row.get("autocast"))),
     )
-    found: dict[tuple[Any, ...], Point] = {}
+    found: dict[tuple[Any, ...], list[Point]] = {}
     quality = [row for row in results.get("quality", {}).get("rows", []) if seed in (None, row["seed"])]
     for rows in by_setting(quality).values():
-        row, key = rows[0], _chain(rows[0])
+        row = rows[0]
         distance = "fd" if "fd" in row else "fid"
-        fits = samples in (None, row["samples"]) and (not only or row["model"] in only) and distance in row
-        time = next((t["seconds_per_image"] for t in timed if _chain(t) == key and _same_weights(t, row)), None)
-        if not fits or time is None or (key in found and found[key].samples > row["samples"]):
+        time = next((t["seconds_per_image"] for t in timed if _chain(t) == _chain(row) and _same_weights(t, row)), None)
+        fits = samples in (None, row["samples"]) and (not only or row["model"] in only)
+        if not fits or distance not in row or time is None:
             continue
         accuracies = [r["accuracy"] for r in rows if "accuracy" in r]
-        found[key] = Point(
+        point = Point(
             row["model"], row["teacher"], row["iterations"], curve_of(row), named(row), row["draw"].get("steps"),
             row["draw"].get("guidance"), time, statistics.mean(r[distance] for r in rows), title_of(distance, rows),
             statistics.mean(accuracies) if accuracies else None, row["samples"], len(rows),
         )  # fmt: skip
-    return sorted(found.values(), key=lambda p: (p.model, -(p.steps or 0), p.guidance or 0, p.iterations))
+        found.setdefault((row["samples"], bool(row.get("autocast")), distance), []).append(point)
+    chosen = max(found.items(), key=lambda item: (len(item[1]), item[0][0]), default=(None, []))[1]
+    return sorted(chosen, key=lambda p: (p.model, -(p.steps or 0), p.guidance or 0, p.iterations))
+
+
+def _machine(row: Row) -> tuple[Any, ...]:
+    made = row.get("made", {})
+    return made.get("device"), made.get("threads")
 
 
 def _chain(row: Row) -> tuple[Any, ...]:

@@ -173,13 +173,30 @@ def by_setting(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
     return found
 
 
-def mean_distances(rows: Iterable[Row]) -> dict[tuple[str, int, int], float]:
-    """Fréchet distance by (model, K, samples), the mean over seeds; of a teacher at several T and w, the first's."""
-    found: dict[tuple[str, int, int], float] = {}
-    for group in by_setting(rows).values():
+def first_chains(rows: Iterable[Row]) -> dict[str, Row]:
+    """How every model draws; of a teacher at several T and w, as it was measured first."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        found.setdefault(row["model"], row["draw"])
+    return found
+
+
+def mean_distances(rows: Sequence[Row]) -> dict[tuple[str, int, int], float]:
+    """Fréchet distance by (model, K, samples), the mean over seeds, of the models' `first_chains`."""
+    draws, found = first_chains(rows), dict[tuple[str, int, int], float]()
+    for group in by_setting(row for row in rows if row["draw"] == draws[row["model"]]).values():
         key = (group[0]["model"], group[0]["iterations"], group[0]["samples"])
         found.setdefault(key, statistics.mean(row["fd"] for row in group))
     return found
+
+
+def times_by_batch(results: dict[str, Any]) -> dict[tuple[str, int, int], Row]:
+    """Rows of timing by (model, K, batch), of the chains that `mean_distances` has."""
+    draws = first_chains(results["quality"]["rows"])
+    return {
+        (row["model"], row["iterations"], row["batch"]): row
+        for row in results["timing"]["rows"] if row["draw"] == draws.get(row["model"])
+    }  # fmt: skip
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

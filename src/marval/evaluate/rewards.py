@@ -97,6 +97,8 @@ def evaluate_rewards(
                 rows = [r for r in rows if r is not row] + [row]
                 write_results(out, "rewards", rows, seed)
                 report(f"{named(row)}: {samples} images scored ({time.monotonic() - began:.0f} s)")
+        elif keep is not None:
+            run.columns(lambda *_: {}, keep, workers, report)
         if workers.main:
             shown = "  ".join(f"{n} {v['mean']:.4g} ± {v['standard_error']:.2g}" for n, v in row["rewards"].items())
             report(f"{named(row)}, seed {seed}: {shown}")

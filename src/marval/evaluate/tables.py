@@ -9,7 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from marval.evaluate.results import Row, by_setting, markdown, mean_distances, read_results, setting, title_of
+from marval.evaluate.results import (
+    Row,
+    by_setting,
+    markdown,
+    mean_distances,
+    read_results,
+    setting,
+    times_by_batch,
+    title_of,
+)
 
 WIDTH = 240  # characters, where no terminal says how many
 FORMS = {
@@ -98,16 +107,21 @@ def markdown_table(file: Path) -> str:
 def speedup_table(file: Path) -> str:
     """Every other model against the first (the teacher) in Markdown: FD ratio and speed-ups at the same K."""
     results = read_results(file)
-    quality, timing = results["quality"]["rows"], results["timing"]["rows"]
+    quality = results["quality"]["rows"]
     teacher = quality[0]["model"]
     fd = mean_distances(quality)
-    seconds = {(r["model"], r["iterations"], r["batch"]): r["seconds_per_image"] for r in timing}
-    batches = sorted({r["batch"] for r in timing})
+    timing = times_by_batch(results)
+    batches = sorted({batch for _, _, batch in timing})
+
+    def speed_up(model: str, k: int, batch: int) -> str:
+        slow, fast = timing.get((teacher, k, batch)), timing.get((model, k, batch))
+        return f"{slow['seconds_per_image'] / fast['seconds_per_image']:.0f}x" if slow and fast else ""
+
     header = ["model", "K", "samples", f"FD / {teacher}'s", *(f"speed-up, batch {b}" for b in batches)]
     lines = []
     for (model, k, samples), value in fd.items():
         if model != teacher and (teacher, k, samples) in fd:
-            speed = [f"{seconds[teacher, k, b] / seconds[model, k, b]:.0f}x" for b in batches]
+            speed = [speed_up(model, k, batch) for batch in batches]
             lines.append([model, str(k), str(samples), f"{value / fd[teacher, k, samples]:.3f}", *speed])
     return markdown(header, lines)
 

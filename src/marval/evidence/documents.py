@@ -121,13 +121,9 @@ def _provenance(root: Path, file: str, part: str) -> list[str]:
 
 
 def _processes(made: Row) -> str:
-    if "processes" not in made:
-        return "processes not recorded"
-
-    def count(number: int, what: str) -> str:
-        return f"{number} {what}" + ("es" if number > 1 and what == "process" else "s" if number > 1 else "")
-
-    return f"{count(made['processes'], 'process')} of {count(made['threads'], 'thread')}"
+    if "processes" not in made:  # of an older row; of an older file without rows' own
+        return f"{made['threads']} threads" if "threads" in made else "processes not recorded"
+    return f"{made['processes']} x {made['threads']} processes x threads"
 
 
 def _short(commit: str) -> str:

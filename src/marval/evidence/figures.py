@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marval.evaluate.pareto import points_of, smallest_gain, unbeaten
-from marval.evaluate.results import Row, by_setting, mean_distances, named, read_results
+from marval.evaluate.results import Row, by_setting, mean_distances, named, read_results, times_by_batch
 from marval.study import furthest_run, price, ratios
 
 REFERENCE_K = 16  # of the teacher whose quality a student is to reach
@@ -129,12 +129,12 @@ def _speed_up(label: str, slow: Row, fast: Row) -> Measured:
 
 def speed_ups(file: Path) -> list[Measured]:
     """How many times faster the student draws than the teacher at the same K, at each batch size."""
-    rows = read_results(file)["timing"]["rows"]
-    teacher = {(r["iterations"], r["batch"]): r for r in rows if r["model"] == TEACHER}
+    timing = times_by_batch(read_results(file))
     return [
-        _speed_up(f"speed-up, K = {r['iterations']}, batch {r['batch']}", t, r)
-        for r in rows if r["model"] == STUDENT and (t := teacher.get((r["iterations"], r["batch"])))
-    ]  # fmt: skip
+        _speed_up(f"speed-up, K = {k}, batch {batch}", teacher, row)
+        for (model, k, batch), row in timing.items()
+        if model == STUDENT and (teacher := timing.get((TEACHER, k, batch)))
+    ]
 
 
 def same_quality(file: Path) -> list[Measured]:
@@ -144,14 +144,15 @@ def same_quality(file: Path) -> list[Measured]:
     """
     results = read_results(file)
     fd = {(model, k): value for (model, k, _), value in mean_distances(results["quality"]["rows"]).items()}
-    timing = {(r["model"], r["iterations"], r["batch"]): r for r in results["timing"]["rows"]}
+    timing = times_by_batch(results)
     found = []
     for model in dict.fromkeys(model for model, _ in fd if model != TEACHER):
         enough = [k for (name, k), value in fd.items() if name == model and value <= fd[TEACHER, REFERENCE_K]]
         for batch in sorted({batch for _, _, batch in timing}) if enough else ():
             label = f"speed-up, {model} at K = {min(enough)} over the teacher at K = {REFERENCE_K}, batch {batch}"
-            slow, fast = timing[TEACHER, REFERENCE_K, batch], timing[model, min(enough), batch]
-            found.append(_speed_up(label, slow, fast))
+            slow, fast = timing.get((TEACHER, REFERENCE_K, batch)), timing.get((model, min(enough), batch))
+            if slow and fast:
+                found.append(_speed_up(label, slow, fast))
     return found
 
 
@@ -207,17 +208,18 @@ def curve(file: Path) -> list[Measured]:
     results, found = read_results(file), []
     seeds = sorted({row["seed"] for row in results["quality"]["rows"]})
     for batch in sorted({row["batch"] for row in results["bench"]["rows"]}):
-        figures = []
+        figures: list[tuple[float, float, float]] = []  # the first: of the means over seeds
         for seed in (None, *seeds):
-            points = points_of(file, batch=batch, seed=seed)
+            points = points_of(file, part="bench", batch=batch, seed=seed)
             teacher, student = [p for p in points if p.teacher], [p for p in points if p.model == STUDENT]
-            beaten = float(len(teacher) - len(unbeaten(teacher, student)))
-            figures.append((beaten, smallest_gain(teacher, student)))
-        found.append(single(f"points of the teacher, batch {batch}", float(len(teacher)), "counted"))
-        for name, (value, *each) in zip(
-            ("beaten by the student", "smallest gain"), zip(*figures, strict=True), strict=True
-        ):
-            found.append(Measured(f"{name}, batch {batch}", value, min(each), max(each), f"{len(seeds)} seeds"))
+            if teacher and student and (not figures or len(teacher) == figures[0][0]):  # a seed that has all of them
+                beaten = float(len(teacher) - len(unbeaten(teacher, student)))
+                figures.append((float(len(teacher)), beaten, smallest_gain(teacher, student)))
+        (count, *_), *_ = figures
+        found.append(single(f"points of the teacher, batch {batch}", count, "counted"))
+        for i, name in ((1, "beaten by the student"), (2, "smallest gain")):
+            value, *each = [one[i] for one in figures]
+            found.append(Measured(f"{name}, batch {batch}", value, min(each), max(each), f"{len(each)} seeds"))
     groups = by_setting(results["quality"]["rows"]).values()
     return found + [ranged(f"FD, {named(rows[0])}", [row["fd"] for row in rows]) for rows in groups]
 
