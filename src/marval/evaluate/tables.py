@@ -2,7 +2,7 @@
 
 import statistics
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def table_of(file: Path, without: Collection[str] = ()) -> tuple[list[str], list
     several = len(chains) > len({model for model, _, _ in chains})
     header = ["model", "K", *(("T", "w") if several else ()), "samples", *columns.values()]
     header += [f"ms / image, batch {b}" for b in batches]
-    models = list(dict.fromkeys(row["model"] for row in quality))  # in the order in which they were first measured
+    models = models_of(quality)
     rows = []
     for group in sorted(by_setting(quality).values(), key=lambda group: _place(group[0], models)):
         row, draw = group[0], group[0]["draw"]
@@ -66,6 +66,11 @@ def table_of(file: Path, without: Collection[str] = ()) -> tuple[list[str], list
         cells += [_milliseconds(timing, row, batch) for batch in batches]
         rows.append(cells)
     return header, rows
+
+
+def models_of(rows: Sequence[Row]) -> list[str]:
+    """The models' names: teachers first, else in the order in which they were first measured."""
+    return list(dict.fromkeys(row["model"] for row in sorted(rows, key=lambda row: not row.get("teacher"))))
 
 
 def _place(row: Row, models: list[str]) -> tuple[Any, ...]:
@@ -105,10 +110,10 @@ def markdown_table(file: Path) -> str:
 
 
 def speedup_table(file: Path) -> str:
-    """Every other model against the first (the teacher) in Markdown: FD ratio and speed-ups at the same K."""
+    """Every other model against the teacher in Markdown: FD ratio and speed-ups at the same K."""
     results = read_results(file)
     quality = results["quality"]["rows"]
-    teacher = quality[0]["model"]
+    teacher = models_of(quality)[0]
     fd = mean_distances(quality)
     timing = times_by_batch(results)
     batches = sorted({batch for _, _, batch in timing})
