@@ -114,16 +114,20 @@ def _provenance(root: Path, file: str, part: str) -> list[str]:
     models = f"; models {listed(names)}" if names else ""
     return [
         f"- From `{file}` ({part}): seed {listed(seeds)}, torch {listed(torches)}, "
-        f"{listed(sorted({_processes(one) for one in made}))}, {listed(devices)}{models}.",
+        f"{listed(sorted({_processes(one, content) for one in made}))}, {listed(devices)}{models}.",
         *(f"- Measured by `{command}`" for command in sorted({one["command"] for one in made})),
         f"- At commit {listed(sorted({_short(one['commit']) for one in made}))}.",
     ]
 
 
-def _processes(made: Row) -> str:
-    if "processes" not in made:  # of an older row; of an older file without rows' own
-        return f"{made['threads']} threads" if "threads" in made else "processes not recorded"
-    return f"{made['processes']} x {made['threads']} processes x threads"
+def _processes(made: Row, content: Row) -> str:
+    """How many processes of how many threads; of an older row what its part says of the command that wrote it last."""
+    if "processes" not in made:
+        of_part = made["command"] == content["command"] and "threads" in content
+        return f"{content['threads']} threads" if of_part else "processes not recorded"
+    processes, threads = made["processes"], made["threads"]
+    some = "1 process" if processes == 1 else f"{processes} processes"
+    return f"{some} of {'1 thread' if threads == 1 else f'{threads} threads'}"
 
 
 def _short(commit: str) -> str:
