@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from marval.evaluate.evaluate import KeepImages, runs_of
+from marval.evaluate.evaluate import KeepImages, evaluations_of
 from marval.parallel import start_workers
 from marval.pipeline import Pipeline
 from tiny import tiny_config, tiny_model
@@ -14,10 +14,10 @@ from tiny import tiny_config, tiny_model
 def main(count, folder, out):
     pipeline = Pipeline(tiny_model(), tiny_config())
     models = [(Path(), pipeline)]
-    (run,) = runs_of(models, ["hash"], iterations=(2,), samples=count, seeds=(3,), autocast=False)
+    (evaluation,) = evaluations_of(models, ["hash"], iterations=(2,), samples=count, seeds=(3,), autocast=False)
     with start_workers("cpu") as workers:
         judge = lambda images, labels: {"labels": labels, "images": images}  # noqa: E731
-        columns = run.columns(judge, KeepImages(folder), workers, lambda line: None)
+        columns = evaluation.columns(judge, KeepImages(folder), workers, lambda line: None)
         assert bool(columns) == workers.main
         if workers.main:
             torch.save(columns, out)

@@ -79,8 +79,8 @@ class KeepImages:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One row of figures that is to be measured: a model, and at which K and with which images (`key`)."""
+class Evaluation:
+    """A model, and at which K and with which images it is judged (`key`): what a row of figures is of."""
 
     pipeline: Pipeline
     key: Row
@@ -107,7 +107,7 @@ class Run:
         return {name: torch.cat([part[name] for part in ordered]) for name in ordered[0]} if ordered else {}
 
 
-def runs_of(
+def evaluations_of(
     models: Models,
     hashes: Sequence[str],
     *,
@@ -115,7 +115,7 @@ def runs_of(
     samples: int,
     seeds: Sequence[int],
     autocast: bool,
-) -> list[Run]:
+) -> list[Evaluation]:
     """Every model at every K (its own default when none is given) with every seed.
 
     Raises:
@@ -124,7 +124,7 @@ def runs_of(
     if samples < 2:
         raise ValueError(f"--samples {samples}: expected at least 2")
     return [
-        Run(pipeline, {
+        Evaluation(pipeline, {
             **describe(pipeline), "sha256": digest, "iterations": k, "samples": samples, "seed": seed,
             "autocast": autocast,
         })
@@ -164,7 +164,7 @@ def evaluate(
 
     Raises:
         ValueError: two models share a name or draw other classes, `out` holds figures of other weights under the same
-            name, on other features or against other data, or what `runs_of` raises.
+            name, on other features or against other data, or what `evaluations_of` raises.
     """
     workers = workers or Workers()
     check_alike([pipeline for _, pipeline in models])
@@ -172,9 +172,9 @@ def evaluate(
     hashes = model_hashes(models, measured_rows(out), out)
     if workers.main:  # it alone knows the real images
         check_measure(judge.about, rows, out)
-    runs = runs_of(models, hashes, iterations=iterations, samples=samples, seeds=seeds, autocast=autocast)
+    evaluations = evaluations_of(models, hashes, iterations=iterations, samples=samples, seeds=seeds, autocast=autocast)
     # The main process's file decides: others may see an older one.
-    measured = workers.agree([any(complete(row, run.key, judge) for row in rows) for run in runs])
+    measured = workers.agree([any(complete(row, evaluation.key, judge) for row in rows) for evaluation in evaluations])
     bias: float | None = None
     if workers.main and not all(measured):
         if judge.sample is not None:
@@ -182,21 +182,21 @@ def evaluate(
         if (warning := judge.warning(samples)) is not None:
             bias = warning[1]
             report(f"warning: {warning[0]}")
-    for run, done in zip(runs, measured, strict=True):
-        key = run.key
+    for evaluation, done in zip(evaluations, measured, strict=True):
+        key = evaluation.key
         if done:
             if keep is not None:
-                run.columns(lambda *_: {}, keep, workers, report)
+                evaluation.columns(lambda *_: {}, keep, workers, report)
             continue
         began = time.monotonic()
-        columns = run.columns(judge.columns, keep, workers, report)
+        columns = evaluation.columns(judge.columns, keep, workers, report)
         if workers.main:
             figures = {name: value for name, value in judge.figures_of(columns).items() if not math.isnan(value)}
             if bias is not None:
                 figures["fid_bias" if judge.real is None else "fd_bias"] = bias
             rows = [row for row in rows if not is_row_of(row, key)]  # one without today's figures
-            row = {**key, **figures, "gflops_per_image": flops_per_image(run.pipeline, key["iterations"]) / 1e9}
-            rows.append({**row, **judge.about, "made": made_by(run.pipeline.device, workers.count)})
+            row = {**key, **figures, "gflops_per_image": flops_per_image(evaluation.pipeline, key["iterations"]) / 1e9}
+            rows.append({**row, **judge.about, "made": made_by(evaluation.pipeline.device, workers.count)})
             write_results(out, "quality", rows, key["seed"])
             shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
             report(f"{named(row)}, seed {key['seed']}: {shown}  ({time.monotonic() - began:.0f} s)")

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from marval.evaluate.evaluate import KeepImages, Run, is_row_of, runs_of
+from marval.evaluate.evaluate import Evaluation, KeepImages, evaluations_of, is_row_of
 from marval.evaluate.images import SEEDS
 from marval.evaluate.results import Models, Row, measured_rows, model_hashes, named, read_results, write_results
 from marval.parallel import Workers
@@ -71,7 +71,7 @@ def evaluate_rewards(
 
     Raises:
         ValueError: a prompt without a place for the class's name, two models share a name, `out` holds figures of
-            other weights under one, or what `runs_of` raises.
+            other weights under one, or what `evaluations_of` raises.
     """
     if "{}" not in prompt:
         raise ValueError(f"prompt {prompt!r}: expected {{}} where the class's name goes")
@@ -80,25 +80,27 @@ def evaluate_rewards(
     hashes = model_hashes(models, measured_rows(out), out)
     weights = {name: reward_hash(reward) for name, reward in rewards.items()}
     check_rewards(weights, rows, out)
-    for run in runs_of(models, hashes, iterations=iterations, samples=samples, seeds=seeds, autocast=autocast):
-        names, seed = run.pipeline.config.class_names, run.key["seed"]
-        key = run.key | {"prompt": prompt, "prompts": min(samples, len(names)), "seeds": samples}
+    for evaluation in evaluations_of(
+        models, hashes, iterations=iterations, samples=samples, seeds=seeds, autocast=autocast
+    ):
+        names, seed = evaluation.pipeline.config.class_names, evaluation.key["seed"]
+        key = evaluation.key | {"prompt": prompt, "prompts": min(samples, len(names)), "seeds": samples}
         key["first_seed"] = seed * SEEDS
         row = next((r for r in rows if is_row_of(r, key)), {**key, "rewards": {}})
         missing = {name: rewards[name] for name in workers.agree([n for n in rewards if n not in row["rewards"]])}
         if missing:
             began = time.monotonic()
-            found = _scores(run, missing, prompt, keep, workers, report)
+            found = _scores(evaluation, missing, prompt, keep, workers, report)
             if workers.main:
                 row["rewards"] |= {
                     name: {**mean_and_error(values), "sha256": weights[name]} for name, values in found.items()
                 }
-                row["made"] = made_by(run.pipeline.device, workers.count)
+                row["made"] = made_by(evaluation.pipeline.device, workers.count)
                 rows = [r for r in rows if r is not row] + [row]
                 write_results(out, "rewards", rows, seed)
                 report(f"{named(row)}: {samples} images scored ({time.monotonic() - began:.0f} s)")
         elif keep is not None:
-            run.columns(lambda *_: {}, keep, workers, report)
+            evaluation.columns(lambda *_: {}, keep, workers, report)
         if workers.main:
             shown = "  ".join(f"{n} {v['mean']:.4g} ± {v['standard_error']:.2g}" for n, v in row["rewards"].items())
             report(f"{named(row)}, seed {seed}: {shown}")
@@ -119,16 +121,16 @@ def check_rewards(weights: Mapping[str, str], rows: Sequence[Row], out: Path) ->
 
 
 def _scores(
-    run: Run,
+    evaluation: Evaluation,
     rewards: Mapping[str, Reward],
     prompt: str,
     keep: KeepImages | None,
     workers: Workers,
     report: Callable[[str], None],
 ) -> dict[str, Tensor]:
-    pipeline = run.pipeline
+    pipeline = evaluation.pipeline
 
     def judge(images: UInt8[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> dict[str, Tensor]:
         return reward_values(rewards, images, labels, pipeline.config.class_names, prompt, device=pipeline.device)
 
-    return run.columns(judge, keep, workers, report)
+    return evaluation.columns(judge, keep, workers, report)
