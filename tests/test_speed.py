@@ -41,8 +41,8 @@ def test_teacher_is_no_slower_than_the_straightforward_loop_and_draws_the_same(b
 def test_full_size_models_are_faster_than_the_straightforward_loop():
     """MAR-B, one guided image, K = 16, T = 100, in a process of its own.
 
-    How much faster depends on the CPU: teacher 2.7 and student 13.8 times on one machine (results/mar-base.json), 1.1 and
-    7.3 times on another (results/mar-base-second.json), where plain PyTorch is faster and oneDNN slower.
+    How much faster depends on the CPU: teacher 2.7 and student 13.8 times on one machine (results/mar-base.json), 1.1
+    and 7.3 times on another (results/mar-base-second.json), where plain PyTorch is faster and oneDNN slower.
     """
     script = Path(__file__).parent / "full_size.py"
     done = subprocess.run([sys.executable, str(script), "speed", "16"], capture_output=True, text=True, timeout=1800)
