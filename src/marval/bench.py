@@ -114,8 +114,8 @@ def bench(
             model.head.denoise = torch.compile(model.head.denoise, dynamic=True)  # type: ignore[method-assign]
     peak = peak_flops(device, autocast)
     report(f"peak of this machine ({device.type}, {'bf16' if autocast else 'float32'}): {peak / 1e9:.0f} GFLOP/s")
-    own = [iterations_of(pipeline, iterations) for pipeline in pipelines]
-    runs = [(k, i) for k in dict.fromkeys(k for ks in own for k in ks) for i, ks in enumerate(own) if k in ks]
+    wanted = [iterations_of(pipeline, iterations) for pipeline in pipelines]
+    runs = [(k, i) for k in dict.fromkeys(k for ks in wanted for k in ks) for i, ks in enumerate(wanted) if k in ks]
     every: list[dict[str, Any]] = []
     for batch in dict.fromkeys(batches):
         rows: list[dict[str, Any]] = []

@@ -25,7 +25,7 @@ DRAWN = {"fashion-teacher": (16,), "fashion-student": (4, 6, 16), "fashion-tuned
 
 def run(out: Path, device: str) -> None:
     """Draw, time and score the bundled models on the same seeds; then distil the teacher anew for a minute or two."""
-    judge = load_judge("fashion-mnist", None, lambda: load_images("fashion-mnist"))
+    judge = load_judge("fashion-mnist", Path("fashion-judge"), lambda: load_images("fashion-mnist"))
     rows: list[dict[str, Any]] = []
     pictures, labels_shown = [], []
     for name, iterations in DRAWN.items():

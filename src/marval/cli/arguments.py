@@ -62,7 +62,7 @@ def load_models(
     for name in names:
         pipeline = load(name, device)
         if isinstance(pipeline.config.draw, Chain):
-            pairs = [(t, w) for t in sorted(set(steps), reverse=True) or (None,) for w in guidance or (None,)]
+            pairs = [(t, w) for t in sorted(steps, reverse=True) or (None,) for w in guidance or (None,)]
             found += [(find_model(name), pipeline.with_chain(steps=t, guidance=w)) for t, w in pairs]
         else:
             found.append((find_model(name), pipeline))

@@ -172,7 +172,7 @@ def load_judge(
 
     Args:
         data: the data set's specification.
-        classifier: the held-out classifier; the bundled one for Fashion-MNIST when None, else none.
+        classifier: the held-out classifier, a file or a bundled one's name; none when None.
         real_images: loads the real images.
         features: see `find_features`.
         sample: real images whose features KID and neighbours are measured on (at most `MOST`); 0: neither is.
@@ -181,7 +181,6 @@ def load_judge(
     Raises:
         ValueError: bad features or images (when they are read), or Fashion-MNIST's are not those of the package.
     """
-    fashion = data.partition(":")[0] == "fashion-mnist"
     network = find_features(features).to(device)
     bundled = Statistics.load(bundled_statistics("fashion-mnist"))
 
@@ -209,8 +208,6 @@ def load_judge(
         images.cache_clear()  # their features are all that is needed from here on
         return found
 
-    if classifier is None and fashion:
-        classifier = Path("fashion-judge")
     return dataclasses.replace(
         held_out(network, classifier, device), real=real, sample=some if count else None, data_sha256=digest
     )

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from marval.evaluate.results import Row, by_setting, curve_of, markdown, named, read_results, title_of
+from marval.evaluate.results import Row, by_setting, curve_of, markdown, named, read_results
+from marval.evaluate.tables import title_of
 
 
 @dataclass(frozen=True)

@@ -16,25 +16,6 @@ from marval.provenance import provenance
 
 PARTS = ("quality", "timing", "bench", "rewards", "study", "full-size", "plan")
 
-TITLES = {
-    "fd": "FD-EfficientNet",
-    "fid": "FID",
-    "inception_score": "IS",
-    "sfid": "sFID",
-    "inception_precision": "Inception precision",
-    "inception_recall": "Inception recall",
-    "inception_kid": "Inception KID",
-    "accuracy": "held-out accuracy",
-    "log_probability": "held-out log-probability",
-    "diversity": "diversity",
-    "kid": "KID",
-    "precision": "precision",
-    "recall": "recall",
-    "density": "density",
-    "coverage": "coverage",
-    "gflops_per_image": "GFLOP / image",
-}
-
 Row = dict[str, Any]
 Models = Sequence[tuple[Path, Pipeline]]  # with the folders that they were loaded from
 
@@ -157,12 +138,6 @@ def curve_of(row: Row) -> str:
 def _chain(row: Row) -> str:
     draw = row["draw"]
     return f", T={draw['steps']}, w={draw['guidance']:g}" if "steps" in draw else ""
-
-
-def title_of(name: str, rows: Iterable[Row]) -> str:
-    """A figure's name in tables and plots; a distance on the user's own features says so."""
-    other = sorted({row["features"] for row in rows if row.get("features", FEATURES) not in (FEATURES, "")})
-    return f"FD on {', '.join(other)}" if name == "fd" and other else TITLES[name]
 
 
 def by_setting(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:

@@ -2,13 +2,14 @@
 
 import statistics
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from marval.evaluate.features import FEATURES
 from marval.evaluate.results import (
     Row,
     by_setting,
@@ -17,27 +18,26 @@ from marval.evaluate.results import (
     read_results,
     setting,
     times_by_batch,
-    title_of,
 )
 
 WIDTH = 240  # characters, where no terminal says how many
-FORMS = {
-    "fd": "{:.2f}",
-    "fid": "{:.3f}",
-    "inception_score": "{:.2f}",
-    "sfid": "{:.3f}",
-    "inception_precision": "{:.3f}",
-    "inception_recall": "{:.3f}",
-    "accuracy": "{:.4f}",
-    "log_probability": "{:.4f}",
-    "diversity": "{:.3f}",
-    "kid": "{:.3f}",
-    "inception_kid": "{:.5f}",
-    "precision": "{:.3f}",
-    "recall": "{:.3f}",
-    "density": "{:.3f}",
-    "coverage": "{:.3f}",
-    "gflops_per_image": "{:.2f}",
+COLUMNS = {
+    "fd": ("FD-EfficientNet", "{:.2f}"),
+    "fid": ("FID", "{:.3f}"),
+    "inception_score": ("IS", "{:.2f}"),
+    "sfid": ("sFID", "{:.3f}"),
+    "inception_precision": ("Inception precision", "{:.3f}"),
+    "inception_recall": ("Inception recall", "{:.3f}"),
+    "accuracy": ("held-out accuracy", "{:.4f}"),
+    "log_probability": ("held-out log-probability", "{:.4f}"),
+    "diversity": ("diversity", "{:.3f}"),
+    "kid": ("KID", "{:.3f}"),
+    "inception_kid": ("Inception KID", "{:.5f}"),
+    "precision": ("precision", "{:.3f}"),
+    "recall": ("recall", "{:.3f}"),
+    "density": ("density", "{:.3f}"),
+    "coverage": ("coverage", "{:.3f}"),
+    "gflops_per_image": ("GFLOP / image", "{:.2f}"),
 }
 
 
@@ -50,7 +50,7 @@ def table_of(file: Path, without: Collection[str] = ()) -> tuple[list[str], list
     timing = results.get("timing", {}).get("rows", [])
     batches = sorted({row["batch"] for row in timing})
     quality = results.get("quality", {}).get("rows", [])
-    measured = [name for name in FORMS if name not in without and any(name in row for row in quality)]
+    measured = [name for name in COLUMNS if name not in without and any(name in row for row in quality)]
     columns = {name: title_of(name, quality) for name in measured}
     chains = {(r["model"], r["draw"].get("steps"), r["draw"].get("guidance")) for r in quality}
     several = len(chains) > len({model for model, _, _ in chains})
@@ -68,6 +68,12 @@ def table_of(file: Path, without: Collection[str] = ()) -> tuple[list[str], list
     return header, rows
 
 
+def title_of(name: str, rows: Iterable[Row]) -> str:
+    """A figure's name in tables and plots; a distance on the user's own features says so."""
+    other = sorted({row["features"] for row in rows if row.get("features", FEATURES) not in (FEATURES, "")})
+    return f"FD on {', '.join(other)}" if name == "fd" and other else COLUMNS[name][0]
+
+
 def models_of(rows: Sequence[Row]) -> list[str]:
     """The models' names: teachers first, else in the order in which they were first measured."""
     return list(dict.fromkeys(row["model"] for row in sorted(rows, key=lambda row: not row.get("teacher"))))
@@ -82,7 +88,7 @@ def _place(row: Row, models: list[str]) -> tuple[Any, ...]:
 def _cell(values: list[float], name: str) -> str:
     if not values:
         return ""
-    form = FORMS[name]
+    form = COLUMNS[name][1]
     spread = (max(values) - min(values)) / 2
     mean = form.format(statistics.mean(values))
     return f"{mean} ± {form.format(spread)}" if len(values) > 1 and name != "gflops_per_image" else mean

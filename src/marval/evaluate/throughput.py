@@ -1,12 +1,12 @@
 """What `marval bench` finds besides times: the batch size of the highest throughput, memory, and a summary."""
 
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 
 from marval.evaluate.images import balanced_labels
 from marval.evaluate.results import Row, markdown
+from marval.evaluate.timing import seconds_of
 from marval.memory import LiveMemory
 from marval.pipeline import Pipeline
 
@@ -40,9 +40,7 @@ def worthwhile_batches(pipelines: Sequence[Pipeline], iterations: Sequence[int],
 
         def seconds(batch: int, pipeline: Pipeline = pipeline, k: int = k) -> float:
             draw(pipeline, k, min(batch, 2), autocast)  # warm-up
-            began = time.perf_counter()
-            draw(pipeline, k, batch, autocast)
-            return time.perf_counter() - began
+            return seconds_of(lambda: draw(pipeline, k, batch, autocast), pipeline.device)
 
         found.add(best_batch(seconds, most))
     return tuple(sorted(found))
