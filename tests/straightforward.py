@@ -11,11 +11,12 @@ RANGE = (-2.0, 2.0)  # x_0 is clipped: without it, 1 / alpha at t = 999 magnifie
 @torch.inference_mode()
 def straightforward(model, chain, labels, iterations, seeds):
     """The official loop, rendered step by step: every network sees the doubled batch, and nothing is kept."""
-    config, schedule = model.config, NoiseSchedule.respaced(chain.steps)
+    config, device, schedule = model.config, labels.device, NoiseSchedule.respaced(chain.steps, labels.device)
     total, channels, batch = config.num_tokens, config.token_dim, len(labels)
-    noise = torch.stack([image_noise(seed, chain.steps, total, channels) for seed in seeds], dim=1)
-    orders, tokens, shown = drawing_orders("random", config.token_grid, seeds), torch.zeros(batch, total, channels), 0
-    everywhere = torch.arange(total).expand(2 * batch, -1)
+    noise = torch.stack([image_noise(seed, chain.steps, total, channels) for seed in seeds], dim=1).to(device)
+    orders = drawing_orders("random", config.token_grid, seeds).to(device)
+    tokens, shown = torch.zeros(batch, total, channels, device=device), 0
+    everywhere = torch.arange(total, device=device).expand(2 * batch, -1)
     for count in draw_counts(total, iterations):
         visible, positions = orders[:, :shown], orders[:, shown : shown + count]
         shown += count

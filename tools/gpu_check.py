@@ -1,0 +1,527 @@
+"""Check and measure the package on an accelerator, part by part; results go to one JSON file.
+
+    python tools/gpu_check.py --out gpu.json                       # every part, minutes on one GPU
+    python tools/gpu_check.py --parts correct sample --out gpu.json
+    python tools/gpu_check.py --dry-run --out gpu.json             # the same code with tiny models, on a CPU
+
+Needs a checkout (it reads the parity fixture of the tests), torch, numpy, safetensors, jaxtyping, pillow and rich. A
+part that fails is reported with its error; the others run all the same, and the exit code is 1.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import marval
+from marval.config import (
+    Chain,
+    DistillConfig,
+    FinetuneConfig,
+    LatentSpace,
+    MARConfig,
+    ModelConfig,
+    OneStep,
+    TrainConfig,
+)
+from marval.data import ImageData
+from marval.evaluate.timing import synchronize
+from marval.flops import model_flops
+from marval.model import MAR, NoiseSchedule
+from marval.parallel import Workers
+from marval.provenance import provenance
+from marval.randomness import generator
+from marval.sampling import DrawByChain, DrawInOneStep, draw_counts, draw_function, model_contexts, sample
+from marval.train.distill import GSIM, distill
+from marval.train.finetune import finetune
+from marval.train.teacher import train_teacher
+
+ROOT = Path(__file__).parent.parent
+READ_BYTES_PER_SECOND = 3.35e12  # H100's memory; only used for the share of the read limit
+sys.path.insert(0, str(ROOT / "tests"))  # the official sampler's loop, rendered in plain PyTorch
+
+
+class Check:
+    """The machine, the sizes to measure at, and the results so far."""
+
+    def __init__(self, out: Path, dry_run: bool):
+        self.out, self.dry_run = out, dry_run
+        self.device = torch.device("cpu" if dry_run else "cuda")
+        name = "dry run on a CPU" if dry_run else torch.cuda.get_device_name()
+        self.results: dict[str, Any] = {"card": name, "torch": torch.__version__, **provenance(0)}
+
+    def run(self, name: str, job: Callable[[], Any]) -> bool:
+        """Run one check, keep its result or its error, and write the file."""
+        began = time.perf_counter()
+        try:
+            found, ok = job(), True
+        except Exception as error:  # a check that fails must not cost the others
+            found, ok = (
+                {"error": f"{type(error).__name__}: {error}"[:500], "trace": traceback.format_exc()[-1500:]},
+                False,
+            )
+        self.results[name] = found
+        self.out.write_text(json.dumps(self.results, indent=1, default=str))
+        print(f"{name} ({time.perf_counter() - began:.1f} s): {json.dumps(found, default=str)[:600]}", flush=True)
+        return ok
+
+    def seconds(self, job: Callable[[], Any], repeats: int = 5, least: float = 0.0) -> dict[str, float]:
+        """The median, fastest and slowest wall time of a job, after one run that warms up."""
+        repeats = 1 if self.dry_run else repeats
+        job()
+        times: list[float] = []
+        while len(times) < repeats or sum(times) < least:
+            synchronize(self.device)
+            began = time.perf_counter()
+            job()
+            synchronize(self.device)
+            times.append(time.perf_counter() - began)
+        return {"median": statistics.median(times), "fastest": min(times), "slowest": max(times)}
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest expected value."""
+    found, expected = found.float().cpu(), expected.float().cpu()
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+# Part: correct
+
+
+def parity(check: Check) -> dict[str, float]:
+    """The numbers of the official code (tests/golden), in float32 and under bf16 autocast."""
+    reference = {
+        name: t.to(check.device) for name, t in load_file(ROOT / "tests/golden/mar_tiny_reference.safetensors").items()
+    }
+    config = MARConfig(
+        (4, 4), 16, 10,
+        encoder_dim=32, encoder_depth=2, encoder_heads=4, decoder_dim=32, decoder_depth=2, decoder_heads=4,
+        head_width=32, head_depth=2, buffer_size=4,
+    )  # fmt: skip
+    model = MAR(config)
+    model.load_state_dict({k.removeprefix("weights."): v for k, v in reference.items() if k.startswith("weights.")})
+    model = model.to(check.device).eval().requires_grad_(False)
+    tokens = reference["latents"].flatten(2).transpose(1, 2)
+    visible = torch.stack([(row == 0).nonzero()[:, 0] for row in reference["mask"]])
+    everywhere = torch.arange(16, device=check.device).expand(2, -1)
+    found = {}
+    for name, autocast in (("float32", False), ("bf16", True)):
+        with torch.autocast(check.device.type, torch.bfloat16, enabled=autocast):
+            context = model.context(tokens, visible, everywhere, model.class_embedding(reference["labels"]))
+            head = model.head(reference["head.x_t"], reference["head.t"].float(), reference["z"].flatten(0, 1))
+            chain = DrawByChain(Chain(guidance=3.0, steps=10))
+            contexts = reference["z"].flatten(0, 1), reference["z_uncond"].flatten(0, 1)
+            drawn = chain(model.head, *contexts, 3.0, reference["chain.noise"][:-1])
+        found[f"{name} context"] = difference(context, reference["z"])
+        found[f"{name} head"] = difference(head, reference["head.out"])
+        found[f"{name} chain"] = difference(drawn, reference["chain.tokens"])
+    limit = max(found[f"float32 {part}"] for part in ("context", "head", "chain"))
+    if limit > 1e-4:
+        raise ValueError(f"float32 differs from the official numbers: {found}")
+    return found
+
+
+def same_pictures(check: Check) -> dict[str, float]:
+    """The bundled models draw the same picture for a seed on the CPU and here, alone and in a batch."""
+    found = {}
+    for name in ("fashion-student",) if check.dry_run else ("fashion-student", "fashion-teacher"):
+        on_cpu, here = marval.load(name), marval.load(name, str(check.device))
+        expected = on_cpu.sample([0, 5, 9], seed=3, iterations=4)
+        images = here.sample([0, 5, 9], seed=3, iterations=4)
+        alone = torch.cat([here.sample([c], seed=3 + i, iterations=4) for i, c in enumerate((0, 5, 9))])
+        found[f"{name}: CPU and here"] = (images - expected).abs().max().item()
+        found[f"{name}: alone and in a batch"] = (images - alone).abs().max().item()
+    return found
+
+
+def tiny() -> tuple[MAR, ModelConfig, ImageData]:
+    """A teacher of a few thousand parameters whose head is not all zeros, and images for it."""
+    from tiny import tiny_config, tiny_data, tiny_model
+
+    return tiny_model(), tiny_config(), tiny_data()
+
+
+def gsim_gradients(check: Check) -> dict[str, float]:
+    """One theta step's gradients here against the CPU's, in float32."""
+
+    def gradients(device: torch.device) -> dict[str, Tensor]:
+        teacher, config, data = tiny()
+        config = dataclasses.replace(config, draw=OneStep(clip=True))
+        settings = DistillConfig(
+            objective="gsim", guidance=1.5, guidance_schedule="constant", batch_size=8, autocast=False
+        )
+        student = copy.deepcopy(teacher).to(device).requires_grad_(True)
+        gsim = GSIM(teacher, config, settings, data, Workers(device=device))
+        gsim.backward(student, 0, generator(0), learning=True)
+        return {name: p.grad.cpu() for name, p in student.named_parameters() if p.grad is not None}
+
+    here, expected = gradients(check.device), gradients(torch.device("cpu"))
+    return {
+        "largest relative difference": max(
+            difference(here[name], expected[name]) for name in expected if expected[name].any()
+        )
+    }
+
+
+def resume(check: Check) -> dict[str, Any]:
+    """Eight steps of each stage, and four and four: the same weights."""
+    teacher, config, data = tiny()
+    found: dict[str, Any] = {}
+
+    def score(pictures: Tensor, prompts: Any) -> Tensor:
+        return pictures.mean(dim=(1, 2, 3))
+
+    def no_probe(_: Any) -> dict[str, float]:
+        return {"fd": 1.0, "diversity": 1.0, "log_probability": 0.0}
+
+    def stage(name: str, out: Path, steps: int, resume: bool) -> None:
+        workers = Workers(device=check.device)
+        every = {"save_every": 4, "log_every": 4, "batch_size": 8}
+        if name == "train":
+            train_teacher(
+                config,
+                TrainConfig(iterations=steps, warmup=2, decay=1, **every),
+                data,
+                out,
+                resume=resume,
+                workers=workers,
+                quiet=True,
+            )
+        elif name == "distill":
+            settings = DistillConfig(iterations=steps, warmup=2, decay=1, **every)
+            distill(copy.deepcopy(teacher), config, settings, data, out, resume=resume, workers=workers, quiet=True)
+        else:
+            student = dataclasses.replace(config, draw=OneStep(clip=True))
+            settings = FinetuneConfig(iterations=steps, sample_iterations=4, probe_every=100, **every)
+            finetune(
+                copy.deepcopy(teacher),
+                student,
+                score,
+                settings,
+                out,
+                probe=no_probe,
+                resume=resume,
+                workers=workers,
+                quiet=True,
+            )
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("train", "distill", "finetune"):
+            whole, parts = Path(folder) / f"{name}-whole", Path(folder) / f"{name}-parts"
+            stage(name, whole, 8, False)
+            stage(name, parts, 4, False)
+            stage(name, parts, 8, True)
+            a, b = (load_file(next(p.glob("state-*/*.safetensors"))) for p in (whole, parts))
+            found[name] = max((a[key].float() - b[key].float()).abs().max().item() for key in a if a[key].numel())
+    return found
+
+
+def one_rank(check: Check) -> dict[str, float]:
+    """A sharded step in one process (NCCL on a GPU) against an unsharded one."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    _, config, data = tiny()
+    settings = TrainConfig(iterations=2, batch_size=8, warmup=1, decay=1, autocast=False)
+    with tempfile.TemporaryDirectory() as folder:
+        train_teacher(config, settings, data, Path(folder) / "alone", workers=Workers(device=check.device), quiet=True)
+        kind = check.device.type
+        dist.init_process_group(
+            "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl",
+            init_method=f"file://{folder}/rendezvous",
+            rank=0,
+            world_size=1,
+        )
+        try:
+            device = torch.device(kind, 0) if kind != "cpu" else check.device
+            workers = Workers(0, 1, device, init_device_mesh(kind, (1,)))
+            train_teacher(config, settings, data, Path(folder) / "sharded", workers=workers, quiet=True)
+        finally:
+            dist.destroy_process_group()
+        a, b = (load_file(Path(folder) / name / "model" / "model.safetensors") for name in ("alone", "sharded"))
+    return {"largest difference of weights": max((a[k] - b[k]).abs().max().item() for k in a)}
+
+
+# Part: sample
+
+
+def full_size(check: Check, size: str) -> MAR:
+    """MAR-B, -L or -H with random weights; a small one in a dry run."""
+    if check.dry_run:
+        mar = dataclasses.replace(
+            MARConfig.imagenet256("base"), encoder_dim=32, encoder_depth=1, encoder_heads=2,
+            decoder_dim=32, decoder_depth=2, decoder_heads=2, head_width=32, head_depth=2,
+        )  # fmt: skip
+    else:
+        mar = MARConfig.imagenet256(size)  # type: ignore[arg-type]
+    with torch.device(check.device):
+        model = MAR(mar)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return model.eval().requires_grad_(False)
+
+
+def peak(check: Check) -> dict[str, float]:
+    """What the card gives: matrix products in bf16, float32 and TF32, and a copy, in TFLOP/s and TB/s."""
+    side, found = (256 if check.dry_run else 8192), {}
+    for name, dtype, precision in (
+        ("bf16", torch.bfloat16, "highest"),
+        ("float32", torch.float32, "highest"),
+        ("tf32", torch.float32, "high"),
+    ):
+        torch.set_float32_matmul_precision(precision)
+        x, w = (torch.randn(side, side, device=check.device, dtype=dtype) for _ in range(2))
+        found[f"{name} TFLOP/s"] = 2 * side**3 / check.seconds(lambda x=x, w=w: x @ w, 10)["fastest"] / 1e12
+    torch.set_float32_matmul_precision("highest")
+    big = torch.randn(2**20 if check.dry_run else 2**30, device=check.device)
+    target = torch.empty_like(big)
+    found["copy TB/s, read and written"] = (
+        2 * big.nbytes / check.seconds(lambda: target.copy_(big), 10)["fastest"] / 1e12
+    )
+    return found
+
+
+def drawing(model: MAR, draw: Any, iterations: int, batch: int, autocast: bool) -> Callable[[], Tensor]:
+    """A call that draws a batch of latents by the package's sampler."""
+    labels = torch.arange(batch, device=model.mask_token.device) % model.config.num_classes
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=autocast):
+            return sample(model, draw, labels, iterations=iterations, seeds=range(batch), orders="random")
+
+    return run
+
+
+class GraphedStudent:
+    """A prototype: the whole K-iteration loop of a student with bf16 weights as one CUDA graph per (batch, K)."""
+
+    def __init__(self, model: MAR, iterations: int, batch: int, compiled: bool, graphed: bool = True):
+        device = model.mask_token.device
+        self.model = copy.deepcopy(model).bfloat16()
+        if compiled:
+            for block in [*self.model.encoder_blocks, *self.model.decoder_blocks, *self.model.head.res_blocks]:
+                block.compile(dynamic=True)
+        self.counts = draw_counts(model.config.num_tokens, iterations)
+        total, channels = model.config.num_tokens, model.config.token_dim
+        schedule = NoiseSchedule.at(torch.tensor([755]), device)
+        self.alpha, self.sigma = schedule.numbers["alpha"][0], schedule.numbers["sigma"][0]
+        self.time = schedule.timesteps.float()
+        self.labels = torch.arange(batch, device=device)
+        self.noise = torch.randn(batch, total, channels, device=device)
+        self.order = torch.stack([torch.randperm(total, device=device) for _ in range(batch)])
+        self.graph = None
+        with torch.inference_mode():
+            for _ in range(3):
+                self.tokens = self.loop()
+            if graphed and device.type == "cuda":
+                synchronize(device)
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self.tokens = self.loop()
+
+    def loop(self) -> Tensor:
+        """The AR loop; tokens and diffusion arithmetic in float32, networks in bf16."""
+        head, shown = self.model.head, 0
+        tokens = torch.zeros_like(self.noise)
+        time = head.embed_time(self.time)
+        for count in self.counts:
+            visible, positions = self.order[:, :shown], self.order[:, shown : shown + count]
+            shown += count
+            context = model_contexts(self.model, tokens.bfloat16(), visible, positions, self.labels, guided=False)[0]
+            index = positions[..., None].expand(-1, -1, tokens.shape[-1])
+            x_t = self.sigma * self.noise.gather(1, index).flatten(0, 1)
+            eps = head.denoise(x_t.bfloat16(), head.embed_context(context) + time)[:, : head.token_dim].float()
+            x_0 = (x_t - self.sigma * eps) / self.alpha
+            tokens = tokens.scatter(1, index, x_0.unflatten(0, positions.shape))
+        return tokens
+
+    @torch.inference_mode()
+    def __call__(self) -> Tensor:
+        if self.graph is None:
+            return self.loop()
+        self.graph.replay()
+        return self.tokens
+
+
+def sampling_table(check: Check, size: str, settings: list[tuple[str, int, int, str]]) -> list[dict[str, Any]]:
+    """Milliseconds per image of (role, K, batch, mode), with the share of the card's limits."""
+    model = full_size(check, size)
+    parameters = sum(p.numel() for p in model.parameters())
+    rows: list[dict[str, Any]] = []
+    bf16 = check.results.get("peak", {}).get("bf16 TFLOP/s", 800.0) * 1e12
+    for role, iterations, batch, mode in settings:
+        draw_config: Chain | OneStep = Chain(guidance=3.0) if role != "student" else OneStep()
+        config = ModelConfig(model.config, LatentSpace((256, 256), "none"), draw_config, (), 64, "random")
+        draw = draw_function(config)
+        row: dict[str, Any] = {"size": size, "role": role, "iterations": iterations, "batch": batch, "mode": mode}
+        job: Callable[[], Any]
+        try:
+            if mode.startswith(("graph", "bf16 loop")):
+                job = GraphedStudent(model, iterations, batch, "compiled" in mode, mode.startswith("graph"))
+            elif role == "official loop":
+                from straightforward import straightforward
+
+                labels = torch.arange(batch, device=check.device)
+
+                def job(labels: Tensor = labels, k: int = iterations) -> Any:
+                    with torch.autocast(check.device.type, torch.bfloat16):
+                        return straightforward(model, Chain(guidance=3.0), labels, k, list(range(len(labels))))
+            else:
+                job = drawing(model, draw, iterations, batch, mode == "autocast")
+            taken = check.seconds(job, 3 if role != "student" else 10)
+            flops = model_flops(config, draw_counts(model.config.num_tokens, iterations)).total
+            row |= {f"ms per image, {name}": value / batch * 1000 for name, value in taken.items()}
+            row["share of bf16 peak"] = flops * batch / taken["median"] / bf16
+            row["share of read limit"] = iterations * 2 * parameters / READ_BYTES_PER_SECOND / taken["median"]
+            del job
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"[:300]
+        rows.append(row)
+        print("   ", json.dumps(row)[:300], flush=True)
+        if not check.dry_run:
+            torch.cuda.empty_cache()
+    return rows
+
+
+# Part: train
+
+
+class RandomLatents:
+    """Latents of no picture, as a data set."""
+
+    def __init__(self, config: MARConfig, device: torch.device):
+        self.config, self.device = config, device
+
+    def __len__(self) -> int:
+        return 100_000
+
+    def tokens(
+        self, indices: Tensor, rows: slice, space: Any, device: torch.device, stream: Any = ()
+    ) -> tuple[Tensor, Tensor]:
+        count = len(indices[rows])
+        return torch.randn(count, self.config.num_tokens, self.config.token_dim, device=device), torch.zeros(
+            count, dtype=torch.long, device=device
+        )
+
+
+def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> dict[str, Any]:
+    """GSIM steps of a full-size model: time, memory, images a second."""
+    model = full_size(check, size)
+    config = ModelConfig(model.config, LatentSpace((256, 256), "none"), OneStep(), (), 64, "random")
+    settings = dataclasses.replace(
+        DistillConfig.imagenet256(size),
+        batch_size=batch,
+        checkpoint_blocks=checkpoint_blocks,  # type: ignore[arg-type]
+    )
+    student = copy.deepcopy(model).requires_grad_(True)
+    student.checkpoint_blocks = checkpoint_blocks
+    gsim = GSIM(model, config, settings, RandomLatents(model.config, check.device), Workers(device=check.device))  # type: ignore[arg-type]
+    from marval.train.run import Updates
+
+    update = Updates(student, settings, (0.0, 0.999))
+    if not check.dry_run:
+        torch.cuda.reset_peak_memory_stats()
+    step = 0
+
+    def one() -> None:
+        nonlocal step
+        rng = generator(0, "gpu check", step)
+        gsim.backward(student, step, rng, learning=True)
+        update(1e-6)
+        gsim.update_auxiliary(rng, 1.0)
+        step += 1
+
+    taken = check.seconds(one, 4)
+    memory = 0 if check.dry_run else torch.cuda.max_memory_allocated()
+    return {
+        "size": size,
+        "batch": batch,
+        "checkpoint_blocks": checkpoint_blocks,
+        "seconds": taken,
+        "images/s": batch / taken["median"],
+        "bytes": memory,
+    }
+
+
+# Part: profile
+
+
+def trace(check: Check) -> dict[str, Any]:
+    """Where the time of one student's image and of one GSIM step goes: the ten most expensive kernels of each."""
+    from torch.profiler import ProfilerActivity, profile
+
+    model = full_size(check, "base")
+    job = drawing(model, DrawInOneStep(OneStep()), 4, 1, True)
+    job()
+    activities = [ProfilerActivity.CPU] + ([] if check.dry_run else [ProfilerActivity.CUDA])
+    with profile(activities=activities) as profiler:
+        job()
+        synchronize(check.device)
+    key = "self_cpu_time_total" if check.dry_run else "self_device_time_total"
+    rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, key))[:10]
+    return {row.key[:80]: {"calls": row.count, "us": getattr(row, key)} for row in rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ["correct", "sample", "train", "profile"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--sizes", nargs="+", choices=["base", "large", "huge"], default=["base"])
+    parser.add_argument("--dry-run", action="store_true", help="tiny models on a CPU")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    if not given.dry_run and not torch.cuda.is_available():
+        parser.error("no CUDA device here: add --dry-run to go through the checks on a CPU")
+    check = Check(given.out, given.dry_run)
+    check.out.parent.mkdir(parents=True, exist_ok=True)
+    ok = [check.run("peak", lambda: peak(check))]
+    if "correct" in given.parts:
+        for job in (parity, same_pictures, gsim_gradients, resume, one_rank):
+            ok.append(check.run(job.__name__, lambda job=job: job(check)))
+    if "sample" in given.parts:
+        many = 4 if check.dry_run else 128
+        table = [
+            ("student", 16, 1, "float32"),
+            ("student", 16, 1, "autocast"),
+            ("student", 64, 1, "autocast"),
+            ("student", 16, 1, "bf16 loop"),
+            *(("student", k, 1, "graph") for k in (4, 16, 64)),
+            ("student", 16, many, "autocast"),
+            ("student", 16, many, "bf16 loop"),
+            ("student", 64, many, "bf16 loop"),
+            ("teacher", 16, 1, "autocast"),
+            ("official loop", 16, 1, "autocast"),
+            ("teacher", 16, many, "autocast"),
+            ("student", 16, many, "bf16 loop compiled"),
+            ("student", 16, 1, "graph compiled"),
+            ("student", 64, 1, "graph compiled"),
+        ]
+        for size in given.sizes:
+            rows = table if size == "base" else [row for row in table if row[0] == "student"]
+            if check.dry_run:  # what takes long
+                rows = [row for row in rows if row[1] < 64 and "compiled" not in row[3]]
+            ok.append(check.run(f"sample {size}", lambda size=size, rows=rows: sampling_table(check, size, rows)))
+    if "train" in given.parts:
+        for batch, blocks in ((4, False), (4, True)) if check.dry_run else ((64, False), (256, True)):
+            ok.append(check.run(f"gsim base {batch}", lambda b=batch, c=blocks: gsim_steps(check, "base", b, c)))
+    if "profile" in given.parts:
+        ok.append(check.run("profile", lambda: trace(check)))
+    raise SystemExit(0 if all(ok) else 1)
+
+
+if __name__ == "__main__":
+    main()
