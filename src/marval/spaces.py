@@ -1,5 +1,8 @@
 """Token spaces: how an image becomes tokens and tokens become an image."""
 
+import hashlib
+import os
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -58,10 +61,16 @@ class Latents:
         """The VAE (diffusers' `AutoencoderKL`).
 
         Raises:
-            ValueError: diffusers is not installed, or the VAE's files are not there.
+            ValueError: diffusers is not installed, or the VAE's files are not there or hold other weights.
         """
         if self.loaded is None:
             self.loaded = load_vae(self.config.vae, self.device)
+            found, expected = vae_hash(self.config.vae), self.config.vae_sha256
+            if not same_vae(("", found), ("", expected)):
+                raise ValueError(
+                    f"the VAE {self.config.vae} has other weights (SHA-256 {found[:12]}...) than the model was trained "
+                    f"with ({expected[:12]}...): put that one back"
+                )
         return self.loaded
 
     def tokens(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
@@ -95,6 +104,41 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> Any:
             f"the VAE {name!r} cannot be loaded ({str(error).splitlines()[0]}): name a folder in diffusers' form, such "
             "as marval convert vae makes"
         ) from error
+
+
+def vae_place(name: str) -> str:
+    """Where a VAE lies, for a model or cache to keep: a folder's absolute path, good from anywhere; or a hub id."""
+    return os.path.abspath(name) if Path(name).is_dir() else name
+
+
+def vae_hash(name: str) -> str:
+    """SHA-256 of the weights in a VAE's folder, or of a hub id's in the hub's cache; "" where they are not there."""
+    folder = Path(name)
+    files = [file for suffix in ("safetensors", "bin") for file in sorted(folder.glob(f"*.{suffix}"))]
+    if not files and not folder.is_dir():
+        try:
+            from huggingface_hub import try_to_load_from_cache
+
+            found = [
+                try_to_load_from_cache(name, f"diffusion_pytorch_model.{suffix}") for suffix in ("safetensors", "bin")
+            ]
+        except (ImportError, ValueError):  # not there, or the name is no hub id
+            return ""
+        files = [Path(file) for file in found if isinstance(file, str)]
+    # diffusers prefers safetensors, of which there may be several
+    kind = [file for file in files if file.suffix == files[0].suffix]
+    digest = hashlib.sha256()
+    for file in kind:
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest() if kind else ""
+
+
+def same_vae(first: tuple[str, str], second: tuple[str, str]) -> bool:
+    """Whether two VAEs, each a name and its hash, are the same; where a hash is unknown, by their folders' names."""
+    if first[1] and second[1]:
+        return first[1] == second[1]
+    return Path(first[0]).name == Path(second[0]).name
 
 
 def token_space(config: PixelSpace | LatentSpace, device: torch.device | str = "cpu") -> TokenSpace:

@@ -47,7 +47,10 @@ def printable(name: str | os.PathLike[str]) -> str:
 
 
 def read_image(
-    source: Path | io.BytesIO | io.BufferedReader, *, most_pixels: int | None = None, formats: Sequence[str] | None = None
+    source: Path | io.BytesIO | io.BufferedReader,
+    *,
+    most_pixels: int | None = None,
+    formats: tuple[str, ...] | None = None,
 ) -> Image.Image:
     """Read an image file as an upright 8-bit picture of mode "L" or "RGB", transparency over white.
 
@@ -162,7 +165,7 @@ def levels(picture: Image.Image, values: np.ndarray) -> np.ndarray:
     tags: Any = getattr(picture, "tag_v2", {})  # of a TIFF
     bits = tags.get(258, (16,))[0]  # BitsPerSample
     if picture.mode == "F":
-        if not (np.isfinite(values).all() and 0 <= values.min() and values.max() <= 1):
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             raise ValueError(
                 f"it holds floating-point numbers from {values.min():g} to {values.max():g}, expected 0 (black) to 1 "
                 "(white); or save it with 8 or 16 bits"
@@ -185,7 +188,7 @@ def over_white(picture: Image.Image, opaque: np.ndarray) -> Image.Image:
 
 
 def pixels(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """A picture scaled to cover `size` (rows, columns) and cropped at the centre, as bytes (channels, rows, columns)."""
+    """A picture scaled to cover `size` (rows, columns), then cropped at the centre: bytes (channels, rows, columns)."""
     array = np.asarray(ImageOps.fit(picture, size[::-1]))
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
