@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from marval.config import LatentSpace, MARConfig, ModelConfig, TrainConfig
 from marval.data import LatentData, cache_latents, check_data, load_data, load_folder
-from marval.data.latents import centre_crop
+from marval.data.latents import centre_crop, read_square
 from marval.imagenet import imagenet_classes
 from marval.io.checkpoint import load_model
 from marval.parallel import Workers
-from marval.spaces import Latents
+from marval.spaces import Latents, vae_hash
 from marval.train.teacher import latent_teacher_config, train_teacher
 from tiny import tiny_config
 
@@ -180,6 +180,133 @@ def test_a_cache_of_something_else_is_not_mixed_up(pictures, tmp_path):
         load_data(f"latents:{tmp_path}")
 
 
+def vae_folder(folder, seed=0, **changes):
+    """A real VAE of stride 4 and few weights."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    options = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
+               "block_out_channels": [32, 32, 32], "latent_channels": 2}  # fmt: skip
+    AutoencoderKL(**options | changes).save_pretrained(folder)
+    return folder
+
+
+def command(pictures, vae, *options, monkeypatch, cwd):
+    from marval.cli import main
+
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", ["marval", "cache-latents", "cache", "--images", str(pictures), "--vae", str(vae),
+                                      "--image-size", "16", *options])  # fmt: skip
+    main()
+
+
+def refused(capsys, *arguments, **options):
+    with pytest.raises(SystemExit) as ended:
+        command(*arguments, **options)
+    assert ended.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]  # diffusers may say more before
+
+
+def test_other_weights_under_the_same_name_are_refused_and_the_same_under_another_are_not(
+    pictures, tmp_path, monkeypatch, capsys
+):
+    here = {"monkeypatch": monkeypatch, "cwd": tmp_path}
+    vae_folder(tmp_path / "vae")
+    command(pictures, "vae", **here)
+    data = LatentData.open(tmp_path / "cache")
+    assert data.vae == str(tmp_path / "vae")  # good from any other folder
+    weights = (tmp_path / "vae/diffusion_pytorch_model.safetensors").read_bytes()
+    assert data.vae_sha256 == vae_hash(str(tmp_path / "vae"))
+    (tmp_path / "vae").rename(tmp_path / "moved")
+    command(pictures, "moved", **here)
+    vae_folder(tmp_path / "vae", seed=1)
+    assert "caches something else (a VAE of other weights): choose another folder" in refused(
+        capsys, pictures, "vae", **here
+    )
+    (tmp_path / "vae/diffusion_pytorch_model.safetensors").write_bytes(weights)
+    command(pictures, "vae", **here)
+
+
+def test_changed_pictures_under_the_same_names_are_refused(pictures, tmp_path):
+    cache(pictures, tmp_path / "cache")
+    first = pictures / "pear/01.png"
+    status = first.stat()
+    first.write_bytes(first.read_bytes())
+    os.utime(first, ns=(status.st_atime_ns, status.st_mtime_ns))
+    cache(pictures, tmp_path / "cache")  # the same size and time
+    Image.new("RGB", (20, 24), "red").save(first)
+    with pytest.raises(ValueError, match=r"caches something else \(other pictures, or changed ones\)"):
+        cache(pictures, tmp_path / "cache")
+
+
+def test_a_typing_error_claims_nothing(pictures, tmp_path, monkeypatch, capsys):
+    here = {"monkeypatch": monkeypatch, "cwd": tmp_path}
+    vae_folder(tmp_path / "vae")
+    assert "vea' cannot be loaded" in refused(capsys, pictures, tmp_path / "vea", **here)
+    assert not (tmp_path / "cache").exists()
+    said = refused(capsys, pictures, "vae", "--image-size", "18", **here)
+    assert "--image-size 18: expected a multiple of the VAE's stride of 4 pixels" in said
+    assert "expected at least 8" in refused(capsys, pictures, "vae", "--image-size", "0", **here)
+    for scale in ("0", "nan", "-1", "inf"):
+        assert "scale above 0" in refused(capsys, pictures, "vae", "--scale", scale, **here)
+    assert not (tmp_path / "cache").exists()
+    cache(pictures, tmp_path / "cache", workers=stopped())  # claimed, but no shard is written
+    command(pictures, "vae", **here)
+    assert len(LatentData.open(tmp_path / "cache")) == COUNT
+
+
+def stopped():
+    workers = Workers()
+    workers.stop.set()
+    return workers
+
+
+def test_a_vae_of_numbers_that_are_not_finite_is_refused(pictures, tmp_path):
+    class Broken(StandInVAE):
+        def encode(self, x):
+            found = super().encode(x)
+            found.latent_dist.parameters = found.latent_dist.parameters + (1e6 if len(x) > 1 else 0)
+            return found
+
+    with pytest.raises(ValueError, match="numbers that are not finite"):  # in half precision
+        cache(pictures, tmp_path / "cache", Broken())
+    assert not list((tmp_path / "cache").glob("shard*"))
+
+
+def test_a_cache_of_another_vae_or_scale_does_not_fit_a_model(pictures, tmp_path):
+    data = dataclasses.replace(cache(pictures, tmp_path / "cache"), vae="models/kl16", vae_sha256="a" * 64)
+    space = LatentSpace((16, 16), data.vae, 4, 2, scale=data.scale, vae_sha256=data.vae_sha256)
+    mar = dataclasses.replace(tiny_config().mar, token_grid=space.token_grid, token_dim=space.token_dim)
+    config = ModelConfig(mar, space, tiny_config().draw, data.class_names, 4, "latent")
+
+    def with_space(**changes):
+        return dataclasses.replace(config, space=dataclasses.replace(space, **changes))
+
+    check_data(data, config)
+    check_data(data, with_space(vae="elsewhere", scale=space.scale * 1.0005))
+    check_data(data, with_space(vae="kl16", vae_sha256=""))  # converted by an earlier version
+    with pytest.raises(ValueError, match="was made with the VAE models/kl16, the model's is models/kl16, of other"):
+        check_data(data, with_space(vae_sha256="b" * 64))
+    with pytest.raises(ValueError, match="made with the VAE models/kl16, the model's is another"):
+        check_data(data, with_space(vae="another", vae_sha256=""))
+    with pytest.raises(ValueError, match=r"the model's is 0.9: run marval cache-latents .* --scale 0.9 "):
+        check_data(data, with_space(scale=0.9))
+
+
+def test_pictures_are_read_upright_and_over_white(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    array = np.zeros((16, 16, 3), np.uint8)
+    array[:8] = 255
+    (tmp_path / "a").mkdir()
+    Image.fromarray(array).save(tmp_path / "a/0.png", exif=exif)
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "a/1.png")
+    turned, white = (read_square((str(tmp_path / f"a/{i}.png"), 0), 16) for i in (0, 1))
+    assert turned[:, :8].max() == 0
+    assert turned[:, 8:].min() == 255
+    assert white.min() == 255
+
+
 def test_a_teacher_trains_on_a_cache(pictures, tmp_path):
     data = cache(pictures, tmp_path / "cache")
     space = LatentSpace((16, 16), "stand-in", 4, 2, scale=data.scale)
@@ -234,13 +361,7 @@ def test_centre_crop_takes_the_middle_and_keeps_proportions():
 
 
 def test_the_command_survives_kills(pictures, tmp_path):
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=[32, 32, 32], latent_channels=2,
-    )  # fmt: skip
-    vae.save_pretrained(tmp_path / "vae")
+    vae_folder(tmp_path / "vae")
     command = [
         sys.executable, "-m", "marval", "cache-latents", "cache", "--images", str(pictures), "--vae", "vae",
         "--image-size", "16",

@@ -98,7 +98,7 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> Any:
     except ImportError as error:
         raise ValueError("this needs a VAE: install diffusers (pip install 'marval[vae]')") from error
     try:
-        return AutoencoderKL.from_pretrained(name).to(device).eval().requires_grad_(False)
+        return AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False).to(device).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the VAE {name!r} cannot be loaded ({str(error).splitlines()[0]}): name a folder in diffusers' form, such "

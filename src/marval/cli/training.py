@@ -141,6 +141,9 @@ def distill(
     pipeline = load_pipeline(teacher, "cpu")
     settings = with_few_tokens(settings, pipeline)
     images = data_of(pipeline, data)
+    if probe_samples and len(images) < 2:
+        print("one image has no Fréchet distance: none is logged")
+        probe_samples = 0
     judge = judge_for(pipeline, data, None) if probe_samples else None
     with start_workers(usable_device(device)) as workers:
         done = run(
@@ -198,6 +201,8 @@ def finetune(
     from marval.train.finetune import finetune as run
 
     pipeline = load_pipeline(student, "cpu")
+    if len(pipeline.config.class_names) < 2:
+        raise ValueError(f"{student} draws one class: tuning is judged by a classifier, which needs at least two")
     settings = with_few_tokens(settings, pipeline)
     held_out = judge_for(pipeline, data, judge)
     if held_out.classifier is None:
