@@ -255,6 +255,19 @@ def test_a_typing_error_claims_nothing(pictures, tmp_path, monkeypatch, capsys):
     assert len(LatentData.open(tmp_path / "cache")) == COUNT
 
 
+def test_damage_to_a_finished_cache_is_named(pictures, tmp_path):
+    data = cache(pictures, tmp_path / "cache")
+    shard = tmp_path / "cache/shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"shard-00001.safetensors is damaged .* remove it, and run marval cache-la"):
+        data.moments(5)
+    shard.unlink()
+    assert torch.equal(cache(pictures, tmp_path / "cache").moments(5), cache(pictures, tmp_path / "new").moments(5))
+    (tmp_path / "cache/index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index.json is damaged"):
+        LatentData.open(tmp_path / "cache")
+
+
 def stopped():
     workers = Workers()
     workers.stop.set()

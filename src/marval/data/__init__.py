@@ -1,6 +1,6 @@
 """Training data: images in memory, and caches of a VAE's latents."""
 
-from marval.data.folder import load_folder, parse_size, patch_size
+from marval.data.folder import load_folder
 from marval.data.images import (
     FASHION_CLASSES,
     FASHION_FORM,
@@ -11,6 +11,7 @@ from marval.data.images import (
 )
 from marval.data.latents import LatentData, cache_latents
 from marval.data.load import TrainingData, check_classes, check_data, load_data, load_images
+from marval.data.sizes import parse_size, patch_size
 
 __all__ = [
     "FASHION_CLASSES", "FASHION_FORM", "ImageData", "LatentData", "TrainingData", "batch_indices", "cache_latents",

@@ -1,32 +1,26 @@
-"""Folders of people's own images: which files are read as which class, at which size, decoded once in threads."""
+"""Folders of people's own images: which files are read as which class, decoded once."""
 
 import functools
-import itertools
 import os
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 
 from marval.data.images import ImageData
+from marval.data.reading import Progress, in_threads
+from marval.data.sizes import infer_size
 from marval.imagenet import imagenet_classes
-from marval.io.images import image_size, pixels, printable, read_image, readable_suffixes
+from marval.io.images import pixels, printable, read_image, readable_suffixes
 from marval.randomness import generator
 
 MOST_CORRUPT = 0.01  # a larger share of images that cannot be read stops a run
-SMALLEST, LARGEST = 8, 64  # pixels a side of an inferred size
-SIZED = 5000  # images whose sizes are looked at
 # Not hidden by a dot, but what macOS, Windows and file servers leave beside people's files.
 NO_CLASSES = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 
-Given = TypeVar("Given")
-Result = TypeVar("Result")
 Labelled = tuple[str, int]  # a file and its class's number
 
 
@@ -176,43 +170,6 @@ def _is_image(entry: os.DirEntry[str], left_out: LeftOut) -> bool:
     return False
 
 
-def in_threads(
-    function: Callable[[Given], Result], items: Iterable[Given], ahead: int | None = None
-) -> Iterator[Result]:
-    """`function` of every item, in order, computed in threads; at most `ahead` results wait."""
-    threads = min(8, (os.cpu_count() or 1) + 1)
-    waiting: deque[Future[Result]] = deque()
-    rest = iter(items)
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in itertools.islice(rest, ahead or 4 * threads):
-                waiting.append(pool.submit(function, item))
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(pool.submit(function, item) for item in itertools.islice(rest, 1))
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-class Progress:
-    """A line about long work, every few seconds and at its end; nothing of what is done sooner."""
-
-    def __init__(self, what: str, total: int, seconds: float = 5.0):
-        self.what, self.total, self.seconds = what, total, seconds
-        self.began = self.printed = time.monotonic()
-        self.long = False
-
-    def __call__(self, done: int) -> None:
-        """Say how far it is."""
-        now = time.monotonic()
-        if now - self.printed > self.seconds or (self.long and done == self.total):
-            self.printed, self.long = now, True
-            rate = done / (now - self.began)
-            left = int((self.total - done) / rate)
-            line = f"{self.what}: {done:,} of {self.total:,}, {rate:.0f}/s, {left // 60} min {left % 60} s left"
-            print(line, flush=True)
-
-
 def load_folder(
     folder: Path | str,
     size: tuple[int, int] | None = None,
@@ -238,6 +195,7 @@ def load_folder(
     if limit is not None and limit < 1:
         raise ValueError(f"a limit of {limit} images: expected at least 1")
     found = list_folder(Path(folder))
+    say_left_out(found)
     files = found.files if limit is None else balanced_sample(found.files, limit, seed)
     size = infer_size([file for file, _ in files]) if size is None else size
     images = np.empty((len(files), 3, *size), np.uint8)
@@ -256,7 +214,6 @@ def load_folder(
             if moves:
                 animated.add("animations whose first frames are read", file)
         progress(i + 1)
-    say_left_out(found)
     if animated.counts:
         say_once(f"{printable(found.root)}: {animated}")
     if corrupt:
@@ -311,74 +268,3 @@ def balanced_sample(files: Sequence[Labelled], limit: int, seed: int) -> list[La
         turns.append((seen[label], place, i))  # the first of every class, then the second ones, ...
         seen[label] += 1
     return [files[i] for i in sorted(i for _, _, i in sorted(turns)[:limit])]
-
-
-def infer_size(files: Sequence[str]) -> tuple[int, int]:
-    """Rows and columns for a set of images of any sizes, which the small model can cut into patches.
-
-    Of their shape where they agree (within 3 %), else square; no larger than they are, at most 64 pixels a side, at
-    least 8. One in ten (of three or more) may be odd: it is enlarged or cropped, and changes nothing for the others.
-
-    Raises:
-        ValueError: none of them can be read.
-    """
-    step = max(1, len(files) // SIZED)
-
-    def size_of(file: str) -> tuple[int, int] | ValueError:
-        try:
-            return image_size(Path(file))
-        except ValueError as error:
-            return error
-
-    found = list(in_threads(size_of, files[::step]))
-    sizes = np.array([size for size in found if not isinstance(size, ValueError)], float)
-    if not len(sizes):
-        raise next(size for size in found if isinstance(size, ValueError))
-    odd = max(len(sizes) // 10, int(len(sizes) > 2))
-    ratios = np.sort(sizes[:, 0] / sizes[:, 1])
-    ratio = float(ratios[len(ratios) // 2])
-    if np.sum(np.abs(ratios / ratio - 1) > 0.03) > odd:
-        ratio = 1.0
-    heights = np.sort(np.minimum(sizes[:, 1], sizes[:, 0] / ratio))  # the largest that need no enlarging
-    height = min(float(heights[odd]), LARGEST, LARGEST / ratio)
-    return cut_to_patches(round(height), round(height * ratio))
-
-
-def cut_to_patches(height: int, width: int) -> tuple[int, int]:
-    """The rows and columns at or just below a size, at least 8, that `patch_size` can cut."""
-    patch = max(4, -(-max(height, width) // 8))
-    rows, columns = (max(-(-SMALLEST // patch), side // patch) * patch for side in (height, width))
-    return rows, columns
-
-
-def patch_size(rows: int, columns: int) -> int:
-    """The small model's patch: the smallest of at least 4 pixels that cuts the image into at most 8 tokens a side.
-
-    Raises:
-        ValueError: none does without making single tokens of it; the nearest size that can be cut is named.
-    """
-    least = max(4, -(-max(rows, columns) // 8))
-    for patch in range(least, 2 * least):
-        if rows % patch == columns % patch == 0:
-            return patch
-    near = cut_to_patches(*(side + (least + 1) // 2 for side in (rows, columns)))
-    raise ValueError(
-        f"images of {columns}x{rows} pixels cannot be cut into patches of {least} to {2 * least - 1} pixels: "
-        f"expected a --size such as {near[1]}x{near[0]}"
-    )
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Rows and columns of "32" or "WIDTHxHEIGHT".
-
-    Raises:
-        ValueError: not such a size, or out of range.
-    """
-    parts = text.lower().split("x")
-    if not (1 <= len(parts) <= 2 and all(part.isascii() and part.isdigit() for part in parts)):
-        raise ValueError(f"--size {text}: expected a number of pixels such as 32, or WIDTHxHEIGHT such as 48x24")
-    columns, rows = (int(part) for part in (parts[0], parts[-1]))
-    if not all(SMALLEST <= side <= 1024 for side in (rows, columns)):
-        raise ValueError(f"--size {text}: expected {SMALLEST} to 1024 pixels a side")
-    patch_size(rows, columns)
-    return rows, columns

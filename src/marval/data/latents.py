@@ -23,7 +23,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from marval.data.folder import Labelled, check_corrupt, in_threads, list_folder, say_left_out
+from marval.data.folder import Labelled, check_corrupt, list_folder, say_left_out
+from marval.data.reading import in_threads
 from marval.io.files import write_tensors, write_text
 from marval.io.images import read_image
 from marval.parallel import Workers
@@ -56,24 +57,22 @@ class LatentData:
         """A cache that `cache_latents` finished.
 
         Raises:
-            ValueError: not a cache, or an unfinished one.
+            ValueError: not a cache, an unfinished or a damaged one.
         """
         try:
             index = json.loads((folder / INDEX).read_text())
+            starts = (0, *itertools.accumulate(index["counts"][:-1]))
+            return cls(
+                folder, torch.tensor(index["labels"]), tuple(index["class_names"]), tuple(index["shape"]),
+                starts, index["scale"], index["image_size"], index["vae"], index.get("vae_sha256", ""),
+            )  # fmt: skip
         except FileNotFoundError:
             unfinished = (folder / PLAN).is_file()
             raise ValueError(
                 f"{folder} is {'an unfinished' if unfinished else 'no'} cache of latents: run marval cache-latents"
             ) from None
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / INDEX} is damaged ({error}): remove it and run marval cache-latents") from None
-        starts = [0]
-        for count in index["counts"]:
-            starts.append(starts[-1] + count)
-        return cls(
-            folder, torch.tensor(index["labels"]), tuple(index["class_names"]), tuple(index["shape"]),
-            tuple(starts[:-1]), index["scale"], index["image_size"], index["vae"], index.get("vae_sha256", ""),
-        )  # fmt: skip
 
     def tokens(
         self,
@@ -102,8 +101,12 @@ class LatentData:
     def moments(self, index: int) -> Float[Tensor, "2 c2 h w"]:
         """Mean and log-variance (stacked in the channels) of an image and of its mirror."""
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        with safe_open(shard_file(self.folder, shard), framework="pt") as content:
-            return content.get_slice("moments")[index - self.starts[shard]]
+        file = shard_file(self.folder, shard)
+        try:
+            with safe_open(file, framework="pt") as content:
+                return content.get_slice("moments")[index - self.starts[shard]]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged ({error}): remove it, and run marval cache-latents again") from None
 
 
 def shard_file(folder: Path, shard: int) -> Path:
