@@ -192,6 +192,13 @@ def test_too_many_pixels_are_refused_by_the_header():
         read_image(bomb, most_pixels=25_000_000)
 
 
+def test_a_large_jpeg_can_be_decoded_at_a_fraction_of_its_size():
+    large = Image.new("L", (800, 400), 90)
+    assert read_image(saved(large, "jpg"), draft=100).size == (200, 100)
+    assert read_image(saved(large, "jpg")).size == (800, 400)
+    assert read_image(saved(large, "png"), draft=100).size == (800, 400)
+
+
 def test_what_is_no_image_is_named_in_one_line(tmp_path):
     whole = saved(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), "png").getvalue()
     for name, content in {

@@ -22,7 +22,7 @@ from marval.data.latents import centre_crop, read_square
 from marval.imagenet import imagenet_classes
 from marval.io.checkpoint import load_model
 from marval.parallel import Workers
-from marval.spaces import Latents, vae_hash
+from marval.spaces import Latents, vae_hash, vae_place
 from marval.train.teacher import latent_teacher_config, train_teacher
 from tiny import tiny_config
 
@@ -225,6 +225,22 @@ def test_other_weights_under_the_same_name_are_refused_and_the_same_under_anothe
     )
     (tmp_path / "vae/diffusion_pytorch_model.safetensors").write_bytes(weights)
     command(pictures, "vae", **here)
+
+
+def test_a_models_vae_is_found_where_it_was_moved_to_and_known_by_its_weights(tmp_path, monkeypatch):
+    folder = str(vae_folder(tmp_path / "a/vae"))
+    config = LatentSpace((16, 16), vae_place(folder), 4, 2, vae_sha256=vae_hash(folder))
+    monkeypatch.chdir(tmp_path / "a")
+    assert vae_place("vae") == folder
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a/vae").rename(tmp_path / "b/vae")
+    monkeypatch.chdir(tmp_path / "b")
+    assert Latents(config).vae.config.latent_channels == 2
+    vae_folder(tmp_path / "b/vae", seed=1)
+    with pytest.raises(ValueError, match="the VAE vae has other weights"):
+        Latents(config).vae  # noqa: B018
+    assert vae_place("owner/a-hub-id") == "owner/a-hub-id"
+    assert vae_hash("owner/a-hub-id") == vae_hash(str(tmp_path / "nothing")) == ""
 
 
 def test_changed_pictures_under_the_same_names_are_refused(pictures, tmp_path):

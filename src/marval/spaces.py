@@ -64,11 +64,12 @@ class Latents:
             ValueError: diffusers is not installed, or the VAE's files are not there or hold other weights.
         """
         if self.loaded is None:
-            self.loaded = load_vae(self.config.vae, self.device)
-            found, expected = vae_hash(self.config.vae), self.config.vae_sha256
+            name = find_vae(self.config.vae)
+            self.loaded = load_vae(name, self.device)
+            found, expected = vae_hash(name), self.config.vae_sha256
             if not same_vae(("", found), ("", expected)):
                 raise ValueError(
-                    f"the VAE {self.config.vae} has other weights (SHA-256 {found[:12]}...) than the model was trained "
+                    f"the VAE {name} has other weights (SHA-256 {found[:12]}...) than the model was trained "
                     f"with ({expected[:12]}...): put that one back"
                 )
         return self.loaded
@@ -109,6 +110,12 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> Any:
 def vae_place(name: str) -> str:
     """Where a VAE lies, for a model or cache to keep: a folder's absolute path, good from anywhere; or a hub id."""
     return os.path.abspath(name) if Path(name).is_dir() else name
+
+
+def find_vae(place: str) -> str:
+    """Where a VAE is now: its place, or else a folder of the same name in the current one."""
+    moved = os.path.isabs(place) and not Path(place).is_dir() and Path(Path(place).name).is_dir()
+    return Path(place).name if moved else place
 
 
 def vae_hash(name: str) -> str:

@@ -92,7 +92,10 @@ def list_folder(root: Path) -> Folder:
         )
     empty = [printable(os.path.basename(path)) for path, files in zip(folders, found, strict=True) if not files]
     if empty:
-        raise ValueError(f"{printable(root)}: no images in {', '.join(empty[:5])}; remove such folders or fill them")
+        seen = f" (left out: {left_out})" if left_out.counts else ""
+        raise ValueError(
+            f"{printable(root)}: no images in {', '.join(empty[:5])}; remove such folders or fill them{seen}"
+        )
     files = [(file, label) for label, some in enumerate(found) for file in some]
     return Folder(root, class_names(folders), files, left_out)
 
