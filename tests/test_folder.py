@@ -284,6 +284,22 @@ def test_a_limited_sample_is_balanced_reads_no_more_and_is_the_same_again(tmp_pa
     assert load_folder(tmp_path, limit=5).labels.bincount().max() == 1  # fewer than classes: one each
 
 
+def test_images_that_are_still_held_are_not_decoded_again(root, monkeypatch):
+    read = []
+    whole = folder_module.read_image
+    monkeypatch.setattr(folder_module, "read_image", lambda file: (read.append(file), whole(file))[1])
+    data = load_folder(root)
+    assert load_folder(root, (16, 16)) is data
+    assert load_folder(root, (8, 8)) is not data
+    assert len(read) == 12
+    picture(root / "cat/0.png", colour="lime")
+    assert load_folder(root).images[0, :, 0, 0].tolist() == [0, 255, 0]
+    del data
+    read.clear()
+    load_folder(root)
+    assert len(read) == 6
+
+
 def test_large_pictures_do_not_pile_up_in_memory():
     """Threads run at most a few items ahead of what is asked for."""
     started = []

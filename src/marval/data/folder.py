@@ -1,7 +1,9 @@
 """Folders of people's own images: which files are read as which class, decoded once."""
 
 import functools
+import hashlib
 import os
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -201,6 +203,22 @@ def load_folder(
     say_left_out(found)
     files = found.files if limit is None else balanced_sample(found.files, limit, seed)
     size = infer_size([file for file, _ in files]) if size is None else size
+    key = (listing_hash(found.root, files), found.class_names, size, channels)
+    if (data := _loaded.get(key)) is None:
+        data = _loaded[key] = decode(found, files, size, channels)
+    return data
+
+
+# A command's training images are often its judge's, too: they are decoded once, and kept while somebody holds them.
+_loaded: "weakref.WeakValueDictionary[tuple[object, ...], ImageData]" = weakref.WeakValueDictionary()
+
+
+def decode(found: Folder, files: Sequence[Labelled], size: tuple[int, int], channels: int | None) -> ImageData:
+    """Some files of a folder as `load_folder` keeps them.
+
+    Raises:
+        ValueError: too many of them cannot be read.
+    """
     images = np.empty((len(files), 3, *size), np.uint8)
     labels: list[int] = []
     grey, corrupt, animated = channels != 3, list[str](), LeftOut()
@@ -223,6 +241,16 @@ def load_folder(
         say_once(f"{printable(found.root)}: left out {len(corrupt)} that cannot be read, such as: {corrupt[0]}")
     tensor = torch.from_numpy(images)[: len(labels)]
     return ImageData(tensor[:, :1].clone() if grey else tensor, torch.tensor(labels), found.class_names)
+
+
+def listing_hash(root: Path, files: Sequence[Labelled]) -> str:
+    """SHA-256 of the files' classes, names, sizes and times: what changes when a picture does."""
+    digest = hashlib.sha256()
+    for file, label in files:
+        status = os.stat(file)
+        name = os.fsencode(os.path.relpath(file, root))
+        digest.update(b"%d %d %d %s\0" % (label, status.st_size, status.st_mtime_ns, name))
+    return digest.hexdigest()
 
 
 def reader(size: tuple[int, int]) -> Callable[[Labelled], tuple[np.ndarray, bool] | ValueError]:

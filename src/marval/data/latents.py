@@ -5,11 +5,9 @@ that a killed run goes on where it was), and `index.json`, written last. The pla
 pictures by their names, sizes and times; the first shard claims the folder for it.
 """
 
-import hashlib
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from marval.data.folder import Labelled, check_corrupt, list_folder, say_left_out
+from marval.data.folder import Labelled, check_corrupt, list_folder, listing_hash, say_left_out
 from marval.data.reading import in_threads
 from marval.io.files import write_tensors, write_text
 from marval.io.images import read_image
@@ -210,16 +208,6 @@ def check_vae(vae: Any, image_size: int, device: torch.device) -> None:
         raise ValueError(f"--image-size {image_size}: expected a multiple of the VAE's stride of {near} pixels")
     if not latents.isfinite().all():
         raise ValueError("the VAE encodes a grey image to numbers that are not finite: its weights are damaged")
-
-
-def listing_hash(root: Path, files: Sequence[Labelled]) -> str:
-    """SHA-256 of the files' classes, names, sizes and times: what changes when a picture does."""
-    digest = hashlib.sha256()
-    for file, label in files:
-        status = os.stat(file)
-        name = os.fsencode(os.path.relpath(file, root))
-        digest.update(b"%d %d %d %s\0" % (label, status.st_size, status.st_mtime_ns, name))
-    return digest.hexdigest()
 
 
 def claim(out: Path, plan: dict[str, Any]) -> None:
