@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from marval.config import LatentSpace, MARConfig, ModelConfig, TrainConfig
 from marval.data import LatentData, cache_latents, check_data, load_data, load_folder
-from marval.data.latents import centre_crop
+from marval.data.latents import centre_crop, read_square
 from marval.imagenet import imagenet_classes
 from marval.io.checkpoint import load_model
 from marval.parallel import Workers
-from marval.spaces import Latents
+from marval.spaces import Latents, vae_hash, vae_place
 from marval.train.teacher import latent_teacher_config, train_teacher
 from tiny import tiny_config
 
@@ -38,7 +38,7 @@ class StandInVAE:
         self.seen = 0
 
     def encode(self, x):
-        self.seen += len(x)
+        self.seen += len(x) if len(x) > 1 else 0  # not the grey image that it is tried with
         mean = torch.nn.functional.avg_pool2d(x, 4)[:, :2]
         parameters = torch.cat([mean, torch.full_like(mean, 2 * np.log(0.1))], dim=1)
         return SimpleNamespace(latent_dist=SimpleNamespace(parameters=parameters, mean=mean))
@@ -142,7 +142,10 @@ def test_workers_share_the_shards(pictures, tmp_path):
     for rank in (1, 0):
         workers = Workers(rank, 2)
         if rank == 1:
-            with pytest.raises(ValueError, match="no cache"):
+            main = Workers(0, 2)
+            main.stop.set()
+            assert cache(pictures, out, workers=main) is None  # it claims the folder
+            with pytest.raises(ValueError, match="unfinished cache"):
                 cache(pictures, out, vaes[rank], workers=workers)
         else:
             data = cache(pictures, out, vaes[rank], workers=workers)
@@ -152,14 +155,17 @@ def test_workers_share_the_shards(pictures, tmp_path):
 
 def test_corrupt_images_are_listed_and_skipped_and_too_many_stop_the_run(pictures, tmp_path):
     (pictures / "pear/bad.png").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match="more than 1%"):
+    (pictures / "pear/worse.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"bad.png cannot be read .*: mend or remove it; then remove .*more than 1%"):
         cache(pictures, tmp_path / "cache")
+    (pictures / "pear/worse.png").unlink()
     for i in range(100):
         Image.new("RGB", (16, 16), (i, 0, 0)).save(pictures / f"pear/more-{i}.png")
     data = cache(pictures, tmp_path / "more")
     assert len(data) == COUNT + 100
     index = json.loads((tmp_path / "more/index.json").read_text())
-    assert [os.path.basename(name) for name in index["corrupt"]] == ["bad.png"]
+    assert len(index["corrupt"]) == 1
+    assert "pear/bad.png cannot be read" in index["corrupt"][0]
     assert len(index["labels"]) == sum(index["counts"]) == COUNT + 100
 
 
@@ -172,6 +178,162 @@ def test_a_cache_of_something_else_is_not_mixed_up(pictures, tmp_path):
         cache(pictures, tmp_path / "cache")
     with pytest.raises(ValueError, match="no cache"):
         load_data(f"latents:{tmp_path}")
+
+
+def vae_folder(folder, seed=0, **changes):
+    """A real VAE of stride 4 and few weights."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    options = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
+               "block_out_channels": [32, 32, 32], "latent_channels": 2}  # fmt: skip
+    AutoencoderKL(**options | changes).save_pretrained(folder)
+    return folder
+
+
+def command(pictures, vae, *options, monkeypatch, cwd):
+    from marval.cli import main
+
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", ["marval", "cache-latents", "cache", "--images", str(pictures), "--vae", str(vae),
+                                      "--image-size", "16", *options])  # fmt: skip
+    main()
+
+
+def refused(capsys, *arguments, **options):
+    with pytest.raises(SystemExit) as ended:
+        command(*arguments, **options)
+    assert ended.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]  # diffusers may say more before
+
+
+def test_other_weights_under_the_same_name_are_refused_and_the_same_under_another_are_not(
+    pictures, tmp_path, monkeypatch, capsys
+):
+    here = {"monkeypatch": monkeypatch, "cwd": tmp_path}
+    vae_folder(tmp_path / "vae")
+    command(pictures, "vae", **here)
+    data = LatentData.open(tmp_path / "cache")
+    assert data.vae == str(tmp_path / "vae")  # good from any other folder
+    weights = (tmp_path / "vae/diffusion_pytorch_model.safetensors").read_bytes()
+    assert data.vae_sha256 == vae_hash(str(tmp_path / "vae"))
+    (tmp_path / "vae").rename(tmp_path / "moved")
+    command(pictures, "moved", **here)
+    vae_folder(tmp_path / "vae", seed=1)
+    assert "caches something else (a VAE of other weights): choose another folder" in refused(
+        capsys, pictures, "vae", **here
+    )
+    (tmp_path / "vae/diffusion_pytorch_model.safetensors").write_bytes(weights)
+    command(pictures, "vae", **here)
+
+
+def test_a_models_vae_is_found_where_it_was_moved_to_and_known_by_its_weights(tmp_path, monkeypatch):
+    folder = str(vae_folder(tmp_path / "a/vae"))
+    config = LatentSpace((16, 16), vae_place(folder), 4, 2, vae_sha256=vae_hash(folder))
+    monkeypatch.chdir(tmp_path / "a")
+    assert vae_place("vae") == folder
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a/vae").rename(tmp_path / "b/vae")
+    monkeypatch.chdir(tmp_path / "b")
+    assert Latents(config).vae.config.latent_channels == 2
+    vae_folder(tmp_path / "b/vae", seed=1)
+    with pytest.raises(ValueError, match="the VAE vae has other weights"):
+        Latents(config).vae  # noqa: B018
+    assert vae_place("owner/a-hub-id") == "owner/a-hub-id"
+    assert vae_hash("owner/a-hub-id") == vae_hash(str(tmp_path / "nothing")) == ""
+
+
+def test_changed_pictures_under_the_same_names_are_refused(pictures, tmp_path):
+    cache(pictures, tmp_path / "cache")
+    first = pictures / "pear/01.png"
+    status = first.stat()
+    first.write_bytes(first.read_bytes())
+    os.utime(first, ns=(status.st_atime_ns, status.st_mtime_ns))
+    cache(pictures, tmp_path / "cache")  # the same size and time
+    Image.new("RGB", (20, 24), "red").save(first)
+    with pytest.raises(ValueError, match=r"caches something else \(other pictures, or changed ones\)"):
+        cache(pictures, tmp_path / "cache")
+
+
+def test_a_typing_error_claims_nothing(pictures, tmp_path, monkeypatch, capsys):
+    here = {"monkeypatch": monkeypatch, "cwd": tmp_path}
+    vae_folder(tmp_path / "vae")
+    assert "vea' cannot be loaded" in refused(capsys, pictures, tmp_path / "vea", **here)
+    assert not (tmp_path / "cache").exists()
+    said = refused(capsys, pictures, "vae", "--image-size", "18", **here)
+    assert "--image-size 18: expected a multiple of the VAE's stride of 4 pixels" in said
+    assert "expected at least 8" in refused(capsys, pictures, "vae", "--image-size", "0", **here)
+    for scale in ("0", "nan", "-1", "inf"):
+        assert "scale above 0" in refused(capsys, pictures, "vae", "--scale", scale, **here)
+    assert not (tmp_path / "cache").exists()
+    cache(pictures, tmp_path / "cache", workers=stopped())  # claimed, but no shard is written
+    command(pictures, "vae", **here)
+    assert len(LatentData.open(tmp_path / "cache")) == COUNT
+
+
+def test_damage_to_a_finished_cache_is_named(pictures, tmp_path):
+    data = cache(pictures, tmp_path / "cache")
+    shard = tmp_path / "cache/shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"shard-00001.safetensors is damaged .* remove it, and run marval cache-la"):
+        data.moments(5)
+    shard.unlink()
+    assert torch.equal(cache(pictures, tmp_path / "cache").moments(5), cache(pictures, tmp_path / "new").moments(5))
+    (tmp_path / "cache/index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index.json is damaged"):
+        LatentData.open(tmp_path / "cache")
+
+
+def stopped():
+    workers = Workers()
+    workers.stop.set()
+    return workers
+
+
+def test_a_vae_of_numbers_that_are_not_finite_is_refused(pictures, tmp_path):
+    class Broken(StandInVAE):
+        def encode(self, x):
+            found = super().encode(x)
+            found.latent_dist.parameters = found.latent_dist.parameters + (1e6 if len(x) > 1 else 0)
+            return found
+
+    with pytest.raises(ValueError, match="numbers that are not finite"):  # in half precision
+        cache(pictures, tmp_path / "cache", Broken())
+    assert not list((tmp_path / "cache").glob("shard*"))
+
+
+def test_a_cache_of_another_vae_or_scale_does_not_fit_a_model(pictures, tmp_path):
+    data = dataclasses.replace(cache(pictures, tmp_path / "cache"), vae="models/kl16", vae_sha256="a" * 64)
+    space = LatentSpace((16, 16), data.vae, 4, 2, scale=data.scale, vae_sha256=data.vae_sha256)
+    mar = dataclasses.replace(tiny_config().mar, token_grid=space.token_grid, token_dim=space.token_dim)
+    config = ModelConfig(mar, space, tiny_config().draw, data.class_names, 4, "latent")
+
+    def with_space(**changes):
+        return dataclasses.replace(config, space=dataclasses.replace(space, **changes))
+
+    check_data(data, config)
+    check_data(data, with_space(vae="elsewhere", scale=space.scale * 1.0005))
+    check_data(data, with_space(vae="kl16", vae_sha256=""))  # converted by an earlier version
+    with pytest.raises(ValueError, match="was made with the VAE models/kl16, the model's is models/kl16, of other"):
+        check_data(data, with_space(vae_sha256="b" * 64))
+    with pytest.raises(ValueError, match="made with the VAE models/kl16, the model's is another"):
+        check_data(data, with_space(vae="another", vae_sha256=""))
+    with pytest.raises(ValueError, match=r"the model's is 0.9: run marval cache-latents .* --scale 0.9 "):
+        check_data(data, with_space(scale=0.9))
+
+
+def test_pictures_are_read_upright_and_over_white(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    array = np.zeros((16, 16, 3), np.uint8)
+    array[:8] = 255
+    (tmp_path / "a").mkdir()
+    Image.fromarray(array).save(tmp_path / "a/0.png", exif=exif)
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "a/1.png")
+    turned, white = (read_square((str(tmp_path / f"a/{i}.png"), 0), 16) for i in (0, 1))
+    assert turned[:, :8].max() == 0
+    assert turned[:, 8:].min() == 255
+    assert white.min() == 255
 
 
 def test_a_teacher_trains_on_a_cache(pictures, tmp_path):
@@ -228,13 +390,7 @@ def test_centre_crop_takes_the_middle_and_keeps_proportions():
 
 
 def test_the_command_survives_kills(pictures, tmp_path):
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=[32, 32, 32], latent_channels=2,
-    )  # fmt: skip
-    vae.save_pretrained(tmp_path / "vae")
+    vae_folder(tmp_path / "vae")
     command = [
         sys.executable, "-m", "marval", "cache-latents", "cache", "--images", str(pictures), "--vae", "vae",
         "--image-size", "16",

@@ -96,6 +96,7 @@ class LatentSpace:
     shift: float = 0.0
     scale: float = 0.2325
     kind: Literal["latents"] = "latents"
+    vae_sha256: str = ""  # of the VAE's weights, where they are known
 
     @property
     def token_grid(self) -> tuple[int, int]:
@@ -272,6 +273,10 @@ class DistillConfig(RunConfig):
             ema_decay=0.9999, checkpoint_blocks=True, sample_iterations=64, save_every=500, probe_every=1000,
         )  # fmt: skip
 
+    def within(self, tokens: int) -> "DistillConfig":
+        """The same settings with K of at most the number of tokens, of which small images have few."""
+        return dataclasses.replace(self, sample_iterations=min(self.sample_iterations, tokens))
+
     def with_guidance_of(self, teacher: Chain) -> "DistillConfig":
         """The same settings, with the teacher's guidance where none is given."""
         return dataclasses.replace(
@@ -306,6 +311,14 @@ class FinetuneConfig(RunConfig):
     save_every: int = 25
     log_every: int = 5
     probe_every: int = 25
+
+    def within(self, tokens: int) -> "FinetuneConfig":
+        """The same settings with K (and M) of at most the number of tokens, of which small images have few."""
+        if self.sample_iterations <= tokens:
+            return self
+        return dataclasses.replace(
+            self, sample_iterations=tokens, backprop_iterations=min(self.backprop_iterations, tokens)
+        )
 
     @classmethod
     def imagenet256(cls, size: "Size") -> "FinetuneConfig":

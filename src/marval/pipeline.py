@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import unicodedata
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -70,6 +71,11 @@ class Pipeline:
         """Where the weights are."""
         return self.model.mask_token.device
 
+    @property
+    def default_iterations(self) -> int:
+        """K where none is asked for: the model's own, or its number of tokens where that is smaller."""
+        return min(self.config.iterations, self.config.mar.num_tokens)
+
     def with_chain(
         self,
         *,
@@ -101,15 +107,35 @@ class Pipeline:
             ValueError: an unknown class; the nearest names are suggested.
         """
         names = self.config.class_names
+        numbers = {name: number for number, name in enumerate(names)}
+        composed = {normalized(name): number for name, number in reversed(numbers.items())}
         found = []
         for item in classes:
-            if isinstance(item, str) and item in names:
-                found.append(names.index(item))
-            elif str(item).isdecimal() and int(item) < len(names):
-                found.append(int(item))
+            text = str(item)
+            if isinstance(item, str) and (item in numbers or normalized(item) in composed):
+                found.append(numbers.get(item, composed.get(normalized(item), 0)))
+            elif text.strip().isdecimal() and int(text) < len(names):
+                found.append(int(text))
             else:
-                near = difflib.get_close_matches(str(item), names, n=3, cutoff=0.5) or names[:10]
-                raise ValueError(f"unknown class {str(item)!r}: expected 0 to {len(names) - 1}, or {', '.join(near)}")
+                near = difflib.get_close_matches(text, names, n=3, cutoff=0.5) or names[:10]
+                known = ", ".join(repr(name) for name in near)
+                raise ValueError(f"unknown class {text!r}: expected a number from 0 to {len(names) - 1}, or {known}")
+        return found
+
+    def listed_labels(self, texts: Sequence[str]) -> list[int]:
+        """The classes that texts name: each a class's name, whatever it holds, or names and numbers between commas.
+
+        Raises:
+            ValueError: as `labels`.
+        """
+        known = {normalized(name) for name in self.config.class_names}
+        found: list[int] = []
+        for text in texts:
+            parts = [text] if text in self.config.class_names else text.split(",")
+            while parts:  # the most parts that are one name, as names may hold commas
+                count = next((n for n in range(len(parts), 1, -1) if normalized(",".join(parts[:n])) in known), 1)
+                found += self.labels([",".join(parts[:count])])
+                parts = parts[count:]
         return found
 
     def sample_tokens(
@@ -134,7 +160,7 @@ class Pipeline:
                         self.model,
                         draw,
                         torch.tensor(labels[rows], device=self.device),
-                        iterations=self.config.iterations if iterations is None else iterations,
+                        iterations=self.default_iterations if iterations is None else iterations,
                         seeds=seeds[rows],
                         orders=order[rows] if isinstance(order, Tensor) and order.ndim == 2 else order,
                         known=None if known is None else (known[0][rows], known[1][rows]),
@@ -182,7 +208,7 @@ class Pipeline:
             hidden = int((~keep).sum(dim=1).max())
             if hidden == 0:
                 return images.cpu().clone()
-            iterations = min(self.config.iterations, hidden) if iterations is None else iterations
+            iterations = min(self.default_iterations, hidden) if iterations is None else iterations
 
         def show(k: int, tokens: Tensor, drawn: Tensor) -> None:
             if on_iteration is not None:
@@ -201,6 +227,11 @@ class Pipeline:
     def save(self, folder: Path | str, dtype: torch.dtype = torch.float32) -> None:
         """Write the model; see `marval.io.checkpoint.save_model`."""
         save_model(folder, self.model, self.config, dtype)
+
+
+def normalized(name: str) -> str:
+    """A class's name as people type it: without spaces around it, letters with their accents composed."""
+    return unicodedata.normalize("NFC", name.strip())
 
 
 def restore_known(

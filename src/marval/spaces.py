@@ -1,5 +1,8 @@
 """Token spaces: how an image becomes tokens and tokens become an image."""
 
+import hashlib
+import os
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -58,10 +61,17 @@ class Latents:
         """The VAE (diffusers' `AutoencoderKL`).
 
         Raises:
-            ValueError: diffusers is not installed, or the VAE's files are not there.
+            ValueError: diffusers is not installed, or the VAE's files are not there or hold other weights.
         """
         if self.loaded is None:
-            self.loaded = load_vae(self.config.vae, self.device)
+            name = find_vae(self.config.vae)
+            self.loaded = load_vae(name, self.device)
+            found, expected = vae_hash(name), self.config.vae_sha256
+            if not same_vae(("", found), ("", expected)):
+                raise ValueError(
+                    f"the VAE {name} has other weights (SHA-256 {found[:12]}...) than the model was trained "
+                    f"with ({expected[:12]}...): put that one back"
+                )
         return self.loaded
 
     def tokens(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
@@ -89,12 +99,53 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> Any:
     except ImportError as error:
         raise ValueError("this needs a VAE: install diffusers (pip install 'marval[vae]')") from error
     try:
-        return AutoencoderKL.from_pretrained(name).to(device).eval().requires_grad_(False)
+        return AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False).to(device).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the VAE {name!r} cannot be loaded ({str(error).splitlines()[0]}): name a folder in diffusers' form, such "
             "as marval convert vae makes"
         ) from error
+
+
+def vae_place(name: str) -> str:
+    """Where a VAE lies, for a model or cache to keep: a folder's absolute path, good from anywhere; or a hub id."""
+    return os.path.abspath(name) if Path(name).is_dir() else name
+
+
+def find_vae(place: str) -> str:
+    """Where a VAE is now: its place, or else a folder of the same name in the current one."""
+    moved = os.path.isabs(place) and not Path(place).is_dir() and Path(Path(place).name).is_dir()
+    return Path(place).name if moved else place
+
+
+def vae_hash(name: str) -> str:
+    """SHA-256 of the weights in a VAE's folder, or of a hub id's in the hub's cache; "" where they are not there."""
+    folder = Path(name)
+    files = [file for suffix in ("safetensors", "bin") for file in sorted(folder.glob(f"*.{suffix}"))]
+    if not files and not folder.is_dir():
+        try:
+            from huggingface_hub import try_to_load_from_cache
+
+            found = [
+                try_to_load_from_cache(name, f"diffusion_pytorch_model.{suffix}") for suffix in ("safetensors", "bin")
+            ]
+        except (ImportError, ValueError):  # not there, or the name is no hub id
+            return ""
+        files = [Path(file) for file in found if isinstance(file, str)]
+    # diffusers prefers safetensors, of which there may be several
+    kind = [file for file in files if file.suffix == files[0].suffix]
+    digest = hashlib.sha256()
+    for file in kind:
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest() if kind else ""
+
+
+def same_vae(first: tuple[str, str], second: tuple[str, str]) -> bool:
+    """Whether two VAEs, each a name and its hash, are the same; where a hash is unknown, by their folders' names."""
+    if first[1] and second[1]:
+        return first[1] == second[1]
+    return Path(first[0]).name == Path(second[0]).name
 
 
 def token_space(config: PixelSpace | LatentSpace, device: torch.device | str = "cpu") -> TokenSpace:

@@ -38,7 +38,8 @@ def data_of(pipeline: "Pipeline", data: str | None) -> "TrainingData":
     """The images that `--data` names, or those that the model was trained on; checked against the model."""
     from marval.data import check_data, load_data
 
-    images = load_data(data or pipeline.config.data, size=pipeline.config.space.image_size)
+    channels = getattr(pipeline.config.space, "channels", None)
+    images = load_data(data or pipeline.config.data, size=pipeline.config.space.image_size, channels=channels)
     check_data(images, pipeline.config)
     return images
 
@@ -109,7 +110,8 @@ def judge_for(
     check = check_data if pipeline.config.space.kind == "pixels" else check_classes
 
     def real_images() -> "ImageData":
-        images = load_images(spec, size=pipeline.config.space.image_size)
+        channels = getattr(pipeline.config.space, "channels", 3)
+        images = load_images(spec, size=pipeline.config.space.image_size, channels=channels)
         check(images, pipeline.config)
         return images
 

@@ -45,13 +45,15 @@ def convert(
     from marval.io.official import Given, official_model, save_official
     from marval.io.vae import convert_vae
     from marval.pipeline import find_model
+    from marval.spaces import vae_hash, vae_place
 
     if kind == "vae":
         convert_vae(source, out)
     elif kind == "to-mar":
         save_official(out, load_model(find_model(source))[0])
     else:
-        save_model(out, *official_model(source, Given(heads, image_size, vae_stride, patch_size), ema=ema, vae=vae))
+        given = Given(heads, image_size, vae_stride, patch_size)
+        save_model(out, *official_model(source, given, ema=ema, vae=vae_place(vae), vae_sha256=vae_hash(vae)))
     print(f"{source} -> {out}")
 
 

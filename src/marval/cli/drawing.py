@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from marval.cli.arguments import load_pipeline, usable_device
 from marval.config import Order
@@ -12,7 +12,7 @@ def sample(
     model: Positional[str | None] = None,
     *,
     like: Path | None = None,
-    classes: str | None = None,
+    classes: UseAppendAction[tuple[str, ...]] = (),
     count: int = 16,
     iterations: int | None = None,
     seed: int = 0,
@@ -32,7 +32,8 @@ def sample(
     Args:
         model: a bundled model's name, or a model's or run's folder; with --like, where the recipe's model is now.
         like: a PNG that marval sample or marval serve saved: draw it again, exactly, from the recipe in it.
-        classes: names or numbers, separated by commas; all of them when left out.
+        classes: names or numbers with commas between them; or the option again for each name, which may hold commas
+            then (--classes "salt, pepper" --classes 7); all classes when left out. A name goes before a number.
         count: how many images; the classes take turns.
         iterations: K, the AR iterations; the model's default when left out.
         seed: the first image's seed; the next images count on from it.
@@ -57,12 +58,12 @@ def sample(
         raise ValueError(f"--count {count}: expected at least 1")
     pipeline = load_pipeline(model, device).with_chain(steps=steps, guidance=guidance, temperature=temperature)
     names = pipeline.config.class_names
-    chosen = pipeline.labels(classes.split(",")) if classes else list(range(len(names)))
+    chosen = pipeline.listed_labels(classes) if classes else list(range(len(names)))
     labels = [chosen[i % len(chosen)] for i in range(count)]
     images = pipeline.sample(labels, seed=seed, iterations=iterations, order=order)
     recipes = batch_recipes(model, model_hash(find_model(model)), pipeline, labels, seed, iterations, order)
     for i, (image, recipe) in enumerate(zip(images, recipes, strict=True)):
-        name = recipe.class_name.replace(" ", "-").replace("/", "-")
+        name = "".join(c if c.isalnum() or c in "._" else "-" for c in recipe.class_name)[:40]
         save_picture(out / f"{i:05d}-{name}-{recipe.seed}.png", to_pil(image), {KEY: recipe.to_json()})
     save_picture(out / "grid.png", grid(square_rows(images), scale=max(1, 84 // images.shape[-1])))
     print(f"{count} images and grid.png in {out}")

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from tyro.conf import OmitArgPrefixes, Positional
 
@@ -14,8 +14,9 @@ from marval.provenance import command_line
 
 if TYPE_CHECKING:
     from marval.parallel import Workers
+    from marval.pipeline import Pipeline
 
-
+Settings = TypeVar("Settings", DistillConfig, FinetuneConfig)
 Preset = Literal["fashion-mnist", "imagenet256-base", "imagenet256-large", "imagenet256-huge"]
 
 
@@ -38,10 +39,33 @@ def preset_settings(verb: str, arguments: Sequence[str]) -> DistillConfig | Fine
     return kind() if name == "fashion-mnist" else kind.imagenet256(name.removeprefix("imagenet256-"))
 
 
+def with_size(spec: str, size: str | None) -> tuple[int, int] | None:
+    """The rows and columns that `--size` says for a folder's images; None where it says nothing.
+
+    Raises:
+        ValueError: not a size that can be cut, or the data have a size of their own.
+    """
+    from marval.data import parse_size
+
+    if size is not None and not spec.startswith("folder:"):
+        raise ValueError(f"--size {size}: {spec} has its own size; expected --data folder:DIR with it")
+    return None if size is None else parse_size(size)
+
+
+def with_few_tokens(settings: Settings, pipeline: "Pipeline") -> Settings:
+    """The settings for a model that may have fewer tokens than the default K, and a line that says so."""
+    fitting = settings.within(pipeline.config.mar.num_tokens)
+    if fitting != settings:
+        name, count = pipeline.config.name, fitting.sample_iterations
+        print(f"{name} has {count} tokens: K is {count}, not {settings.sample_iterations}")
+    return fitting
+
+
 def train(
     preset: Positional[Preset] = "fashion-mnist",
     *,
     data: str | None = None,
+    size: str | None = None,
     out: Path = Path("runs/teacher"),
     name: str = "teacher",
     init: str | None = None,
@@ -59,6 +83,7 @@ def train(
         preset: the recipe; those of imagenet256 train on a cache of latents.
         data: "fashion-mnist", "fashion-mnist:FOLDER", "folder:DIR" with one sub-folder of images per class, or
             "latents:DIR" (marval cache-latents).
+        size: pixels that a folder's images are brought to, such as 32, or 48x24 (WIDTHxHEIGHT); inferred when left out.
         out: the run's folder; the model is left in its sub-folder `model`.
         name: the model's name.
         init: a model of the same sizes to start from, instead of fresh weights.
@@ -72,7 +97,7 @@ def train(
     spec = data or preset
     if preset != "fashion-mnist" and not spec.startswith("latents:"):
         raise ValueError(f"{preset} trains on latents: make a cache with marval cache-latents, then --data latents:DIR")
-    images = load_data(spec)
+    images = load_data(spec, size=with_size(spec, size))
     if isinstance(images, LatentData):
         config = latent_teacher_config(preset, name, images, spec, command_line())
     else:
@@ -114,7 +139,11 @@ def distill(
     from marval.train.distill import distill as run
 
     pipeline = load_pipeline(teacher, "cpu")
+    settings = with_few_tokens(settings, pipeline)
     images = data_of(pipeline, data)
+    if probe_samples and len(images) < 2:
+        print("one image has no Fréchet distance: none is logged")
+        probe_samples = 0
     judge = judge_for(pipeline, data, None) if probe_samples else None
     with start_workers(usable_device(device)) as workers:
         done = run(
@@ -172,6 +201,9 @@ def finetune(
     from marval.train.finetune import finetune as run
 
     pipeline = load_pipeline(student, "cpu")
+    if len(pipeline.config.class_names) < 2:
+        raise ValueError(f"{student} draws one class: tuning is judged by a classifier, which needs at least two")
+    settings = with_few_tokens(settings, pipeline)
     held_out = judge_for(pipeline, data, judge)
     if held_out.classifier is None:
         raise ValueError("tuning needs a held-out classifier: make one with marval train-classifier, then --judge FILE")
@@ -208,6 +240,7 @@ def train_classifier(
     preset: Positional[Literal["fashion-mnist"]] = "fashion-mnist",
     *,
     data: str | None = None,
+    size: str | None = None,
     architecture: Literal["plain", "residual"] = "plain",
     epochs: int = 4,
     seed: int = 0,
@@ -223,6 +256,7 @@ def train_classifier(
     Args:
         preset: the data set.
         data: "fashion-mnist", "fashion-mnist:FOLDER", or "folder:DIR".
+        size: pixels that a folder's images are brought to, as marval train takes it; inferred when left out.
         architecture: the network and its recipe.
         epochs: passes over the images.
         seed: of weights, order and augmentation.
@@ -230,12 +264,20 @@ def train_classifier(
         device: "auto", "cpu", "cuda", "mps", ...
     """
     from marval.data import load_images, split_data
+    from marval.train.classifier import check_classes, check_run, plan_steps
     from marval.train.classifier import train_classifier as run
 
-    images = load_images(data or preset)
-    if (data or preset).startswith("fashion-mnist"):
-        test = load_images(data or preset, split="test")
+    spec = data or preset
+    check_run(out, epochs)
+    images = load_images(spec, size=with_size(spec, size))
+    check_classes(images)
+    if spec.startswith("fashion-mnist"):
+        test = load_images(spec, split="test")
     else:
         images, test = split_data(images, seed)
     accuracy = run(architecture, images, test, out, epochs=epochs, seed=seed, device=usable_device(device))
-    print(f"{out}: accuracy {accuracy:.4f} on {len(test)} images that it was not trained on")
+    batch, steps = plan_steps(len(images), epochs)
+    print(
+        f"{out}: accuracy {accuracy:.4f} on {len(test)} images that it was not trained on, after {steps} steps with "
+        f"{batch} of {len(images)} images each"
+    )

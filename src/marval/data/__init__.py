@@ -1,18 +1,20 @@
 """Training data: images in memory, and caches of a VAE's latents."""
 
+from marval.data.folder import load_folder
 from marval.data.images import (
     FASHION_CLASSES,
     FASHION_FORM,
     ImageData,
     batch_indices,
     load_fashion_mnist,
-    load_folder,
     split_data,
 )
 from marval.data.latents import LatentData, cache_latents
 from marval.data.load import TrainingData, check_classes, check_data, load_data, load_images
+from marval.data.sizes import parse_size, patch_size
 
 __all__ = [
     "FASHION_CLASSES", "FASHION_FORM", "ImageData", "LatentData", "TrainingData", "batch_indices", "cache_latents",
-    "check_classes", "check_data", "load_data", "load_fashion_mnist", "load_folder", "load_images", "split_data",
+    "check_classes", "check_data", "load_data", "load_fashion_mnist", "load_folder", "load_images", "parse_size",
+    "patch_size", "split_data",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Images held in memory as bytes: Fashion-MNIST and folders of images."""
+"""Images held in memory as bytes, and Fashion-MNIST."""
 
 import functools
 import gzip
@@ -13,10 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from marval.imagenet import imagenet_classes
 from marval.io.files import atomic_path
 from marval.randomness import generator
 from marval.spaces import TokenSpace
@@ -32,7 +30,6 @@ FASHION_MD5 = {  # as published in the data set's own README
     "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -89,81 +86,19 @@ def _shuffled(count: int, seed: int, epoch: int) -> Int[Tensor, " n"]:
     return torch.randperm(count, generator=generator(seed, "epoch", epoch))
 
 
-def list_folder(root: Path) -> tuple[list[Path], list[tuple[Path, int]]]:
-    """The class folders of a data set in alphabetical order, and every image file with its class's number.
-
-    Raises:
-        ValueError: no such folder, no images, or a class without any.
-    """
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a folder: expected one with a sub-folder of images for each class")
-    classes = sorted(path for path in root.iterdir() if path.is_dir())
-    files = [
-        (file, label)
-        for label, path in enumerate(classes)
-        for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    ]
-    if not files:
-        raise ValueError(f"{root} holds no images: expected DIR/CLASS/IMAGE.png, one sub-folder for each class")
-    filled = {label for _, label in files}
-    missing = [path.name for label, path in enumerate(classes) if label not in filled]
-    if missing:
-        raise ValueError(f"{root}: no images in {', '.join(missing[:5])}; remove such folders or fill them")
-    return classes, files
-
-
-def load_folder(folder: Path | str, size: tuple[int, int] | None = None) -> ImageData:
-    """Images in one sub-folder per class (the class's name), scaled to cover `size`, then cropped at the centre.
-
-    The size is inferred when None: that of the images where all agree, else a square of the smallest side; cut
-    down to a multiple of 4, at most 64. Images are grey when every file is.
-
-    Raises:
-        ValueError: no such folder, fewer than one class with images, or files that are not images.
-    """
-    classes, files = list_folder(Path(folder))
-    pictures = [open_image(file) for file, _ in files]
-    mode = "L" if all(picture.mode in ("1", "L", "I;16", "LA") for picture in pictures) else "RGB"
-    size = size or _common_size([picture.size for picture in pictures])
-    images = np.stack([np.asarray(ImageOps.fit(p.convert(mode), (size[1], size[0]))) for p in pictures])
-    tensor = torch.from_numpy(images)
-    tensor = tensor[:, None] if mode == "L" else tensor.permute(0, 3, 1, 2).contiguous()
-    return ImageData(tensor, torch.tensor([label for _, label in files]), class_names(classes))
-
-
-def class_names(folders: list[Path]) -> tuple[str, ...]:
-    """The folders' names; ImageNet's readable names where they are WordNet ids."""
-    return tuple(imagenet_classes().get(folder.name, folder.name) for folder in folders)
-
-
-def open_image(file: Path) -> Image.Image:
-    """A decoded image.
-
-    Raises:
-        ValueError: the file cannot be read as one.
-    """
-    try:
-        picture = Image.open(file)
-        picture.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as an image ({error}): mend or remove it") from None
-    return picture
-
-
-def _common_size(sizes: list[tuple[int, int]]) -> tuple[int, int]:
-    width, height = sizes[0] if len(set(sizes)) == 1 else (min(min(size) for size in sizes),) * 2
-    rows, columns = (min(side, 64) // 4 * 4 for side in (height, width))
-    if min(rows, columns) < 8:
-        raise ValueError(f"the smallest image is {width}x{height}: expected at least 8 pixels a side")
-    return rows, columns
-
-
 def split_data(data: ImageData, seed: int, share: float = 0.1) -> tuple[ImageData, ImageData]:
-    """A random split into (1 - share) and share of the images."""
+    """A random split into (1 - share) and share of each class's images; a class of one image is not split.
+
+    Raises:
+        ValueError: no class has two images.
+    """
     order = torch.randperm(len(data), generator=generator(seed, "split"))
-    cut = len(data) - max(1, round(share * len(data)))
-    first, second = order[:cut], order[cut:]
+    by_class = order[data.labels[order].argsort(stable=True)].split(data.labels.bincount().tolist())
+    held_out = [max(1, round(share * len(some))) if len(some) > 1 else 0 for some in by_class]
+    if not any(held_out):
+        raise ValueError(f"{len(data)} images of {len(by_class)} classes: none can be held out, add at least one")
+    second = torch.cat([some[:count] for some, count in zip(by_class, held_out, strict=True)])
+    first = torch.cat([some[count:] for some, count in zip(by_class, held_out, strict=True)])
     return (
         ImageData(data.images[first], data.labels[first], data.class_names),
         ImageData(data.images[second], data.labels[second], data.class_names),

@@ -144,7 +144,7 @@ def iterations_of(pipeline: Pipeline, iterations: Sequence[int]) -> tuple[int, .
     for k in iterations:
         if not 1 <= k <= tokens:
             raise ValueError(f"--iterations {k}: expected 1 to {tokens} for {pipeline.config.name}")
-    return tuple(dict.fromkeys(iterations)) or (pipeline.config.iterations,)
+    return tuple(dict.fromkeys(iterations)) or (pipeline.default_iterations,)
 
 
 def evaluate(

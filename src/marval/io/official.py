@@ -174,7 +174,7 @@ def infer_config(
 
 
 def official_model(
-    path: Path | str, given: Given = Given(), *, ema: bool = True, vae: str = "kl16"
+    path: Path | str, given: Given = Given(), *, ema: bool = True, vae: str = "kl16", vae_sha256: str = ""
 ) -> tuple[MAR, ModelConfig]:
     """An official checkpoint as a network (its tensors stay memory-mapped) and configuration.
 
@@ -183,7 +183,7 @@ def official_model(
     """
     tensors, args = read_official(path, ema)
     mar, space = infer_config(tensors, args, given, path)
-    space = dataclasses.replace(space, vae=vae)
+    space = dataclasses.replace(space, vae=vae, vae_sha256=vae_sha256)
     with torch.device("meta"):
         model = MAR(mar)
     check_tensors(path, tensors, model.state_dict())

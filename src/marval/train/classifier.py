@@ -1,5 +1,6 @@
 """Training the small classifiers: the reward's and, by another recipe, the held-out judge."""
 
+import tempfile
 from pathlib import Path
 
 import torch
@@ -21,6 +22,40 @@ def shift(images: Float[Tensor, "b c h w"], rng: torch.Generator, most: int = 1)
     return F.pad(images, (most,) * 4)[..., dy : dy + height, dx : dx + width]
 
 
+def plan_steps(images: int, epochs: int) -> tuple[int, int]:
+    """The batch's size and the number of steps: at least 16 steps an epoch where there are images for them."""
+    batch = min(images, 128, max(8, images // 16))
+    return batch, epochs * (images // batch)
+
+
+def check_run(out: Path, epochs: int) -> None:
+    """Look before anything is loaded whether a classifier can be trained and written.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if epochs < 1:
+        raise ValueError(f"--epochs {epochs}: expected at least 1")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: expected a file for the classifier, such as {out / 'judge.safetensors'}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {out}: {error.strerror}; choose another place") from None
+
+
+def check_classes(data: ImageData) -> None:
+    """Whether there is anything to tell apart.
+
+    Raises:
+        ValueError: there is one class only.
+    """
+    if len(data.class_names) < 2:
+        raise ValueError(f"all images are of one class, {data.class_names[0]!r}: a classifier needs at least two")
+
+
 def train_classifier(
     architecture: Architecture,
     data: ImageData,
@@ -28,7 +63,6 @@ def train_classifier(
     out: Path,
     *,
     epochs: int,
-    batch_size: int = 128,
     seed: int = 0,
     device: torch.device | str = "cpu",
     quiet: bool = False,
@@ -36,7 +70,13 @@ def train_classifier(
     """Train a classifier, write it to `out` and return its accuracy on `test`.
 
     `plain`: SGD with momentum, images as they are. `residual`: AdamW, label smoothing and shifted images.
+
+    Raises:
+        ValueError: fewer than two classes, no epochs, or `out` cannot be written.
     """
+    check_run(out, epochs)
+    check_classes(data)
+    batch_size, steps = plan_steps(len(data), epochs)
     residual = architecture == "residual"
     with torch.random.fork_rng(devices=[]):  # torch's layers draw their weights from the global generator
         torch.manual_seed(generator(seed, architecture).initial_seed())
@@ -45,9 +85,7 @@ def train_classifier(
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(classifier.parameters(), 2e-3, weight_decay=0.02)
     else:
         optimizer = torch.optim.SGD(classifier.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    steps = epochs * (len(data) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    out.parent.mkdir(parents=True, exist_ok=True)
     log = Log(out.with_suffix(".jsonl"), 0, steps, batch_size, quiet=quiet, workers=Workers())
     for step in range(steps):
         images, labels = data.batch(batch_indices(len(data), batch_size, step, seed))

@@ -263,7 +263,7 @@ def distill(
     if not isinstance(teacher_config.draw, Chain):
         raise ValueError(f"{teacher_config.name or 'this model'} is a one-step student already: expected a teacher")
     workers = workers or Workers()
-    settings = settings.with_guidance_of(teacher_config.draw)
+    settings = settings.with_guidance_of(teacher_config.draw).within(teacher_config.mar.num_tokens)
     prepare_folder(out, resume, workers)
     one_step = OneStep(settings.timestep, teacher_config.draw.clip)
     config = dataclasses.replace(

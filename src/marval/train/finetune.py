@@ -139,6 +139,7 @@ def finetune(
     workers = workers or Workers()
     device = workers.device
     prepare_folder(out, resume, workers)
+    settings = settings.within(student_config.mar.num_tokens)
     config = dataclasses.replace(student_config, name=settings.name, iterations=settings.sample_iterations)
     described = {**config.to_dict(), "source": "", **dataclasses.asdict(settings)}
     space, draw = token_space(config.space, device), draw_function(student_config)

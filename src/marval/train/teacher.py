@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, PixelSpace, TrainConfig
-from marval.data import ImageData, LatentData, TrainingData, batch_indices
+from marval.data import ImageData, LatentData, TrainingData, batch_indices, patch_size
 from marval.model import MAR, NoiseSchedule
 from marval.model.mar import gather_rows
 from marval.model.schedule import NUM_TIMESTEPS
@@ -40,15 +40,17 @@ def teacher_config(name: str, data: ImageData, data_spec: str, source: str = "")
     """The small teacher for a data set: pixel patches (8 tokens a side or fewer), centred and scaled to the data.
 
     Fashion-MNIST gives 49 tokens of 4 x 4 pixels.
+
+    Raises:
+        ValueError: a size that cannot be cut into such patches.
     """
     rows, columns = data.images.shape[-2:]
-    patch = next(p for p in (4, 8, 16, 32, 64) if max(rows, columns) <= 8 * p)
-    if rows % patch or columns % patch:
-        raise ValueError(f"images of {rows}x{columns} pixels cannot be cut into {patch}x{patch} patches")
-    moments = [
-        ((part / 255).double().mean(), (part / 255).double().square().mean()) for part in data.images.split(1000)
-    ]
-    mean, square = (torch.stack(values).mean().item() for values in zip(*moments, strict=True))
+    patch = patch_size(rows, columns)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for part in data.images.split(1000):
+        values = (part / 255).double()
+        sums += torch.stack([values.sum(), values.square().sum()])
+    mean, square = (sums / data.images.numel()).tolist()
     shift, spread = round(mean, 3), max(round(math.sqrt(square - mean**2), 3), 0.001)
     space = PixelSpace((rows, columns), data.images.shape[1], patch, shift, 1 / spread)
     mar = MARConfig.fashion(space.token_grid, space.token_dim, len(data.class_names))
@@ -70,8 +72,9 @@ def latent_teacher_config(preset: str, name: str, data: LatentData, data_spec: s
         raise ValueError(f"the preset {preset} trains on images; for latents name one of {', '.join(sizes)}")
     channels, rows, columns = data.shape
     space = LatentSpace(
-        (data.image_size, data.image_size), data.vae, data.image_size // rows, channels, scale=data.scale
-    )
+        (data.image_size, data.image_size), data.vae, data.image_size // rows, channels, scale=data.scale,
+        vae_sha256=data.vae_sha256,
+    )  # fmt: skip
     mar = dataclasses.replace(
         MARConfig.imagenet256(sizes[preset]), token_grid=(rows, columns), token_dim=channels,
         num_classes=len(data.class_names),
