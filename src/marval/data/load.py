@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from marval.config import ModelConfig, PixelSpace
-from marval.data.images import ImageData, load_fashion_mnist, load_folder
+from marval.data.fashion import load_fashion_mnist
+from marval.data.images import ImageData, load_folder
 from marval.data.latents import LatentData
 
 TrainingData = ImageData | LatentData

@@ -12,6 +12,35 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
+def cache_folder() -> Path:
+    """Where downloads and figures that were costly to compute are kept; it may not be there yet.
+
+    It is the user's cache; a folder of the user's own among the temporary files where that cannot be written to.
+    """
+    user = user_cache()
+    if user is not None and _can_be_written(user):
+        return user
+    number = os.getuid() if hasattr(os, "getuid") else "user"
+    folder = Path(tempfile.gettempdir()) / f"marval-{number}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if hasattr(os, "getuid") and (folder.is_symlink() or folder.stat().st_uid != number):  # somebody else's
+        return Path(tempfile.mkdtemp(prefix="marval-"))
+    return folder
+
+
+def user_cache() -> Path | None:
+    """`$XDG_CACHE_HOME/marval`, else `~/.cache/marval`; None without a home (a container's user may have none)."""
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    root = os.path.expanduser(chosen if os.path.isabs(chosen) else "~/.cache")  # XDG says to ignore relative paths
+    return Path(root) / "marval" if os.path.isabs(root) else None
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Whether files can be put into a folder, which is made where it is missing."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
+
+
 @contextlib.contextmanager
 def atomic_path(target: Path | str) -> Iterator[Path]:
     """A temporary path beside `target`; it is renamed to `target` when the block ends, and removed if it raises.
@@ -37,6 +66,23 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
         ) from error
 
 
+def check_writable(target: Path | str) -> None:
+    """Make a file's folder and see that the file could be written, before hours are spent on what goes into it.
+
+    Raises:
+        ValueError: as `atomic_path`, or `target` is a folder.
+    """
+    target = Path(target)
+    if target.is_dir():
+        raise ValueError(f"cannot write {target}: it is a folder; name a file")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {target}: {error.strerror or error}; choose another place") from error
+
+
 def write_tensors(target: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file, whole or not at all.
 
@@ -53,7 +99,7 @@ def write_tensors(target: Path | str, tensors: dict[str, Tensor], metadata: dict
 def write_text(target: Path | str, text: str) -> None:
     """Write `text` to `target`, whole or not at all."""
     with atomic_path(target) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def sha256_of(file: Path) -> str:
