@@ -13,17 +13,20 @@ from torch import Tensor
 
 
 def cache_folder() -> Path:
-    """Where downloads and figures that were costly to compute are kept; it may not be there yet.
+    """Make and return the folder where downloads and figures that were costly to compute are kept.
 
-    It is the user's cache; a folder of the user's own among the temporary files where that cannot be written to.
+    It is the user's cache; where that cannot be written to, a folder of the user's own among the temporary files.
     """
     user = user_cache()
-    if user is not None and _can_be_written(user):
-        return user
-    number = os.getuid() if hasattr(os, "getuid") else "user"
-    folder = Path(tempfile.gettempdir()) / f"marval-{number}"
+    if user is not None:
+        with contextlib.suppress(OSError):
+            user.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=user):  # asking for permission alone misses much
+                return user
+    owner = os.getuid() if hasattr(os, "getuid") else None
+    folder = Path(tempfile.gettempdir()) / f"marval-{'user' if owner is None else owner}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if hasattr(os, "getuid") and (folder.is_symlink() or folder.stat().st_uid != number):  # somebody else's
+    if owner is not None and folder.lstat().st_uid != owner:  # a stranger was there first
         return Path(tempfile.mkdtemp(prefix="marval-"))
     return folder
 
@@ -33,12 +36,6 @@ def user_cache() -> Path | None:
     chosen = os.environ.get("XDG_CACHE_HOME", "")
     root = os.path.expanduser(chosen if os.path.isabs(chosen) else "~/.cache")  # XDG says to ignore relative paths
     return Path(root) / "marval" if os.path.isabs(root) else None
-
-
-def _can_be_written(folder: Path) -> bool:
-    """Whether files can be put into a folder, which is made where it is missing."""
-    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
 
 
 @contextlib.contextmanager
