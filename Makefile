@@ -33,25 +33,27 @@ tables: .venv/installed  ## fill the tables of README and model cards, and docs/
 	$(BIN)/python -m marval.evidence README.md model_cards/*.md
 	cp results/fashion-sweep.json results/fashion-reward.json src/marval/assets/
 
-# pip's words go to a file: of an index that it cannot reach it says fifty lines.
+# pip's words go to a file: of an index that it cannot reach it says fifty lines. The path to src is then made relative:
+# in a C locale Python 3.11 cannot start where that file holds letters beyond ASCII.
 define install
 	@echo "Installing $(1) into .venv ..."
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt $(2) >.venv/pip.log 2>&1 || { \
 		if grep -q "connection broken by\|Could not fetch URL" .venv/pip.log; \
 		then echo "make: the package index cannot be reached: check the network, or pip's index-url and proxy"; \
 		else tail -n 20 .venv/pip.log; fi >&2; exit 1; }
+	@for file in .venv/lib/python*/site-packages/__editable__.marval-*.pth; do \
+		test ! -f "$$file" || echo ../../../../src >"$$file"; done
 endef
 
 # The CPU build of torch: PyPI's own wheel would bring several GB of CUDA packages.
 # (Where PyTorch's index cannot be reached, pip's configured sources are asked.)
-CPU_TORCH = --no-deps --retries 0 --timeout 30 --index-url https://download.pytorch.org/whl/cpu torch
-
 .venv/installed: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer here: install one, or name it: make PYTHON=..." >&2; exit 1; }
-	@"$(PYTHON)" -c '$(GOOD)' || { echo "make: $(PYTHON) is no Python 3.11 or newer: name one that is: make PYTHON=..." >&2; exit 1; }
-	"$(PYTHON)" -m venv .venv
-	@echo "Installing torch (CPU build, about 200 MB) into .venv ..."
-	@$(BIN)/python -m pip install -qqq --disable-pip-version-check -c constraints.txt $(CPU_TORCH) 2>/dev/null || true
+	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer: install one, or name it: make PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c '$(GOOD)' 2>/dev/null || { echo "make: $(PYTHON) is not a Python 3.11 or newer: make PYTHON=... names another" >&2; exit 1; }
+	@"$(PYTHON)" -m venv .venv
+	@$(BIN)/python -m pip install -qqq --disable-pip-version-check --no-deps --retries 0 --timeout 30 \
+		-c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch 2>/dev/null || true
+	$(call install,torch (about 200 MB),--no-deps torch)
 	$(call install,marval and what it needs,-e '.[serve]')
 	@touch $@
 

@@ -111,7 +111,7 @@ def test_a_strangers_folder_among_the_temporary_files_is_not_used(monkeypatch, t
     "odd",
     [
         {"LC_ALL": "C"},
-        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
         {"TERM": "dumb", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"},
     ],
     ids=["C", "ascii", "no colour"],
