@@ -1,16 +1,21 @@
-# Two commands are enough on a fresh machine with Python 3.11: `make demo` and `make test`.
+# Two commands are enough on a fresh machine with Python 3.11 or newer: `make demo` and `make test`.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+GOOD := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14; do \
+	"$$python" -c '$(GOOD)' 2>/dev/null && echo "$$python" && break; done)
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint format tables clean
+.PHONY: demo test test-system test-slow lint format tables clean
 
 demo: .venv/installed  ## the main job on the bundled models, in minutes
-	$(BIN)/marval demo --out demo-out
+	$(BIN)/python -m marval demo --out demo-out
 
 test: .venv/installed-dev  ## the default suite
 	$(BIN)/python -m pytest -n $(WORKERS) -q
+
+test-system: .venv/installed-dev  ## of it only what needs Fashion-MNIST's 60,000 images or Chromium
+	$(BIN)/python -m pytest -n $(WORKERS) -q -m "system and not slow"
 
 test-slow: .venv/installed-dev  ## the checks that take minutes
 	$(BIN)/python -m pytest -m slow -q
@@ -18,7 +23,7 @@ test-slow: .venv/installed-dev  ## the checks that take minutes
 lint: .venv/installed-dev  ## format, lint and types, changing nothing
 	$(BIN)/ruff format --check src tests
 	$(BIN)/ruff check src tests
-	$(BIN)/mypy
+	$(BIN)/python -m mypy
 
 format: .venv/installed-dev
 	$(BIN)/ruff format src tests
@@ -26,20 +31,35 @@ format: .venv/installed-dev
 
 tables: .venv/installed  ## fill the tables of README and model cards, and docs/evidence.md, from results/
 	$(BIN)/python -m marval.evidence README.md model_cards/*.md
+	cp results/fashion-sweep.json results/fashion-reward.json src/marval/assets/
+
+# pip's words go to a file: of an index that it cannot reach it says fifty lines. The path to src is then made relative:
+# in a C locale Python 3.11 cannot start where that file holds letters beyond ASCII.
+define install
+	@echo "Installing $(1) into .venv ..."
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt $(2) >.venv/pip.log 2>&1 || { \
+		if grep -q "connection broken by\|Could not fetch URL" .venv/pip.log; \
+		then echo "make: the package index cannot be reached: check the network, or pip's index-url and proxy"; \
+		else tail -n 20 .venv/pip.log; fi >&2; exit 1; }
+	@for file in .venv/lib/python*/site-packages/__editable__.marval-*.pth; do \
+		test ! -f "$$file" || echo ../../../../src >"$$file"; done
+endef
 
 # The CPU build of torch: PyPI's own wheel would bring several GB of CUDA packages.
 # (Where PyTorch's index cannot be reached, pip's configured sources are asked.)
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-deps --retries 0 --timeout 30 -c constraints.txt \
-		--index-url https://download.pytorch.org/whl/cpu torch \
-		|| $(BIN)/pip install --quiet --no-deps -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[serve]'
-	touch $@
+	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer: install one, or name it: make PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c '$(GOOD)' 2>/dev/null || { echo "make: $(PYTHON) is not a Python 3.11 or newer: make PYTHON=... names another" >&2; exit 1; }
+	@"$(PYTHON)" -m venv .venv
+	@$(BIN)/python -m pip install -qqq --disable-pip-version-check --no-deps --retries 0 --timeout 30 \
+		-c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch 2>/dev/null || true
+	$(call install,torch (about 200 MB),--no-deps torch)
+	$(call install,marval and what it needs,-e '.[serve]')
+	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
-	touch $@
+	$(call install,what the tests need,-e '.[dev]')
+	@touch $@
 
 clean:
 	rm -rf .venv build demo-out

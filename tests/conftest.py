@@ -1,20 +1,59 @@
-"""Fixtures shared by all tests. Shape annotations of the package are enforced here."""
+"""Fixtures shared by all tests. Shape annotations of the package are enforced here.
+
+What pip does not install (the 60,000 images of Fashion-MNIST, Chromium) comes by a fixture, which skips the test where it
+is missing. Those tests are marked `system`.
+"""
 
 from pathlib import Path
 
 import pytest
-import torch
 from jaxtyping import install_import_hook
 
 install_import_hook("marval", "beartype.beartype")
 
+from marval.cli import wait_passively  # noqa: E402
+
+wait_passively()  # before torch is imported, here and in the processes that tests start
+
+SYSTEM = {"fashion_train", "fashion_test", "chromium"}  # fixtures
 pytest_plugins = ["serving"]  # fixtures of the page's tests
 GOLDEN = Path(__file__).parent / "golden"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SYSTEM & set(getattr(item, "fixturenames", ())):
+            item.add_marker("system")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread_per_worker():
+    import torch
+
     torch.set_num_threads(1)
+
+
+def fashion_mnist(split):
+    """Fashion-MNIST's images where they are on this machine (nothing is fetched), else the test is skipped."""
+    from marval.data import load_fashion_mnist
+
+    try:
+        return load_fashion_mnist(split, fetch=False)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def fashion_train():
+    """The 60,000 training images. Tests that need only some take `marval.data.load_fashion_sample`."""
+    return fashion_mnist("train")
+
+
+@pytest.fixture(scope="session")
+def fashion_test():
+    """The 10,000 test images."""
+    return fashion_mnist("test")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Files: whole or not at all, strict, and the data sets that people have."""
 
 import dataclasses
-import gzip
 import json
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from PIL import Image
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep
-from marval.data import FASHION_CLASSES, load_fashion_mnist, load_folder, load_images
+from marval.data import load_folder, load_images
 from marval.io.checkpoint import average_models, load_model, save_model
 from marval.io.files import atomic_path
 from marval.io.images import grid, to_pil
@@ -89,24 +88,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         fails()
     assert file.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
-
-
-def test_fashion_mnist_is_whole():
-    train, test = load_fashion_mnist("train"), load_fashion_mnist("test")
-    assert train.images.shape == (60_000, 1, 28, 28)
-    assert test.images.shape == (10_000, 1, 28, 28)
-    assert train.labels.bincount().tolist() == [6000] * 10
-    assert train.class_names == FASHION_CLASSES
-
-
-def test_damaged_fashion_files_are_named(tmp_path):
-    name = tmp_path / "train-images-idx3-ubyte.gz"
-    with pytest.raises(ValueError, match="does not exist"):
-        load_fashion_mnist("train", tmp_path)
-    for content in (b"not gzip", gzip.compress(b"\0\0\x08\x03\0\0\0\x02" + b"\0" * 20)):
-        name.write_bytes(content)
-        with pytest.raises(ValueError, match="damaged"):
-            load_fashion_mnist("train", tmp_path)
 
 
 def test_folders_give_size_channels_and_classes(tmp_path):

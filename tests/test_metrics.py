@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from marval.cli.arguments import judge_for
-from marval.data import ImageData, load_fashion_mnist
+from marval.data import ImageData
 from marval.evaluate import fidelity
 from marval.evaluate.features import (
     EfficientNetFeatures,
@@ -94,9 +94,9 @@ def test_neighbour_figures_equal_their_definitions_in_numpy():
         figures_between(torch.from_numpy(drawn[:5]), torch.from_numpy(real))
 
 
-def test_the_bias_of_few_images_is_foretold():
+def test_the_bias_of_few_images_is_foretold(fashion_train):
     """300 real images, whose true distance from the real set is 0, against what is said to expect of 300."""
-    data = load_fashion_mnist("train")
+    data = fashion_train
     real = Statistics.load(bundled_statistics("fashion-mnist"))
     chosen = torch.randperm(len(data), generator=generator("some"))[:300]
     network = EfficientNetFeatures()
@@ -151,10 +151,10 @@ def test_own_features_judge_and_their_statistics_are_kept_apart(own_features):
     assert extract(find_features("own_features:rows"), data.images).shape == (64, 8)
 
 
-def test_the_packaged_statistics_are_those_of_the_real_images(tmp_path, monkeypatch):
+def test_the_packaged_statistics_are_those_of_the_real_images(fashion_train, tmp_path, monkeypatch):
     """Their hash is the data's, and images that are not the data are never measured under it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    data = load_fashion_mnist("train")
+    data = fashion_train
     assert Statistics.load(bundled_statistics("fashion-mnist")).data_sha256 == data_hash(data)
     packaged = load_judge("fashion-mnist", None, lambda: data)
     copied = load_judge("fashion-mnist:elsewhere", None, lambda: data)  # the same images from another folder
@@ -168,11 +168,11 @@ def test_the_packaged_statistics_are_those_of_the_real_images(tmp_path, monkeypa
     assert own.figures(other.images, other.labels)["fd"] == pytest.approx(0, abs=1e-3)
 
 
-def test_bundled_models_are_judged_without_reading_the_real_images(tmp_path, monkeypatch):
+def test_bundled_models_are_judged_without_reading_the_real_images(fashion_train, tmp_path, monkeypatch):
     """Fréchet distance and accuracy need none; what does says so when it is measured, once (then it is kept)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     read: list[str] = []
-    data = load_fashion_mnist("train")
+    data = fashion_train
 
     def counted(spec, size=None):
         read.append(spec)

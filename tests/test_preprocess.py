@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from marval.data import load_fashion_mnist
+from marval.data import load_fashion_sample
 from marval.randomness import generator
 from marval.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocessing
 
@@ -20,7 +20,7 @@ def real_pictures():
     sklearn = pytest.importorskip("sklearn.datasets")
     hopper = Image.open(f"{matplotlib.get_data_path()}/sample_data/grace_hopper.jpg").convert("RGB")
     china, flower = (Image.fromarray(sklearn.load_sample_image(name)) for name in ("china.jpg", "flower.jpg"))
-    sneaker = Image.fromarray(load_fashion_mnist("test").images[12, 0].numpy()).convert("RGB")
+    sneaker = Image.fromarray(load_fashion_sample().images[1400, 0].numpy()).convert("RGB")
     return {
         "portrait 512x600": hopper,
         "landscape 640x427": china,

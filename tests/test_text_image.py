@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from marval.data import ImageData, load_fashion_mnist
+from marval.data import ImageData, load_fashion_sample
 from marval.randomness import generator
 from marval.rewards import find_reward
 from marval.rewards.text_image import load_head
@@ -27,9 +27,9 @@ def reward():
 
 
 @pytest.fixture(scope="module")
-def test_images():
+def test_images(fashion_test):
     """20 test images of each class."""
-    data = load_fashion_mnist("test")
+    data = fashion_test
     rows = torch.cat([(data.labels == label).nonzero()[:20, 0] for label in range(10)])
     return data.images[rows].float() / 255, data.labels[rows], data.class_names
 
@@ -90,7 +90,7 @@ def test_gradient_reaches_every_pixel_and_equals_finite_differences(reward):
 
 
 def test_a_head_learns_own_classes_from_own_phrases(tmp_path):
-    fashion = load_fashion_mnist("train")
+    fashion = load_fashion_sample()
     rows = torch.cat([(fashion.labels == label).nonzero()[:40, 0] for label in (1, 8)])
     names = ("leg wear", "container")
     data = ImageData(fashion.images[rows], (fashion.labels[rows] == 8).long(), names)

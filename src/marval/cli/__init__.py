@@ -2,10 +2,13 @@
 
 import difflib
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
+import marval
 from marval.cli.converting import average, cache_latents, convert, plan
 from marval.cli.drawing import animate, demo, sample, serve
 from marval.cli.measuring import bench, compare, evaluate, sweep
@@ -36,28 +39,76 @@ VERBS: dict[str, Callable[..., None]] = {
 
 
 def main() -> None:
-    """Run a verb; a `ValueError` becomes one line on standard error and exit code 2."""
-    verb, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
+    """Run a verb; a `ValueError` or `OSError` becomes one line on standard error and exit code 2."""
+    wait_passively()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII terminal gets ? for what it cannot show
+    try:
+        try:
+            run_verb(sys.argv[1] if len(sys.argv) > 1 else "--help", sys.argv[2:])
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        drop_output()
+        raise SystemExit(141) from None  # as a shell says of a program that SIGPIPE ended
+    except (ValueError, OSError) as error:
+        if os.environ.get("MARVAL_DEBUG"):
+            raise
+        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        complain(told, 2)
+    except KeyboardInterrupt:
+        complain("interrupted; a training run goes on with --resume", 130)
+
+
+def wait_passively() -> None:
+    """Let OpenMP's idle threads sleep, unless the user chose how they wait. Call it before torch is imported.
+
+    By default they spin: two processes on the same cores then slow each other tenfold, and more.
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def run_verb(verb: str, arguments: list[str]) -> None:
+    """Run one verb with its arguments.
+
+    Raises:
+        ValueError: no such verb, or what the verb raises.
+    """
     if verb in ("-h", "--help"):
         print(overview())
         return
-    try:
-        if verb not in VERBS:
-            near = difflib.get_close_matches(verb, VERBS, n=1)
-            raise ValueError(f"unknown verb {verb!r}: " + (f"did you mean {near[0]}?" if near else "see marval --help"))
-        settings = preset_settings(verb, arguments)
-        function = VERBS[verb] if settings is None else functools.partial(VERBS[verb], settings=settings)
-        import tyro
+    if verb == "--version":
+        print(f"marval {marval.__version__}")
+        return
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        raise ValueError(f"unknown verb {verb!r}: " + (f"did you mean {near[0]}?" if near else "see marval --help"))
+    settings = preset_settings(verb, arguments)
+    function = VERBS[verb] if settings is None else functools.partial(VERBS[verb], settings=settings)
+    import tyro
 
-        tyro.cli(function, prog=f"marval {verb}", args=arguments)
-    except ValueError as error:
-        if os.environ.get("MARVAL_DEBUG"):
-            raise
-        print(f"marval: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("marval: interrupted; a training run goes on with --resume", file=sys.stderr)
-        raise SystemExit(130) from None
+    if os.environ.get("NO_COLOR"):  # tyro does not ask
+        getattr(tyro, "_experimental_options", {})["ansi_codes"] = False
+    tyro.cli(function, prog=f"marval {verb}", args=arguments)
+
+
+def complain(line: str, code: int) -> NoReturn:
+    """Print one line on standard error and exit."""
+    try:
+        print(f"marval: {line}", file=sys.stderr, flush=True)
+    except OSError:
+        drop_output()
+    raise SystemExit(code) from None
+
+
+def drop_output() -> None:
+    """Send what is still printed to nowhere, so that the interpreter's own last flush does not fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        os.dup2(nowhere, stream.fileno())
 
 
 def overview() -> str:

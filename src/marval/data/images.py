@@ -1,35 +1,14 @@
-"""Images held in memory as bytes, and Fashion-MNIST."""
+"""Images held in memory as bytes."""
 
 import functools
-import gzip
-import hashlib
-import os
-import subprocess
-import tempfile
-import urllib.request
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from marval.io.files import atomic_path
 from marval.randomness import generator
 from marval.spaces import TokenSpace
-
-FASHION_CLASSES = (
-    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-)  # fmt: skip
-FASHION_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-FASHION_MD5 = {  # as published in the data set's own README
-    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
-    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
-    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
-}
 
 
 @dataclass(frozen=True)
@@ -66,10 +45,6 @@ class ImageData:
         return space.encode(images.to(device)), labels.to(device)
 
 
-FASHION_FORM = ImageData(torch.empty(0, 1, 28, 28, dtype=torch.uint8), torch.empty(0).long(), FASHION_CLASSES)
-"""No images of Fashion-MNIST: what does not fit these fits none."""
-
-
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Int[Tensor, " b"]:
     """The images of training step `step` (from 0): epochs are shuffled anew, and a batch may span two of them.
 
@@ -103,80 +78,3 @@ def split_data(data: ImageData, seed: int, share: float = 0.1) -> tuple[ImageDat
         ImageData(data.images[first], data.labels[first], data.class_names),
         ImageData(data.images[second], data.labels[second], data.class_names),
     )
-
-
-def load_fashion_mnist(split: str = "train", folder: Path | str | None = None) -> ImageData:
-    """Fashion-MNIST (Xiao et al. 2017, MIT licence): 60,000 training or 10,000 test images of 28x28 pixels.
-
-    Args:
-        split: "train" or "test".
-        folder: where the four `.gz` files lie; the Debian package's folder or the cache when None.
-
-    Raises:
-        ValueError: the files are not there and cannot be fetched, or are damaged.
-    """
-    prefix = {"train": "train", "test": "t10k"}[split]
-    root = Path(folder) if folder is not None else fashion_mnist_folder()
-    images = _read_idx(root / f"{prefix}-images-idx3-ubyte.gz")
-    labels = _read_idx(root / f"{prefix}-labels-idx1-ubyte.gz")
-    return ImageData(images[:, None], labels.long(), FASHION_CLASSES)
-
-
-def fashion_mnist_folder() -> Path:
-    """The folder that holds the four files; where no copy is found they are fetched into the user's cache.
-
-    The network's copy is asked first, then Debian's package (unpacked without root).
-
-    Raises:
-        ValueError: no copy is to be had, or one with the wrong checksum.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "marval" / "fashion-mnist"
-    for root in (FASHION_DEBIAN, cache):
-        if all((root / name).is_file() for name in FASHION_MD5):
-            return root
-    try:
-        contents = {name: _fetch(FASHION_URL + name) for name in FASHION_MD5}
-    except OSError as error:
-        contents = _from_debian_package()
-        if not contents:
-            raise ValueError(
-                f"Fashion-MNIST is not here and could not be fetched ({error}): install Debian's package "
-                f"dataset-fashion-mnist, or put its four .gz files into {cache}"
-            ) from error
-    for name, content in contents.items():
-        if hashlib.md5(content).hexdigest() != FASHION_MD5[name]:
-            raise ValueError(f"{name} of Fashion-MNIST arrived damaged (checksum differs): try again")
-        with atomic_path(cache / name) as partial:
-            partial.write_bytes(content)
-    return cache
-
-
-def _fetch(url: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=30) as response:
-        return response.read()
-
-
-def _from_debian_package() -> dict[str, bytes]:
-    """The files out of Debian's package, where apt can fetch it; else nothing."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for command in ("apt-get download dataset-fashion-mnist", "dpkg-deb -x dataset-fashion-mnist*.deb ."):
-                subprocess.run(command, shell=True, cwd=folder, check=True, capture_output=True, timeout=300)
-        except (OSError, subprocess.SubprocessError):
-            return {}
-        root = Path(folder) / FASHION_DEBIAN.relative_to("/")
-        return {name: (root / name).read_bytes() for name in FASHION_MD5}
-
-
-def _read_idx(path: Path) -> UInt8[Tensor, "n *rest"]:
-    """One IDX file: two zero bytes, type 8 (bytes), number of dimensions, sizes in big-endian, then the bytes."""
-    try:
-        content = gzip.decompress(path.read_bytes())
-        dimensions = content[3]
-        shape = np.frombuffer(content, ">u4", dimensions, 4).astype(int)
-        array = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: expected the four .gz files of Fashion-MNIST there") from None
-    except (OSError, EOFError, ValueError, IndexError) as error:
-        raise ValueError(f"{path} is damaged ({error}): fetch it again") from None
-    return torch.from_numpy(array.copy())

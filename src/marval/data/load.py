@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 
 from marval.config import LatentSpace, ModelConfig, PixelSpace
+from marval.data.fashion import load_fashion_mnist
 from marval.data.folder import load_folder
-from marval.data.images import ImageData, load_fashion_mnist
+from marval.data.images import ImageData
 from marval.data.latents import LatentData
 from marval.spaces import same_vae
 

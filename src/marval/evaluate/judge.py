@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from marval.evaluate.features import (
 )
 from marval.evaluate.fidelity import Columns, Reference
 from marval.evaluate.metrics import MOST, RealSample, compute_device, expected_bias, sample_figures
-from marval.io.files import sha256_of, write_tensors
+from marval.io.files import cache_folder, sha256_of, write_tensors
 from marval.rewards import Classifier, classifier_file, load_classifier
 
 CLASSIFIED = 500  # images at a time
@@ -115,11 +114,6 @@ class Judge:
             f"distance of about {bias:.4g}, not 0; compare equal counts only, or raise --samples",
             bias,
         )
-
-
-def cache_folder() -> Path:
-    """Where statistics and features of real images are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "marval"
 
 
 def real_statistics(images: Callable[[], ImageData], network: Features, digest: str, cache: Path) -> Statistics:

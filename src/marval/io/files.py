@@ -12,6 +12,32 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
+def cache_folder() -> Path:
+    """Make and return the folder where downloads and figures that were costly to compute are kept.
+
+    It is the user's cache; where that cannot be written to, a folder of the user's own among the temporary files.
+    """
+    user = user_cache()
+    if user is not None:
+        with contextlib.suppress(OSError):
+            user.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=user):  # asking for permission alone misses much
+                return user
+    owner = os.getuid() if hasattr(os, "getuid") else None
+    folder = Path(tempfile.gettempdir()) / f"marval-{'user' if owner is None else owner}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if owner is not None and folder.lstat().st_uid != owner:  # a stranger was there first
+        return Path(tempfile.mkdtemp(prefix="marval-"))
+    return folder
+
+
+def user_cache() -> Path | None:
+    """`$XDG_CACHE_HOME/marval`, else `~/.cache/marval`; None without a home (a container's user may have none)."""
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    root = os.path.expanduser(chosen if os.path.isabs(chosen) else "~/.cache")  # XDG says to ignore relative paths
+    return Path(root) / "marval" if os.path.isabs(root) else None
+
+
 @contextlib.contextmanager
 def atomic_path(target: Path | str) -> Iterator[Path]:
     """A temporary path beside `target`; it is renamed to `target` when the block ends, and removed if it raises.
@@ -37,6 +63,23 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
         ) from error
 
 
+def check_writable(target: Path | str) -> None:
+    """Make a file's folder and see that the file could be written, before hours are spent on what goes into it.
+
+    Raises:
+        ValueError: as `atomic_path`, or `target` is a folder.
+    """
+    target = Path(target)
+    if target.is_dir():
+        raise ValueError(f"cannot write {target}: it is a folder; name a file")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {target}: {error.strerror or error}; choose another place") from error
+
+
 def write_tensors(target: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file, whole or not at all.
 
@@ -53,7 +96,7 @@ def write_tensors(target: Path | str, tensors: dict[str, Tensor], metadata: dict
 def write_text(target: Path | str, text: str) -> None:
     """Write `text` to `target`, whole or not at all."""
     with atomic_path(target) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def sha256_of(file: Path) -> str:

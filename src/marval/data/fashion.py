@@ -1,0 +1,148 @@
+"""Fashion-MNIST (Xiao et al. 2017, MIT licence): found or fetched, and known by its content; a part of it ships."""
+
+import gzip
+import hashlib
+import io
+import os
+import sys
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from http.client import HTTPException
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from PIL import Image
+from torch import Tensor
+
+from marval.data.images import ImageData
+from marval.io.files import atomic_path, cache_folder, user_cache
+
+FASHION_CLASSES = (
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
+FASHION_FORM = ImageData(torch.empty(0, 1, 28, 28, dtype=torch.uint8), torch.empty(0).long(), FASHION_CLASSES)
+"""No images of Fashion-MNIST: what does not fit these fits none."""
+SHA256 = {  # of the unpacked files: packages and mirrors compress them anew
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+URLS = (
+    "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",  # the host offers no https
+)
+MOST_BYTES = 2**26  # that are read of a file: more than the largest has
+TIMEOUT = 15  # seconds that a host may be silent
+
+
+def load_fashion_mnist(split: str = "train", folder: Path | str | None = None, *, fetch: bool = True) -> ImageData:
+    """Load the 60,000 training or 10,000 test images of 28x28 pixels.
+
+    Args:
+        split: "train" or "test".
+        folder: where the files lie, as `.gz` or unpacked. When None they are looked for where Debian's package puts
+            them and in the cache, then fetched into the cache.
+        fetch: whether the network may be asked.
+
+    Raises:
+        ValueError: no place has the files. The message says what is wrong with each.
+    """
+    prefix = {"train": "train", "test": "t10k"}[split]
+    images = np.frombuffer(find_file(f"{prefix}-images-idx3-ubyte", folder, fetch), np.uint8, offset=16)
+    labels = np.frombuffer(find_file(f"{prefix}-labels-idx1-ubyte", folder, fetch), np.uint8, offset=8)
+    pixels = torch.from_numpy(images.reshape(-1, 1, 28, 28).copy())
+    return ImageData(pixels, torch.from_numpy(labels.astype(np.int64)), FASHION_CLASSES)
+
+
+def load_fashion_sample() -> ImageData:
+    """Load the first 200 training images of each class, which ship with the package as one picture."""
+    with Image.open(Path(str(files("marval"))) / "assets" / "fashion-mnist-2000.png") as sheet:
+        pixels: UInt8[Tensor, "height width"] = torch.from_numpy(np.array(sheet))
+    images = pixels.reshape(40, 28, 50, 28).transpose(1, 2).reshape(2000, 1, 28, 28)
+    labels: Int[Tensor, " n"] = torch.arange(10).repeat_interleave(200)  # four rows of 50 for each class
+    return ImageData(images, labels, FASHION_CLASSES)
+
+
+def find_file(name: str, folder: Path | str | None, fetch: bool) -> bytes:
+    """Read one file of Fashion-MNIST, unpacked, from the first place that has it with the right content.
+
+    Raises:
+        ValueError: none has. The message says what is wrong with each, and what to do.
+    """
+    wrong = []
+    for place in _places(name, folder, fetch):
+        try:
+            packed = _download(place) if isinstance(place, str) else _read(name, place)
+            content = _checked(name, packed)
+        except (OSError, EOFError, zlib.error, HTTPException, ValueError) as error:
+            wrong.append(f"{place}: {getattr(error, 'strerror', None) or getattr(error, 'reason', None) or error}")
+            continue
+        if isinstance(place, str):
+            _keep(name, packed)
+        return content
+    where = f"put {name}.gz there" if folder is not None else f"put its four .gz files into {_cache()}"
+    raise ValueError(
+        f"cannot find Fashion-MNIST's {name} ({'; '.join(wrong)}): "
+        f"install Debian's package dataset-fashion-mnist, or {where}"
+    )
+
+
+def _places(name: str, folder: Path | str | None, fetch: bool) -> Iterator[Path | str]:
+    """The files to try, or the folder where it has none; then the addresses."""
+    if folder is not None:
+        folders = [Path(folder)]
+    else:
+        shared = (os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share").split(":")
+        folders = [Path(root) / "datasets" / "fashion-mnist" for root in shared if root]
+        read_only = user_cache()  # may hold the files, though nothing can be added
+        folders += [read_only / "fashion-mnist"] if read_only not in (None, cache_folder()) else []
+        folders += [_cache()]
+    for root in folders:
+        yield from [file for file in (root / f"{name}.gz", root / name) if os.path.isfile(file)] or [root]
+    if folder is None and fetch:
+        yield from (f"{url}{name}.gz" for url in URLS)
+
+
+def _cache() -> Path:
+    return cache_folder() / "fashion-mnist"
+
+
+def _read(name: str, file: Path) -> bytes:
+    if not os.path.isfile(file):
+        raise ValueError(f"holds no {name}.gz" if os.path.isdir(file) else "no such folder")
+    with file.open("rb") as content:
+        return content.read(MOST_BYTES)
+
+
+def _download(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+        print(f"Fetching {url}", file=sys.stderr, flush=True)
+        return response.read(MOST_BYTES)
+
+
+def _checked(name: str, packed: bytes) -> bytes:
+    """Unpack a file and compare its SHA-256 with the one expected."""
+    content = packed
+    if packed.startswith(b"\x1f\x8b"):
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as unpacked:
+            content = unpacked.read(MOST_BYTES)
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != SHA256[name]:
+        if content.lstrip()[:1] == b"<":
+            raise ValueError("a web page in its place; does this network ask for a login?")
+        raise ValueError(f"damaged: {len(content):,} bytes of SHA-256 {digest[:12]}..., not {SHA256[name][:12]}...")
+    return content
+
+
+def _keep(name: str, packed: bytes) -> None:
+    """Put a fetched file into the cache; where that fails, say so and go on."""
+    try:
+        with atomic_path(_cache() / f"{name}.gz") as partial:
+            partial.write_bytes(packed)
+    except ValueError as error:
+        print(f"marval: {name} will be fetched again the next time: {error}", file=sys.stderr)

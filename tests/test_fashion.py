@@ -1,0 +1,209 @@
+"""Fashion-MNIST is known by its content, wherever it lies; a wrong answer tries the next place; a part of it ships."""
+
+import gzip
+import hashlib
+import http.server
+import struct
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from marval.data import FASHION_CLASSES, fashion, load_fashion_mnist, load_fashion_sample, load_images
+from marval.evaluate.features import Statistics, bundled_statistics
+from marval.evaluate.judge import data_hash
+from marval.randomness import generator
+
+PIXELS = torch.randint(0, 256, (20, 28, 28), generator=generator("pixels"), dtype=torch.uint8).numpy()
+CONTENT = {  # a small set in the files' format
+    "train-images-idx3-ubyte": struct.pack(">4I", 0x803, 20, 28, 28) + PIXELS.tobytes(),
+    "train-labels-idx1-ubyte": struct.pack(">2I", 0x801, 20) + bytes(i % 10 for i in range(20)),
+}
+PAGE = b"<!DOCTYPE html><title>Log in to this network</title>"
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """The system's folder and the cache, both empty, for the small set; no address answers. Any program fails."""
+    monkeypatch.setattr(fashion, "SHA256", {name: hashlib.sha256(x).hexdigest() for name, x in CONTENT.items()})
+    monkeypatch.setattr(fashion, "URLS", ("http://127.0.0.1:1/",))
+    monkeypatch.setattr("subprocess.Popen", None)
+    monkeypatch.setenv("XDG_DATA_DIRS", str(tmp_path / "share"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folders = tmp_path / "share/datasets/fashion-mnist", tmp_path / "cache/marval/fashion-mnist"
+    for folder in folders:
+        folder.mkdir(parents=True)
+    return folders
+
+
+@pytest.fixture
+def hosts(monkeypatch):
+    """Local web servers in the place of the addresses: `hosts(answer, ...)`, each path -> (status, length, body)."""
+    servers = []
+
+    def start(*answers):
+        for answer in answers:
+
+            class Handler(http.server.BaseHTTPRequestHandler):
+                def do_GET(self, answer=answer):
+                    status, length, body = answer(self.path)
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(length))
+                    self.end_headers()
+                    self.wfile.write(body)
+
+                def log_message(self, *_):
+                    pass
+
+            servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+            threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
+        monkeypatch.setattr(fashion, "URLS", tuple(f"http://127.0.0.1:{s.server_port}/" for s in servers))
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def packed(name, level=9):
+    return gzip.compress(CONTENT[Path(name).stem], level)
+
+
+def sound(path):
+    return 200, len(packed(path)), packed(path)
+
+
+def portal(path):
+    return 200, len(PAGE), PAGE
+
+
+def cut(path):
+    return 200, len(packed(path)), packed(path)[:-30]
+
+
+def missing(path):
+    return 404, 0, b""
+
+
+def whole(data):
+    assert torch.equal(data.images[:, 0], torch.from_numpy(PIXELS))
+    assert data.labels.tolist() == [i % 10 for i in range(20)]
+    assert data.class_names == FASHION_CLASSES
+    return True
+
+
+def test_the_whole_set_is_there(fashion_train, fashion_test):
+    assert fashion_train.images.shape == (60_000, 1, 28, 28)
+    assert fashion_test.images.shape == (10_000, 1, 28, 28)
+    assert fashion_train.labels.bincount().tolist() == [6000] * 10
+    assert fashion_test.labels.bincount().tolist() == [1000] * 10
+    assert data_hash(fashion_train) == Statistics.load(bundled_statistics("fashion-mnist")).data_sha256
+
+
+def test_what_ships_is_the_first_200_of_each_class(fashion_train):
+    shipped = load_fashion_sample()
+    rows = torch.cat([(fashion_train.labels == label).nonzero()[:200, 0] for label in range(10)])
+    assert torch.equal(shipped.images, fashion_train.images[rows])
+    assert torch.equal(shipped.labels, fashion_train.labels[rows])
+
+
+def test_what_ships_is_small_balanced_and_licensed():
+    shipped = load_fashion_sample()
+    assert shipped.images.shape == (2000, 1, 28, 28)
+    assert shipped.labels.bincount().tolist() == [200] * 10
+    assert len(np.unique(shipped.images.numpy(), axis=0)) == 2000
+    file = Path(fashion.__file__).parents[1] / "assets" / "fashion-mnist-2000.png"
+    assert file.stat().st_size < 1e6
+    assert "The MIT License" in file.with_suffix(".txt").read_text()
+
+
+@pytest.mark.parametrize("level", [1, 9, None])
+def test_files_are_known_by_their_content_however_they_are_packed(places, tmp_path, level):
+    for name, content in CONTENT.items():
+        file = tmp_path / "own" / (name if level is None else f"{name}.gz")
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content if level is None else gzip.compress(content, level))
+    assert whole(load_fashion_mnist(folder=tmp_path / "own"))
+    assert whole(load_images(f"fashion-mnist:{tmp_path / 'own'}"))
+
+
+def test_a_browser_may_have_unpacked_a_file_without_renaming_it(places):
+    for name, content in CONTENT.items():
+        (places[0] / f"{name}.gz").write_bytes(content)
+    assert whole(load_fashion_mnist())
+
+
+def test_every_wrong_answer_tries_the_next_place_and_what_is_fetched_is_kept(places, hosts, capsys):
+    system, cache = places
+    for name in CONTENT:
+        (system / f"{name}.gz").write_bytes(packed(name)[:-30])
+        (cache / f"{name}.gz").write_bytes(PAGE)
+    hosts(missing, portal, cut, sound)
+    assert whole(load_fashion_mnist())
+    assert "Fetching" in capsys.readouterr().err
+    hosts(missing)
+    assert whole(load_fashion_mnist())
+    assert "Fetching" not in capsys.readouterr().err
+
+
+def test_an_unpacked_file_serves_where_the_packed_one_is_damaged(places):
+    for name, content in CONTENT.items():
+        (places[1] / f"{name}.gz").write_bytes(b"")
+        (places[1] / name).write_bytes(content)
+    assert whole(load_fashion_mnist(fetch=False))
+
+
+def test_the_error_names_every_place_what_is_wrong_with_it_and_what_to_do(places, hosts):
+    system, cache = places
+    (system / "train-images-idx3-ubyte.gz").write_bytes(packed("train-images-idx3-ubyte")[:100])
+    (cache / "train-images-idx3-ubyte").write_bytes(b"x" * 100)
+    hosts(missing, portal, cut)
+    with pytest.raises(ValueError, match="cannot find Fashion-MNIST's train-images-idx3-ubyte") as caught:
+        load_fashion_mnist()
+    said = str(caught.value)
+    assert "\n" not in said
+    assert f"{system / 'train-images-idx3-ubyte.gz'}: Compressed file ended" in said
+    assert f"{cache / 'train-images-idx3-ubyte'}: damaged: 100 bytes" in said
+    for url, wrong in zip(fashion.URLS, ("Not Found", "a web page", "Compressed file ended"), strict=True):
+        assert f"{url}train-images-idx3-ubyte.gz: " in said
+        assert wrong in said
+    assert "install Debian's package dataset-fashion-mnist" in said
+    assert f"put its four .gz files into {cache}" in said
+
+
+def test_a_named_folder_is_the_only_place(places, tmp_path):
+    for name in CONTENT:
+        (places[0] / f"{name}.gz").write_bytes(packed(name))
+    with pytest.raises(ValueError, match=r"no such folder.* or put train-images-idx3-ubyte.gz there"):
+        load_fashion_mnist(folder=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no train-images-idx3-ubyte.gz"):
+        load_fashion_mnist(folder=tmp_path)
+
+
+def test_no_network_is_asked_where_that_is_not_wanted(places, hosts):
+    hosts(sound)
+    with pytest.raises(ValueError, match="cannot find"):
+        load_fashion_mnist(fetch=False)
+
+
+def test_a_cache_that_cannot_be_written_to_is_said_and_the_images_are_there(places, hosts, monkeypatch, capsys):
+    hosts(sound)
+
+    def full(target):
+        raise ValueError(f"cannot write {target}: No space left on device")
+
+    monkeypatch.setattr(fashion, "atomic_path", full)
+    assert whole(load_fashion_mnist())
+    said = capsys.readouterr().err
+    assert "will be fetched again" in said
+    assert "No space left on device" in said
+
+
+def test_a_read_only_cache_serves_what_it_holds(places, monkeypatch, tmp_path):
+    """As in a container whose image brought the files along."""
+    for name in CONTENT:
+        (places[1] / f"{name}.gz").write_bytes(packed(name))
+    monkeypatch.setattr(fashion, "cache_folder", lambda: tmp_path / "elsewhere")
+    assert whole(load_fashion_mnist(fetch=False))
