@@ -1,10 +1,13 @@
 """The command line: one verb per job. Heavy imports stand inside the verbs, so that --help answers at once."""
 
+import contextlib
 import difflib
 import functools
+import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from marval.cli.converting import average, cache_latents, convert, plan
 from marval.cli.drawing import animate, demo, sample, serve
@@ -47,17 +50,40 @@ def main() -> None:
             raise ValueError(f"unknown verb {verb!r}: " + (f"did you mean {near[0]}?" if near else "see marval --help"))
         settings = preset_settings(verb, arguments)
         function = VERBS[verb] if settings is None else functools.partial(VERBS[verb], settings=settings)
-        import tyro
-
-        tyro.cli(function, prog=f"marval {verb}", args=arguments)
+        read_arguments(verb, function, arguments)()
     except ValueError as error:
         if os.environ.get("MARVAL_DEBUG"):
             raise
         print(f"marval: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("marval: interrupted; a training run goes on with --resume", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        told = str(interrupt) or ("nothing was saved" if verb.startswith(("train", "distill", "finetune")) else "")
+        print("marval: interrupted" + (f": {told}" if told else ""), file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def read_arguments(verb: str, function: Callable[..., None], arguments: Sequence[str]) -> Callable[[], None]:
+    """The verb with its arguments, ready to be called.
+
+    Raises:
+        ValueError: settings that check themselves refuse a value.
+        SystemExit: --help, or arguments that are none of the verb's; tyro has said so.
+    """
+    import tyro
+
+    @functools.wraps(function)
+    def bind(*given: Any, **named: Any) -> Callable[[], None]:
+        return functools.partial(function, *given, **named)
+
+    # What settings refuse tyro would put into a box of several lines; other refusals, and --help, are its own.
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(bind, prog=f"marval {verb}", args=arguments)
+    except SystemExit as end:
+        refusal = end.__context__
+        if refusal is not None and getattr(refusal, "arg", None) == "settings":
+            raise ValueError(str(refusal.__context__)) from None
+    return tyro.cli(bind, prog=f"marval {verb}", args=arguments)
 
 
 def overview() -> str:

@@ -25,10 +25,12 @@ from marval.train.run import (
     LOG,
     Log,
     Updates,
+    claims_folder,
+    data_identity,
     fast_attention,
     learning_rate_factor,
     load_state,
-    prepare_folder,
+    model_identity,
     save_network,
     save_state,
     state_tensors,
@@ -121,6 +123,7 @@ def teacher_loss(
         return denoising_loss(model.head, schedule, x_0, context, t, eps).mean()
 
 
+@claims_folder
 def train_teacher(
     config: ModelConfig,
     settings: TrainConfig,
@@ -144,8 +147,10 @@ def train_teacher(
     """
     workers = workers or Workers()
     device = workers.device
-    prepare_folder(out, resume, workers)
-    described = {**config.to_dict(), "source": "", "images": len(data), **dataclasses.asdict(settings)}
+    described = {
+        **config.to_dict(), "images": len(data), **dataclasses.asdict(settings), "data_set": data_identity(data),
+        "init": "fresh weights" if init is None else model_identity("init", init),
+    }  # fmt: skip
     space = token_space(config.space, device)
     if init is not None and init.config != config.mar:
         raise ValueError(f"the initial model's sizes are {init.config}, the data asks for {config.mar}")
@@ -160,7 +165,7 @@ def train_teacher(
     log = Log(out / LOG, start, settings.iterations, settings.batch_size, quiet=quiet, workers=workers)
     parts = workers.parts(settings.batch_size, settings.accumulate)
 
-    for step in range(start, settings.iterations):
+    for step in workers.steps(start, settings.iterations):
         indices = batch_indices(len(data), settings.batch_size, step, settings.seed)
         draws = draw(config.mar, settings, generator(settings.seed, "noise", step))
         loss = torch.zeros((), device=device)
@@ -174,7 +179,7 @@ def train_teacher(
                 ) * workers.share(rows, settings.batch_size)
                 part.backward()
             loss += part.detach()
-        factor = learning_rate_factor(step, settings.warmup, settings.decay, settings.iterations)
+        factor = learning_rate_factor(step, settings.warmup_iterations, settings.decay, settings.iterations)
         norm = update(settings.learning_rate * factor)
         update_ema(ema, model, step, settings.ema_decay)
 
