@@ -355,7 +355,8 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_warmup("warmup", self.warmup_iterations, self.iterations)
+        if self.warmup_iterations > self.iterations:
+            raise ValueError(f"warmup {self.warmup}: expected at most the {self.iterations} iterations of the run")
 
 
 def check_warmup(name: str, warmup: int, iterations: int) -> None:
