@@ -158,6 +158,8 @@ def test_every_numeric_flag_is_refused_in_one_line(verb, name, capsys, monkeypat
         (["finetune", "fashion-student", "--name", "../elsewhere"], ("name '../elsewhere'", "plain name")),
         (["train", "--name", "a/b"], ("name 'a/b'", "plain name")),
         (["train-classifier", "--epochs", "0"], ("epochs 0",)),
+        (["train-text-image", "--images", "0"], ("images 0",)),
+        (["train-text-image", "--steps", "-1"], ("steps -1",)),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_in_one_line_before_anything_is_read(
@@ -269,6 +271,8 @@ def test_outputs_are_checked_before_anything_is_read(tmp_path, capsys, monkeypat
         code, told = marval(capsys, monkeypatch, "train-classifier", "--out", out)
         assert (code, told.count("\n")) == (2, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+    with pytest.raises(ValueError, match="too long"):
+        check_output(tmp_path / ("x" * 300), folder=True)
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ValueError, match="no permission"):
         check_output(tmp_path / "new" / "deeper", folder=True)
@@ -552,8 +556,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(processes, pictures, 
     (state,) = out.glob("state-*")
     step = json.loads((state / "run.json").read_text())["step"]
     assert log_of(out)[-1]["step"] == step >= 1
-    assert f"{step} of 100000 iterations done; go on with --resume" in said
-    assert "marval: interrupted: what it did is saved" in errors
+    assert f"{step} of 100000 iterations done" in said
+    assert "marval: interrupted: what it did is saved, go on with --resume" in errors
     if processes == 1:  # torchrun has an exit code of its own
         assert process.returncode == 130
         assert len(errors.splitlines()) == 1

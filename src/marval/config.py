@@ -29,7 +29,7 @@ def plain_name(name: str) -> bool:
 Count = Annotated[int, Rule("a whole number from 1", lambda x: x >= 1)]
 Pairs = Annotated[int, Rule("a whole number from 2", lambda x: x >= 2)]
 Whole = Annotated[int, Rule("a whole number from 0", lambda x: x >= 0)]
-Finite = Annotated[float, Rule("a finite number", math.isfinite)]
+Finite = Annotated[float, Rule("a finite number", lambda x: -math.inf < x < math.inf)]
 Positive = Annotated[float, Rule("a finite number above 0", lambda x: 0 < x < math.inf)]
 NotNegative = Annotated[float, Rule("a finite number from 0", lambda x: 0 <= x < math.inf)]
 Limit = Annotated[float, Rule("a number above 0 (inf: no limit)", lambda x: x > 0)]

@@ -206,7 +206,7 @@ def _stopped_by_signals(stop: threading.Event, training: threading.Event) -> Ite
     try:
         yield
         if interrupted.is_set():
-            raise KeyboardInterrupt("what it did is saved")
+            raise KeyboardInterrupt("what it did is saved, go on with --resume")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

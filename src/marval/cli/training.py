@@ -68,7 +68,7 @@ def train(
     """
     from marval.data import LatentData, load_data
     from marval.parallel import start_workers
-    from marval.train.run import check_resume
+    from marval.train.folder import check_resume
     from marval.train.teacher import latent_teacher_config, teacher_config, train_teacher
 
     check_resume(out, resume)
@@ -117,7 +117,7 @@ def distill(
     from marval.evaluate.evaluate import probe
     from marval.parallel import start_workers
     from marval.train.distill import distill as run
-    from marval.train.run import check_resume
+    from marval.train.folder import check_resume
 
     check_resume(out, resume)
     if probe_samples:
@@ -183,7 +183,7 @@ def finetune(
     from marval.rewards import WeightedReward, parse_rewards
     from marval.train.finetune import Anchor
     from marval.train.finetune import finetune as run
-    from marval.train.run import check_resume
+    from marval.train.folder import check_resume
 
     check_resume(out, resume)
     check("probe_samples", probe_samples, Pairs)

@@ -90,9 +90,13 @@ def check_output(path: Path | str, *, folder: bool) -> None:
         ValueError: it is of the other kind, lies inside a file, or where one may not write.
     """
     path = Path(path)
-    if path.exists() and path.is_dir() != folder:
-        raise ValueError(f"{path} is a {'file' if folder else 'folder'}: expected a {'folder' if folder else 'file'}")
-    there = next(place for place in (path if folder else path.parent, *path.absolute().parents) if place.exists())
+    try:
+        if path.exists() and path.is_dir() != folder:
+            kinds = ("file", "folder") if folder else ("folder", "file")
+            raise ValueError(f"{path} is a {kinds[0]}: expected a {kinds[1]}; choose another place")
+        there = next(place for place in (path if folder else path.parent, *path.absolute().parents) if place.exists())
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise ValueError(f"{path}: {error.strerror or error}; choose another place") from error
     if not there.is_dir():
         raise ValueError(f"{path}: {there} is a file, expected a folder; choose another place")
     if not os.access(there, os.W_OK | os.X_OK):

@@ -20,16 +20,14 @@ from marval.rewards import Reward, reward_identity, standardized
 from marval.sampling import draw_function, sample
 from marval.spaces import TokenSpace, token_space
 from marval.train.distill import GSIM
+from marval.train.folder import claims_folder, data_identity, model_identity
 from marval.train.low_rank import add_low_rank, merged
 from marval.train.run import (
     LOG,
     Log,
     Updates,
-    claims_folder,
-    data_identity,
     fast_attention,
     load_state,
-    model_identity,
     save_network,
     save_state,
     state_tensors,

@@ -21,16 +21,14 @@ from marval.parallel import Workers
 from marval.randomness import generator
 from marval.spaces import token_space
 from marval.train.draws import hidden_positions, noise_levels
+from marval.train.folder import claims_folder, data_identity, model_identity
 from marval.train.run import (
     LOG,
     Log,
     Updates,
-    claims_folder,
-    data_identity,
     fast_attention,
     learning_rate_factor,
     load_state,
-    model_identity,
     save_network,
     save_state,
     state_tensors,
