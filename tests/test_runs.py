@@ -140,26 +140,27 @@ def test_every_numeric_setting_refuses_values_out_of_its_range(verb, name):
 def test_every_numeric_flag_is_refused_in_one_line(verb, name, capsys, monkeypatch):
     value = bad_values(VERBS[verb], name)[0]
     model = {"train": [], "distill": ["fashion-teacher"], "finetune": ["fashion-student"]}[verb]
-    code, told = marval(capsys, monkeypatch, verb, *model, f"--{name.replace('_', '-')}={value}")
+    flag = f"--{name.replace('_', '-')}"
+    code, told = marval(capsys, monkeypatch, verb, *model, f"{flag}={value}")
     assert code == 2
-    assert told.startswith(f"marval: {name} {value}: expected ")
+    assert told.startswith(f"marval: {flag} {value}: expected ")
     assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["distill", "fashion-teacher", "--iterations", "50"], ("iterations 50", "100")),
-        (["train", "--iterations", "50", "--warmup", "51"], ("warmup 51", "50 iterations")),
-        (["distill", "fashion-teacher", "--probe-samples", "1"], ("probe_samples 1",)),
-        (["finetune", "fashion-student", "--probe-samples", "0"], ("probe_samples 0",)),
-        (["finetune", "fashion-student", "--backprop-iterations", "9"], ("backprop_iterations 9", "8")),
-        (["finetune", "fashion-student", "--prompt", "{x}"], ("prompt '{x}'", "exactly one {}")),
-        (["finetune", "fashion-student", "--name", "../elsewhere"], ("name '../elsewhere'", "plain name")),
-        (["train", "--name", "a/b"], ("name 'a/b'", "plain name")),
-        (["train-classifier", "--epochs", "0"], ("epochs 0",)),
-        (["train-text-image", "--images", "0"], ("images 0",)),
-        (["train-text-image", "--steps", "-1"], ("steps -1",)),
+        (["distill", "fashion-teacher", "--iterations", "50"], ("--iterations 50", "100")),
+        (["train", "--iterations", "50", "--warmup", "51"], ("--warmup 51", "50 iterations")),
+        (["distill", "fashion-teacher", "--probe-samples", "1"], ("--probe-samples 1",)),
+        (["finetune", "fashion-student", "--probe-samples", "0"], ("--probe-samples 0",)),
+        (["finetune", "fashion-student", "--backprop-iterations", "9"], ("--backprop-iterations 9", "8")),
+        (["finetune", "fashion-student", "--prompt", "{x}"], ("--prompt '{x}'", "exactly one {}")),
+        (["finetune", "fashion-student", "--name", "../elsewhere"], ("--name '../elsewhere'", "plain name")),
+        (["train", "--name", "a/b"], ("--name 'a/b'", "plain name")),
+        (["train-classifier", "--epochs", "0"], ("--epochs 0",)),
+        (["train-text-image", "--images", "0"], ("--images 0",)),
+        (["train-text-image", "--steps", "-1"], ("--steps -1",)),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_in_one_line_before_anything_is_read(

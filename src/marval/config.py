@@ -38,7 +38,7 @@ Decay = Annotated[float, Rule("a number from 0 to below 1", lambda x: 0 <= x < 1
 Guidance = Annotated[float, Rule("a number from 0, where 1 is no guidance", lambda x: 0 <= x < math.inf)]
 Timestep = Annotated[int, Rule("a number from 0 to 998 (1/alpha explodes at 999)", lambda x: 0 <= x < 999)]
 Name = Annotated[str, Rule("a plain name: at most 100 characters, no / or \\, no dot in front", plain_name)]
-Prompt = Annotated[
+Template = Annotated[
     str,
     Rule(
         "exactly one {} for the class and no other braces", lambda x: x.count("{}") == x.count("{") == x.count("}") == 1
@@ -443,7 +443,7 @@ class FinetuneConfig(RunConfig):
     anchor_warmup: Whole = 100  # iterations in which phi alone learns, before the first update
     train: Literal["all", "head", "low-rank"] = "all"
     rank: Count = 8  # of low-rank training
-    prompt: Prompt = "a high-quality and harmonious picture of {}"
+    prompt: Template = "a high-quality and harmonious picture of {}"
     ema_decay: Decay = 0.99
     max_distance_ratio: Limit = 1.10  # stop when the Fréchet distance exceeds this times the student's
     min_diversity_ratio: NotNegative = 0.95  # stop when the diversity falls below this times the student's

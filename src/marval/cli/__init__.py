@@ -82,7 +82,8 @@ def read_arguments(verb: str, function: Callable[..., None], arguments: Sequence
     except SystemExit as end:
         refusal = end.__context__
         if refusal is not None and getattr(refusal, "arg", None) == "settings":
-            raise ValueError(str(refusal.__context__)) from None
+            name, _, told = str(refusal.__context__).partition(" ")
+            raise ValueError(f"--{name.replace('_', '-')} {told}") from None
     return tyro.cli(bind, prog=f"marval {verb}", args=arguments)
 
 

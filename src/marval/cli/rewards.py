@@ -64,8 +64,8 @@ def train_text_image(
 
     for file in (out, report):
         check_output(file, folder=False)
-    check("images", images, Count)
-    check("steps", steps, Count)
+    check("--images", images, Count)
+    check("--steps", steps, Count)
     pictures = load_images(data or preset)
     said = Phrases.read(phrases, pictures.class_names)
     if (data or preset).startswith("fashion-mnist"):

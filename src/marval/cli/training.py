@@ -72,7 +72,7 @@ def train(
     from marval.train.teacher import latent_teacher_config, teacher_config, train_teacher
 
     check_resume(out, resume)
-    check("name", name, Name)
+    check("--name", name, Name)
     spec, device = data or preset, usable_device(device)
     if preset != "fashion-mnist" and not spec.startswith("latents:"):
         raise ValueError(f"{preset} trains on latents: make a cache with marval cache-latents, then --data latents:DIR")
@@ -121,7 +121,7 @@ def distill(
 
     check_resume(out, resume)
     if probe_samples:
-        check("probe_samples", probe_samples, Pairs)
+        check("--probe-samples", probe_samples, Pairs)
     device = usable_device(device)
     pipeline = load_pipeline(teacher, "cpu")
     if not isinstance(pipeline.config.draw, Chain):
@@ -186,7 +186,7 @@ def finetune(
     from marval.train.folder import check_resume
 
     check_resume(out, resume)
-    check("probe_samples", probe_samples, Pairs)
+    check("--probe-samples", probe_samples, Pairs)
     device = usable_device(device)
     pipeline = load_pipeline(student, "cpu")
     if not isinstance(pipeline.config.draw, OneStep):
@@ -253,7 +253,7 @@ def train_classifier(
     from marval.train.classifier import train_classifier as run
 
     check_output(out, folder=False)
-    check("epochs", epochs, Count)
+    check("--epochs", epochs, Count)
     device = usable_device(device)
     images = load_images(data or preset)
     if (data or preset).startswith("fashion-mnist"):
