@@ -2,11 +2,13 @@
 
 import dataclasses
 import sys
+from math import nan
 from pathlib import Path
 
 from marval.config import DistillConfig, FinetuneConfig, OneStep, TrainConfig
 from marval.evaluate.evaluate import draw_bytes
 from marval.parallel import start_workers
+from marval.rewards import WeightedReward
 from marval.train import run
 from marval.train.distill import distill
 from marval.train.finetune import Anchor, finetune
@@ -50,8 +52,11 @@ def main(stage, out, steps, resume, **changes):
             if stage == "anchored":
                 changes |= {"anchor": 0.5, "anchor_warmup": 3}
                 anchor = Anchor(tiny_model(1), data, DISTILL.with_guidance_of(config.draw))
+            reward = WeightedReward({"mine": (brightness, 1.0)})
+            if changes.pop("broken_rank", None) == workers.rank:
+                reward = WeightedReward({"mine": (lambda images, prompts: brightness(images, prompts) * nan, 1.0)})
             settings = dataclasses.replace(FINETUNE, **changes)
-            finetune(tiny_model(), student, brightness, settings, out, probe=probe, anchor=anchor, **options)
+            finetune(tiny_model(), student, reward, settings, out, probe=probe, anchor=anchor, **options)
 
 
 if __name__ == "__main__":

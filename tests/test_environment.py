@@ -16,7 +16,7 @@ from PIL import Image
 import marval
 from marval.cli import VERBS, main
 from marval.io.checkpoint import save_model
-from marval.io.files import cache_folder, check_writable, user_cache
+from marval.io.files import cache_folder, user_cache
 from tiny import tiny_config, tiny_model
 
 MARVAL = [sys.executable, "-m", "marval"]
@@ -201,18 +201,6 @@ def test_the_version(command):
     assert command("--version") == (0, f"marval {marval.__version__}\n", "")
     metadata = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert f'version = "{marval.__version__}"' in metadata
-
-
-def test_an_output_is_tried_before_anything_is_spent_on_it(tmp_path):
-    check_writable(tmp_path / "new" / "figures.json")
-    assert list((tmp_path / "new").iterdir()) == []
-    with pytest.raises(ValueError, match="it is a folder; name a file"):
-        check_writable(tmp_path / "new")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"cannot write .*Not a directory|File exists"):
-        check_writable(tmp_path / "file" / "figures.json")
-    with pytest.raises(ValueError, match="cannot write /proc"):
-        check_writable("/proc/figures.json")
 
 
 @pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "9"}, {"KMP_BLOCKTIME": "0"}])

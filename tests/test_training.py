@@ -277,12 +277,12 @@ def test_normalized_rewards_have_mean_0_and_deviation_1_part_by_part():
         standardized(WeightedReward({"same": (lambda x, p: 0 * x.sum((1, 2, 3)) + 3, 1.0)}), images, ["a"] * 50)
 
 
-def test_low_rank_asks_for_one_process_and_a_rank(data, config, tmp_path):
+def test_low_rank_asks_for_one_process_and_a_rank():
     from marval.parallel import Workers
 
-    settings = dataclasses.replace(FINETUNE, train="low-rank", rank=0)
     with pytest.raises(ValueError, match="rank 0"):
-        run_finetune(config, data, tmp_path / "run", settings=settings)
+        dataclasses.replace(FINETUNE, train="low-rank", rank=0)
+    settings = dataclasses.replace(FINETUNE, train="low-rank")
     with pytest.raises(ValueError, match="one process, not in 2"):
         finetune_module.trainable(tiny_model(), settings, Workers(count=2))
 
@@ -450,6 +450,7 @@ def test_learning_rate_rises_stays_and_falls():
     assert set(factors[4:16]) == {1.0}
     assert factors[15:] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
     assert [learning_rate_factor(step, 1, 2000, 4) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]  # a short run
+    assert learning_rate_factor(0, 1, 2000, -50) == 0.0  # never a step up the loss
 
 
 def test_a_finished_run_survives_a_move(data, config, tmp_path):

@@ -1,4 +1,4 @@
-"""`marval demo`: the main job on the bundled models, and a short live distillation. It needs no data set, no network."""
+"""`marval demo`: the main job on the bundled models, and a short live distillation; without data set or network."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from marval.config import DistillConfig, OneStep
 from marval.data import load_fashion_sample
 from marval.evaluate.images import draw_bytes
 from marval.evaluate.timing import in_turns
-from marval.io.files import check_writable, write_text
+from marval.io.files import check_output, write_text
 from marval.io.images import grid, save_picture
 from marval.pipeline import Pipeline, load
 from marval.provenance import provenance
@@ -41,7 +41,7 @@ def run(out: Path, device: str) -> None:
     The report is written before the live distillation begins; where that fails, one line says so.
     """
     report = out / "demo.json"
-    check_writable(report)
+    check_output(report, folder=False)
     judge = load_classifier("fashion-judge").to(device)
     measured = {**provenance(0), "samples": SAMPLES, "repeats": REPEATS}
     measured["rows"] = rows = draw_models(out, device, judge)

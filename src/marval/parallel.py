@@ -9,10 +9,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ GLOO_SECONDS = 0.3  # for Gloo's threads to let go of their last tensors
 
 Network = TypeVar("Network", MAR, TokenHead)
 Value = TypeVar("Value")
+P = ParamSpec("P")
 
 # What is called besides `forward`: FSDP gathers the weights at these calls.
 CALLED = {MAR: ("context", "class_embedding", "null_embedding"), TokenHead: ("denoise", "embed_context", "embed_time")}
@@ -42,7 +43,8 @@ class Workers:
     count: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: DeviceMesh | None = None
-    stop: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM
+    stop: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM and, in training, by Ctrl-C
+    training: threading.Event = field(default_factory=threading.Event)  # set from the first of the `steps` on
 
     @property
     def main(self) -> bool:
@@ -120,8 +122,32 @@ class Workers:
         dist.gather_object(value, found if self.main else None)
         return found
 
+    def together(self, job: Callable[P, Value], *args: P.args, **kwargs: P.kwargs) -> Value:
+        """This process's `job(...)`, which every process does; a ValueError of one is raised on all of them."""
+        found: list[Value] = []
+        problem = ""
+        try:
+            found.append(job(*args, **kwargs))
+        except ValueError as error:
+            if self.mesh is None:
+                raise
+            problem = str(error) or type(error).__name__
+        if self.mesh is not None:
+            failed = torch.tensor(int(bool(problem)))
+            dist.all_reduce(failed)
+            if failed:
+                problems = [""] * self.count
+                dist.all_gather_object(problems, problem)
+                raise ValueError(next(text for text in problems if text))
+        return found[0]
+
+    def steps(self, start: int, end: int) -> Iterator[int]:
+        """The steps of a training loop that asks `stopping` after each: from here on Ctrl-C lets it save first."""
+        self.training.set()
+        yield from range(start, end)
+
     def stopping(self) -> bool:
-        """Whether any process was asked to stop (SIGTERM); all of them get the same answer."""
+        """Whether any process was asked to stop (SIGTERM, Ctrl-C); all of them get the same answer."""
         if self.mesh is None:
             return self.stop.is_set()
         asked = torch.tensor(int(self.stop.is_set()))
@@ -146,35 +172,65 @@ def whole_state(network: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def start_workers(device: str) -> Iterator[Workers]:
-    """This process's `Workers`: under torchrun they find each other, else there is one. SIGTERM asks them to stop.
+    """This process's `Workers`: under torchrun they find each other, else there is one.
+
+    SIGTERM asks them to stop. So does Ctrl-C while they train (`Workers.steps`), and KeyboardInterrupt follows once
+    that is done; a second Ctrl-C, or one before, interrupts at once.
 
     Args:
         device: "cpu", "cuda" (each process takes its own), ...
     """
-    stop = threading.Event()
-    before: Any = None
+    stop, training = threading.Event(), threading.Event()
+    with _stopped_by_signals(stop, training), _process_group(device) as (rank, count, local, mesh):
+        yield Workers(rank, count, local, mesh, stop, training)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(stop: threading.Event, training: threading.Event) -> Iterator[None]:
+    """Set `stop` at SIGTERM and, while `training`, at the first Ctrl-C."""
+    interrupted = threading.Event()
+
+    def interrupt(*_: Any) -> None:
+        if not training.is_set():
+            raise KeyboardInterrupt
+        if interrupted.is_set():
+            raise KeyboardInterrupt("at once: what it did since its last saved state is lost")
+        interrupted.set()
+        stop.set()
+
+    before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore Ctrl-C
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
-        if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            yield Workers(device=torch.device(device), stop=stop)
-            return
-        kind = torch.device(device).type
-        if kind == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl", timeout=timedelta(minutes=30))
-        try:
-            count = dist.get_world_size()
-            local = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind != "cpu" else torch.device("cpu")
-            yield Workers(dist.get_rank(), count, local, init_device_mesh(kind, (count,)), stop)
-        finally:
-            dist.destroy_process_group()
-            # Gloo's threads outlive the group (DTensor's caches hold it) and may still be letting go of the last
-            # collective's tensors; one that asks for the GIL of a finished interpreter aborts the process.
-            time.sleep(GLOO_SECONDS)
+        yield
+        if interrupted.is_set():
+            raise KeyboardInterrupt("what it did is saved, go on with --resume")
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _process_group(device: str) -> Iterator[tuple[int, int, torch.device, DeviceMesh | None]]:
+    """This process's rank, the number of processes, its device and their mesh (None: it is alone)."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, 1, torch.device(device), None
+        return
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl", timeout=timedelta(minutes=30))
+    try:
+        count = dist.get_world_size()
+        local = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind != "cpu" else torch.device("cpu")
+        yield dist.get_rank(), count, local, init_device_mesh(kind, (count,))
+    finally:
+        dist.destroy_process_group()
+        # Gloo's threads outlive the group (DTensor's caches hold it) and may still be letting go of the last
+        # collective's tensors; one that asks for the GIL of a finished interpreter aborts the process.
+        time.sleep(GLOO_SECONDS)
 
 
 def _on_cpu(figures: dict[str, Tensor | float]) -> list[Tensor | float]:

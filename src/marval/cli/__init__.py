@@ -1,12 +1,13 @@
 """The command line: one verb per job. Heavy imports stand inside the verbs, so that --help answers at once."""
 
+import contextlib
 import difflib
 import functools
 import io
 import os
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import marval
 from marval.cli.converting import average, cache_latents, convert, plan
@@ -58,8 +59,10 @@ def main() -> None:
             raise
         told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         complain(told, 2)
-    except KeyboardInterrupt:
-        complain("interrupted; a training run goes on with --resume", 130)
+    except KeyboardInterrupt as interrupt:
+        training = len(sys.argv) > 1 and sys.argv[1].startswith(("train", "distill", "finetune"))
+        told = str(interrupt) or ("nothing was saved" if training else "")
+        complain("interrupted" + (f": {told}" if told else ""), 130)
 
 
 def wait_passively() -> None:
@@ -88,11 +91,7 @@ def run_verb(verb: str, arguments: list[str]) -> None:
         raise ValueError(f"unknown verb {verb!r}: " + (f"did you mean {near[0]}?" if near else "see marval --help"))
     settings = preset_settings(verb, arguments)
     function = VERBS[verb] if settings is None else functools.partial(VERBS[verb], settings=settings)
-    import tyro
-
-    if os.environ.get("NO_COLOR"):  # tyro does not ask
-        getattr(tyro, "_experimental_options", {})["ansi_codes"] = False
-    tyro.cli(function, prog=f"marval {verb}", args=arguments)
+    read_arguments(verb, function, arguments)()
 
 
 def complain(line: str, code: int) -> NoReturn:
@@ -109,6 +108,34 @@ def drop_output() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         os.dup2(nowhere, stream.fileno())
+
+
+def read_arguments(verb: str, function: Callable[..., None], arguments: Sequence[str]) -> Callable[[], None]:
+    """The verb with its arguments, ready to be called.
+
+    Raises:
+        ValueError: settings that check themselves refuse a value.
+        SystemExit: --help, or arguments that are none of the verb's; tyro has said so.
+    """
+    import tyro
+
+    if os.environ.get("NO_COLOR"):  # tyro does not ask
+        getattr(tyro, "_experimental_options", {})["ansi_codes"] = False
+
+    @functools.wraps(function)
+    def bind(*given: Any, **named: Any) -> Callable[[], None]:
+        return functools.partial(function, *given, **named)
+
+    # What settings refuse tyro would put into a box of several lines; other refusals, and --help, are its own.
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(bind, prog=f"marval {verb}", args=arguments)
+    except SystemExit as end:
+        refusal = end.__context__
+        if refusal is not None and getattr(refusal, "arg", None) == "settings":
+            name, _, told = str(refusal.__context__).partition(" ")
+            raise ValueError(f"--{name.replace('_', '-')} {told}") from None
+    return tyro.cli(bind, prog=f"marval {verb}", args=arguments)
 
 
 def overview() -> str:

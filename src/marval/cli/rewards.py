@@ -6,7 +6,7 @@ from typing import Literal
 from tyro.conf import OmitArgPrefixes, Positional
 
 from marval.cli.arguments import data_of, judge_for, load_pipeline, usable_device
-from marval.config import Chain, DistillConfig, FinetuneConfig
+from marval.config import Chain, Count, DistillConfig, FinetuneConfig, check
 
 
 def rewards() -> None:
@@ -57,11 +57,15 @@ def train_text_image(
     import json
 
     from marval.data import load_images, split_data
-    from marval.io.files import write_text
+    from marval.io.files import check_output, write_text
     from marval.provenance import provenance
     from marval.train.text_image import Phrases
     from marval.train.text_image import train_text_image as run
 
+    for file in (out, report):
+        check_output(file, folder=False)
+    check("--images", images, Count)
+    check("--steps", steps, Count)
     pictures = load_images(data or preset)
     said = Phrases.read(phrases, pictures.class_names)
     if (data or preset).startswith("fashion-mnist"):

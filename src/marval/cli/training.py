@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 from tyro.conf import OmitArgPrefixes, Positional
 
 from marval.cli.arguments import data_of, judge_for, load_pipeline, usable_device
-from marval.config import Chain, DistillConfig, FinetuneConfig, TrainConfig
+from marval.config import Chain, Count, DistillConfig, FinetuneConfig, Name, OneStep, Pairs, TrainConfig, check
 from marval.provenance import command_line
 
 if TYPE_CHECKING:
@@ -87,14 +87,18 @@ def train(
         out: the run's folder; the model is left in its sub-folder `model`.
         name: the model's name.
         init: a model of the same sizes to start from, instead of fresh weights.
-        resume: go on from the run's last saved state.
+        resume: go on from the run's last saved state, which must be there. What may differ: iterations, learning rates,
+            warmup, decay, save-every, log-every, accumulate, checkpoint-blocks, max-skipped and device.
         device: "auto", "cpu", "cuda", "mps", ...
     """
     from marval.data import LatentData, load_data
     from marval.parallel import start_workers
+    from marval.train.folder import check_resume
     from marval.train.teacher import latent_teacher_config, teacher_config, train_teacher
 
-    spec = data or preset
+    check_resume(out, resume)
+    check("--name", name, Name)
+    spec, device = data or preset, usable_device(device)
     if preset != "fashion-mnist" and not spec.startswith("latents:"):
         raise ValueError(f"{preset} trains on latents: make a cache with marval cache-latents, then --data latents:DIR")
     images = load_data(spec, size=with_size(spec, size))
@@ -103,7 +107,7 @@ def train(
     else:
         config = teacher_config(name, images, spec, command_line())
     start = load_pipeline(init, "cpu").model if init is not None else None
-    with start_workers(usable_device(device)) as workers:
+    with start_workers(device) as workers:
         done = train_teacher(config, settings, images, out, init=start, resume=resume, workers=workers)
         say_where(out, done, settings.iterations, workers)
 
@@ -131,21 +135,29 @@ def distill(
         data: the training images; those of the teacher when left out.
         out: the run's folder; the model is left in its sub-folder `model`.
         probe_samples: images of the small Fréchet distance that is logged (0: none).
-        resume: go on from the run's last saved state.
+        resume: go on from the run's last saved state, which must be there. What may differ: iterations, learning rates,
+            warmup, decay, save-every, log-every, accumulate, checkpoint-blocks, max-skipped and device.
         device: "auto", "cpu", "cuda", "mps", ...
     """
     from marval.evaluate.evaluate import probe
     from marval.parallel import start_workers
     from marval.train.distill import distill as run
+    from marval.train.folder import check_resume
 
+    check_resume(out, resume)
+    if probe_samples:
+        check("--probe-samples", probe_samples, Pairs)
+    device = usable_device(device)
     pipeline = load_pipeline(teacher, "cpu")
+    if not isinstance(pipeline.config.draw, Chain):
+        raise ValueError(f"{teacher} is a one-step student already: expected a teacher")
     settings = with_few_tokens(settings, pipeline)
     images = data_of(pipeline, data)
     if probe_samples and len(images) < 2:
         print("one image has no Fréchet distance: none is logged")
         probe_samples = 0
     judge = judge_for(pipeline, data, None) if probe_samples else None
-    with start_workers(usable_device(device)) as workers:
+    with start_workers(device) as workers:
         done = run(
             pipeline.model,
             dataclasses.replace(pipeline.config, source=command_line()),
@@ -191,7 +203,8 @@ def finetune(
         judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
         out: the run's folder; the best model is left in its sub-folder `model`.
         probe_samples: images of the held-out figures.
-        resume: go on from the run's last saved state.
+        resume: go on from the run's last saved state, which must be there. What may differ: iterations, learning rates,
+            warmup, decay, save-every, log-every, accumulate, checkpoint-blocks, max-skipped and device.
         device: "auto", "cpu", "cuda", "mps", ...
     """
     from marval.evaluate.evaluate import probe
@@ -199,8 +212,14 @@ def finetune(
     from marval.rewards import WeightedReward, parse_rewards
     from marval.train.finetune import Anchor
     from marval.train.finetune import finetune as run
+    from marval.train.folder import check_resume
 
+    check_resume(out, resume)
+    check("--probe-samples", probe_samples, Pairs)
+    device = usable_device(device)
     pipeline = load_pipeline(student, "cpu")
+    if not isinstance(pipeline.config.draw, OneStep):
+        raise ValueError(f"{student} is a teacher: distil it first (marval distill)")
     if len(pipeline.config.class_names) < 2:
         raise ValueError(f"{student} draws one class: tuning is judged by a classifier, which needs at least two")
     settings = with_few_tokens(settings, pipeline)
@@ -214,7 +233,7 @@ def finetune(
             raise ValueError(f"--teacher {teacher}: this is a one-step student; expected the teacher it came from")
         distilling = DistillConfig().with_guidance_of(guide.config.draw)
         anchor = Anchor(guide.model, data_of(pipeline, data), distilling)
-    with start_workers(usable_device(device)) as workers:
+    with start_workers(device) as workers:
         ended = run(
             pipeline.model,
             dataclasses.replace(pipeline.config, source=command_line()),
@@ -264,18 +283,20 @@ def train_classifier(
         device: "auto", "cpu", "cuda", "mps", ...
     """
     from marval.data import load_images, split_data
-    from marval.train.classifier import check_classes, check_run, plan_steps
+    from marval.io.files import check_output
+    from marval.train.classifier import check_classes, plan_steps
     from marval.train.classifier import train_classifier as run
 
-    spec = data or preset
-    check_run(out, epochs)
+    check_output(out, folder=False)
+    check("--epochs", epochs, Count)
+    spec, device = data or preset, usable_device(device)
     images = load_images(spec, size=with_size(spec, size))
     check_classes(images)
     if spec.startswith("fashion-mnist"):
         test = load_images(spec, split="test")
     else:
         images, test = split_data(images, seed)
-    accuracy = run(architecture, images, test, out, epochs=epochs, seed=seed, device=usable_device(device))
+    accuracy = run(architecture, images, test, out, epochs=epochs, seed=seed, device=device)
     batch, steps = plan_steps(len(images), epochs)
     print(
         f"{out}: accuracy {accuracy:.4f} on {len(test)} images that it was not trained on, after {steps} steps with "

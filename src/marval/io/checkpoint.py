@@ -1,13 +1,14 @@
 """Models on disk: a folder with `model.safetensors` (which carries its configuration) and a readable `config.json`."""
 
 import copy
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from marval.config import ModelConfig
 from marval.io.files import sha256_of, write_tensors, write_text
@@ -93,11 +94,20 @@ def model_hash(folder: Path) -> str:
     return sha256_of(folder / WEIGHTS if folder.is_dir() else folder)
 
 
+def weights_hash(network: nn.Module) -> str:
+    """SHA-256 of a network's weights, names and values, however they are stored."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def check_tensors(file: Path | str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Compare names and shapes.
+    """Compare names and shapes, and look for values that no sound model has.
 
     Raises:
-        ValueError: names the first missing, unknown or misshapen tensor.
+        ValueError: names the first missing, unknown or misshapen tensor, or one with NaN or infinity in it.
     """
     for name, tensor in expected.items():
         if name not in found:
@@ -107,3 +117,12 @@ def check_tensors(file: Path | str, found: dict[str, Tensor], expected: dict[str
     for name in found:
         if name not in expected:
             raise ValueError(f"{file}: unknown tensor {name}")
+    if bad := next((name for name, tensor in found.items() if not all_finite(tensor)), None):
+        raise ValueError(f"{file}: {bad} holds values that are not finite (NaN or infinity): this model is broken")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; without a copy of it."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(end.isfinite()) for end in tensor.aminmax())

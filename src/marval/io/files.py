@@ -6,10 +6,17 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # no such locks on this system
+    fcntl = None
 
 
 def cache_folder() -> Path:
@@ -63,21 +70,63 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
         ) from error
 
 
-def check_writable(target: Path | str) -> None:
-    """Make a file's folder and see that the file could be written, before hours are spent on what goes into it.
+@contextlib.contextmanager
+def locked(path: Path | str, wait: bool) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`, which is made for it and removed afterwards.
+
+    Advisory: it keeps out only those who ask. A killed process loses its lock. On systems and disks without such locks
+    nobody is kept out.
+
+    Args:
+        wait: for another holder to end.
 
     Raises:
-        ValueError: as `atomic_path`, or `target` is a folder.
+        ValueError: another process or block holds it and `wait` is off, or the file cannot be made.
     """
-    target = Path(target)
-    if target.is_dir():
-        raise ValueError(f"cannot write {target}: it is a folder; name a file")
+    path, held = Path(path), False
+    while not held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+        try:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(handle)
+            raise ValueError(f"{path} is held by another command: wait for it to end") from None
+        except OSError:  # the disk has no locks
+            held = True
+        with contextlib.suppress(FileNotFoundError):  # the one who held it may just have removed it
+            held = held or os.path.samestat(os.fstat(handle), os.stat(path))
+        if not held:
+            os.close(handle)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write {target}: {error.strerror or error}; choose another place") from error
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def check_output(path: Path | str, *, folder: bool) -> None:
+    """Whether `path`, a folder or a file, can be written later; nothing is made.
+
+    Raises:
+        ValueError: it is of the other kind, lies inside a file, or where one may not write.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and path.is_dir() != folder:
+            kinds = ("file", "folder") if folder else ("folder", "file")
+            raise ValueError(f"{path} is a {kinds[0]}: expected a {kinds[1]}; choose another place")
+        there = next(place for place in (path if folder else path.parent, *path.absolute().parents) if place.exists())
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise ValueError(f"{path}: {error.strerror or error}; choose another place") from error
+    if not there.is_dir():
+        raise ValueError(f"{path}: {there} is a file, expected a folder; choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: no permission to write in {there}; choose another place")
 
 
 def write_tensors(target: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

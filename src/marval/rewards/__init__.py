@@ -8,6 +8,7 @@ from marval.rewards.base import (
     find_reward,
     parse_rewards,
     reward_hash,
+    reward_identity,
     standardized,
 )
 from marval.rewards.classifier import Classifier, ClassifierReward, classifier_file, load_classifier
@@ -24,5 +25,6 @@ __all__ = [
     "load_classifier",
     "parse_rewards",
     "reward_hash",
+    "reward_identity",
     "standardized",
 ]

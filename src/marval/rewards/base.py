@@ -116,6 +116,13 @@ def reward_hash(reward: Reward) -> str:
         return ""
 
 
+def reward_identity(reward: Reward) -> str:
+    """What tells one reward from another: names, factors, and the hashes of what they compute with."""
+    name = getattr(reward, "__qualname__", type(reward).__qualname__)
+    parts = reward.rewards if isinstance(reward, WeightedReward) else {name: (reward, 1.0)}
+    return ",".join(f"{name}={weight:g} (sha256 {reward_hash(part)})" for name, (part, weight) in parts.items())
+
+
 def parse_rewards(
     text: str, classifier: Path | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, tuple[Reward, float]]:

@@ -1,6 +1,5 @@
 """Training the small classifiers: the reward's and, by another recipe, the held-out judge."""
 
-import tempfile
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from marval.data import ImageData, batch_indices
+from marval.io.files import check_output
 from marval.parallel import Workers
 from marval.randomness import generator
 from marval.rewards.classifier import Architecture, Classifier, save_classifier
@@ -23,27 +23,15 @@ def shift(images: Float[Tensor, "b c h w"], rng: torch.Generator, most: int = 1)
 
 
 def plan_steps(images: int, epochs: int) -> tuple[int, int]:
-    """The batch's size and the number of steps: at least 16 steps an epoch where there are images for them."""
-    batch = min(images, 128, max(8, images // 16))
-    return batch, epochs * (images // batch)
-
-
-def check_run(out: Path, epochs: int) -> None:
-    """Look before anything is loaded whether a classifier can be trained and written.
+    """The batch's size and the number of steps: at least 16 steps an epoch where there are images for them.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: no epochs.
     """
     if epochs < 1:
         raise ValueError(f"--epochs {epochs}: expected at least 1")
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder: expected a file for the classifier, such as {out / 'judge.safetensors'}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write {out}: {error.strerror}; choose another place") from None
+    batch = min(images, 128, max(8, images // 16))
+    return batch, epochs * (images // batch)
 
 
 def check_classes(data: ImageData) -> None:
@@ -74,9 +62,10 @@ def train_classifier(
     Raises:
         ValueError: fewer than two classes, no epochs, or `out` cannot be written.
     """
-    check_run(out, epochs)
+    check_output(out, folder=False)
     check_classes(data)
     batch_size, steps = plan_steps(len(data), epochs)
+    out.parent.mkdir(parents=True, exist_ok=True)
     residual = architecture == "residual"
     with torch.random.fork_rng(devices=[]):  # torch's layers draw their weights from the global generator
         torch.manual_seed(generator(seed, architecture).initial_seed())

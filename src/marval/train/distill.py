@@ -21,6 +21,7 @@ from marval.randomness import generator
 from marval.sampling import DrawTokens, draw_function, guidance_at, guided_eps, model_contexts
 from marval.spaces import token_space
 from marval.train.draws import hidden_positions, noise_levels
+from marval.train.folder import claims_folder, data_identity, model_identity
 from marval.train.run import (
     LOG,
     Log,
@@ -28,7 +29,6 @@ from marval.train.run import (
     fast_attention,
     learning_rate_factor,
     load_state,
-    prepare_folder,
     save_network,
     save_state,
     state_tensors,
@@ -238,6 +238,7 @@ class GSIM:
             figures[name] = figures.get(name, 0.0) + part.detach().mean() * share
 
 
+@claims_folder
 def distill(
     teacher: MAR,
     teacher_config: ModelConfig,
@@ -264,13 +265,15 @@ def distill(
         raise ValueError(f"{teacher_config.name or 'this model'} is a one-step student already: expected a teacher")
     workers = workers or Workers()
     settings = settings.with_guidance_of(teacher_config.draw).within(teacher_config.mar.num_tokens)
-    prepare_folder(out, resume, workers)
     one_step = OneStep(settings.timestep, teacher_config.draw.clip)
     config = dataclasses.replace(
         teacher_config, draw=one_step, name=settings.name, iterations=settings.sample_iterations,
         order=settings.sample_order,
     )  # fmt: skip
-    described = {**config.to_dict(), "source": "", "images": len(data), **dataclasses.asdict(settings)}
+    described = {
+        **config.to_dict(), "images": len(data), **dataclasses.asdict(settings), "data_set": data_identity(data),
+        "teacher": model_identity(teacher_config.name, teacher),
+    }  # fmt: skip
     student, ema = (copy.deepcopy(teacher).eval() for _ in range(2))  # dropout stays off
     gsim = GSIM(teacher, config, settings, data, workers)
     student, ema = workers.place(student.requires_grad_(True)), workers.place(ema.requires_grad_(False))
@@ -282,7 +285,7 @@ def distill(
     start, _ = load_state(out, described, state, workers) if resume else (0, None)
     log = Log(out / LOG, start, settings.iterations, settings.batch_size, quiet=quiet, workers=workers)
 
-    for step in range(start, settings.iterations):
+    for step in workers.steps(start, settings.iterations):
         rng = generator(settings.seed, "distill", step)
         learnt = step - settings.warmup  # until then only phi learns
         factor = learning_rate_factor(max(learnt, 0), 1, settings.decay, settings.iterations - settings.warmup)

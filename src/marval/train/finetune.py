@@ -16,10 +16,11 @@ from marval.objectives.policy import policy_loss
 from marval.parallel import Workers
 from marval.pipeline import Pipeline
 from marval.randomness import generator
-from marval.rewards import Reward, standardized
+from marval.rewards import Reward, reward_identity, standardized
 from marval.sampling import draw_function, sample
 from marval.spaces import TokenSpace, token_space
 from marval.train.distill import GSIM
+from marval.train.folder import claims_folder, data_identity, model_identity
 from marval.train.low_rank import add_low_rank, merged
 from marval.train.run import (
     LOG,
@@ -27,7 +28,6 @@ from marval.train.run import (
     Updates,
     fast_attention,
     load_state,
-    prepare_folder,
     save_network,
     save_state,
     state_tensors,
@@ -109,6 +109,7 @@ def first_images(
     return images.to(device), [settings.prompt.format(config.class_names[label]) for label in labels]
 
 
+@claims_folder
 def finetune(
     student: MAR,
     student_config: ModelConfig,
@@ -138,10 +139,15 @@ def finetune(
         raise ValueError("the anchor needs the teacher: name it with --teacher")
     workers = workers or Workers()
     device = workers.device
-    prepare_folder(out, resume, workers)
     settings = settings.within(student_config.mar.num_tokens)
     config = dataclasses.replace(student_config, name=settings.name, iterations=settings.sample_iterations)
-    described = {**config.to_dict(), "source": "", **dataclasses.asdict(settings)}
+    described = {
+        **config.to_dict(), **dataclasses.asdict(settings), "reward": reward_identity(reward),
+        "student": model_identity(student_config.name, student),
+    }  # fmt: skip
+    if anchor is not None and settings.anchor:
+        described |= {"anchor_data": data_identity(anchor.data), "anchoring": dataclasses.asdict(anchor.settings)}
+        described["teacher"] = model_identity("teacher", anchor.teacher)
     space, draw = token_space(config.space, device), draw_function(student_config)
     if settings.normalize:
         reward = standardized(reward, *first_images(student, config, space, settings, device))
@@ -172,7 +178,7 @@ def finetune(
         log(0, dict(keeper.first))
     done = start
 
-    for step in range(start, settings.iterations):
+    for step in workers.steps(start, settings.iterations):
         if keeper.stopped:
             break
         rng = generator(settings.seed, "finetune", step)
@@ -194,7 +200,7 @@ def finetune(
                         seeds=seeds[rows], orders=config.order, gradient_iterations=settings.backprop_iterations,
                     )  # fmt: skip
                     prompts = [settings.prompt.format(config.class_names[label]) for label in labels[rows].tolist()]
-                    loss, rewards = policy_loss(reward, space.decode(tokens), prompts, settings.hinge)
+                    loss, rewards = workers.together(policy_loss, reward, space.decode(tokens), prompts, settings.hinge)
                     weight = workers.share(rows, settings.batch_size)
                     (loss * weight).backward()
                     figures["reward"] += rewards.detach().mean() * weight

@@ -5,9 +5,10 @@ import itertools
 import json
 import math
 import shutil
+import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from marval.config import ModelConfig, RunConfig
@@ -24,15 +26,11 @@ from marval.io.checkpoint import save_tensors
 from marval.io.files import write_text
 from marval.model import MAR
 from marval.parallel import Workers, whole, whole_state
+from marval.train.folder import RUN, check_resume, compare_settings, saved_states
 
 LOG = "log.jsonl"
 FILE_BYTES = 2**28  # of tensors in one file of a saved state
-RUN = "run.json"  # beside the tensors of a saved state
-# Settings that a resumed run may have different: how long and how fast it learns, and what changes no result.
-MAY_CHANGE = {
-    "iterations", "learning_rate", "auxiliary_learning_rate", "decay",
-    "save_every", "log_every", "accumulate", "checkpoint_blocks", "max_skipped",
-}  # fmt: skip
+COUNTERS = ("skipped", "in_a_row")  # of `Updates`; states of earlier versions have none
 
 
 @torch.no_grad()
@@ -44,7 +42,7 @@ def update_ema(ema: nn.Module, model: nn.Module, updates: int, decay: float) -> 
 
 def learning_rate_factor(step: int, warmup: int, decay: int, total: int) -> float:
     """Linear warm-up over `warmup` steps, then 1, then linear decay to 0 over the last `decay` steps (or all)."""
-    return min(1.0, (step + 1) / max(warmup, 1), (total - step) / max(min(decay, total), 1))
+    return max(0.0, min(1.0, (step + 1) / max(warmup, 1), (total - step) / max(min(decay, total), 1)))
 
 
 class Updates:
@@ -60,7 +58,7 @@ class Updates:
         for parameter in parameters:  # allocated from the start: a resumed run reads into it
             zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
-        self.skipped = self.in_a_row = torch.zeros((), device=parameters[0].device)
+        self.skipped, self.in_a_row = (torch.zeros((), device=parameters[0].device) for _ in range(2))
 
     def __call__(self, learning_rate: float) -> Tensor:
         """Update the network with its gradients, clear them, and return their norm before clipping."""
@@ -71,8 +69,8 @@ class Updates:
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused Adam then leaves everything as it was
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.skipped = self.skipped + bad
-        self.in_a_row = (self.in_a_row + bad) * bad
+        self.skipped.add_(bad)
+        self.in_a_row.add_(bad).mul_(bad)
         return norm
 
     def check(self, step: int, figures: dict[str, float]) -> None:
@@ -96,6 +94,8 @@ def state_tensors(networks: dict[str, nn.Module], updates: dict[str, Updates]) -
         for key, parameter in update.network.named_parameters():
             for part, value in update.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}.{part}"] = value.view(1) if value.ndim == 0 else value
+        for counter in COUNTERS:
+            tensors[f"optimizer.{name}.{counter}"] = getattr(update, counter).view(1)
     return tensors
 
 
@@ -118,8 +118,9 @@ def save_state(
     """Write the whole training state of the run at `folder` in shards, atomically; earlier states are removed.
 
     Raises:
-        ValueError: it cannot be written; the last good state stays.
+        ValueError: it cannot be written, or holds values that are not finite; the last good state stays.
     """
+    check_finite(f"at step {step}", tensors, workers)
     target = folder / f"state-{step:08d}"
     partial = folder / f".{target.name}.partial"
     if workers.main:
@@ -155,36 +156,44 @@ def quiet_checkpoints() -> Iterator[None]:
         yield
 
 
-def saved_states(folder: Path) -> list[Path]:
-    """The whole states of a run, oldest first."""
-    return sorted(path for path in folder.glob("state-*") if (path / RUN).is_file())
+def check_finite(where: str, tensors: Mapping[str, Tensor], workers: Workers) -> None:
+    """Look for NaN and infinity before anything is overwritten; every process must ask.
+
+    Raises:
+        ValueError: names the first tensor that has some.
+    """
+    parts = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+    bad = {name: part.isfinite().all().logical_not() for name, part in parts.items() if part.is_floating_point()}
+    for name, found in workers.mean(dict(bad)).items():
+        if found:
+            raise ValueError(
+                f"{name} holds values that are not finite {where}: lower the learning rate, or look for broken data; "
+                "they are not saved, what was saved before is kept"
+            )
 
 
 def load_state(folder: Path, settings: dict[str, Any], tensors: dict[str, Tensor], workers: Workers) -> tuple[int, Any]:
     """Restore what `save_state` wrote (on any number of processes), cut the log back to that step; step and extra.
 
     Raises:
-        ValueError: no state there, a damaged one, or one of a run with other settings.
+        ValueError: no state there, a damaged one, or one of a run with other settings or made from something else.
     """
-    found = saved_states(folder)
-    if not found:
-        raise ValueError(f"nothing to resume in {folder}: it has no saved state; start without --resume")
-    newest = found[-1]
+    check_resume(folder, True)
+    newest = saved_states(folder)[-1]
     try:
         run = json.loads((newest / RUN).read_text())
         before, step, extra = run["settings"], int(run["step"]), run["extra"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{newest} is damaged or not a training state ({type(error).__name__})") from error
-    now = json.loads(json.dumps(settings))
-    changed = [k for k in sorted({*before, *now} - MAY_CHANGE) if before.get(k) != now.get(k)]
-    if changed:
-        raise ValueError(
-            f"{folder} was trained with other settings: "
-            + ", ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in changed)
-        )
+    told = compare_settings(folder, before, json.loads(json.dumps(settings)))
+    if told and workers.main:
+        print(f"marval: {told}", file=sys.stderr)
     try:
         with quiet_checkpoints():
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(newest)), no_dist=workers.mesh is None)
+            reader = HuggingFaceStorageReader(str(newest))
+            saved = reader.read_metadata().state_dict_metadata
+            wanted = {k: t for k, t in tensors.items() if k in saved or k.rpartition(".")[2] not in COUNTERS}
+            dcp.load(wanted, storage_reader=reader, no_dist=workers.mesh is None)
     except (CheckpointException, Exception) as error:  # safetensors and torch raise many kinds here
         raise ValueError(f"{newest} is damaged or not a training state ({type(error).__name__})") from error
     if workers.main:
@@ -208,6 +217,7 @@ def cut_log(log: Path, step: int) -> None:
 def save_network(folder: Path, network: MAR, config: ModelConfig, workers: Workers) -> None:
     """Write a (sharded) network as a model that anyone can load."""
     tensors = whole_state(network)
+    check_finite(f"for {folder}", tensors, workers)
     if workers.main:
         save_tensors(folder, tensors, config)
 
@@ -220,18 +230,6 @@ def fast_attention(device: torch.device | str) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def prepare_folder(out: Path, resume: bool, workers: Workers) -> None:
-    """Make the run's folder.
-
-    Raises:
-        ValueError: it already holds a run and `resume` is off.
-    """
-    if saved_states(out) and not resume:
-        raise ValueError(f"{out} already holds a run: add --resume to continue it, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    workers.barrier()
 
 
 def spreads(figures: dict[str, float]) -> dict[str, float]:
@@ -255,6 +253,8 @@ class Log:
         self.file, self.workers = file, workers
         self.start, self.total, self.images_per_step = start, total, images_per_step
         self.began = self.printed = time.monotonic()
+        if workers.main and start == 0:  # an earlier run's log, of which nothing was saved
+            file.unlink(missing_ok=True)
         self.console = Console(quiet=quiet or not workers.main)
         self.interval = 1.0 if self.console.is_terminal else 30.0
 

@@ -21,6 +21,7 @@ from marval.parallel import Workers
 from marval.randomness import generator
 from marval.spaces import token_space
 from marval.train.draws import hidden_positions, noise_levels
+from marval.train.folder import claims_folder, data_identity, model_identity
 from marval.train.run import (
     LOG,
     Log,
@@ -28,7 +29,6 @@ from marval.train.run import (
     fast_attention,
     learning_rate_factor,
     load_state,
-    prepare_folder,
     save_network,
     save_state,
     state_tensors,
@@ -124,6 +124,7 @@ def teacher_loss(
         return denoising_loss(model.head, schedule, x_0, context, t, eps).mean()
 
 
+@claims_folder
 def train_teacher(
     config: ModelConfig,
     settings: TrainConfig,
@@ -147,8 +148,10 @@ def train_teacher(
     """
     workers = workers or Workers()
     device = workers.device
-    prepare_folder(out, resume, workers)
-    described = {**config.to_dict(), "source": "", "images": len(data), **dataclasses.asdict(settings)}
+    described = {
+        **config.to_dict(), "images": len(data), **dataclasses.asdict(settings), "data_set": data_identity(data),
+        "init": "fresh weights" if init is None else model_identity("init", init),
+    }  # fmt: skip
     space = token_space(config.space, device)
     if init is not None and init.config != config.mar:
         raise ValueError(f"the initial model's sizes are {init.config}, the data asks for {config.mar}")
@@ -163,7 +166,7 @@ def train_teacher(
     log = Log(out / LOG, start, settings.iterations, settings.batch_size, quiet=quiet, workers=workers)
     parts = workers.parts(settings.batch_size, settings.accumulate)
 
-    for step in range(start, settings.iterations):
+    for step in workers.steps(start, settings.iterations):
         indices = batch_indices(len(data), settings.batch_size, step, settings.seed)
         draws = draw(config.mar, settings, generator(settings.seed, "noise", step))
         loss = torch.zeros((), device=device)
@@ -177,7 +180,7 @@ def train_teacher(
                 ) * workers.share(rows, settings.batch_size)
                 part.backward()
             loss += part.detach()
-        factor = learning_rate_factor(step, settings.warmup, settings.decay, settings.iterations)
+        factor = learning_rate_factor(step, settings.warmup_iterations, settings.decay, settings.iterations)
         norm = update(settings.learning_rate * factor)
         update_ema(ema, model, step, settings.ema_decay)
 
