@@ -114,6 +114,8 @@ def vae_place(name: str) -> str:
 
 def find_vae(place: str) -> str:
     """Where a VAE is now: its place, or else a folder of the same name in the current one."""
+    if place[:1] in ("/", "\\") and place[1:2] in ("/", "\\"):  # another machine, which Windows would log in to
+        return place
     moved = os.path.isabs(place) and not Path(place).is_dir() and Path(Path(place).name).is_dir()
     return Path(place).name if moved else place
 
