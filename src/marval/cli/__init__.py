@@ -11,6 +11,7 @@ from marval.cli.drawing import animate, demo, sample, serve
 from marval.cli.measuring import bench, compare, evaluate, sweep
 from marval.cli.rewards import rewards, study, train_text_image
 from marval.cli.training import distill, finetune, preset_settings, train, train_classifier
+from marval.refusal import announce, watch
 
 VERBS: dict[str, Callable[..., None]] = {
     "train": train,
@@ -45,6 +46,7 @@ def main() -> None:
         if verb not in VERBS:
             near = difflib.get_close_matches(verb, VERBS, n=1)
             raise ValueError(f"unknown verb {verb!r}: " + (f"did you mean {near[0]}?" if near else "see marval --help"))
+        watch()
         settings = preset_settings(verb, arguments)
         function = VERBS[verb] if settings is None else functools.partial(VERBS[verb], settings=settings)
         import tyro
@@ -53,7 +55,8 @@ def main() -> None:
     except ValueError as error:
         if os.environ.get("MARVAL_DEBUG"):
             raise
-        print(f"marval: {error}", file=sys.stderr)
+        if not announce(error):
+            print(f"marval: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("marval: interrupted; a training run goes on with --resume", file=sys.stderr)

@@ -6,10 +6,17 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # no such locks on this system
+    fcntl = None
 
 
 @contextlib.contextmanager
@@ -35,6 +42,62 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
         raise ValueError(
             f"cannot write {target}: {error.strerror or error}; free some space or choose another place"
         ) from error
+
+
+@contextlib.contextmanager
+def locked(path: Path | str, wait: bool) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`, which is made for it and removed afterwards.
+
+    Advisory: it keeps out only those who ask. A killed process loses its lock. On systems and disks without such locks
+    nobody is kept out.
+
+    Args:
+        wait: for another holder to end.
+
+    Raises:
+        ValueError: another process or block holds it and `wait` is off, or the file cannot be made.
+    """
+    path, held = Path(path), False
+    while not held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+        try:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(handle)
+            raise ValueError(f"{path} is held by another command: wait for it to end") from None
+        except OSError:  # the disk has no locks
+            held = True
+        with contextlib.suppress(FileNotFoundError):  # the one who held it may just have removed it
+            held = held or os.path.samestat(os.fstat(handle), os.stat(path))
+        if not held:
+            os.close(handle)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def check_writable(target: Path | str) -> None:
+    """Make a file's folder and see that the file could be written, before hours are spent on what goes into it.
+
+    Raises:
+        ValueError: as `atomic_path`, or `target` is a folder.
+    """
+    target = Path(target)
+    if target.is_dir():
+        raise ValueError(f"cannot write {target}: it is a folder; name a file")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {target}: {error.strerror or error}; choose another place") from error
 
 
 def write_tensors(target: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
