@@ -18,7 +18,8 @@ def command(script, processes, *arguments):
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER)}
+    here = os.pathsep.join([str(FOLDER), str(FOLDER.parent / "src")])  # this tree's package, whatever is installed
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": here}
 
 
 def launch(script, processes, *arguments, timeout=300):

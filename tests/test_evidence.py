@@ -16,9 +16,9 @@ from marval import provenance
 from marval.config import Chain, OneStep
 from marval.evaluate.compare import compare
 from marval.evaluate.images import SHARD
+from marval.evaluate.metrics import METRICS
 from marval.evaluate.pareto import best_within, points_of, smallest_gain, sweep_table, unbeaten, verdicts
 from marval.evaluate.plots import draw_pareto, draw_sweep
-from marval.evaluate.metrics import METRICS
 from marval.evaluate.results import check_measure, check_names, read_results, standard_error, write_results
 from marval.evaluate.rewards import mean_and_error
 from marval.evaluate.tables import markdown_table, speedup_table
@@ -282,7 +282,7 @@ def test_points_have_equal_numbers_of_samples_and_times_of_one_machine(tmp_path)
 
 
 def test_ratios_are_of_equal_counts_precision_and_machine(tmp_path):
-    """The teacher's 10,000 images never meet the student's 100, nor its bf16 the student's float32, nor its GPU a CPU."""
+    """The teacher's 10,000 images never meet the student's 100, nor its bf16 float32, nor its GPU a CPU."""
     rows = [
         teacher(8, 100, 20.0), teacher(8, 100, 5.0, samples=10_000), teacher(8, 100, 40.0, autocast=True),
         quality(fd=10.0), quality("u", fd=2.5, samples=10_000), quality("v", fd=8.0, samples=500),

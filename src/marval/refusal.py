@@ -1,62 +1,69 @@
-"""Refusals under torchrun: one process says why, and all of them end at once.
+"""Refusals under torchrun: one process says why, and all of them end together with exit code 2.
 
-A process that refuses leaves the others waiting for it in a collective. So each watches a key in torchrun's own store,
-which the first to refuse sets.
+A process that refuses leaves the others waiting for it in a collective, for minutes. So each watches a key in
+torchrun's own store, which the first to refuse sets. They end at one moment: torchrun kills those that outlive the
+first.
 """
 
 import os
 import sys
 import threading
 import time
+import traceback
 from datetime import timedelta
 from typing import Any
 
 INTERVAL = 0.1  # seconds between two looks at the key
-GRACE = 1.0  # seconds in which the others see it, before torchrun notices that one has ended
+GRACE = timedelta(seconds=5)  # that the processes wait for each other, before they end
 
-_watched: list[Any] = []  # the store, once `watch` runs
-_refused = threading.Event()  # by this process
+_watching, _refused = threading.Event(), threading.Event()  # in this process, by this process
 
 
 def watch() -> None:
-    """Under torchrun, end this process with exit code 2 as soon as another refuses. The command line calls it once."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    """Under torchrun, end this process as soon as another refuses. The command line calls it once."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _watching.set()
+        threading.Thread(target=_wait, args=(_store(),), daemon=True).start()
+
+
+def announce(error: ValueError) -> None:
+    """Where `watch` does, say why this process refuses, unless another has, and end; elsewhere do nothing."""
+    if not _watching.is_set():
         return
-    _watched.append(_connect())
-    threading.Thread(target=_wait, args=(_connect(),), daemon=True).start()
-
-
-def announce(error: ValueError) -> bool:
-    """Say why this process refuses, unless another has; False where it is alone, and nothing is said.
-
-    It returns when the others have ended.
-    """
-    if not _watched:
-        return False
-    if not _refused.is_set():
-        _refused.set()
-        if _watched[0].add(_key(), 1) == 1:
-            print(f"marval: {error}", file=sys.stderr, flush=True)
-        time.sleep(GRACE)
-    return True
+    _refused.set()
+    store = _store()
+    if store.add("refused", 1) == 1:
+        if os.environ.get("MARVAL_DEBUG"):
+            traceback.print_exception(error)
+        print(f"marval: {error}", file=sys.stderr)
+    _end(store)
 
 
 def _wait(store: Any) -> None:
     try:
-        while not store.check([_key()]):
+        while not store.check(["refused"]):
             time.sleep(INTERVAL)
     except RuntimeError:  # torchrun has ended
         return
     if not _refused.is_set():
-        os._exit(2)  # the main thread may wait in a collective for ever
+        _end(store)
 
 
-def _connect() -> Any:
-    from torch.distributed import TCPStore
+def _end(store: Any) -> None:
+    try:
+        if store.add("ended", 1) == int(os.environ["WORLD_SIZE"]):
+            store.set("all ended", "")
+        store.wait(["all ended"], GRACE)
+    except RuntimeError:  # one is too busy to notice, or gone
+        pass
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)  # the main thread may wait in a collective for ever
+
+
+def _store() -> Any:
+    from torch.distributed import PrefixStore, TCPStore
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
-
-
-def _key() -> str:
-    return f"marval-refused-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
+    return PrefixStore(f"marval-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

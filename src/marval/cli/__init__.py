@@ -55,8 +55,8 @@ def main() -> None:
     except ValueError as error:
         if os.environ.get("MARVAL_DEBUG"):
             raise
-        if not announce(error):
-            print(f"marval: {error}", file=sys.stderr)
+        announce(error)
+        print(f"marval: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("marval: interrupted; a training run goes on with --resume", file=sys.stderr)

@@ -21,7 +21,7 @@ def to_pil(image: Float[Tensor, "c h w"], scale: int = 1) -> Image.Image:
 
 
 def grid(
-    rows: Sequence[Float[Tensor, "n c h w"]],
+    rows: Sequence[Float[Tensor, "_ c h w"]],
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
     title: str = "",
@@ -86,7 +86,7 @@ def save_animation(file: Path, frames: Sequence[Image.Image], milliseconds: Sequ
         )
 
 
-def square_rows(images: Float[Tensor, "n c h w"]) -> list[Float[Tensor, "m c h w"]]:
+def square_rows(images: Float[Tensor, "n c h w"]) -> list[Float[Tensor, "_ c h w"]]:
     """Images cut into the rows of a nearly square grid."""
     side = max(1, int(torch.tensor(len(images)).sqrt().ceil()))
     return list(images.split(side))
