@@ -18,8 +18,8 @@ def command(script, processes, *arguments):
 
 
 def environment():
-    here = os.pathsep.join([str(FOLDER), str(FOLDER.parent / "src")])  # this tree's package, whatever is installed
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": here}
+    path = os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def launch(script, processes, *arguments, timeout=300):

@@ -78,7 +78,8 @@ def sample(
     names = pipeline.config.class_names
     chosen = pipeline.labels(classes.split(",")) if classes else list(range(len(names)))
     labels = [chosen[i % len(chosen)] for i in range(count)]
-    draw_counts(pipeline.config.mar.num_tokens, pipeline.config.iterations if iterations is None else iterations)
+    if iterations is not None:
+        draw_counts(pipeline.config.mar.num_tokens, iterations)  # refuses it before anything is made
     together = batch_size or min(TOGETHER, DRAWN[pipeline.config.space.kind])
     recipes = batch_recipes(model, model_hash(find_model(model)), pipeline, labels, seed, iterations, order, together)
     files = [out / f"{i:05d}-{file_name(r.class_name)}-{r.seed}.png" for i, r in enumerate(recipes)]

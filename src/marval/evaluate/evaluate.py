@@ -214,11 +214,10 @@ def evaluate(
     evaluations = evaluations_of(
         models, hashes, iterations=iterations, samples=samples, seeds=seeds, autocast=autocast, batch_size=batch_size
     )
-    if workers.main:  # it alone knows the real images
+    if workers.main:  # it alone knows the real images, and its file decides: others may see an older one
         check_places(evaluations, out, keep)
         judge.check_count(samples)
         check_measure(judge.about, rows, out)
-    # The main process's file decides: others may see an older one.
     measured = workers.agree([any(complete(row, evaluation.key, judge) for row in rows) for evaluation in evaluations])
     bias: float | None = None
     if not all(measured):

@@ -33,13 +33,7 @@ class OwnFeatures(nn.Module):
         self.function, self.name = function, name
 
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
-        try:
-            found = self.function(images)
-        except Exception as error:
-            raise ValueError(
-                f"features {self.name}: failed on byte images of shape {tuple(images.shape)} "
-                f"({type(error).__name__}: {' '.join(str(error).split())})"
-            ) from error
+        found = self.function(images)
         if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"features {self.name}: returned {shape}, expected ({len(images)}, features)")
@@ -73,11 +67,8 @@ def find_features(spec: str | None = None) -> Features:
     found = getattr(module, attribute, None)
     if not callable(found):
         raise ValueError(f"--features {spec}: {module_name} has no function {attribute}")
-    try:
-        digest = hashlib.sha256(Path(inspect.getfile(module)).read_bytes()).hexdigest()[:12]
-        function = found() if isinstance(found, type) else found
-    except Exception as error:  # built into Python, or what the user's class raises
-        raise ValueError(f"--features {spec}: cannot be made ({type(error).__name__}: {error})") from error
+    digest = hashlib.sha256(Path(inspect.getfile(module)).read_bytes()).hexdigest()[:12]
+    function = found() if isinstance(found, type) else found
     return OwnFeatures(function.eval() if isinstance(function, nn.Module) else function, f"{spec} ({digest})")
 
 
