@@ -80,7 +80,7 @@ def test_bench_times_the_drawing_that_it_names(monkeypatch, tmp_path):
     """Every row's seconds are those of its own model, K and batch, per image, and the first round is left out."""
     clock, rounds = Clock(monkeypatch), []
 
-    def drawing(pipeline, draw, iterations, batch, autocast):
+    def drawing(pipeline, iterations, batch, *, autocast, draw):
         seconds = {"teacher": 10.0, "student": 1.0}[pipeline.config.name] * iterations * batch
         context = isinstance(draw, DrawNothing)
 
@@ -91,7 +91,7 @@ def test_bench_times_the_drawing_that_it_names(monkeypatch, tmp_path):
 
         return run
 
-    monkeypatch.setattr("marval.bench._drawing", drawing)
+    monkeypatch.setattr("marval.bench.drawing", drawing)
     monkeypatch.setattr("marval.bench.peak_flops", lambda *_: 1e15)
     rows = bench(tiny_pair(), iterations=(2, 4, 4), batches=(1, 8), repeats=3, out=tmp_path / "b.json", report=str)
     assert len(rows) == 8

@@ -245,7 +245,7 @@ def test_tables_compare_models_with_the_first_at_the_same_k(tmp_path):
 
 
 def test_a_bench_becomes_a_table(tmp_path):
-    row = {"model": "t", "iterations": 4, "batch": 2, "seconds_per_image": 2.0, "context_seconds": 0.5}
+    row = {"model": "t", "draw": {}, "iterations": 4, "batch": 2, "seconds_per_image": 2.0, "context_seconds": 0.5}
     row |= {"gflops_per_image": 6033.6, "fraction_of_peak": 0.586}
     faster = {**row, "model": "s", "seconds_per_image": 0.5, "speed_up": 4.0, "speed_up_by_flops": 2.04}
     (tmp_path / "b.json").write_text(json.dumps({"bench": {"rows": [row, faster]}}))

@@ -16,10 +16,12 @@ from marval import provenance
 from marval.config import Chain, OneStep
 from marval.evaluate.compare import compare
 from marval.evaluate.images import SHARD
+from marval.evaluate.metrics import METRICS
 from marval.evaluate.pareto import best_within, points_of, smallest_gain, sweep_table, unbeaten, verdicts
 from marval.evaluate.plots import draw_pareto, draw_sweep
-from marval.evaluate.results import check_measure, check_names, read_results, write_results
-from marval.evaluate.tables import markdown_table
+from marval.evaluate.results import check_measure, check_names, read_results, standard_error, write_results
+from marval.evaluate.rewards import mean_and_error
+from marval.evaluate.tables import markdown_table, speedup_table
 from marval.evaluate.throughput import best_batch, memory_of, summary
 from marval.evidence.claims import CLAIMS, SWEEP
 from marval.evidence.documents import DOCUMENT, again, evidence, fill_markdown, plain
@@ -44,7 +46,8 @@ def teacher(k, t, fd, **changes):
 
 def timed(row, seconds, batch=1):
     kept = {name: row[name] for name in ("model", "teacher", "draw", "iterations")}
-    return {**kept, "batch": batch, "seconds_per_image": seconds, "fastest": 0.9 * seconds, "slowest": 1.2 * seconds}
+    rounds = {"seconds_per_image": seconds, "fastest": 0.9 * seconds, "slowest": 1.2 * seconds}
+    return {**kept, "batch": batch, "decoded": True, "autocast": row["autocast"], **rounds}
 
 
 def write(file, rows, times=()):
@@ -62,10 +65,10 @@ def test_compare_says_what_differs_and_whether_it_is_more_than_chance(tmp_path):
     figures = {difference.figure: difference for difference in found}
     assert figures["fd"].first == pytest.approx(11.0)
     assert figures["fd"].second == pytest.approx(12.5)
-    low, high = scipy.stats.ttest_ind([10.0, 11.0, 12.0], [12.0, 12.5, 13.0]).confidence_interval(0.95)
-    assert figures["fd"].chance == pytest.approx((high - low) / 2, rel=1e-3)
+    low, high = scipy.stats.ttest_rel([10.0, 11.0, 12.0], [12.0, 12.5, 13.0]).confidence_interval(0.95)
+    assert figures["fd"].chance == pytest.approx((high - low) / 2, rel=1e-3)  # the same seeds: pairs
     assert figures["fd"].counts == (3, 3)
-    assert figures["fd"].verdict == "no more than chance"
+    assert figures["fd"].verdict == "a difference"
     assert figures["accuracy"].verdict == "a difference"  # nothing varies over the seeds
     assert any("sha256" in line and "a" * 64 in line and "b" * 64 in line for line in said)
     assert any(line == f"only in {second}: s K=16, 100 samples" for line in said)
@@ -82,25 +85,31 @@ def test_compare_says_what_differs_and_whether_it_is_more_than_chance(tmp_path):
         ([10.0], [99.0], "no telling"),
         ([10.0, 10.2], [12.0], "no more than chance"),  # 2 seeds hardly know their own spread
         ([10.0, 10.2, 9.9], [10.9], "a difference"),
-        ([10.0, 10.2], [12.0, 11.8], "a difference"),
-        ([10.0, 10.4, 9.7, 10.1, 10.3, 9.8], [10.6, 10.2, 10.9, 10.7, 10.3, 10.5], "a difference"),  # ranges overlap
+        ([10.0, 10.2], [12.0, 11.8], "no more than chance"),
+        ([10.0, 12.0, 14.0], [10.5, 12.6, 14.5], "a difference"),  # by pairs only: the seeds differ by more
+        ([10.0, 10.4, 9.7, 10.1, 10.3, 9.8], [10.6, 10.2, 10.9, 10.7, 10.3, 10.5], "no more than chance"),
         ([10.0, 10.2, 9.9], [10.1, 10.0, 10.3], "no more than chance"),
     ],
 )
-def test_the_verdict_is_that_of_students_t_test(first, second, verdict, tmp_path):
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_verdict_is_that_of_students_t_test(first, second, verdict, shared, tmp_path):
+    """Paired where both sides have the same seeds; else with one variance for both sides."""
     files = [
-        write(tmp_path / f"{name}.json", [quality(seed=seed, fd=fd) for seed, fd in enumerate(values)])
-        for name, values in (("a", first), ("b", second))
+        write(tmp_path / f"{name}.json", [quality(seed=start + seed, fd=fd) for seed, fd in enumerate(values)])
+        for name, start, values in (("a", 0, first), ("b", 0 if shared else 100, second))
     ]
     _, (difference, _) = compare(*files)
     assert difference.figure == "fd"
-    assert difference.verdict.startswith(verdict)
     assert difference.counts == (len(first), len(second))
-    if difference.chance is not None:
-        result = scipy.stats.ttest_ind(first, second)
-        assert (result.pvalue < 0.05) == (verdict == "a difference")
-        low, high = result.confidence_interval(0.95)
-        assert difference.chance == pytest.approx((high - low) / 2, rel=1e-3)
+    if len(first) + len(second) == 2:
+        assert difference.chance is None
+        return
+    paired = shared and len(first) == len(second)
+    result = (scipy.stats.ttest_rel if paired else scipy.stats.ttest_ind)(first, second)
+    assert (result.pvalue < 0.05) == (difference.verdict == "a difference")
+    low, high = result.confidence_interval(0.95)
+    assert difference.chance == pytest.approx((high - low) / 2, rel=1e-3)
+    assert difference.verdict == verdict or not shared
 
 
 def test_times_differ_where_their_rounds_do_not_overlap(tmp_path):
@@ -231,19 +240,27 @@ def test_points_join_quality_and_time_and_know_who_beats_whom(curve, tmp_path):
             assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20)) > 20
 
 
-def test_points_take_times_of_the_same_weights_in_float32_and_fid_where_it_was_measured(tmp_path):
+def test_points_take_times_of_the_same_weights_and_precision_and_fid_where_it_was_measured(tmp_path):
+    """A point is a setting that somebody can run; what has no such time is left out, and said so."""
     row = quality(autocast=True) | {"fid": 2.5}
     row.pop("fd")
     weights = {"sha256": row["sha256"]}
     times = [
-        timed(row, 0.1) | weights | {"autocast": True}, timed(row, 0.2) | weights,
+        timed(row, 0.1) | weights, timed(row, 0.2) | weights | {"autocast": False},
         timed(row, 0.3) | {"sha256": "b" * 64}, timed(row, 0.4) | weights | {"compiled": True},
+        timed(row, 0.5) | weights | {"decoded": False},
     ]  # fmt: skip
-    file = write(tmp_path / "r.json", [row])
+    file, said = write(tmp_path / "r.json", [row]), []
     for order in (times, times[::-1]):
         write_results(file, "bench", order, 0)
-        (point,) = points_of(file, part="bench", batch=1)
-        assert (point.seconds, point.fd, point.measure) == (0.2, 2.5, "FID")
+        (point,) = points_of(file, part="bench", batch=1, report=said.append)
+        assert (point.seconds, point.fd, point.measure) == (0.1, 2.5, "FID")
+    assert said == []
+    for alone in (times[1:2], times[3:4], times[4:5]):
+        write_results(file, "bench", alone, 0)
+        assert points_of(file, part="bench", batch=1, report=said.append) == []
+        assert said.pop() == "left out, timed in another precision, compiled or without decoding: s K=8"
+    assert len(points_of(file, part="bench", batch=1, mixed=True)) == 1  # older results have no others
     write_results(file, "bench", times[2:3], 0)
     assert points_of(file, part="bench", batch=1) == []  # of other weights
 
@@ -252,21 +269,80 @@ def test_points_have_equal_numbers_of_samples_and_times_of_one_machine(tmp_path)
     """A Fréchet distance falls with the number of samples: the student's 10,000 are left out against the rest's 100."""
     rows = [teacher(8, 100, 10.0), teacher(16, 100, 8.0), quality(fd=9.0), quality(fd=5.0, samples=10_000)]
     times = [timed(row, 1.0) | {"made": {"device": "cpu", "threads": 2}} for row in rows[:3]]
-    file = write(tmp_path / "r.json", rows, times)
-    points = points_of(file, part="timing", batch=1)
+    file, said = write(tmp_path / "r.json", rows, times), []
+    points = points_of(file, part="timing", batch=1, report=said.append)
     assert {(p.label, p.fd, p.samples) for p in points} == {
         ("t K=8, T=100, w=3", 10.0, 100), ("t K=16, T=100, w=3", 8.0, 100), ("s K=8", 9.0, 100),
     }  # fmt: skip
+    assert said == ["left out, with other numbers of samples, precision or metrics than most: 1 settings"]
     assert [p.fd for p in points_of(file, part="timing", batch=1, samples=10_000)] == [5.0]
     write_results(file, "timing", [*times[:2], times[2] | {"made": {"device": "cuda", "threads": 2}}], 0)
-    assert [p.label for p in points_of(file, part="timing", batch=1)] == ["s K=8"]
+    assert [p.label for p in points_of(file, part="timing", batch=1, report=said.append)] == ["s K=8"]
+    assert said[1].startswith("2 of 3 times are left out: they are of another machine")
+
+
+def test_ratios_are_of_equal_counts_precision_and_machine(tmp_path):
+    """The teacher's 10,000 images never meet the student's 100, nor its bf16 float32, nor its GPU a CPU."""
+    rows = [
+        teacher(8, 100, 20.0), teacher(8, 100, 5.0, samples=10_000), teacher(8, 100, 40.0, autocast=True),
+        quality(fd=10.0), quality("u", fd=2.5, samples=10_000), quality("v", fd=8.0, samples=500),
+    ]  # fmt: skip
+    machine = {"made": {"device": "cpu", "threads": 2}}
+    times = [timed(rows[0], 1.0) | {"made": {"device": "cuda"}}, timed(rows[3], 0.1) | machine]
+    file = write(tmp_path / "r.json", rows, times)
+    table = speedup_table(file)
+    assert "| s | 8 | 100 | 0.500 |  |" in table  # the teacher's time is of another machine: no speed-up
+    assert "| u | 8 | 10000 | 0.500 |  |" in table
+    assert "| v |" not in table
+    assert "1 of 2 times are left out: they are of another machine" in table
+    write_results(file, "timing", [timed(rows[0], 1.0) | machine, times[1]], 0)
+    assert "| s | 8 | 100 | 0.500 | 10x |" in speedup_table(file)
+    slow = timed(rows[2], 0.5) | machine  # bf16, as most are not
+    write_results(file, "timing", [slow, timed(rows[0], 1.0) | machine, times[1]], 0)
+    assert "| s | 8 | 100 | 0.500 | 10x |" in speedup_table(file)
 
 
 def test_tables_show_means_over_seeds_and_the_chains_that_vary(curve):
     table = markdown_table(curve)
     assert table.splitlines()[0].startswith("| model | K | T | w | samples | FD on E |")
     assert "| t | 16 | 10 | 3 | 100 | 25.00 |" in table
-    assert "| s | 8 |  |  | 100 | 9.25 ± 0.25 | 0.9000 ± 0.0000 |" in table
+    assert "| s | 8 |  |  | 100 | 9.25 ± 0.25 | 0.9000 ± 0.0000 |" in table  # sqrt(0.125) / sqrt(2)
+    assert "± is one standard error of the mean, over 2 seeds of the images" in table
+    assert "not the published figures of these names" in table
+
+
+def test_the_one_meaning_of_plus_minus_is_the_standard_error_of_the_mean(tmp_path):
+    values = [3.0, 4.0, 8.0]
+    assert standard_error(values) == (5.0, pytest.approx(scipy.stats.sem(values)))
+    assert mean_and_error(torch.tensor(values)) == {"mean": 5.0, "standard_error": pytest.approx(1.53, abs=0.005)}
+    file = write(tmp_path / "r.json", [quality(seed=seed, fd=fd) for seed, fd in enumerate(values)])
+    assert "| 5.00 ± 1.53 |" in markdown_table(file)
+
+
+def test_a_time_of_another_precision_than_the_images_says_so(tmp_path):
+    row = quality(autocast=True)
+    file = write(tmp_path / "r.json", [row], [timed(row, 0.2) | {"autocast": False}])
+    assert "| 200.00 (float32) |" in markdown_table(file)
+    write_results(file, "timing", [timed(row, 0.2) | {"autocast": False}, timed(row, 0.1)], 0)
+    assert "| 100.00 |" in markdown_table(file)
+
+
+def test_figures_of_older_metrics_have_todays_names_and_say_what_they_are(tmp_path):
+    """Rows without a version: KID is on EfficientNet's features, diversity on the first 200 images of a class."""
+    old = quality(kid=0.5, precision=0.7, diversity=40.0, features="EfficientNet-Lite0, pooled, 64x64 bilinear")
+    file = write(tmp_path / "old.json", [old, old | {"seed": 1}])
+    table = markdown_table(file)
+    assert "| KID-EfficientNet | precision-EfficientNet |" in table
+    assert "| KID |" not in table
+    assert "diversity by metrics 1 is of the first 200 images of a class" in table
+    own = write(tmp_path / "own.json", [quality(kid=0.5, features="my:net")])
+    assert "| KID on own features |" in markdown_table(own)
+    new = write(tmp_path / "new.json", [old | {"seed": seed, "metrics": METRICS, "diversity": 30.0} for seed in (0, 1)])
+    said, found = compare(file, new)
+    assert "diversity" not in {difference.figure for difference in found}
+    assert any("diversity is not compared: by metrics 1 it is of the first 200" in line for line in said)
+    mixed = write(tmp_path / "mixed.json", [old, old | {"seed": 1, "metrics": METRICS, "fd": 90.0}])
+    assert "| 10.00 |" in markdown_table(mixed)  # no mean over two definitions
 
 
 def test_the_best_batch_is_where_a_larger_one_gains_nothing():
@@ -464,7 +540,9 @@ def test_two_processes_evaluate_as_one_and_say_what_made_the_row(work):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         (row,) = read_results(work / f"{processes}.json")["quality"]["rows"]
-        assert {"fd", "kid", "precision", "recall", "density", "coverage", "diversity", "fd_bias"} <= set(row)
+        names = ("kid", "precision", "recall", "density", "coverage")
+        assert {"fd", "diversity", "fd_bias", *(f"efficientnet_{name}" for name in names)} <= set(row)
+        assert row["metrics"] == METRICS
         assert len(row["sha256"]) == len(row["data_sha256"]) == 64
         assert {"command", "commit", "device", "versions", "processes", "threads"} == set(row["made"])
         assert (row["made"]["processes"], row["made"]["threads"]) == (processes, 1)

@@ -140,7 +140,7 @@ def test_own_features_judge_and_their_statistics_are_kept_apart(own_features):
     judge = load_judge("folder:x", None, lambda: data, features="own_features:rows", sample=40)
     figures = judge.figures(data.images, data.labels)
     assert figures["fd"] == pytest.approx(0, abs=1e-6)
-    assert figures["coverage"] == 1.0
+    assert figures["own_coverage"] == 1.0
     assert len(judge.sample().features) == 40
     assert len(judge.data_sha256) == 64
     again = load_judge("folder:x", None, lambda: data, features="own_features:rows", sample=40)
@@ -186,9 +186,10 @@ def test_bundled_models_are_judged_without_reading_the_real_images(fashion_train
     assert len(judge.data_sha256) == 64
     asked = judge_for(pipeline, None, None, sample=50)
     assert read == []
-    assert {"kid", "precision", "recall", "density", "coverage"} <= set(
-        asked.figures(data.images[:20], data.labels[:20])
-    )
+    names = ("kid", "precision", "recall", "density", "coverage")
+    found = asked.figures(data.images[:20], data.labels[:20])
+    assert {f"efficientnet_{name}" for name in names} <= set(found)
+    assert set(names).isdisjoint(found)  # no figure on other features has the published one's name
     assert read == ["fashion-mnist"]
     again = judge_for(pipeline, None, None, sample=50)
     assert torch.equal(again.sample().features, asked.sample().features)

@@ -1,5 +1,6 @@
 """`marval bench`: how fast models draw, against what their arithmetic and the machine allow."""
 
+import copy
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,17 +13,15 @@ from torch import Tensor
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep, Schedule, Size
 from marval.evaluate.evaluate import iterations_of
-from marval.evaluate.images import balanced_labels
-from marval.evaluate.results import describe, named, replace_times
+from marval.evaluate.results import merge_results, named
 from marval.evaluate.throughput import memory_of
-from marval.evaluate.timing import in_turns, seconds_of
+from marval.evaluate.timing import drawing, in_turns, seconds_of, timed_row
 from marval.flops import context_flops, head_flops, model_flops
 from marval.model import MAR, TokenHead
 from marval.model.linear import linear
 from marval.pipeline import Pipeline
-from marval.provenance import made_by
 from marval.randomness import generator
-from marval.sampling import DrawTokens, draw_counts, draw_function, sample
+from marval.sampling import draw_counts, draw_function
 
 PEAK_SIDE = 2048  # of the square matrices whose product is the machine's peak
 
@@ -99,19 +98,17 @@ def bench(
 ) -> list[dict[str, Any]]:
     """Time every model at every K and batch size, in turn, so that a drifting machine hits all alike.
 
-    Rows hold seconds per image (median, fastest, slowest; latents, without a VAE), the context network's share of it,
-    operations, their rate, the fraction of the machine's peak, and memory; with a teacher first, also the speed-up
-    over it at the same K, and the one that operations alone allow. They replace those of `out` at the same setting.
+    Rows hold seconds per image (median, fastest, slowest; `decoded` says whether they end with pictures or with
+    tokens), the context network's seconds, operations, their rate, the fraction of the machine's peak, and memory;
+    with a teacher first, also the speed-up over it at the same K, and the one that operations alone allow. They
+    replace those of `out` at the same setting.
 
     Args:
         hashes: SHA-256 of every model's weights; without, they are random: rows say no hash and measure no memory.
     """
     device = pipelines[0].device
     if compiled:
-        for model in {id(p.model): p.model for p in pipelines}.values():
-            for block in [*model.encoder_blocks, *model.decoder_blocks]:  # one compilation serves all of a kind
-                block.compile(dynamic=True)
-            model.head.denoise = torch.compile(model.head.denoise, dynamic=True)  # type: ignore[method-assign]
+        pipelines = compiled_copies(pipelines)
     peak = peak_flops(device, autocast)
     report(f"peak of this machine ({device.type}, {'bf16' if autocast else 'float32'}): {peak / 1e9:.0f} GFLOP/s")
     wanted = [iterations_of(pipeline, iterations) for pipeline in pipelines]
@@ -123,11 +120,11 @@ def bench(
         for k, i in runs:
             draw = draw_function(pipelines[i].config)
             nothing = DrawNothing(draw.noise_draws, draw.guidance, draw.guidance_schedule)
-            jobs += [_drawing(pipelines[i], one, k, batch, autocast) for one in (draw, nothing)]
-        times = [[seconds / batch for seconds in own] for own in in_turns(jobs, repeats, device)]
-        for (k, i), whole, context in zip(runs, times[::2], times[1::2], strict=True):
-            row = _row(pipelines[i], k, batch, whole, context, peak)
-            row |= {"autocast": autocast, "compiled": compiled, "device": device.type, "made": made_by(device)}
+            jobs += [drawing(pipelines[i], k, batch, autocast=autocast, draw=one) for one in (None, nothing)]
+        times = in_turns(jobs, repeats, device)
+        for (k, i), whole, contexts in zip(runs, times[::2], times[1::2], strict=True):
+            timed = timed_row(pipelines[i], k, batch, whole, autocast=autocast)
+            row = {**_row(timed, pipelines[i], contexts, peak), "compiled": compiled}
             if hashes:
                 row["sha256"] = hashes[i]
                 if not compiled:
@@ -138,7 +135,7 @@ def bench(
                 row["speed_up_by_flops"] = teacher["gflops_per_image"] / row["gflops_per_image"]
             rows.append(row)
             report(_line(row))
-        replace_times(out, "bench", rows)
+        merge_results(out, "bench", rows)
         every += rows
     for k in dict.fromkeys(k for k, _ in runs):
         for saving, share in savings(pipelines[0].config.mar, k).items():
@@ -146,38 +143,18 @@ def bench(
     return every
 
 
-def _drawing(pipeline: Pipeline, draw: DrawTokens, iterations: int, batch: int, autocast: bool) -> Callable[[], Tensor]:
-    labels = torch.tensor(balanced_labels(batch, len(pipeline.config.class_names)), device=pipeline.device)
-
-    @torch.inference_mode()
-    def run() -> Tensor:
-        with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=autocast):
-            return sample(
-                pipeline.model, draw, labels, iterations=iterations, seeds=range(batch), orders=pipeline.config.order
-            )
-
-    return run
-
-
-def _row(
-    pipeline: Pipeline, iterations: int, batch: int, times: list[float], contexts: list[float], peak: float
-) -> dict[str, Any]:
-    cost = model_flops(pipeline.config, draw_counts(pipeline.config.mar.num_tokens, iterations))
-    seconds = statistics.median(times)
+def _row(timed: dict[str, Any], pipeline: Pipeline, contexts: list[float], peak: float) -> dict[str, Any]:
+    cost = model_flops(pipeline.config, draw_counts(pipeline.config.mar.num_tokens, timed["iterations"]))
+    seconds = timed["seconds_per_image"]
     return {
-        **describe(pipeline),
-        "iterations": iterations,
-        "batch": batch,
-        "seconds_per_image": seconds,
-        "fastest": min(times),
-        "slowest": max(times),
-        "repeats": len(times),
-        "context_seconds": statistics.median(contexts),
+        **timed,
+        "context_seconds": statistics.median(contexts) / timed["batch"],
         "gflops_per_image": cost.total / 1e9,
         "context_gflops": cost.context / 1e9,
         "gflops_per_second": cost.total / seconds / 1e9,
         "peak_gflops_per_second": peak / 1e9,
         "fraction_of_peak": cost.total / seconds / peak,
+        "device": pipeline.device.type,
     }
 
 
@@ -185,7 +162,7 @@ def _line(row: dict[str, Any]) -> str:
     seconds, context = row["seconds_per_image"], row["context_seconds"]
     line = (
         f"{named(row)}, batch {row['batch']}: {seconds:.4g} s/image "
-        f"({row['fastest']:.4g} to {row['slowest']:.4g}; context {min(1.0, context / seconds):.0%}), "
+        f"({row['fastest']:.4g} to {row['slowest']:.4g}; context {context / seconds:.0%}), "
         f"{row['gflops_per_image']:.4g} GFLOP, {row['fraction_of_peak']:.0%} of the peak"
     )
     if "speed_up" in row:
@@ -193,12 +170,22 @@ def _line(row: dict[str, Any]) -> str:
     return line
 
 
+def compiled_copies(pipelines: Sequence[Pipeline]) -> list[Pipeline]:
+    """The pipelines with compiled networks; the caller's own stay as they are."""
+    copies = {id(p.model): copy.deepcopy(p.model) for p in pipelines}
+    for model in copies.values():
+        for block in [*model.encoder_blocks, *model.decoder_blocks]:  # one compilation serves all of a kind
+            block.compile(dynamic=True)
+        model.head.denoise = torch.compile(model.head.denoise, dynamic=True)  # type: ignore[method-assign]
+    return [Pipeline(copies[id(p.model)], p.config, p.space) for p in pipelines]
+
+
 def largest_batch(pipeline: Pipeline, iterations: int, autocast: bool, most: int = 1024) -> int:
     """The largest power of two that fits in an accelerator's memory."""
-    batch, draw = 1, draw_function(pipeline.config)
+    batch = 1
     while batch < most:
         try:
-            _drawing(pipeline, draw, iterations, 2 * batch, autocast)()
+            drawing(pipeline, iterations, 2 * batch, autocast=autocast)()
         except torch.OutOfMemoryError:
             break
         batch *= 2

@@ -16,6 +16,7 @@ class EfficientNetFeatures(nn.Module):
 
     num_features = 1280
     name = FEATURES
+    prefix = "efficientnet"  # of the names of figures that are measured on them: KID on other features is no KID
 
     def __init__(self) -> None:
         super().__init__()

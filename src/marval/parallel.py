@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from marval.model import MAR, TokenHead
 from marval.model.blocks import Block
+from marval.refusal import announce
 
 GLOO_SECONDS = 0.3  # for Gloo's threads to let go of their last tensors
 
@@ -226,6 +227,9 @@ def _process_group(device: str) -> Iterator[tuple[int, int, torch.device, Device
         count = dist.get_world_size()
         local = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind != "cpu" else torch.device("cpu")
         yield dist.get_rank(), count, local, init_device_mesh(kind, (count,))
+    except ValueError as error:
+        announce(error)  # while the group stands: the others wait in it
+        raise
     finally:
         dist.destroy_process_group()
         # Gloo's threads outlive the group (DTensor's caches hold it) and may still be letting go of the last

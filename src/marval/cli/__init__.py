@@ -15,6 +15,7 @@ from marval.cli.drawing import animate, demo, sample, serve
 from marval.cli.measuring import bench, compare, evaluate, sweep
 from marval.cli.rewards import rewards, study, train_text_image
 from marval.cli.training import distill, finetune, preset_settings, train, train_classifier
+from marval.refusal import announce, watch
 
 VERBS: dict[str, Callable[..., None]] = {
     "train": train,
@@ -57,6 +58,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("MARVAL_DEBUG"):
             raise
+        announce(error)
         told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         complain(told, 2)
     except KeyboardInterrupt as interrupt:
@@ -89,6 +91,7 @@ def run_verb(verb: str, arguments: list[str]) -> None:
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         raise ValueError(f"unknown verb {verb!r}: " + (f"did you mean {near[0]}?" if near else "see marval --help"))
+    watch()
     settings = preset_settings(verb, arguments)
     function = VERBS[verb] if settings is None else functools.partial(VERBS[verb], settings=settings)
     read_arguments(verb, function, arguments)()

@@ -1,5 +1,6 @@
 """What the verbs' arguments stand for: the device, models, data and judges that they name."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +11,13 @@ if TYPE_CHECKING:
     from marval.pipeline import Pipeline
 
 
+TESTED = ("cpu", "cuda")  # kinds of devices that the tests have run on
+
+
 def usable_device(name: str) -> str:
-    """`name`, or the best device here for "auto".
+    """`name`, or for "auto" the accelerator of this machine (of a kind that was tested), else "cpu".
+
+    A device of another kind may be named; a warning says that nobody has checked what it draws.
 
     Raises:
         ValueError: no such device here.
@@ -19,11 +25,21 @@ def usable_device(name: str) -> str:
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found.type if found is not None and found.type in TESTED else "cpu"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not here ({str(error).splitlines()[0]})") from None
+        kind = torch.device(name).type
+        if kind == "meta":
+            raise ValueError("it holds no numbers")
+        torch.zeros(1, device=name).cpu()
+    except Exception as error:  # torch raises many kinds, from its back ends too
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"--device {name}: not here ({reason}); expected auto, cpu or cuda") from None
+    if kind not in TESTED:
+        print(
+            f"warning: marval was never tested on {kind}: compare some pictures with --device cpu first",
+            file=sys.stderr,
+        )
     return name
 
 

@@ -1,11 +1,20 @@
 """The verbs that draw: sample, demo, animate and serve."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional, UseAppendAction
 
 from marval.cli.arguments import load_pipeline, usable_device
 from marval.config import Order
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOGETHER = 64  # images drawn at a time
+IN_GRID = 100  # images that the grid shows
 
 
 def sample(
@@ -20,7 +29,9 @@ def sample(
     steps: int | None = None,
     guidance: float | None = None,
     temperature: float | None = None,
+    batch_size: int | None = None,
     out: Path = Path("samples"),
+    force: bool = False,
     device: str = "auto",
 ) -> None:
     """Draw images: PNG files with their recipes inside, and a grid; or one picture again from its recipe.
@@ -41,51 +52,107 @@ def sample(
         steps: T of a teacher's chain.
         guidance: w of a teacher; 1 is no guidance.
         temperature: of a teacher's chain.
-        out: a folder for the pictures.
-        device: "auto", "cpu", "cuda", "mps", ...
+        batch_size: images drawn together, which their recipes record; 64, or 50 of latents, when left out.
+        out: a folder for the pictures, which are saved batch by batch. Files that are there are kept: the command
+            refuses to replace them.
+        force: replace them.
+        device: "auto", "cpu", "cuda", ...
     """
+    import torch
+
+    from marval.evaluate.images import DRAWN
     from marval.io.checkpoint import model_hash
     from marval.io.images import grid, save_picture, square_rows, to_pil
     from marval.pipeline import find_model
+    from marval.progress import progress
     from marval.recipe import KEY, batch_recipes
+    from marval.sampling import draw_counts
 
     if like is not None:
-        sample_like(like, model, out, device)
+        sample_like(like, model, out, device, force)
         return
     if model is None:
         raise ValueError("name a model, for example: marval sample fashion-student (or a picture with --like)")
-    if count < 1:
-        raise ValueError(f"--count {count}: expected at least 1")
+    if count < 1 or (batch_size is not None and batch_size < 1):
+        raise ValueError(f"--count {count} --batch-size {batch_size}: expected at least 1 of each")
     pipeline = load_pipeline(model, device).with_chain(steps=steps, guidance=guidance, temperature=temperature)
     names = pipeline.config.class_names
     chosen = pipeline.listed_labels(classes) if classes else list(range(len(names)))
     labels = [chosen[i % len(chosen)] for i in range(count)]
-    images = pipeline.sample(labels, seed=seed, iterations=iterations, order=order)
-    recipes = batch_recipes(model, model_hash(find_model(model)), pipeline, labels, seed, iterations, order)
-    for i, (image, recipe) in enumerate(zip(images, recipes, strict=True)):
-        name = "".join(c if c.isalnum() or c in "._" else "-" for c in recipe.class_name)[:40]
-        save_picture(out / f"{i:05d}-{name}-{recipe.seed}.png", to_pil(image), {KEY: recipe.to_json()})
-    save_picture(out / "grid.png", grid(square_rows(images), scale=max(1, 84 // images.shape[-1])))
-    print(f"{count} images and grid.png in {out}")
+    if iterations is not None:
+        draw_counts(pipeline.config.mar.num_tokens, iterations)  # refuses it before anything is made
+    together = batch_size or min(TOGETHER, DRAWN[pipeline.config.space.kind])
+    recipes = batch_recipes(model, model_hash(find_model(model)), pipeline, labels, seed, iterations, order, together)
+    files = [out / f"{i:05d}-{file_name(r.class_name)}-{r.seed}.png" for i, r in enumerate(recipes)]
+    check_targets([*files, out / "grid.png"], force)
+    shown: list[Tensor] = []
+    with progress(count, "drawing images") as advance:
+        for start in range(0, count, together):
+            rows = slice(start, start + together)
+            images = pipeline.sample(
+                labels[rows], seed=seed + start, iterations=iterations, order=order, batch_size=together
+            )
+            for file, image, recipe in zip(files[rows], images, recipes[rows], strict=True):
+                save_picture(file, to_pil(image), {KEY: recipe.to_json()})
+            shown += images[: max(0, IN_GRID - start)]
+            advance(len(images))
+    save_picture(out / "grid.png", grid(square_rows(torch.stack(shown)), scale=max(1, 84 // shown[0].shape[-1])))
+    first = f" (the first {IN_GRID})" if count > IN_GRID else ""
+    print(f"{count} images and grid.png{first} in {out}")
 
 
-def sample_like(like: Path, model: str | None, out: Path, device: str) -> None:
-    """Draw the picture in a PNG file again from its recipe, and say whether it is the same."""
+def file_name(text: str) -> str:
+    """A class's name as part of a file's name."""
+    return re.sub(r"[^\w.-]", "-", text)[:60]
+
+
+def check_targets(files: Sequence[Path], force: bool) -> None:
+    """Refuse to replace files that this run did not make, and a folder that cannot be written to.
+
+    Raises:
+        ValueError: some of the files are there and `force` is off, or they cannot be written.
+    """
+    from marval.io.files import check_output
+
+    there = [file for file in files if file.exists()]
+    if there and not force:
+        raise ValueError(
+            f"{there[0]} is there already{f', and {len(there) - 1} more files' if len(there) > 1 else ''}: choose "
+            "another --out, or replace with --force"
+        )
+    check_output(files[0], folder=False)
+
+
+def sample_like(like: Path, model: str | None, out: Path, device: str, force: bool) -> None:
+    """Draw the picture in a PNG file again from its recipe, and say whether it is the same.
+
+    The file itself is never replaced, so that what was to be checked stays.
+
+    Raises:
+        ValueError: `out` is the file's own folder and the picture differs, or holds another file of its name.
+    """
     import numpy as np
 
     from marval.io.images import save_picture, to_pil
     from marval.recipe import KEY, find_pipelines, read_recipe, redraw
 
     recipe, given = read_recipe(like)
-    device = usable_device(device)
+    device, target = usable_device(device), out / like.name
+    itself = target.exists() and target.samefile(like)
+    if not itself:
+        check_targets([target], force)
     picture = to_pil(redraw(recipe, find_pipelines(model, device)))
-    save_picture(out / like.name, picture, {KEY: recipe.to_json()})
     if given.size != picture.size:
-        found = f"the file holds {given.width}x{given.height} pixels: it was changed after it was saved"
+        same, found = False, f"the file holds {given.width}x{given.height} pixels: it was changed after it was saved"
     else:
         most = np.abs(np.asarray(given.convert(picture.mode), int) - np.asarray(picture, int)).max()
-        found = "the same, pixel for pixel" if most == 0 else f"it differs by up to {most} of 255 levels"
-    print(f"{out / like.name}: {found}")
+        same = most == 0
+        found = "the same, pixel for pixel" if same else f"it differs by up to {most} of 255 levels"
+    if itself and not same:
+        raise ValueError(f"{like}: {found}; nothing was written over it: name another folder with --out")
+    if not itself:
+        save_picture(target, picture, {KEY: recipe.to_json()})
+    print(f"{target}: {found}")
 
 
 def demo(*, out: Path = Path("demo-out"), device: str = "auto") -> None:
@@ -97,7 +164,7 @@ def demo(*, out: Path = Path("demo-out"), device: str = "auto") -> None:
 
     Args:
         out: a folder for the picture and the report.
-        device: "auto", "cpu", "cuda", "mps", ...
+        device: "auto", "cpu", "cuda", ...
     """
     from marval.demo import run
 
@@ -111,6 +178,7 @@ def animate(
     iterations: int = 12,
     seed: int = 0,
     out: Path = Path("unmasking.gif"),
+    force: bool = False,
     device: str = "auto",
 ) -> None:
     """Make an animated GIF of the unmasking: models downwards, classes to the right, with each model's time so far.
@@ -124,14 +192,16 @@ def animate(
         classes: names or numbers, separated by commas; the first six of the first model when left out.
         iterations: K, the AR iterations; one frame for each.
         seed: the first class's seed; the next ones count on from it.
-        out: the GIF file.
-        device: "auto", "cpu", "cuda", "mps", ...
+        out: the GIF file; one that is there is kept.
+        force: replace it.
+        device: "auto", "cpu", "cuda", ...
     """
     from marval.io.images import save_animation
     from marval.unmasking import unmasking_frames
 
     if not models:
         raise ValueError("name at least one model, for example: marval animate fashion-student")
+    check_targets([out], force)
     pipelines = [load_pipeline(name, device) for name in models]
     chosen = classes.split(",") if classes else pipelines[0].config.class_names[:6]
     frames = unmasking_frames(pipelines, chosen, seed, iterations)
@@ -158,7 +228,7 @@ def serve(
         host: the address to listen on; 0.0.0.0 lets other machines in.
         port: the port to listen on.
         browser: open the page in a browser.
-        device: "auto", "cpu", "cuda", "mps", ...
+        device: "auto", "cpu", "cuda", ...
     """
     try:
         from marval.page.app import serve as run

@@ -30,6 +30,23 @@ def measuring_workers(device: str) -> Iterator["Workers"]:
         yield workers
 
 
+def check_results(out: Path, plot: Path | None = None) -> None:
+    """Refuse files that cannot be written, or hold something else, before models are loaded.
+
+    Raises:
+        ValueError: one of them cannot be written, or `out` is not a results file.
+    """
+    from marval.evaluate.plots import need_matplotlib
+    from marval.evaluate.results import read_results
+    from marval.io.files import check_output
+
+    check_output(out, folder=False)
+    read_results(out)
+    if plot is not None:
+        check_output(plot, folder=False)
+        need_matplotlib()
+
+
 def evaluate(
     models: Positional[tuple[str, ...]],
     *,
@@ -47,16 +64,21 @@ def evaluate(
     prompt: str = FinetuneConfig().prompt,
     seed: tuple[int, ...] = (0,),
     autocast: bool = False,
+    batch_size: int | None = None,
     images: Path | None = None,
     image_format: Literal["shards", "png", "npz"] = "shards",
     out: Path = Path("results/evaluate.json"),
     device: str = "auto",
 ) -> None:
-    """Measure models: Frechet distance, KID, precision and recall, held-out accuracy, time and FLOPs per image.
+    """Measure models: Frechet distance, precision and recall, held-out accuracy, time and FLOPs per image.
 
     marval evaluate fashion-teacher fashion-student --iterations 4 8 16 32 --samples 2000 --seed 0 1 2
 
     marval evaluate runs/marval-base --samples 50000 --images drawn --reference imagenet256.npz --batches
+
+    Distance, KID, precision, recall, density and coverage are on EfficientNet's features (or --features) and named so:
+    they are not the published figures, and compare with each other only, at equal numbers of samples. After a +- comes
+    one standard error of the mean: over the seeds, or for rewards over the images.
 
     Args:
         models: bundled models' names, or models' or runs' folders.
@@ -69,18 +91,21 @@ def evaluate(
         data: the real images; those of the model when left out.
         judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
         features: package.module:function, byte images (B, C, H, W) to features (B, F), in EfficientNet's place.
-        reference: a file in the real images' place: ADM's .npz (FID, IS, sFID, precision and recall by torch-fidelity)
-            or marval's statistics .safetensors.
+        reference: a file in the real images' place: ADM's .npz (FID, IS, sFID, precision and recall by torch-fidelity;
+            not yet checked: the published Inception weights have never been loaded here) or marval's statistics
+            .safetensors.
         rewards: measure these instead, over the prompts of all classes: "clip,image-reward" (see marval rewards);
             nothing is timed.
         prompt: what an image's prompt is, with {} for its class's name.
         seed: of the samples; several: a row for each, and their spread.
-        autocast: draw the samples for quality in bf16 (the result says so; times are always float32).
+        autocast: draw in bf16, for the figures and for the times (the result says so).
+        batch_size: images drawn at a time for the figures; 250, or 50 of latents, when left out. It changes no image.
         images: a folder that keeps the images, which all processes see; a run that was killed goes on there (without,
             it goes on after the last row that it ended).
         image_format: besides shards, png files or one npz in ADM's format (arr_0, and labels in arr_1).
-        out: the JSON file; rows that it holds already are not drawn again.
-        device: "auto", "cpu", "cuda", "mps", ...
+        out: the JSON file; rows that it holds already are not drawn again, unless by other metrics. Several commands
+            may share it.
+        device: "auto", "cpu", "cuda", ...
     """
     unused = {"data": data, "judge": judge, "features": features, "reference": reference}
     if rewards is not None and (given := [f"--{name}" for name, value in unused.items() if value is not None]):
@@ -89,6 +114,7 @@ def evaluate(
         raise ValueError(f"--image-format {image_format}: say where with --images DIR")
     if repeats < 1 or any(batch < 1 for batch in batches):
         raise ValueError(f"--repeats {repeats} --batches {batches}: expected at least 1 of each")
+    check_results(out)
     from marval.evaluate.evaluate import KeepImages, time_models
     from marval.evaluate.evaluate import evaluate as run
     from marval.evaluate.rewards import evaluate_rewards
@@ -102,7 +128,7 @@ def evaluate(
             found = {name.strip(): find_reward(name.strip(), device=workers.device) for name in rewards.split(",")}
             evaluate_rewards(
                 loaded, found, prompt=prompt, iterations=iterations, samples=samples, out=out, seeds=seed,
-                autocast=autocast, keep=keep, workers=workers,
+                autocast=autocast, batch_size=batch_size, keep=keep, workers=workers,
             )  # fmt: skip
             return
         judged = judge_for(
@@ -110,10 +136,12 @@ def evaluate(
         )
         run(
             loaded, judged, iterations=iterations, samples=samples, out=out, seeds=seed, autocast=autocast,
-            keep=keep, workers=workers,
+            batch_size=batch_size, keep=keep, workers=workers,
         )  # fmt: skip
         if batches and workers.main:
-            time_models(loaded, iterations=iterations, batches=batches, repeats=repeats, out=out)
+            time_models(
+                loaded, iterations=iterations, batches=batches, repeats=repeats, out=out, autocast=autocast
+            )  # fmt: skip
         if workers.main:
             print_table(out)
 
@@ -128,6 +156,7 @@ def bench(
     repeats: int = 3,
     samples: int = 0,
     seed: tuple[int, ...] = (0,),
+    batch_size: int | None = None,
     data: str | None = None,
     judge: Path | None = None,
     features: str | None = None,
@@ -155,21 +184,21 @@ def bench(
         repeats: timed rounds after one that warms up; 0: only that one, for runs of many minutes.
         samples: images of each (model, K, T, w) for the quality; 0: none is measured.
         seed: of those images; several: their mean.
+        batch_size: images drawn at a time for the quality, as for marval evaluate.
         data: the real images; those of the first model when left out.
         judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
         features: package.module:function in EfficientNet's place, as for marval evaluate.
         reference: a file in the real images' place, as for marval evaluate: the curve is then of FID.
         plot: a picture of quality against time per image (needs `samples` in this or an earlier run, and `plots`).
-        autocast: draw in bf16.
+        autocast: draw in bf16. A point of the curve has its quality and its time in one precision.
         compiled: use torch.compile.
         out: the JSON file.
-        device: "auto", "cpu", "cuda", "mps", ...
+        device: "auto", "cpu", "cuda", ...
     """
     from marval.bench import bench as run
     from marval.bench import largest_batch, random_pair
     from marval.evaluate.evaluate import evaluate as measure
     from marval.evaluate.evaluate import iterations_of
-    from marval.evaluate.plots import need_matplotlib
     from marval.evaluate.results import measured_rows, model_hashes
     from marval.evaluate.throughput import summary, worthwhile_batches
 
@@ -180,8 +209,7 @@ def bench(
             f"--repeats {repeats}, --samples {samples}, --batches {batches}: expected repeats and samples from 0 and "
             "batches from 1"
         )
-    if plot is not None:
-        need_matplotlib()  # before hours of measuring
+    check_results(out, plot)
     sizes = [name.removeprefix("imagenet256-") for name in models]
     full_size = [size for name, size in zip(models, sizes, strict=True) if size != name and size in get_args(Size)]
     if full_size and (len(full_size) < len(models) or samples or guidance or len(steps) > 1):
@@ -194,12 +222,12 @@ def bench(
             for p in random_pair(cast(Size, size), on):
                 pipelines.append(p.with_chain(steps=next(iter(steps), None)) if p.config.draw.kind == "chain" else p)
         hashes = model_hashes(loaded, measured_rows(out), out)  # before anything is measured
-        smallest = [iterations_of(pipeline, iterations)[0] for pipeline in pipelines]
+        smallest = [min(iterations_of(pipeline, iterations)) for pipeline in pipelines]
         if samples:
             judged = judge_for(pipelines[0], data, judge, features=features, reference=reference, main=workers.main)
             measure(
                 loaded, judged, iterations=iterations, samples=samples, out=out, seeds=seed, autocast=autocast,
-                workers=workers,
+                batch_size=batch_size, workers=workers,
             )  # fmt: skip
         if not workers.main:
             return
@@ -238,11 +266,12 @@ def compare(first: Positional[Path], second: Positional[Path]) -> None:
     for line in said:
         print(line)
     for row in found:
-        chance = "" if row.chance is None else f", chance ±{row.chance:.4g}"
+        chance = "" if row.chance is None else f", chance makes up to {row.chance:.4g}"
         counts = "{} and {}".format(*row.counts)
         change = f"{row.first:.6g} -> {row.second:.6g} ({row.second - row.first:+.4g}{chance}; {counts} {row.what})"
         print(f"{row.setting}: {row.figure} {change}: {row.verdict}")
     print("Of figures that do not differ, chance makes 1 in 20 a difference. Seeds are of images: not of trainings.")
+    print("Chance: 95 % of Student's t-test over seeds (paired where both files have the same), or over images.")
 
 
 def sweep(
@@ -256,6 +285,7 @@ def sweep(
     budget: float | None = None,
     batch: int = 1,
     repeats: int = 3,
+    batch_size: int | None = None,
     data: str | None = None,
     judge: Path | None = None,
     features: str | None = None,
@@ -281,23 +311,23 @@ def sweep(
         budget: seconds per image; the best setting within it is named.
         batch: the batch size at which time is measured.
         repeats: timed rounds.
+        batch_size: images drawn at a time for the figures, as for marval evaluate.
         data: the real images; those of the model when left out.
         judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
         features: package.module:function in EfficientNet's place, as for marval evaluate.
         reference: a file in the real images' place, as for marval evaluate.
-        autocast: draw the samples in bf16 (times are always float32).
+        autocast: draw in bf16, for the figures and for the times.
         plot: a picture of the curves (needs the extra `plots`).
         out: the JSON file; rows that it holds already are not drawn again.
-        device: "auto", "cpu", "cuda", "mps", ...
+        device: "auto", "cpu", "cuda", ...
     """
     from marval.evaluate.evaluate import evaluate, time_models
     from marval.evaluate.pareto import best_within, points_of, sweep_table
-    from marval.evaluate.plots import draw_sweep, need_matplotlib
+    from marval.evaluate.plots import draw_sweep
 
     if batch < 1 or repeats < 1 or (budget is not None and budget <= 0):
         raise ValueError(f"--batch {batch} --repeats {repeats} --budget {budget}: expected at least 1, above 0")
-    if plot is not None:
-        need_matplotlib()
+    check_results(out, plot)
     with measuring_workers(device) as workers:
         loaded = load_models((model,), str(workers.device), steps, guidance)
         tokens = loaded[0][1].config.mar.num_tokens
@@ -305,13 +335,13 @@ def sweep(
         judged = judge_for(loaded[0][1], data, judge, features=features, reference=reference, main=workers.main)
         evaluate(
             loaded, judged, iterations=iterations, samples=samples, out=out, seeds=seed, autocast=autocast,
-            workers=workers,
+            batch_size=batch_size, workers=workers,
         )  # fmt: skip
         if not workers.main:
             return
-        time_models(loaded, iterations=iterations, batches=(batch,), repeats=repeats, out=out)
+        time_models(loaded, iterations=iterations, batches=(batch,), repeats=repeats, out=out, autocast=autocast)
         name = loaded[0][1].config.name
-        points = points_of(out, part="timing", batch=batch, samples=samples, only={name})
+        points = points_of(out, part="timing", batch=batch, samples=samples, only={name}, report=print)
         print(sweep_table(points))
         if budget is not None:
             print(best_within(points, budget))
@@ -329,11 +359,11 @@ def show_curve(out: Path, batch: int, plot: Path | None) -> None:
     from marval.evaluate.pareto import points_of, verdicts
     from marval.evaluate.plots import draw_pareto
 
-    points = points_of(out, part="bench", batch=batch)
+    points = points_of(out, part="bench", batch=batch, report=print)
     for line in verdicts(points):
         print(line)
     if plot is not None:
         if not points:
-            raise ValueError(f"{out} has no quality to plot: measure it with --samples 2000, say")
+            raise ValueError(f"{out} has no quality to plot in this precision: measure it with --samples 2000, say")
         draw_pareto(points, plot, batch)
         print(plot)

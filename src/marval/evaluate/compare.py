@@ -1,10 +1,11 @@
 """`marval compare`: what differs between two results files, and whether it is more than chance makes.
 
-Figures of several seeds are compared by Student's t-test (two-sided, 5 %) with one variance for both sides, so that one
-seed on one side is enough where the other has several; of one seed on each side nothing can be said. The seeds are
-those of the drawn images: what another training would give, no number of them tells. Seeds that both sides share make
-the test cautious (their images have their noise in common). Rewards are compared by their standard errors over images.
-Times differ where no round of one file is as fast as one of the other.
+Figures of several seeds are compared by Student's t-test (two-sided, 5 %): paired where both sides have the same seeds,
+whose images have their noise in common; else with one variance for both sides, so that one seed on one side is enough
+where the other has several. Of one seed on each side nothing can be said. The seeds are those of the drawn images: what
+another training would give, no number of them tells. Figures that two versions of the metrics define differently are
+left out. Rewards are compared by their standard errors over images. Times differ where no round of one file is as fast
+as one of the other; times of two machines are compared, too, and said to be such.
 """
 
 import math
@@ -14,9 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marval.evaluate.results import Row, curve_of, figures_of, named, read_results, setting, timed_setting
+from marval.evaluate.metrics import changed_between
+from marval.evaluate.results import (
+    Row,
+    curve_of,
+    figures_of,
+    named,
+    read_results,
+    setting,
+    standard_error,
+    timed_setting,
+    version_of,
+)
 
-IDENTITY = ("sha256", "data_sha256", "order", "draw")
+IDENTITY = ("sha256", "data_sha256", "order", "draw", "decoded")
 MADE = ("command", "commit", "device", "processes", "threads", "versions")
 KINDS = ("quality", "rewards", "timing", "bench")
 NORMAL = 1.96  # standard deviations within which 19 of 20 normal values lie
@@ -93,19 +105,20 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _groups(rows: Sequence[Row], part: str) -> dict[tuple[tuple[Any, ...], tuple[Any, ...]], list[Row]]:
-    """Rows by who draws and how it was measured."""
+    """Rows by who draws and how it was measured; of several versions of the metrics those of the newest."""
     found: dict[tuple[tuple[Any, ...], tuple[Any, ...]], list[Row]] = {}
     for row in rows:
         key = setting(row) if part in ("quality", "rewards") else timed_setting(row)
         found.setdefault((key[:3], (*key[3:], row.get("prompt"))), []).append(row)
-    return found
+    newest = {key: max(version_of(row) for row in own) for key, own in found.items()}
+    return {key: [row for row in own if version_of(row) == newest[key]] for key, own in found.items()}
 
 
 def _label(row: Row, part: str) -> str:
     label = f"{named(row)}, " + (
         f"{row['samples']} samples" if part in ("quality", "rewards") else f"batch {row['batch']}"
     )
-    if part == "bench":
+    if part in ("timing", "bench"):
         label += "".join(f", {name}" for name, on in (("bf16", "autocast"), ("compiled", "compiled")) if row.get(on))
     return label
 
@@ -122,6 +135,8 @@ def _made_differently(first: Sequence[Row], second: Sequence[Row], part: str) ->
         if None not in found and found[0] != found[1]:
             raise ValueError(f"{label}: measured with {name} {found[0]!r} and {found[1]!r}: these do not compare")
     lines = []
+    for name, before in changed_between(version_of(a), version_of(b)).items():
+        lines.append(f"{name} is not compared: by metrics {min(version_of(a), version_of(b))} it is {before}")
     for name in IDENTITY:
         if a.get(name) != b.get(name):
             lines.append(f"{label}: {name} {a.get(name, 'not recorded')} and {b.get(name, 'not recorded')}")
@@ -141,8 +156,8 @@ def _differences(first: Sequence[Row], second: Sequence[Row], part: str) -> list
         return _of_quality(first, second, label)
     if part == "rewards":
         return _of_rewards(first, second, label)
-    (a,), (b,) = first, second
-    name, counts = "seconds_per_image", (a["repeats"], b["repeats"])
+    a, b, name = first[-1], second[-1], "seconds_per_image"
+    counts = a.get("repeats", 1), b.get("repeats", 1)
     fast, slow = sorted((a, b), key=lambda row: row[name])
     # Medians that are further apart leave no round of the slow one as fast as any of the fast one.
     overlap = slow[name] - slow["fastest"] + fast["slowest"] - fast[name] if min(counts) > 1 else None
@@ -151,14 +166,17 @@ def _differences(first: Sequence[Row], second: Sequence[Row], part: str) -> list
 
 def _of_quality(first: Sequence[Row], second: Sequence[Row], label: str) -> list[Difference]:
     found = []
+    changed = changed_between(*(version_of(rows[0]) for rows in (first, second)))
     for name in figures_of(first[0]):
-        values = [[row[name] for row in rows if name in row] for rows in (first, second)]
-        if name == "gflops_per_image" or not all(values):
+        a, b = ({row.get("seed", 0): row[name] for row in rows if name in row} for rows in (first, second))
+        if name == "gflops_per_image" or name in changed or not a or not b:
             continue
-        a_values, b_values = values
-        means = statistics.mean(a_values), statistics.mean(b_values)
-        counts = len(a_values), len(b_values)
-        found.append(Difference(label, name, *means, chance_of(a_values, b_values), counts))
+        if a.keys() == b.keys():
+            chance = chance_of_pairs([b[seed] - a[seed] for seed in a])
+        else:
+            chance = chance_of([*a.values()], [*b.values()])
+        means = statistics.mean(a.values()), statistics.mean(b.values())
+        found.append(Difference(label, name, *means, chance, (len(a), len(b))))
     return found
 
 
@@ -180,6 +198,17 @@ def _of_rewards(first: Sequence[Row], second: Sequence[Row], label: str) -> list
         chance = NORMAL * math.hypot(*errors)
         found.append(Difference(label, name, means[0], means[1], chance, (one, other), "images"))
     return found
+
+
+def chance_of_pairs(differences: Sequence[float]) -> float | None:
+    """How far from 0 the mean of differences comes in 19 of 20 cases where there is none, by the paired t-test.
+
+    None: a single pair says nothing.
+    """
+    degrees = len(differences) - 1
+    if degrees < 1:
+        return None
+    return QUANTILES[min(degrees, len(QUANTILES)) - 1] * standard_error(differences)[1]
 
 
 def chance_of(first: Sequence[float], second: Sequence[float]) -> float | None:

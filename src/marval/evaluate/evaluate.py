@@ -1,7 +1,6 @@
 """`marval evaluate`: figures of one or more models, one row per (model, K, seed), written as JSON after every row."""
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,12 @@ from torch import Tensor
 
 from marval.evaluate.fidelity import Columns
 from marval.evaluate.images import (
+    PLAN,
+    SEEDS,
     DrawnImages,
     Keep,
-    balanced_labels,
+    check_finite,
+    check_plan,
     claim_folder,
     draw_bytes,
     draw_shards,
@@ -23,20 +25,23 @@ from marval.evaluate.images import (
     write_pngs,
 )
 from marval.evaluate.judge import Judge
+from marval.evaluate.metrics import METRICS
 from marval.evaluate.results import (
     Models,
     Row,
     check_measure,
     describe,
+    figures_of,
     measured_rows,
+    merge_results,
     model_hashes,
     named,
     read_results,
-    replace_times,
-    write_results,
+    version_of,
 )
-from marval.evaluate.timing import Job, in_turns
+from marval.evaluate.timing import drawing, in_turns, timed_row
 from marval.flops import model_flops
+from marval.io.files import check_output
 from marval.parallel import Workers
 from marval.pipeline import Pipeline
 from marval.provenance import made_by
@@ -44,9 +49,21 @@ from marval.sampling import draw_counts
 
 
 def probe(
-    judge: Judge, count: int, iterations: int, seed: int = 0, workers: Workers | None = None
+    judge: Judge,
+    count: int,
+    iterations: int,
+    seed: int = 0,
+    workers: Workers | None = None,
+    report: Callable[[str], None] = print,
 ) -> Callable[[Pipeline], dict[str, float]]:
-    """A small evaluation on fixed seeds, for training loops."""
+    """A small evaluation on fixed seeds, for training loops; says once what so few images do to the distance.
+
+    Raises:
+        ValueError: fewer images than the figures need.
+    """
+    judge.check_count(count, "--probe-samples")
+    if (workers is None or workers.main) and (warning := judge.warning(count)) is not None:
+        report(f"warning: {warning[0]}")
     return lambda pipeline: judge.figures(*draw_bytes(pipeline, count, iterations, seed, workers=workers))
 
 
@@ -62,12 +79,16 @@ class KeepImages:
     folder: Path
     form: Keep = "shards"
 
-    def claim(self, key: Row, workers: Workers) -> DrawnImages:
-        """The folder of a row's images (see `claim_folder`)."""
+    def place(self, key: Row) -> Path:
+        """The folder of a row's images."""
         draw = key["draw"]
         chain = f"-T{draw['steps']}-w{draw['guidance']:g}" if key["teacher"] else ""
         name = f"{key['model'] or 'model'}-K{key['iterations']}{chain}-seed{key['seed']}-{key['samples']}"
-        return claim_folder(self.folder / name, key, key["samples"], workers=workers)
+        return self.folder / name
+
+    def claim(self, key: Row, workers: Workers) -> DrawnImages:
+        """The folder of a row's images (see `claim_folder`)."""
+        return claim_folder(self.place(key), key, key["samples"], workers=workers)
 
     def export(self, drawn: DrawnImages, workers: Workers, report: Callable[[str], None]) -> None:
         """Write the other form, once every process has drawn its share."""
@@ -80,10 +101,11 @@ class KeepImages:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model, and at which K and with which images it is judged (`key`): what a row of figures is of."""
+    """One evaluation: a model, and the settings that identify its row (`key`)."""
 
     pipeline: Pipeline
     key: Row
+    batch_size: int | None = None  # images drawn at a time, which changes none of them
 
     def columns(
         self,
@@ -92,14 +114,26 @@ class Evaluation:
         workers: Workers,
         report: Callable[[str], None],
     ) -> Columns:
-        """What `judge` says of every image, in order; every process draws and judges its own. Empty but on the main."""
+        """Draw the images, score each with `judge`, and gather the scores in order on the main process (elsewhere {}).
+
+        Every process draws and judges its own shards.
+
+        Raises:
+            ValueError: a score that is not finite; the image's seed and class are named.
+        """
         key, parts = self.key, dict[int, Columns]()
         into = None if keep is None else keep.claim(key, workers)
         for rows, images, labels in draw_shards(
             self.pipeline, key["samples"], key["iterations"], key["seed"], autocast=key["autocast"], into=into,
-            workers=workers, report=report,
+            workers=workers, report=report, batch_size=self.batch_size,
+            label=f"drawing {named(key)}, seed {key['seed']}",
         ):  # fmt: skip
             parts[rows.start] = judge(images, labels)
+            names = self.pipeline.config.class_names
+            seeds = [key["seed"] * SEEDS + i for i in rows]
+            whose = [f"seed {s}, class {names[c]}" for s, c in zip(seeds, labels.tolist(), strict=True)]
+            for name, values in parts[rows.start].items():
+                check_finite(name, values, whose)
         if keep is not None and into is not None:
             keep.export(into, workers, report)
         found = {start: part for own in workers.collect(parts) for start, part in own.items()}
@@ -115,19 +149,22 @@ def evaluations_of(
     samples: int,
     seeds: Sequence[int],
     autocast: bool,
+    batch_size: int | None = None,
 ) -> list[Evaluation]:
     """Every model at every K (its own default when none is given) with every seed.
 
     Raises:
-        ValueError: a K that a model has not, or fewer than 2 samples.
+        ValueError: a K that a model has not, a batch of none, or too few or too many samples.
     """
-    if samples < 2:
-        raise ValueError(f"--samples {samples}: expected at least 2")
+    if not 2 <= samples <= SEEDS:  # more would have the next seed's noise
+        raise ValueError(f"--samples {samples}: expected at least 2 and at most {SEEDS:,}; for more add seeds")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: expected at least 1")
     return [
         Evaluation(pipeline, {
             **describe(pipeline), "sha256": digest, "iterations": k, "samples": samples, "seed": seed,
             "autocast": autocast,
-        })
+        }, batch_size)
         for (_, pipeline), digest in zip(models, hashes, strict=True)
         for k in iterations_of(pipeline, iterations)
         for seed in dict.fromkeys(seeds)
@@ -156,30 +193,36 @@ def evaluate(
     out: Path,
     seeds: Sequence[int] = (0,),
     autocast: bool = False,
+    batch_size: int | None = None,
     keep: KeepImages | None = None,
     workers: Workers | None = None,
     report: Callable[[str], None] = print,
 ) -> list[Row]:
-    """Figures of every model at every K and seed, kept in `out` after each row; rows there already are not redone.
+    """Figures of every model at every K and seed, kept in `out` after each row.
+
+    Rows that `out` holds already are not measured again, but for those of another version of the metrics.
 
     Raises:
-        ValueError: two models share a name or draw other classes, `out` holds figures of other weights under the same
-            name, on other features or against other data, or what `evaluations_of` raises.
+        ValueError: two models share a name or draw other classes, `out` cannot be written or holds figures of other
+            weights under the same name, on other features or against other data; what `evaluations_of` raises; or an
+            image or figure is not finite.
     """
     workers = workers or Workers()
     check_alike([pipeline for _, pipeline in models])
     rows: list[Row] = read_results(out).get("quality", {}).get("rows", [])
     hashes = model_hashes(models, measured_rows(out), out)
-    if workers.main:  # it alone knows the real images
+    evaluations = evaluations_of(
+        models, hashes, iterations=iterations, samples=samples, seeds=seeds, autocast=autocast, batch_size=batch_size
+    )
+    if workers.main:  # it alone knows the real images, and its file decides: others may see an older one
+        check_places(evaluations, out, keep)
+        judge.check_count(samples)
         check_measure(judge.about, rows, out)
-    evaluations = evaluations_of(models, hashes, iterations=iterations, samples=samples, seeds=seeds, autocast=autocast)
-    # The main process's file decides: others may see an older one.
     measured = workers.agree([any(complete(row, evaluation.key, judge) for row in rows) for evaluation in evaluations])
     bias: float | None = None
-    if workers.main and not all(measured):
-        if judge.sample is not None:
-            judge.sample()  # real images that are missing are missed before anything is drawn
-        if (warning := judge.warning(samples)) is not None:
+    if not all(measured):
+        try_judge(judge, models[0][1])
+        if workers.main and (warning := judge.warning(samples)) is not None:
             bias = warning[1]
             report(f"warning: {warning[0]}")
     for evaluation, done in zip(evaluations, measured, strict=True):
@@ -191,17 +234,55 @@ def evaluate(
         began = time.monotonic()
         columns = evaluation.columns(judge.columns, keep, workers, report)
         if workers.main:
-            figures = {name: value for name, value in judge.figures_of(columns).items() if not math.isnan(value)}
+            row = {**key, "metrics": METRICS, **figures_of_row(judge, columns, evaluation.pipeline.config.name, report)}
             if bias is not None:
-                figures["fid_bias" if judge.real is None else "fd_bias"] = bias
-            rows = [row for row in rows if not is_row_of(row, key)]  # one without today's figures
-            row = {**key, **figures, "gflops_per_image": flops_per_image(evaluation.pipeline, key["iterations"]) / 1e9}
-            rows.append({**row, **judge.about, "made": made_by(evaluation.pipeline.device, workers.count)})
-            write_results(out, "quality", rows, key["seed"])
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+                row["fid_bias" if judge.real is None else "fd_bias"] = bias
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in figures_of(row).items())
+            row["gflops_per_image"] = flops_per_image(evaluation.pipeline, key["iterations"]) / 1e9
+            row |= {**judge.about, "made": made_by(evaluation.pipeline.device, workers.count)}
+            merge_results(out, "quality", [row], key["seed"])
             report(f"{named(row)}, seed {key['seed']}: {shown}  ({time.monotonic() - began:.0f} s)")
     workers.barrier()
-    return rows
+    return read_results(out).get("quality", {}).get("rows", [])
+
+
+def check_places(evaluations: Sequence[Evaluation], out: Path, keep: KeepImages | None) -> None:
+    """Refuse what cannot be written, before anything is drawn.
+
+    Raises:
+        ValueError: `out` cannot be written, or a folder for images cannot or holds others.
+    """
+    check_output(out, folder=False)
+    if keep is not None:
+        check_output(keep.folder / PLAN, folder=False)
+        for evaluation in evaluations:
+            check_plan(keep.place(evaluation.key), evaluation.key)
+
+
+def try_judge(judge: Judge, pipeline: Pipeline) -> None:
+    """Judge two blank pictures such as a model draws: what cannot be judged is known before anything is drawn.
+
+    Raises:
+        ValueError: the real images are missing or too few, or the judge's networks do not take the pictures.
+    """
+    if judge.sample is not None:
+        judge.sample()
+    space = pipeline.config.space
+    blank = torch.zeros(2, getattr(space, "channels", 3), *space.image_size, dtype=torch.uint8)
+    judge.columns(blank, torch.zeros(2, dtype=torch.long))
+
+
+def figures_of_row(judge: Judge, columns: Columns, name: str, report: Callable[[str], None]) -> dict[str, float]:
+    """The judge's figures; a diversity that is not defined is left out, and said so.
+
+    Raises:
+        ValueError: any other figure is not finite.
+    """
+    figures = judge.figures_of(columns)
+    if math.isnan(figures["diversity"]):
+        report(f"{name}: no diversity, which needs two images of a class: raise --samples")
+        del figures["diversity"]
+    return figures
 
 
 def check_alike(pipelines: Sequence[Pipeline]) -> None:
@@ -227,9 +308,13 @@ def is_row_of(row: Row, key: Row) -> bool:
 
 
 def complete(row: Row, key: Row, judge: Judge) -> bool:
-    """Whether a row holds all figures of `key` that the judge gives."""
-    wanted = {"kid": judge.sample, "accuracy": judge.classifier, "fid": judge.reference}
-    return is_row_of(row, key) and all(name in row for name, asked in wanted.items() if asked is not None)
+    """Whether a row holds all figures of `key` that the judge gives, by today's metrics."""
+    prefix = getattr(judge.network, "prefix", "own")
+    wanted = {
+        "fd": judge.real, f"{prefix}_kid": judge.sample, "accuracy": judge.classifier, "fid": judge.reference,
+    }  # fmt: skip
+    there = all(name in row for name, asked in wanted.items() if asked is not None)
+    return there and is_row_of(row, key) and version_of(row) == METRICS
 
 
 def time_models(
@@ -239,9 +324,12 @@ def time_models(
     batches: Sequence[int],
     repeats: int,
     out: Path,
+    autocast: bool = False,
     report: Callable[[str], None] = print,
 ) -> list[Row]:
     """Seconds per image of every model at every K and batch size, in turns; they replace those at the same setting.
+
+    Times are of what `Pipeline.sample` does, decoding included, in the precision that is asked for.
 
     Raises:
         ValueError: two models share a name, or `out` holds figures of other weights under one.
@@ -252,22 +340,12 @@ def time_models(
         for (_, pipeline), digest in zip(models, model_hashes(models, measured_rows(out), out), strict=True)
         for k in iterations_of(pipeline, iterations)
     ]
-
-    def drawing(pipeline: Pipeline, k: int, batch: int) -> Job:
-        labels = balanced_labels(batch, len(pipeline.config.class_names))
-        return lambda: pipeline.sample(labels, iterations=k, batch_size=batch)
-
     for batch in dict.fromkeys(batches):
-        rows: list[Row] = []
-        jobs = [drawing(pipeline, k, batch) for pipeline, _, k in settings]
-        measured = in_turns(jobs, repeats, models[0][1].device)
-        for (pipeline, digest, k), seconds in zip(settings, measured, strict=True):
-            times = [one / batch for one in seconds]
-            median = statistics.median(times)
-            row = {**describe(pipeline), "sha256": digest, "iterations": k, "batch": batch}
-            row |= {"seconds_per_image": median, "fastest": min(times), "slowest": max(times), "repeats": repeats}
-            rows.append({**row, "made": made_by(pipeline.device)})
-            report(f"{named(row)}, batch {batch}: {median * 1000:.2f} ms/image")
-        replace_times(out, "timing", rows)
+        jobs = [drawing(pipeline, k, batch, autocast=autocast) for pipeline, _, k in settings]
+        rows = []
+        for (pipeline, digest, k), seconds in zip(settings, in_turns(jobs, repeats, models[0][1].device), strict=True):
+            rows.append({**timed_row(pipeline, k, batch, seconds, autocast=autocast), "sha256": digest})
+            report(f"{named(rows[-1])}, batch {batch}: {rows[-1]['seconds_per_image'] * 1000:.2f} ms/image")
+        merge_results(out, "timing", rows)
         every += rows
     return every

@@ -20,9 +20,13 @@ from torch import Tensor, nn
 from marval.efficientnet import FEATURES, EfficientNetFeatures
 from marval.io.files import write_tensors
 
+ROWS = 1000  # of a matrix of distances at a time
+
 
 class OwnFeatures(nn.Module):
     """Features (B, F) of byte images (B, C, H, W) by a function or module of the user's, checked."""
+
+    prefix = "own"  # of the names of figures that are measured on them
 
     def __init__(self, function: Callable[[Tensor], Tensor], name: str):
         super().__init__()
@@ -88,12 +92,20 @@ class Statistics:
 
     @classmethod
     def of(cls, parts: Iterable[Float[Tensor, "_ f"]], features: str = FEATURES, data_sha256: str = "") -> "Statistics":
-        """The statistics of features that come in parts, summed in float64."""
+        """The statistics of features that come in parts, summed in float64.
+
+        Raises:
+            ValueError: fewer than 2 images, or features that are not finite.
+        """
         count, total, outer = 0, torch.tensor(0.0), torch.tensor(0.0)
         for part in parts:
             part = part.double()
             count, total, outer = count + len(part), total + part.sum(dim=0), outer + part.T @ part
+        if count < 2:
+            raise ValueError(f"{count} real images: a Fréchet distance needs at least 2; name more with --data")
         mean = total / count
+        if not mean.isfinite().all():
+            raise ValueError(f"features {features}: some of the real images' are not finite")
         return cls(mean, (outer - count * mean[:, None] * mean) / (count - 1), count, features, data_sha256)
 
     def save(self, file: Path) -> None:
@@ -118,13 +130,13 @@ class Statistics:
                         f"{file} has features {about.get('features')!r}, expected {features!r}: name other statistics"
                     )
                 mean, triangle = content.get_tensor("mean").double(), content.get_tensor("covariance").double()
-        except (FileNotFoundError, SafetensorError) as error:
+                rows, columns = torch.triu_indices(len(mean), len(mean)).unbind()
+                covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+                covariance[rows, columns] = triangle
+                covariance[columns, rows] = triangle
+                return cls(mean, covariance, int(about["count"]), features, about.get("data_sha256", ""))
+        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
             raise ValueError(f"{file} cannot be read as feature statistics ({error})") from None
-        rows, columns = torch.triu_indices(len(mean), len(mean)).unbind()
-        covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-        covariance[rows, columns] = triangle
-        covariance[columns, rows] = triangle
-        return cls(mean, covariance, int(about["count"]), features, about.get("data_sha256", ""))
 
 
 def frechet_distance(features: Float[Tensor, "n f"], real: Statistics) -> float:
@@ -152,11 +164,19 @@ def bundled_statistics(name: str) -> Path:
     return Path(str(files("marval"))) / "assets" / f"{name}-statistics.safetensors"
 
 
-def diversity_within_class(features: Float[Tensor, "n f"], labels: Tensor, most: int = 200) -> float:
-    """Mean Euclidean distance between features of two images of a class, averaged over classes (`most` of each).
+def diversity_within_class(features: Float[Tensor, "n f"], labels: Tensor) -> float:
+    """Mean Euclidean distance between features of two images of a class, averaged over classes; in float64.
 
-    Classes with a single image have none; NaN where all are such.
+    All images count. Classes with a single image have no pair; NaN where all are such.
     """
     classes, counts = labels.unique(return_counts=True)
-    pairs = [torch.pdist(features[labels == label][:most].float()).mean() for label in classes[counts > 1]]
-    return float(torch.stack(pairs).mean()) if pairs else math.nan
+    means = [_mean_distance(features[labels == label].double()) for label in classes[counts > 1]]
+    return float(torch.stack(means).mean()) if means else math.nan
+
+
+def _mean_distance(x: Float[Tensor, "n f"]) -> Float[Tensor, ""]:
+    total = torch.zeros((), dtype=x.dtype)
+    for start in range(0, len(x), ROWS):
+        distances = torch.cdist(x[start : start + ROWS], x)
+        total += distances.sum() - distances.diagonal(start).sum()  # rounding leaves an image a distance to itself
+    return total / (len(x) * (len(x) - 1))

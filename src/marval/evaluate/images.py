@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Shaped, UInt8
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -24,10 +24,11 @@ from marval.io.files import atomic_path, write_tensors, write_text
 from marval.io.images import save_picture
 from marval.parallel import Workers
 from marval.pipeline import Pipeline
+from marval.progress import progress
 
 PLAN = "plan.json"
 SHARD = 250  # images
-DECODED = 50  # images that a VAE decodes at a time
+DRAWN = {"pixels": 250, "latents": 50}  # images that are drawn, and decoded, at a time
 SEEDS = 1_000_000  # between an evaluation's seed and the next one's
 
 Keep = Literal["shards", "png", "npz"]
@@ -43,20 +44,46 @@ def draw_rows(
     rows: range,
     iterations: int,
     seed: int,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     autocast: bool = False,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> UInt8[Tensor, "n c h w"]:
-    """Some of the images of an evaluation, as rounded bytes."""
-    if pipeline.config.space.kind == "latents":
-        batch_size = min(batch_size, DECODED)
-    parts = []
+    """Some of the images of an evaluation, as rounded bytes.
+
+    Args:
+        batch_size: images drawn at a time; `DRAWN` says how many when None.
+        advance: told of every batch how many images it has.
+
+    Raises:
+        ValueError: an image that is not finite; its seed and class are named.
+    """
+    batch_size = batch_size or DRAWN[pipeline.config.space.kind]
+    names, parts = pipeline.config.class_names, []
     with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=autocast):
         for some in (rows[start : start + batch_size] for start in range(0, len(rows), batch_size)):
-            labels = [i % len(pipeline.config.class_names) for i in some]
+            labels = [i % len(names) for i in some]
             seeds = [seed * SEEDS + i for i in some]
             images = pipeline.sample(labels, seed=seeds, iterations=iterations, batch_size=batch_size)
+            check_finite(
+                "the image", images, [f"seed {s}, class {names[c]}" for s, c in zip(seeds, labels, strict=True)]
+            )
             parts.append((images * 255).round().byte())
+            advance(len(some))
     return torch.cat(parts)
+
+
+def check_finite(what: str, rows: Shaped[Tensor, "n *rest"], whose: Sequence[str]) -> None:
+    """Refuse numbers that are not finite: rounded to bytes they would be black, and counted they would be dropped.
+
+    Raises:
+        ValueError: the first row with such a number is named.
+    """
+    bad = (~rows.isfinite()).flatten(1).any(dim=1) if rows.ndim > 1 else ~rows.isfinite()
+    if bad.any():
+        raise ValueError(
+            f"{what} of {whose[int(bad.int().argmax())]} is not finite ({int(bad.sum())} of {len(bad)} are not): the "
+            "model's weights are broken, or the precision is too low"
+        )
 
 
 def draw_bytes(
@@ -64,7 +91,7 @@ def draw_bytes(
     count: int,
     iterations: int,
     seed: int,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     autocast: bool = False,
     workers: Workers | None = None,
 ) -> tuple[UInt8[Tensor, "n c h w"], Int[Tensor, " n"]]:
@@ -128,11 +155,12 @@ def draw_shards(
     seed: int,
     *,
     autocast: bool = False,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     shard: int = SHARD,
     into: DrawnImages | None = None,
     workers: Workers | None = None,
     report: Callable[[str], None] = print,
+    label: str = "drawing images",
 ) -> Iterator[tuple[range, UInt8[Tensor, "_ c h w"], Int[Tensor, " _"]]]:
     """This process's shards of an evaluation, one by one: which images, the images, their labels.
 
@@ -146,18 +174,21 @@ def draw_shards(
         files = [(None, rows) for rows in shards_of(count, shard)]
     kept = [file is not None and file.is_file() for file, _ in files]
     order = workers.agree(sorted(range(len(files)), key=kept.__getitem__))  # what is missing is shared out evenly
-    for number in order[workers.rank :: workers.count]:
-        file, rows = files[number]
-        if file is not None and file.is_file():
-            yield rows, *read_shard(file, rows)
-            continue
-        images = draw_rows(pipeline, rows, iterations, seed, batch_size, autocast)
-        labels = torch.tensor([i % len(pipeline.config.class_names) for i in rows])
-        if file is not None:
-            write_tensors(file, {"images": images, "labels": labels}, {"first": str(rows.start)})
-            if workers.main:
-                report(f"{file.parent.name}: {rows.stop} of {count} images")
-        yield rows, images, labels
+    own = order[workers.rank :: workers.count]
+    with progress(sum(len(files[number][1]) for number in own), label, quiet=not workers.main) as advance:
+        for number in own:
+            file, rows = files[number]
+            if file is not None and file.is_file():
+                advance(len(rows))
+                yield rows, *read_shard(file, rows)
+                continue
+            images = draw_rows(pipeline, rows, iterations, seed, batch_size, autocast, advance)
+            labels = torch.tensor([i % len(pipeline.config.class_names) for i in rows])
+            if file is not None:
+                write_tensors(file, {"images": images, "labels": labels}, {"first": str(rows.start)})
+                if workers.main:
+                    report(f"{file.parent.name}: {rows.stop} of {count} images")
+            yield rows, images, labels
 
 
 def claim_folder(
@@ -166,27 +197,34 @@ def claim_folder(
     """A folder for the images of an evaluation, empty or with some of them; `plan` says whose they are.
 
     Raises:
-        ValueError: the folder holds images of another plan.
+        ValueError: the folder holds images of another plan, or files of somebody else.
     """
-    plan = json.loads(json.dumps({**plan, "shard": shard}))
-    check_plan(folder, plan)
+    check_plan(folder, plan, shard=shard, strangers=workers is None or workers.main)
     if workers is None or workers.main:
-        write_text(folder / PLAN, json.dumps(plan, indent=1) + "\n")
+        write_text(folder / PLAN, json.dumps({**plan, "shard": shard}, indent=1) + "\n")
     return DrawnImages(folder, count, shard)
 
 
-def check_plan(folder: Path, plan: dict[str, Any]) -> None:
+def check_plan(folder: Path, plan: dict[str, Any], *, shard: int = SHARD, strangers: bool = True) -> None:
     """A folder's images are those of `plan`, or there are none yet.
+
+    Args:
+        strangers: refuse a folder without a plan that holds other files, too: they would be taken for images.
 
     Raises:
         ValueError: they are not; the first difference is named.
     """
-    file = folder / PLAN
+    file, plan = folder / PLAN, json.loads(json.dumps({**plan, "shard": shard}))
     try:
         found = json.loads(file.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("no plan in it")
     except FileNotFoundError:
+        left = f".{PLAN}."  # what a kill leaves of a plan
+        if strangers and any(not path.name.startswith(left) for path in folder.glob("*")):
+            raise ValueError(f"{folder} holds files but no {PLAN}: choose another --images") from None
         return
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file} is damaged ({error}): choose another --images") from None
     for name, value in plan.items():
         if found.get(name) != value:

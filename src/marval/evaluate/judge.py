@@ -1,15 +1,17 @@
 """What drawn images are judged by: features of real images, a held-out classifier, ADM's reference."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from marval.data import ImageData
@@ -22,9 +24,10 @@ from marval.evaluate.features import (
     find_features,
     frechet_distance,
 )
-from marval.evaluate.fidelity import Columns, Reference
-from marval.evaluate.metrics import MOST, RealSample, compute_device, expected_bias, sample_figures
+from marval.evaluate.fidelity import SPLITS, Columns, Reference
+from marval.evaluate.metrics import FEWEST, METRICS, MOST, RealSample, compute_device, expected_bias, sample_figures
 from marval.io.files import cache_folder, sha256_of, write_tensors
+from marval.progress import progress
 from marval.rewards import Classifier, classifier_file, load_classifier
 
 CLASSIFIED = 500  # images at a time
@@ -70,7 +73,8 @@ class Judge:
             logits = torch.cat(
                 [self.classifier(part.to(device).float() / 255).cpu() for part in images.split(CLASSIFIED)]
             )
-            found["accuracy"] = (logits.argmax(dim=1) == labels).float()
+            known = logits.isfinite().all(dim=1)  # of numbers that are none, the first would be the largest
+            found["accuracy"] = torch.where(known, (logits.argmax(dim=1) == labels).float(), math.nan)
             found["log_probability"] = logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
         if self.reference is not None:
             found |= self.reference.inception.columns(images)
@@ -79,8 +83,12 @@ class Judge:
     def figures_of(self, columns: Columns) -> dict[str, float]:
         """Every figure of images, from their `columns`.
 
-        FD, KID, precision, recall, density, coverage and diversity on the judge's features; held-out accuracy and
-        log-probability; and against ADM's reference what `Reference.figures` finds.
+        On the judge's features FD and diversity (NaN where no class has two images), and, under names that begin with
+        the features' ("efficientnet_kid": not KID), KID, precision, recall, density and coverage; held-out accuracy
+        and log-probability; and against ADM's reference what `Reference.figures` finds.
+
+        Raises:
+            ValueError: a figure is not finite.
         """
         found = self._distances(columns["features"])
         found["diversity"] = diversity_within_class(columns["features"], columns["labels"])
@@ -89,7 +97,24 @@ class Judge:
                 found[name] = float(columns[name].mean())
         if self.reference is not None:
             found |= self.reference.figures(columns)
+        for name, value in found.items():
+            if not (math.isfinite(value) or (name == "diversity" and math.isnan(value))):
+                raise ValueError(f"{name} of {len(columns['labels'])} images is {value}: the features are not finite")
         return found
+
+    @property
+    def fewest(self) -> int:
+        """The number of drawn images that every figure needs at least."""
+        return max(2, FEWEST if self.sample is not None else 0, SPLITS if self.reference is not None else 0)
+
+    def check_count(self, count: int, option: str = "--samples") -> None:
+        """Refuse a number of drawn images that some figure is not defined for.
+
+        Raises:
+            ValueError: `count` is below `fewest`.
+        """
+        if count < self.fewest:
+            raise ValueError(f"{option} {count}: expected at least {self.fewest} for the figures that are measured")
 
     def _distances(self, features: Float[Tensor, "n f"]) -> dict[str, float]:
         found = {}
@@ -97,13 +122,15 @@ class Judge:
             found["fd"] = frechet_distance(features, self.real)
         if self.sample is not None:
             device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
-            found |= sample_figures(features.to(compute_device(device)), self.sample())
+            prefix = getattr(self.network, "prefix", "own")
+            near = sample_figures(features.to(compute_device(device)), self.sample())
+            found |= {f"{prefix}_{name}": value for name, value in near.items()}
         return found
 
     def warning(self, count: int) -> tuple[str, float] | None:
-        """What to say, and the bias of the Fréchet distance to expect, where `count` images are fewer than features.
+        """A warning and the Fréchet distance's expected bias where `count` images are fewer than features, else None.
 
-        Of ADM's reference it is that of the FID.
+        With ADM's reference it is that of the FID. Every verb that shows a distance says it once.
         """
         real = self.reference.pool if self.real is None and self.reference is not None else self.real
         if real is None or count >= len(real.mean):
@@ -118,21 +145,33 @@ class Judge:
 
 def real_statistics(images: Callable[[], ImageData], network: Features, digest: str, cache: Path) -> Statistics:
     """Statistics of the real images, read from `cache` where they are there, else computed and kept there."""
-    if not cache.is_file():
-        parts = (extract(network, part) for part in images().images.split(1000))
-        Statistics.of(parts, network.name, digest).save(cache)
+    with contextlib.suppress(ValueError):  # none there, or a damaged one
+        return Statistics.load(cache, network.name)
+    data = images()
+    with progress(len(data), "features of the real images") as advance:
+
+        def parts() -> Iterator[Float[Tensor, "_ f"]]:
+            for part in data.images.split(500):
+                yield extract(network, part)
+                advance(len(part))
+
+        Statistics.of(parts(), network.name, digest).save(cache)
     return Statistics.load(cache, network.name)  # kept in float32: so that the first run finds what later ones do
 
 
 def real_sample(images: Callable[[], ImageData], network: Features, count: int, cache: Path) -> RealSample:
     """`count` real images, evenly spaced over the set, kept in `cache` likewise."""
-    if cache.is_file():
-        with safe_open(cache, framework="pt") as content:
-            return RealSample(**{name: content.get_tensor(name) for name in REAL_SAMPLE})
+    with contextlib.suppress(OSError, SafetensorError), safe_open(cache, framework="pt") as content:
+        return RealSample(**{name: content.get_tensor(name) for name in REAL_SAMPLE})
     data = images()
     count = min(count, len(data))
-    chosen = torch.arange(count) * len(data) // count
-    found = RealSample.of(extract(network, data.images[chosen]))
+    chosen = (torch.arange(count) * len(data) // count).split(500)
+    with progress(count, "features of real images") as advance:
+        parts = []
+        for some in chosen:
+            parts.append(extract(network, data.images[some]))
+            advance(len(some))
+    found = RealSample.of(torch.cat(parts))
     write_tensors(cache, {name: getattr(found, name) for name in REAL_SAMPLE}, {"features": network.name})
     return found
 
@@ -194,7 +233,7 @@ def load_judge(
     else:
         real = real_statistics(images, network, digest, cache_folder() / f"statistics-{key}.safetensors")
     count = min(sample, MOST)
-    cache = cache_folder() / f"sample-{key}-{count}.safetensors"
+    cache = cache_folder() / f"sample-{key}-{count}-{METRICS}.safetensors"
 
     @functools.cache
     def some() -> RealSample:

@@ -9,12 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from marval.evaluate.features import Statistics, frechet_distance
+from marval.evaluate.features import ROWS, Statistics, frechet_distance
 from marval.randomness import generator
 
+METRICS = 2  # the version of the figures' definitions: raise it when one changes, and say below what it was before
+BEFORE = {2: {"diversity": "of the first 200 images of a class"}}  # version: what it changed, as it was until then
 MOST = 10_000  # real images that drawn ones are compared with one by one: what distances take grows with them
 NEIGHBOURS = (3, 5)  # k of precision and recall, and of density and coverage
-ROWS = 1000  # of a matrix of distances at a time
+FEWEST = max(NEIGHBOURS) + 1  # images that have such neighbours
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,16 @@ class RealSample:
 
     @classmethod
     def of(cls, features: Float[Tensor, "n f"]) -> "RealSample":
-        """Of the first `MOST` images."""
+        """Of the first `MOST` images.
+
+        Raises:
+            ValueError: fewer than `FEWEST` images.
+        """
+        if len(features) < FEWEST:
+            raise ValueError(
+                f"{len(features)} real images: precision, recall, density and coverage need at least {FEWEST}, which "
+                f"have {max(NEIGHBOURS)} neighbours; name more with --data"
+            )
         features = features[:MOST]
         return cls(features, neighbour_distances(features), mean_kernel(features))
 
@@ -37,14 +48,23 @@ class RealSample:
 
 
 def sample_figures(drawn: Float[Tensor, "n f"], real: RealSample) -> dict[str, float]:
-    """KID, and what `neighbour_figures` finds where there are enough images, on the features' device.
+    """KID and what `neighbour_figures` finds, on the features' device.
 
     float64: of an accelerator without it, bring the features to the CPU.
+
+    Raises:
+        ValueError: fewer than `FEWEST` drawn images.
     """
     real = real.to(drawn.device)
-    found = {"kid": kernel_distance(drawn, real)}
-    if min(len(drawn), len(real.features)) > max(NEIGHBOURS):
-        found |= neighbour_figures(drawn, real)
+    return {"kid": kernel_distance(drawn, real), **neighbour_figures(drawn, real)}
+
+
+def changed_between(first: int, second: int) -> dict[str, str]:
+    """The figures that two versions of the metrics define differently, and what they were in the older one."""
+    versions = range(min(first, second) + 1, max(first, second) + 1)
+    found: dict[str, str] = {}
+    for version in versions:
+        found = {**BEFORE.get(version, {}), **found}
     return found
 
 
@@ -89,8 +109,8 @@ def neighbour_figures(drawn: Float[Tensor, "n f"], real: RealSample) -> dict[str
     Raises:
         ValueError: fewer than 6 images on one side.
     """
-    if min(len(drawn), len(real.features)) <= max(NEIGHBOURS):
-        raise ValueError(f"{len(drawn)} drawn and {len(real.features)} real images: expected at least 6 of each")
+    if min(len(drawn), len(real.features)) < FEWEST:
+        raise ValueError(f"{len(drawn)} drawn and {len(real.features)} real images: expected at least {FEWEST} of each")
     (near, dense), features = real.radius, real.features.double()
     precise = density = 0.0
     recalled, covered = torch.zeros(2, len(features), dtype=torch.bool, device=features.device)

@@ -1,12 +1,21 @@
 """Quality against time per image: points, their table, the best within a budget, and who beats whom."""
 
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from marval.evaluate.results import Row, by_setting, curve_of, markdown, named, read_results
+from marval.evaluate.results import (
+    Row,
+    by_setting,
+    curve_of,
+    markdown,
+    named,
+    on_one_machine,
+    read_results,
+    version_of,
+)
 from marval.evaluate.tables import title_of
 
 
@@ -37,33 +46,40 @@ def points_of(
     samples: int | None = None,
     only: Collection[str] = (),
     seed: int | None = None,
+    mixed: bool = False,
+    report: Callable[[str], None] = lambda line: None,
 ) -> list[Point]:
     """The settings of a results file whose quality and whose time at a batch size were both measured.
 
-    Distances of unequal numbers of samples do not compare: all points have the number and precision that most settings
-    have (of equals, the larger number). Times are those of the same weights on the machine and with the threads of the
-    newest row, without compilation and in float32 where there are such.
+    A point is a setting that somebody can run: its time is that of the same weights in the same precision, decoding
+    included, without compilation. Distances of unequal numbers of samples do not compare: all points have the number
+    and precision that most settings have (of equals, the larger number). Times are those of the machine and with the
+    threads of the newest row.
 
     Args:
         part: of the results, that has the times.
         samples: of the quality; the number that most settings have when None.
         only: models' names; all of them when empty.
         seed: of the quality; the mean over all seeds when None.
+        mixed: take times of another precision, or without decoding, too: older results have no others.
+        report: told what is left out and why.
     """
     results = read_results(out)
     timed = [row for row in results.get(part, {}).get("rows", []) if row["batch"] == batch]
-    timed = sorted(
-        (row for row in timed if _machine(row) == _machine(timed[-1])),
-        key=lambda row: (bool(row.get("compiled")), bool(row.get("autocast"))),
-    )
+    timed, left_out = on_one_machine(timed)
+    timed = sorted(timed, key=lambda row: (bool(row.get("compiled")), bool(row.get("autocast"))))
     found: dict[tuple[Any, ...], list[Point]] = {}
+    untimed: list[str] = []
     quality = [row for row in results.get("quality", {}).get("rows", []) if seed in (None, row["seed"])]
     for rows in by_setting(quality).values():
         row = rows[0]
         distance = "fd" if "fd" in row else "fid"
-        time = next((t["seconds_per_image"] for t in timed if _chain(t) == _chain(row) and _same_weights(t, row)), None)
-        fits = samples in (None, row["samples"]) and (not only or row["model"] in only)
-        if not fits or distance not in row or time is None:
+        if samples not in (None, row["samples"]) or (only and row["model"] not in only) or distance not in row:
+            continue
+        of_model = [t for t in timed if _chain(t) == _chain(row) and _same_weights(t, row)]
+        time = next((t["seconds_per_image"] for t in of_model if mixed or _runs_as(t, row)), None)
+        if time is None:
+            untimed += [named(row)] if of_model else []
             continue
         accuracies = [r["accuracy"] for r in rows if "accuracy" in r]
         point = Point(
@@ -71,14 +87,21 @@ def points_of(
             row["draw"].get("guidance"), time, statistics.mean(r[distance] for r in rows), title_of(distance, rows),
             statistics.mean(accuracies) if accuracies else None, row["samples"], len(rows),
         )  # fmt: skip
-        found.setdefault((row["samples"], bool(row.get("autocast")), distance), []).append(point)
+        found.setdefault((row["samples"], bool(row.get("autocast")), distance, version_of(row)), []).append(point)
     chosen = max(found.items(), key=lambda item: (len(item[1]), item[0][0]), default=(None, []))[1]
+    if left_out:
+        report(left_out)
+    if untimed:
+        report(f"left out, timed in another precision, compiled or without decoding: {', '.join(untimed)}")
+    if (others := sum(map(len, found.values())) - len(chosen)) > 0:
+        report(f"left out, with other numbers of samples, precision or metrics than most: {others} settings")
     return sorted(chosen, key=lambda p: (p.model, -(p.steps or 0), p.guidance or 0, p.iterations))
 
 
-def _machine(row: Row) -> tuple[Any, ...]:
-    made = row.get("made", {})
-    return made.get("device"), made.get("threads")
+def _runs_as(timed: Row, row: Row) -> bool:
+    """Whether a time is of what drew the images of a row of quality."""
+    same = bool(timed.get("autocast")) == bool(row.get("autocast"))
+    return same and timed["decoded"] and not timed.get("compiled")
 
 
 def _chain(row: Row) -> tuple[Any, ...]:
@@ -102,7 +125,13 @@ def sweep_table(points: Sequence[Point]) -> str:
 
 
 def best_within(points: Sequence[Point], budget: float) -> str:
-    """A sentence: the setting with the smallest Fréchet distance that takes at most `budget` seconds an image."""
+    """A sentence: the setting with the smallest Fréchet distance that takes at most `budget` seconds an image.
+
+    Raises:
+        ValueError: there are no points.
+    """
+    if not points:
+        raise ValueError("no setting has both a distance and a time: nothing to choose from")
     within = [p for p in points if p.seconds <= budget]
     if not within:
         fastest = min(points, key=lambda p: p.seconds)

@@ -10,11 +10,23 @@ from typing import Any
 from marval.config import Chain
 from marval.evaluate.features import FEATURES
 from marval.io.checkpoint import model_hash
-from marval.io.files import write_text
+from marval.io.files import locked, write_text
 from marval.pipeline import Pipeline
 from marval.provenance import provenance
 
 PARTS = ("quality", "timing", "bench", "rewards", "study", "full-size", "plan")
+
+# What rows of a part must hold, so that what reads them need not ask.
+_WHO = {"model": str, "draw": dict, "iterations": int}
+NEEDED: dict[str, dict[str, Any]] = {
+    "quality": {**_WHO, "samples": int},
+    "rewards": {**_WHO, "samples": int, "rewards": dict},
+    "timing": {**_WHO, "batch": int, "seconds_per_image": int | float},
+    "bench": {**_WHO, "batch": int, "seconds_per_image": int | float},
+}
+IDENTITY = ("model", "teacher", "draw", "order", "sha256", "iterations", "samples", "seed", "autocast")
+MEASURE = ("features", "data_sha256", "classifier_sha256", "reference", "inception_sha256")
+BARE = ("kid", "precision", "recall", "density", "coverage")  # older names of figures on a judge's features
 
 Row = dict[str, Any]
 Models = Sequence[tuple[Path, Pipeline]]  # with the folders that they were loaded from
@@ -70,41 +82,111 @@ def check_measure(about: Row, rows: Sequence[Row], out: Path) -> None:
 def read_results(out: Path) -> dict[str, Any]:
     """The parts of a results file; empty where there is none.
 
+    What older versions called otherwise has its name of today: KID and others say which features they are on, times
+    whether decoding is in them.
+
     Raises:
         ValueError: not a results file.
     """
-    if not out.is_file():
+    if not out.exists():
         return {}
     try:
-        found = json.loads(out.read_text())
-    except json.JSONDecodeError as error:
+        found = json.loads(out.read_text(), parse_constant=_refuse_constant)
+        _check_form(found)
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{out} is not a results file ({error}): choose another --out") from None
-    if not isinstance(found, dict) or not set(found) <= set(PARTS):
-        raise ValueError(f"{out} is not a results file: choose another --out")
-    return found
+    return {part: {**content, "rows": [_today(r, part) for r in content["rows"]]} for part, content in found.items()}
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"it holds {name} in the place of a number")
+
+
+def _check_form(found: Any) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}, expected parts by name")
+    for part, content in found.items():
+        if part not in PARTS:
+            raise ValueError(f"unknown part {part!r}, expected some of {', '.join(PARTS)}")
+        rows = content.get("rows") if isinstance(content, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{part} has no list of rows")
+        for row in rows:
+            for name, kind in NEEDED.get(part, {}).items():
+                if not isinstance(row.get(name), kind) or isinstance(row.get(name), bool):
+                    raise ValueError(f"a row of {part} has {name} {row.get(name)!r}")
+
+
+def _today(row: Row, part: str) -> Row:
+    if part in ("timing", "bench"):  # evaluate timed whole pictures, bench tokens
+        return {"decoded": part == "timing", **row}
+    if part != "quality":
+        return row
+    prefix = "efficientnet" if row.get("features", FEATURES) in (FEATURES, "") else "own"
+    return {f"{prefix}_{name}" if name in BARE else name: value for name, value in row.items()}
+
+
+def lock_of(out: Path) -> Path:
+    """The file that commands lock while they change a results file, which itself is replaced at each change."""
+    return out.with_name(f".{out.name}.lock")
 
 
 def write_results(out: Path, part: str, rows: list[Row], seed: int) -> None:
-    """Put a part (see `PARTS`) with its provenance into a results file; figures have six digits."""
+    """Put a whole part (see `PARTS`) with its provenance into a results file; figures have six digits."""
+    with locked(lock_of(out), wait=True):
+        _write(out, read_results(out), part, rows, seed)
 
+
+def merge_results(out: Path, part: str, rows: Sequence[Row], seed: int = 0) -> None:
+    """Put rows into a part, each in the place of the one that it measures again.
+
+    The file is read again and replaced under a lock, so that rows that other commands wrote meanwhile stay.
+
+    Raises:
+        ValueError: the file now holds figures of other weights under a row's name, or measured otherwise.
+    """
+    with locked(lock_of(out), wait=True):
+        results = read_results(out)
+        before = {identity(row, part): row for row in results.get(part, {}).get("rows", [])}
+        check_names(((row["model"], row["sha256"]) for row in rows if "sha256" in row), named_rows(results), out)
+        for row in rows:
+            check_measure({name: row[name] for name in MEASURE if name in row}, list(before.values()), out)
+            old = before.pop(identity(row, part), {})
+            if part == "rewards" and version_of(old) == version_of(row):  # scored by another command meanwhile
+                row = {**row, "rewards": {**old.get("rewards", {}), **row["rewards"]}}
+            before[identity(row, part)] = row
+        _write(out, results, part, list(before.values()), seed)
+
+
+def _write(out: Path, results: dict[str, Any], part: str, rows: list[Row], seed: int) -> None:
     def rounded(value: Any) -> Any:
         return float(f"{value:.6g}") if isinstance(value, float) else value
 
     rows = [{name: rounded(value) for name, value in row.items()} for row in rows]
-    results = {**read_results(out), part: {**provenance(seed), "rows": rows}}
-    write_text(out, json.dumps(results, indent=1) + "\n")
+    content = {**results, part: {**provenance(seed), "rows": rows}}
+    write_text(out, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def replace_times(out: Path, part: str, rows: list[Row]) -> None:
-    """Put rows of timing or bench into a results file, in the place of those at the same setting."""
-    new = {timed_setting(row) for row in rows}
-    kept = [row for row in read_results(out).get(part, {}).get("rows", []) if timed_setting(row) not in new]
-    write_results(out, part, kept + rows, 0)
+def identity(row: Row, part: str) -> str:
+    """What a row is of: rows of one identity measure the same again."""
+    if part in ("timing", "bench"):
+        return json.dumps(timed_setting(row))
+    return json.dumps([row.get(name) for name in (*IDENTITY, "prompt", "first_seed")])
+
+
+def version_of(row: Row) -> int:
+    """The version of the metrics that a row was measured by; the first ones did not say."""
+    return int(row.get("metrics", 1))
 
 
 def measured_rows(out: Path) -> list[Row]:
     """Rows of a results file that name a model and its weights, of all parts."""
-    return [row for part in read_results(out).values() for row in part["rows"] if "model" in row and "sha256" in row]
+    return named_rows(read_results(out))
+
+
+def named_rows(results: dict[str, Any]) -> list[Row]:
+    """Rows of a file's parts that name a model and its weights."""
+    return [row for part in results.values() for row in part["rows"] if "model" in row and "sha256" in row]
 
 
 def setting(row: Row) -> tuple[Any, ...]:
@@ -141,11 +223,31 @@ def _chain(row: Row) -> str:
 
 
 def by_setting(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows that differ in their seed alone, together."""
+    """Rows that differ in their seed alone, together; those of other metrics are apart."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(setting(row), []).append(row)
+        found.setdefault((*setting(row), version_of(row)), []).append(row)
     return found
+
+
+def on_one_machine(rows: Sequence[Row]) -> tuple[list[Row], str]:
+    """The times of the newest row's machine and number of threads, and what was left out, in words.
+
+    Times of two machines make no ratio.
+    """
+
+    def machine(row: Row) -> tuple[Any, Any]:
+        made = row.get("made", {})
+        return made.get("device"), made.get("threads")
+
+    kept = [row for row in rows if machine(row) == machine(rows[-1])]
+    if len(kept) == len(rows):
+        return kept, ""
+    device, threads = machine(rows[-1])
+    return kept, (
+        f"{len(rows) - len(kept)} of {len(rows)} times are left out: they are of another machine or number of threads "
+        f"than the newest ({device or 'not recorded'}, {threads or '?'} threads); time all models in one command"
+    )
 
 
 def first_chains(rows: Iterable[Row]) -> dict[str, Row]:
@@ -156,22 +258,37 @@ def first_chains(rows: Iterable[Row]) -> dict[str, Row]:
     return found
 
 
-def mean_distances(rows: Sequence[Row]) -> dict[tuple[str, int, int], float]:
-    """Fréchet distance by (model, K, samples), the mean over seeds, of the models' `first_chains`."""
-    draws, found = first_chains(rows), dict[tuple[str, int, int], float]()
-    for group in by_setting(row for row in rows if row["draw"] == draws[row["model"]]).values():
-        key = (group[0]["model"], group[0]["iterations"], group[0]["samples"])
+def mean_distances(rows: Sequence[Row]) -> dict[tuple[str, int, int, bool], float]:
+    """Fréchet distance by (model, K, samples, bf16), the mean over seeds, of the models' `first_chains`.
+
+    Distances of unequal numbers of images, or of another precision, make no ratio.
+    """
+    draws, found = first_chains(rows), dict[tuple[str, int, int, bool], float]()
+    for group in by_setting(row for row in rows if row["draw"] == draws[row["model"]] and "fd" in row).values():
+        key = (group[0]["model"], group[0]["iterations"], group[0]["samples"], bool(group[0].get("autocast")))
         found.setdefault(key, statistics.mean(row["fd"] for row in group))
     return found
 
 
 def times_by_batch(results: dict[str, Any]) -> dict[tuple[str, int, int], Row]:
-    """Rows of timing by (model, K, batch), of the chains that `mean_distances` has."""
+    """Rows of timing by (model, K, batch), of the chains that `mean_distances` has.
+
+    All are of one machine and one precision: that of most rows.
+    """
     draws = first_chains(results["quality"]["rows"])
+    rows, _ = on_one_machine(results.get("timing", {}).get("rows", []))
+    precisions = [bool(row.get("autocast")) for row in rows]
     return {
         (row["model"], row["iterations"], row["batch"]): row
-        for row in results["timing"]["rows"] if row["draw"] == draws.get(row["model"])
+        for row, autocast in zip(rows, precisions, strict=True)
+        if row["draw"] == draws.get(row["model"]) and autocast == statistics.mode(precisions)
     }  # fmt: skip
+
+
+def standard_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of some values and its standard error: what every ± in tables and reports is. 0 for a single value."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.fmean(values), error
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

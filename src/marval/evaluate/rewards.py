@@ -8,9 +8,20 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from marval.evaluate.evaluate import Evaluation, KeepImages, evaluations_of, is_row_of
+from marval.evaluate.evaluate import Evaluation, KeepImages, check_places, evaluations_of, is_row_of
 from marval.evaluate.images import SEEDS
-from marval.evaluate.results import Models, Row, measured_rows, model_hashes, named, read_results, write_results
+from marval.evaluate.metrics import METRICS
+from marval.evaluate.results import (
+    Models,
+    Row,
+    measured_rows,
+    merge_results,
+    model_hashes,
+    named,
+    read_results,
+    standard_error,
+    version_of,
+)
 from marval.parallel import Workers
 from marval.provenance import made_by
 from marval.rewards import Reward, checked, reward_hash
@@ -33,7 +44,7 @@ def reward_values(
         ValueError: a reward that is not finite or has the wrong shape.
     """
     found: dict[str, Tensor] = {}
-    prompts = [prompt.format(class_names[label]) for label in labels.tolist()]
+    prompts = [prompt.replace("{}", class_names[label]) for label in labels.tolist()]
     for name, reward in rewards.items():
         values = [
             checked(name, reward, part.to(device).float() / 255, prompts[i * batch_size : i * batch_size + len(part)])
@@ -45,9 +56,8 @@ def reward_values(
 
 def mean_and_error(values: Float[Tensor, " n"]) -> dict[str, float]:
     """Mean, and its standard error over images."""
-    scores = values.double()
-    error = float(scores.std() / len(scores) ** 0.5) if len(scores) > 1 else 0.0
-    return {"mean": float(f"{float(scores.mean()):.6g}"), "standard_error": float(f"{error:.3g}")}
+    mean, error = standard_error(values.double().tolist())
+    return {"mean": float(f"{mean:.6g}"), "standard_error": float(f"{error:.3g}")}
 
 
 def evaluate_rewards(
@@ -60,6 +70,7 @@ def evaluate_rewards(
     out: Path,
     seeds: Sequence[int] = (0,),
     autocast: bool = False,
+    batch_size: int | None = None,
     keep: KeepImages | None = None,
     workers: Workers | None = None,
     report: Callable[[str], None] = print,
@@ -80,13 +91,17 @@ def evaluate_rewards(
     hashes = model_hashes(models, measured_rows(out), out)
     weights = {name: reward_hash(reward) for name, reward in rewards.items()}
     check_rewards(weights, rows, out)
-    for evaluation in evaluations_of(
-        models, hashes, iterations=iterations, samples=samples, seeds=seeds, autocast=autocast
-    ):
+    evaluations = evaluations_of(
+        models, hashes, iterations=iterations, samples=samples, seeds=seeds, autocast=autocast, batch_size=batch_size
+    )
+    if workers.main:
+        check_places(evaluations, out, keep)
+    for evaluation in evaluations:
         names, seed = evaluation.pipeline.config.class_names, evaluation.key["seed"]
         key = evaluation.key | {"prompt": prompt, "prompts": min(samples, len(names)), "seeds": samples}
-        key["first_seed"] = seed * SEEDS
-        row = next((r for r in rows if is_row_of(r, key)), {**key, "rewards": {}})
+        key |= {"first_seed": seed * SEEDS}
+        row = {**key, "metrics": METRICS, "rewards": {}}
+        row = next((r for r in rows if is_row_of(r, key) and version_of(r) == METRICS), row)
         missing = {name: rewards[name] for name in workers.agree([n for n in rewards if n not in row["rewards"]])}
         if missing:
             began = time.monotonic()
@@ -96,16 +111,15 @@ def evaluate_rewards(
                     name: {**mean_and_error(values), "sha256": weights[name]} for name, values in found.items()
                 }
                 row["made"] = made_by(evaluation.pipeline.device, workers.count)
-                rows = [r for r in rows if r is not row] + [row]
-                write_results(out, "rewards", rows, seed)
+                merge_results(out, "rewards", [row], seed)
                 report(f"{named(row)}: {samples} images scored ({time.monotonic() - began:.0f} s)")
         elif keep is not None:
             evaluation.columns(lambda *_: {}, keep, workers, report)
         if workers.main:
             shown = "  ".join(f"{n} {v['mean']:.4g} ± {v['standard_error']:.2g}" for n, v in row["rewards"].items())
-            report(f"{named(row)}, seed {seed}: {shown}")
+            report(f"{named(row)}, seed {seed}: {shown} (± one standard error of the mean, over the images)")
     workers.barrier()
-    return rows
+    return read_results(out).get("rewards", {}).get("rows", [])
 
 
 def check_rewards(weights: Mapping[str, str], rows: Sequence[Row], out: Path) -> None:

@@ -10,14 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 from marval.evaluate.features import FEATURES
+from marval.evaluate.metrics import METRICS, changed_between
 from marval.evaluate.results import (
     Row,
     by_setting,
     markdown,
     mean_distances,
+    on_one_machine,
     read_results,
     setting,
+    standard_error,
     times_by_batch,
+    version_of,
 )
 
 WIDTH = 240  # characters, where no terminal says how many
@@ -31,23 +35,28 @@ COLUMNS = {
     "accuracy": ("held-out accuracy", "{:.4f}"),
     "log_probability": ("held-out log-probability", "{:.4f}"),
     "diversity": ("diversity", "{:.3f}"),
-    "kid": ("KID", "{:.3f}"),
     "inception_kid": ("Inception KID", "{:.5f}"),
-    "precision": ("precision", "{:.3f}"),
-    "recall": ("recall", "{:.3f}"),
-    "density": ("density", "{:.3f}"),
-    "coverage": ("coverage", "{:.3f}"),
+    "efficientnet_kid": ("KID-EfficientNet", "{:.3f}"),
+    "efficientnet_precision": ("precision-EfficientNet", "{:.3f}"),
+    "efficientnet_recall": ("recall-EfficientNet", "{:.3f}"),
+    "efficientnet_density": ("density-EfficientNet", "{:.3f}"),
+    "efficientnet_coverage": ("coverage-EfficientNet", "{:.3f}"),
+    "own_kid": ("KID on own features", "{:.3f}"),
+    "own_precision": ("precision on own features", "{:.3f}"),
+    "own_recall": ("recall on own features", "{:.3f}"),
+    "own_density": ("density on own features", "{:.3f}"),
+    "own_coverage": ("coverage on own features", "{:.3f}"),
     "gflops_per_image": ("GFLOP / image", "{:.2f}"),
 }
 
 
 def table_of(file: Path, without: Collection[str] = ()) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: quality (of several seeds, mean and half their range), and time per image at each batch size.
+    """Header and rows: quality (of several seeds, mean and standard error), and time per image at each batch size.
 
     T and w have columns where a teacher was measured at several; `without` names figures that are left out.
     """
     results = read_results(file)
-    timing = results.get("timing", {}).get("rows", [])
+    timing, _ = on_one_machine(results.get("timing", {}).get("rows", []))
     batches = sorted({row["batch"] for row in timing})
     quality = results.get("quality", {}).get("rows", [])
     measured = [name for name in COLUMNS if name not in without and any(name in row for row in quality)]
@@ -89,16 +98,55 @@ def _cell(values: list[float], name: str) -> str:
     if not values:
         return ""
     form = COLUMNS[name][1]
-    spread = (max(values) - min(values)) / 2
-    mean = form.format(statistics.mean(values))
-    return f"{mean} ± {form.format(spread)}" if len(values) > 1 and name != "gflops_per_image" else mean
+    mean, error = (form.format(value) for value in standard_error(values))
+    return f"{mean} ± {error}" if len(values) > 1 and name != "gflops_per_image" else mean
 
 
-def _milliseconds(timing: list[dict[str, Any]], row: dict[str, Any], batch: int) -> str:
-    for other in timing:
-        if all(other[name] == row[name] for name in ("model", "draw", "iterations")) and other["batch"] == batch:
-            return f"{other['seconds_per_image'] * 1000:.2f}"
+def _milliseconds(timing: list[Row], row: Row, batch: int) -> str:
+    """The time at the precision of the row's images; one of the other precision says so."""
+    here = [
+        other
+        for other in timing
+        if all(other[name] == row[name] for name in ("model", "draw", "iterations")) and other["batch"] == batch
+    ]
+    for other in sorted(here, key=lambda other: _precision(other) != _precision(row)):
+        mark = "" if _precision(other) == _precision(row) else f" ({_precision(other)})"
+        return f"{other['seconds_per_image'] * 1000:.2f}{mark}"
     return ""
+
+
+def _precision(row: Row) -> str:
+    return "bf16" if row.get("autocast") else "float32"
+
+
+def notes_of(file: Path) -> list[str]:
+    """What the table of a results file means: its ±, its features, its precision, and what is left out."""
+    results = read_results(file)
+    quality, timing = (results.get(part, {}).get("rows", []) for part in ("quality", "timing"))
+    notes = []
+    seeds = sorted({len(group) for group in by_setting(quality).values()} - {1})
+    if seeds:
+        counts = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        notes.append(f"± is one standard error of the mean, over {counts} seeds of the images (not of trainings).")
+    if any(name.startswith("efficientnet_") or name == "fd" for row in quality for name in row):
+        notes.append(
+            "Distances, KID, precision, recall, density and coverage on EfficientNet-Lite0's or own features are not "
+            "the published figures of these names, which are on Inception's: they compare with each other only."
+        )
+    for version in sorted({version_of(row) for row in quality} - {METRICS}):
+        for name, before in changed_between(version, METRICS).items():
+            if any(name in row for row in quality if version_of(row) == version):
+                notes.append(f"{COLUMNS[name][0]} by metrics {version} is {before}; today's metrics are {METRICS}.")
+    precisions = {_precision(row) for row in quality}
+    if timing and precisions:
+        notes.append(
+            f"The images of the figures were drawn in {' or '.join(sorted(precisions))}; times of another precision "
+            "are marked. Times include decoding."
+        )
+    notes += [note for note in (on_one_machine(timing)[1],) if note]
+    if any("fid" in row for row in quality):
+        notes.append("FID, IS and sFID have not been checked against published values (see --reference in --help).")
+    return notes
 
 
 def print_table(file: Path) -> None:
@@ -107,16 +155,23 @@ def print_table(file: Path) -> None:
     table = Table(*header, title=str(file))
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console.print(table)
+    for note in notes_of(file):
+        console.print(note, markup=False, highlight=False)
 
 
 def markdown_table(file: Path) -> str:
-    """The table of a results file in Markdown, as wide as a page shows it."""
-    return markdown(*table_of(file, without=("density", "coverage")))
+    """The table of a results file in Markdown, as wide as a page shows it, and what it means."""
+    without = [name for name in COLUMNS if name.endswith(("density", "coverage"))]
+    return "\n".join([markdown(*table_of(file, without)), "", " ".join(notes_of(file))]).rstrip()
 
 
 def speedup_table(file: Path) -> str:
-    """Every other model against the teacher in Markdown: FD ratio and speed-ups at the same K."""
+    """Every other model against the teacher in Markdown: FD ratio and speed-ups at the same K.
+
+    Only distances of equal numbers of images in one precision, and times of one machine in one precision, make ratios.
+    """
     results = read_results(file)
     quality = results["quality"]["rows"]
     teacher = models_of(quality)[0]
@@ -130,11 +185,12 @@ def speedup_table(file: Path) -> str:
 
     header = ["model", "K", "samples", f"FD / {teacher}'s", *(f"speed-up, batch {b}" for b in batches)]
     lines = []
-    for (model, k, samples), value in fd.items():
-        if model != teacher and (teacher, k, samples) in fd:
+    for (model, k, samples, autocast), value in fd.items():
+        if model != teacher and (teacher, k, samples, autocast) in fd:
             speed = [speed_up(model, k, batch) for batch in batches]
-            lines.append([model, str(k), str(samples), f"{value / fd[teacher, k, samples]:.3f}", *speed])
-    return markdown(header, lines)
+            lines.append([model, str(k), str(samples), f"{value / fd[teacher, k, samples, autocast]:.3f}", *speed])
+    left_out = on_one_machine(results.get("timing", {}).get("rows", []))[1]
+    return "\n".join([markdown(header, lines), *(["", left_out] if left_out else [])])
 
 
 def bench_table(file: Path) -> str:
@@ -146,7 +202,7 @@ def bench_table(file: Path) -> str:
     for row in rows:
         seconds = row["seconds_per_image"]
         cells = [row["model"], str(row["iterations"]), str(row["batch"]), f"{seconds:.1f}"]
-        cells += [f"{min(1.0, row['context_seconds'] / seconds):.0%}", f"{row['gflops_per_image']:,.0f}"]
+        cells += [f"{row['context_seconds'] / seconds:.0%}", f"{row['gflops_per_image']:,.0f}"]
         cells += [f"{row['fraction_of_peak']:.0%}"]
         cells += [f"{row[name]:.1f}x" if name in row else "" for name in ("speed_up", "speed_up_by_flops")]
         lines.append(cells)
@@ -154,10 +210,10 @@ def bench_table(file: Path) -> str:
 
 
 def rewards_table(file: Path) -> str:
-    """Rewards over class-name prompts in Markdown: mean and standard error over all images of a model at one K."""
+    """Rewards over class-name prompts in Markdown: mean ± its standard error, over all images of a model at one K."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in read_results(file).get("rewards", {}).get("rows", []):
-        groups.setdefault((*setting(row), row["prompt"]), []).append(row)
+        groups.setdefault((*setting(row), row.get("prompt"), version_of(row)), []).append(row)
     names = list(dict.fromkeys(name for rows in groups.values() for row in rows for name in row["rewards"]))
     header, lines = ["model", "K", "images", "prompts", "seeds", *names], []
     for rows in groups.values():
@@ -172,7 +228,7 @@ def rewards_table(file: Path) -> str:
             error = sum(part["standard_error"] ** 2 for part in found) ** 0.5 / len(found)
             cells.append(f"{statistics.mean(part['mean'] for part in found):.4f} ± {error:.4f}")
         lines.append(cells)
-    return markdown(header, lines)
+    return f"{markdown(header, lines)}\n\n± is one standard error of the mean, over the images."
 
 
 def plan_table(file: Path) -> str:

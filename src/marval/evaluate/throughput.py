@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from marval.evaluate.images import balanced_labels
 from marval.evaluate.results import Row, markdown
-from marval.evaluate.timing import seconds_of
+from marval.evaluate.timing import drawing, seconds_of
 from marval.memory import LiveMemory
 from marval.pipeline import Pipeline
 
@@ -34,30 +33,32 @@ def best_batch(seconds: Callable[[int], float], most: int = 1024) -> int:
 
 
 def worthwhile_batches(pipelines: Sequence[Pipeline], iterations: Sequence[int], autocast: bool) -> tuple[int, ...]:
-    """1, and the best batch size of every model, at the K that `iterations` has for it: up to 1,024, on a CPU to 64."""
+    """Batch sizes to time: 1, and each model's most efficient one, at its K; at most 1,024, on a CPU 64."""
     found, most = {1}, 64 if pipelines[0].device.type == "cpu" else 1024
     for pipeline, k in zip(pipelines, iterations, strict=True):
 
         def seconds(batch: int, pipeline: Pipeline = pipeline, k: int = k) -> float:
-            draw(pipeline, k, min(batch, 2), autocast)  # warm-up
-            return seconds_of(lambda: draw(pipeline, k, batch, autocast), pipeline.device)
+            drawing(pipeline, k, min(batch, 2), autocast=autocast)()  # warm-up
+            return seconds_of(drawing(pipeline, k, batch, autocast=autocast), pipeline.device)
 
         found.add(best_batch(seconds, most))
     return tuple(sorted(found))
 
 
-def draw(pipeline: Pipeline, iterations: int, batch: int, autocast: bool) -> None:
-    """Draw one batch of tokens, and wait for it."""
-    labels = balanced_labels(batch, len(pipeline.config.class_names))
-    with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=autocast):
-        pipeline.sample_tokens(labels, seeds=range(batch), iterations=iterations, batch_size=batch).cpu()
-
-
 def memory_of(pipeline: Pipeline, iterations: int, batch: int, autocast: bool) -> int:
-    """Bytes of the weights and, at the peak of drawing a batch, of all tensors made on the way."""
+    """Bytes of the weights and, at the peak of drawing a batch, of all tensors made on the way.
+
+    On CUDA as its allocator counts them; else by watching every tensor.
+    """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in pipeline.model.parameters())
+    draw = drawing(pipeline, iterations, batch, autocast=autocast)
+    if pipeline.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(pipeline.device)
+        before = torch.cuda.memory_allocated(pipeline.device)  # these weights, and other models'
+        draw()
+        return weights + torch.cuda.max_memory_allocated(pipeline.device) - before
     with LiveMemory() as live:
-        draw(pipeline, iterations, batch, autocast)
+        draw()
     return weights + live.peak
 
 

@@ -143,7 +143,7 @@ def same_quality(file: Path) -> list[Measured]:
     Distances are means over seeds. A student that reaches it at no K is left out.
     """
     results = read_results(file)
-    fd = {(model, k): value for (model, k, _), value in mean_distances(results["quality"]["rows"]).items()}
+    fd = {(model, k): value for (model, k, *_), value in mean_distances(results["quality"]["rows"]).items()}
     timing = times_by_batch(results)
     found = []
     for model in dict.fromkeys(model for model, _ in fd if model != TEACHER):
@@ -210,7 +210,7 @@ def curve(file: Path) -> list[Measured]:
     for batch in sorted({row["batch"] for row in results["bench"]["rows"]}):
         figures: list[tuple[float, float, float]] = []  # the first: of the means over seeds
         for seed in (None, *seeds):
-            points = points_of(file, part="bench", batch=batch, seed=seed)
+            points = points_of(file, part="bench", batch=batch, seed=seed, mixed=True)
             teacher, student = [p for p in points if p.teacher], [p for p in points if p.model == STUDENT]
             if teacher and student and (not figures or len(teacher) == figures[0][0]):  # a seed that has all of them
                 beaten = float(len(teacher) - len(unbeaten(teacher, student)))

@@ -121,12 +121,12 @@ def check_output(path: Path | str, *, folder: bool) -> None:
             kinds = ("file", "folder") if folder else ("folder", "file")
             raise ValueError(f"{path} is a {kinds[0]}: expected a {kinds[1]}; choose another place")
         there = next(place for place in (path if folder else path.parent, *path.absolute().parents) if place.exists())
-    except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise ValueError(f"{path}: {error.strerror or error}; choose another place") from error
-    if not there.is_dir():
-        raise ValueError(f"{path}: {there} is a file, expected a folder; choose another place")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{path}: no permission to write in {there}; choose another place")
+        if not there.is_dir():
+            raise ValueError(f"{path}: {there} is a file, expected a folder; choose another place")
+        with tempfile.TemporaryFile(dir=there):  # asking for permission alone misses much
+            pass
+    except OSError as error:  # a name that is too long, a folder that may not be entered or written to
+        raise ValueError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
 
 
 def write_tensors(target: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

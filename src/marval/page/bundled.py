@@ -42,6 +42,6 @@ def tuning_rows() -> tuple[list[str], list[list[str]]]:
 def quality_points() -> dict[str, list[tuple[float, float, int]]]:
     """(milliseconds a picture at batch 1, FD-EfficientNet, K) of each bundled model, from the bundled results."""
     points: dict[str, list[tuple[float, float, int]]] = {}
-    for point in points_of(bundled("fashion-sweep.json"), part="timing", batch=1):
+    for point in points_of(bundled("fashion-sweep.json"), part="timing", batch=1, mixed=True):
         points.setdefault(point.model, []).append((point.seconds * 1000, point.fd, point.iterations))
     return {name: points[name] for name in sorted(points, key=lambda name: name != "fashion-teacher")}
