@@ -97,6 +97,18 @@ class LatentSpace:
     scale: float = 0.2325
     kind: Literal["latents"] = "latents"
 
+    def __post_init__(self) -> None:
+        side = self.vae_stride * self.patch
+        if min(self.vae_stride, self.latent_channels, self.patch) < 1:
+            raise ValueError(
+                f"VAE stride {self.vae_stride}, {self.latent_channels} latent channels, patches of {self.patch}: "
+                "expected numbers from 1"
+            )
+        if any(pixels < side or pixels % side for pixels in self.image_size):
+            raise ValueError(f"images of {self.image_size} pixels: expected multiples of {side} (VAE stride x patch)")
+        if not (0 < self.scale < math.inf and math.isfinite(self.shift)):
+            raise ValueError(f"latents' scale {self.scale}, shift {self.shift}: expected a number above 0, and a number")
+
     @property
     def token_grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
@@ -169,6 +181,10 @@ class ModelConfig:
     source: str = ""  # the command that made the weights
     order: Order = "random"  # in which tokens are drawn, unless the caller says otherwise
 
+    def __post_init__(self) -> None:
+        if self.draw.clip and self.space.kind == "latents":
+            raise ValueError("clip=True: latents have no range to keep x_0 in; use clip=False")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers, ready for JSON."""
         return dataclasses.asdict(self)
@@ -187,6 +203,8 @@ class ModelConfig:
             mar = dict(data.pop("mar"))
             space["image_size"] = tuple(space["image_size"])
             mar["token_grid"] = tuple(mar["token_grid"])
+            if space["kind"] == "latents":
+                draw["clip"] = False  # older checkpoints may say True, which never did anything
             return cls(
                 mar=MARConfig(**mar),
                 space={"pixels": PixelSpace, "latents": LatentSpace}[space["kind"]](**space),
