@@ -107,7 +107,9 @@ class LatentSpace:
         if any(pixels < side or pixels % side for pixels in self.image_size):
             raise ValueError(f"images of {self.image_size} pixels: expected multiples of {side} (VAE stride x patch)")
         if not (0 < self.scale < math.inf and math.isfinite(self.shift)):
-            raise ValueError(f"latents' scale {self.scale}, shift {self.shift}: expected a number above 0, and a number")
+            raise ValueError(
+                f"latents' scale {self.scale}, shift {self.shift}: expected a number above 0, and a number"
+            )
 
     @property
     def token_grid(self) -> tuple[int, int]:

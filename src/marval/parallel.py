@@ -31,7 +31,10 @@ Network = TypeVar("Network", MAR, TokenHead)
 Value = TypeVar("Value")
 
 # What is called besides `forward`: FSDP gathers the weights at these calls.
-CALLED = {MAR: ("context", "class_embedding", "null_embedding"), TokenHead: ("denoise", "embed_context", "embed_time", "modulate")}
+CALLED = {
+    MAR: ("context", "class_embedding", "null_embedding"),
+    TokenHead: ("denoise", "embed_context", "embed_time", "modulate"),
+}
 
 
 @dataclass(frozen=True)

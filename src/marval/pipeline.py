@@ -199,8 +199,7 @@ class Pipeline:
             ValueError: as `sample`; what is asked for is checked at once, before the first batch is.
         """
         labels = self.labels(classes)
-        if not labels:
-            raise ValueError("0 classes: expected at least one")
+        every = batches(len(labels), batch_size)
         if (images is None) != (keep is None):
             raise ValueError("inpainting needs both `images` and `keep`")
         seeds, order = image_seeds(seed, len(labels)), self._order(order, len(labels))
@@ -219,7 +218,7 @@ class Pipeline:
                 None if images is None or keep is None else (images[rows], keep[rows]), on_iteration,
             ).clone()  # fmt: skip
 
-        return map(draw, batches(len(labels), batch_size))
+        return map(draw, every)
 
     @torch.inference_mode()
     def _draw(
@@ -268,10 +267,10 @@ def batches(count: int, size: int) -> list[slice]:
     """The rows of each batch of `count` rows.
 
     Raises:
-        ValueError: batches of less than one row.
+        ValueError: no rows, or batches of none.
     """
-    if size < 1:
-        raise ValueError(f"batches of {size}: expected at least one image in each")
+    if count < 1 or size < 1:
+        raise ValueError(f"{count} classes in batches of {size}: expected at least one of each")
     return [slice(start, start + size) for start in range(0, count, size)]
 
 

@@ -20,7 +20,9 @@ from marval.randomness import Seeds, generator, image_seeds
 OrderFunction = Callable[[tuple[int, int], int], Int[Tensor, " l"]]
 Orders = str | Int[Tensor, "*b l"] | OrderFunction
 FEWEST_CALLS = 25  # of the head, from which on `packed` saves more than it takes
-GUARDED_STEPS = 1  # a chain's first enlarges an error of eps 316 times at T = 100, the second 1.5 times, others lessen it
+GUARDED_STEPS = (
+    1  # a chain's first enlarges an error of eps 316 times at T = 100, the second 1.5 times, others lessen it
+)
 MODULATED_ROWS = 1024  # tokens x conditions x steps whose modulations are computed, and held, together
 Hook = Callable[[int, Float[Tensor, "b l c"], Bool[Tensor, "b l"]], None]
 
@@ -312,7 +314,7 @@ def image_noise(seed: int, draws: int, tokens: int, channels: int) -> Float[Tens
 
 @dataclass(frozen=True)
 class Start:
-    """What the AR loop reads: known tokens (0 elsewhere), the order of drawing, how many each iteration draws, noise."""
+    """What the AR loop reads: known tokens (0 elsewhere), the order of drawing, how many to draw at a time, noise."""
 
     tokens: Float[Tensor, "b l c"]
     order: Int[Tensor, "b l"]  # known positions first
