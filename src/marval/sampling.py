@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +18,7 @@ from marval.model.linear import packed
 from marval.randomness import Seeds, generator, image_seeds
 
 OrderFunction = Callable[[tuple[int, int], int], Int[Tensor, " l"]]
-Orders = str | Int[Tensor, "*b l"] | OrderFunction
+Orders = str | Integer[Tensor, "..."] | OrderFunction  # positions (L,) or (B, L)
 FEWEST_CALLS = 25  # of the head, from which on `packed` saves more than it takes
 GUARDED_STEPS = (
     1  # a chain's first enlarges an error of eps 316 times at T = 100, the second 1.5 times, others lessen it
