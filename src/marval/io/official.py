@@ -123,26 +123,28 @@ def find_file(path: Path) -> Path:
     return found[0]
 
 
-def infer_config(
-    tensors: dict[str, Tensor], args: dict[str, Any], given: Given, source: Path | str
-) -> tuple[MARConfig, LatentSpace]:
-    """Sizes and token space of an official checkpoint.
+def shape_of(tensors: dict[str, Tensor], name: str, dimensions: int, source: Path | str) -> torch.Size:
+    """A tensor's shape.
 
     Raises:
-        ValueError: a tensor that the sizes are read off is missing, heads that nothing says, or a contradiction.
+        ValueError: it is missing, empty, or has another number of dimensions.
     """
+    if name not in tensors:
+        raise ValueError(f"{source}: tensor {name} is missing")
+    shape = tensors[name].shape
+    if len(shape) != dimensions or 0 in shape:
+        raise ValueError(f"{source}: {name} has shape {tuple(shape)}, expected {dimensions} dimensions, none of them 0")
+    return shape
 
-    def shape(name: str, dimensions: int = 2) -> torch.Size:
-        if name not in tensors:
-            raise ValueError(f"{source}: tensor {name} is missing")
-        if tensors[name].ndim != dimensions:
-            raise ValueError(
-                f"{source}: {name} has shape {tuple(tensors[name].shape)}, expected {dimensions} dimensions"
-            )
-        return tensors[name].shape
 
-    def depth(prefix: str) -> int:
-        return len({name.split(".")[prefix.count(".") + 1] for name in tensors if name.startswith(prefix + ".")})
+def infer_space(
+    tensors: dict[str, Tensor], args: dict[str, Any], given: Given, source: Path | str
+) -> tuple[LatentSpace, int]:
+    """Token space of an official checkpoint, and tokens a side.
+
+    Raises:
+        ValueError: a tensor that the sizes are read off is missing, or a contradiction.
+    """
 
     def known(name: str, said: int | None, argument: str, default: int) -> int:
         recorded = args.get(argument)
@@ -152,9 +154,8 @@ def infer_config(
             raise ValueError(f"{source}: {name} {said} contradicts the checkpoint's own {argument} {recorded}")
         return said if said is not None else recorded if recorded is not None else default
 
-    width, token_dim = shape("z_proj.weight")
-    decoder_width = shape("decoder_embed.weight")[0]
-    tokens = shape("diffusion_pos_embed_learned", 3)[1]
+    token_dim = shape_of(tensors, "z_proj.weight", 2, source)[1]
+    tokens = shape_of(tensors, "diffusion_pos_embed_learned", 3, source)[1]
     side = round(tokens**0.5)
     if side * side != tokens:
         raise ValueError(f"{source}: {tokens} tokens make no square grid")
@@ -168,6 +169,28 @@ def infer_config(
         )
     if token_dim % patch**2:
         raise ValueError(f"{source}: tokens of {token_dim} channels contradict patches of {patch}x{patch}")
+    return LatentSpace((image, image), "kl16", stride, token_dim // patch**2, patch), side
+
+
+def infer_config(
+    tensors: dict[str, Tensor], args: dict[str, Any], given: Given, source: Path | str
+) -> tuple[MARConfig, LatentSpace]:
+    """Sizes and token space of an official checkpoint.
+
+    Raises:
+        ValueError: as `infer_space`, or heads that nothing says.
+    """
+
+    def shape(name: str, dimensions: int = 2) -> torch.Size:
+        return shape_of(tensors, name, dimensions, source)
+
+    def depth(prefix: str) -> int:
+        shape(f"{prefix}.0.{'in_ln.weight' if 'res' in prefix else 'norm1.weight'}", 1)  # there is a first one
+        return len({name.split(".")[prefix.count(".") + 1] for name in tensors if name.startswith(prefix + ".")})
+
+    space, side = infer_space(tensors, args, given, source)
+    width, token_dim = shape("z_proj.weight")
+    decoder_width = shape("decoder_embed.weight")[0]
     heads = given.heads or HEADS_OF_WIDTH.get(width)
     decoder_heads = given.heads or HEADS_OF_WIDTH.get(decoder_width)
     if heads is None or decoder_heads is None or width % heads or decoder_width % decoder_heads:
@@ -188,20 +211,15 @@ def infer_config(
         decoder_heads=decoder_heads,
         head_width=head_width,
         head_depth=depth("diffloss.net.res_blocks"),
-        buffer_size=shape("encoder_pos_embed_learned", 3)[1] - tokens,
+        buffer_size=shape("encoder_pos_embed_learned", 3)[1] - side * side,
         mlp_ratio=shape("encoder_blocks.0.mlp.fc1.weight")[0] / width,
         learn_variance=shape("diffloss.net.final_layer.linear.weight")[0] == 2 * token_dim,
-        dropout=proj_dropout,
+        dropout=float(proj_dropout),
     )
-    for name, size in (
-        ("diffloss_w", mar.head_width),
-        ("diffloss_d", mar.head_depth),
-        ("buffer_size", mar.buffer_size),
-    ):
+    for name, size in (("diffloss_w", head_width), ("diffloss_d", mar.head_depth), ("buffer_size", mar.buffer_size)):
         if args.get(name, size) != size:
             raise ValueError(f"{source}: its args say {name} {args[name]}, its tensors {size}")
-    channels = token_dim // patch**2
-    return mar, LatentSpace((image, image), "kl16", stride, channels, patch)
+    return mar, space
 
 
 def official_model(
