@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +105,7 @@ class TokenHead(nn.Module):
     def forward(
         self, x_t: Float[Tensor, "n c"], t: Float[Tensor, " n"], context: Float[Tensor, "n d"]
     ) -> Float[Tensor, "n o"]:
-        return self._denoise(x_t, self._modulations(self.time_embed(t) + self.cond_embed(context)))
+        return self._denoise(x_t, self.time_embed(t) + self.cond_embed(context))
 
     def embed_time(self, t: Float[Tensor, " n"]) -> Float[Tensor, "n w"]:
         """The embedding of time steps."""
@@ -120,7 +120,8 @@ class TokenHead(nn.Module):
 
         They do not depend on `x_t`, so a chain computes those of many steps in one product.
         """
-        return list(self._modulations(y))
+        activated = F.silu(y)
+        return [layer.adaLN_modulation[1](activated) for layer in (*self.res_blocks, self.final_layer)]
 
     def denoise(
         self, x_t: Float[Tensor, "n c"], y: Float[Tensor, "*g n w"] | Sequence[Tensor]
@@ -131,21 +132,19 @@ class TokenHead(nn.Module):
         by all tokens, so neither is worth computing again for every token and step. With guidance, `y` has
         the conditional and the null embedding stacked in front, and what depends on `x_t` alone is computed once.
         """
-        return self._denoise(x_t, self._modulations(y) if isinstance(y, Tensor) else y)
+        return self._denoise(x_t, y)
 
     def in_float32(self) -> "TokenHead":
         """A copy with float32 weights; the head itself where they are no less precise."""
         dtype = self.input_proj.weight.dtype
         return self if torch.promote_types(dtype, torch.float32) == dtype else copy.deepcopy(self).float()
 
-    def _modulations(self, y: Float[Tensor, "*s n w"]) -> Iterator[Float[Tensor, "*s n _"]]:
-        y = F.silu(y)
-        for layer in (*self.res_blocks, self.final_layer):  # one after the other, to hold no more than one
-            yield layer.adaLN_modulation[1](y)
-
-    def _denoise(self, x_t: Float[Tensor, "n c"], modulations: Iterable[Tensor]) -> Float[Tensor, "*g n o"]:
-        each = iter(modulations)
+    def _denoise(
+        self, x_t: Float[Tensor, "n c"], y: Float[Tensor, "*g n w"] | Sequence[Tensor]
+    ) -> Float[Tensor, "*g n o"]:
+        activated = F.silu(y) if isinstance(y, Tensor) else None
         x = exact(self.input_proj, x_t)
-        for block in self.res_blocks:
-            x = block(x, next(each))
-        return self.final_layer(x, next(each))
+        for i, layer in enumerate((*self.res_blocks, self.final_layer)):
+            # Of an embedded condition one layer's modulation at a time: all of a large batch's would fill the memory.
+            x = layer(x, y[i] if activated is None else layer.adaLN_modulation[1](activated))
+        return x
