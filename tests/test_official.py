@@ -1,6 +1,7 @@
 """Official checkpoints: sizes read off the tensors, strict, never executed, and the same bits on the way back."""
 
 import argparse
+import functools
 import os
 import pickle
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from marval.cli import main
 from marval.config import MARConfig
 from marval.io.checkpoint import load_model, save_model
 from marval.io.official import Given, official_model, read_official, save_official
@@ -147,6 +149,147 @@ def test_damaged_and_absent_files(tensors, tmp_path):
     torch.save({"weights": tensors}, tmp_path / "c.pth")
     with pytest.raises(ValueError, match="no model_ema"):
         official_model(tmp_path / "c.pth")
+
+
+def convert(*arguments, capsys, monkeypatch):
+    """`marval convert` in this process: its exit code and what it says on standard error."""
+    monkeypatch.setattr(sys, "argv", ["marval", "convert", *map(str, arguments)])
+    capsys.readouterr()
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr().err
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    return functools.partial(convert, capsys=capsys, monkeypatch=monkeypatch)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_nothing_is_written_over_without_force(tensors, tmp_path, run):
+    file, model, back = write(tmp_path / "a.pth", tensors), tmp_path / "model", tmp_path / "back.pth"
+    assert run("mar", file, model, "--heads", 2) == (0, "")
+    assert run("to-mar", model, back) == (0, "")
+    (model / "notes.txt").write_text("mine")
+    write(file, {name: t + 2 for name, t in tensors.items()})
+    before = contents(tmp_path)
+    for arguments in (("mar", file, model, "--heads", 2), ("to-mar", model, back), ("mar", file, back, "--heads", 2)):
+        code, said = run(*arguments)
+        assert code == 2
+        assert "exists already" in said
+        assert "--force" in said
+    assert contents(tmp_path) == before
+    assert run("mar", file, model, "--heads", 2, "--force") == (0, "")
+    assert run("to-mar", model, back, "--force") == (0, "")
+    assert torch.equal(read_official(back)[0]["mask_token"], tensors["mask_token"] + 2)
+    assert (model / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_a_model_is_never_written_over_itself(force, tensors, tmp_path, run):
+    file, model = write(tmp_path / "a.pth", tensors), tmp_path / "run/model"
+    assert run("mar", file, model, "--heads", 2) == (0, "")
+    (tmp_path / "flat").mkdir()
+    save_file(tensors, tmp_path / "flat/model.safetensors")
+    before = contents(tmp_path)
+    for arguments in (
+        ("to-mar", tmp_path / "run", model / "model.safetensors"),
+        ("to-mar", model / "model.safetensors", model / "model.safetensors"),
+        ("mar", tmp_path / "flat", tmp_path / "flat", "--heads", 2, "--patch-size", 2),
+        ("mar", file, file, "--heads", 2),
+    ):
+        code, said = run(*arguments, *force)
+        assert code == 2
+        assert len(said.splitlines()) == 1
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--heads", -2), "--heads -2"),
+        (("--heads", 0), "--heads 0"),
+        (("--vae-stride", 0), "--vae-stride 0"),
+        (("--patch-size", -1), "--patch-size -1"),
+        (("--image-size", 100), "100"),
+        (("--image-size", 0), "--image-size 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_read(options, words, tmp_path, tensors, run):
+    file = write(tmp_path / "a.pth", tensors)
+    code, said = run("mar", file, tmp_path / "model", *(() if "--heads" in options else ("--heads", 2)), *options)
+    assert code == 2
+    assert words in said
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+    code, said = run("to-mar", tmp_path, tmp_path / "b.pth", *options)
+    assert code == 2
+    assert len(said.splitlines()) == 1
+
+
+def test_files_that_are_no_checkpoints_are_refused_in_one_line(tensors, tmp_path, run):
+    whole = write(tmp_path / "whole.pth", tensors).read_bytes()
+    (tmp_path / "in").mkdir()
+    for name, content in {
+        "empty.pth": b"", "text.pth": b"not a checkpoint\n", "number.pth": b"\x80", "cut.pth": whole[: len(whole) // 2],
+        "text.safetensors": b"not a checkpoint\n", "empty.safetensors": b"",
+    }.items():  # fmt: skip
+        file = tmp_path / "in" / name
+        file.write_bytes(content)
+        for kind in ("mar", "to-mar", "vae"):
+            code, said = run(kind, file, tmp_path / "out.pth")
+            assert code == 2, (kind, name)
+            assert len(said.splitlines()) == 1, said
+            assert name in said
+    code, said = run("mar", tmp_path / "in", tmp_path / "out")
+    assert code == 2
+    assert "folder with one" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "whole.pth"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value, tensors, tmp_path, run):
+    bad = {name: t.clone() for name, t in tensors.items()}
+    bad["decoder_norm.bias"][3] = value
+    code, said = run("mar", write(tmp_path / "a.pth", bad), tmp_path / "model", "--heads", 2)
+    assert code == 2
+    assert "decoder_norm.bias" in said
+    assert not (tmp_path / "model").exists()
+    model, config = official_model(write(tmp_path / "a.pth", tensors), Given(heads=2))
+    model.decoder_norm.bias[3] = value
+    save_model(tmp_path / "ours", model, config)
+    code, said = run("to-mar", tmp_path / "ours", tmp_path / "b.pth")
+    assert code == 2
+    assert "decoder_norm.bias" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "ours"]
+
+
+@pytest.mark.parametrize(
+    "args", [{"patch_size": 0}, {"vae_stride": "16"}, {"cfg": "much"}, {"cfg_schedule": 3}, {"proj_dropout": None}]
+)
+def test_recorded_args_that_cannot_be_are_refused_by_name(args, tensors, tmp_path):
+    with pytest.raises(ValueError, match=r"a\.pth: its args say"):
+        official_model(write(tmp_path / "a.pth", tensors, **args), Given(heads=2))
+
+
+def test_the_output_is_checked_before_the_checkpoint_is_read(tensors, tmp_path, run, monkeypatch):
+    def read(*_):
+        raise AssertionError("read")
+
+    file = write(tmp_path / "a.pth", tensors)
+    monkeypatch.setattr("marval.io.official.read_checkpoint", read)
+    monkeypatch.setattr("marval.io.vae.read_checkpoint", read)
+    (tmp_path / "taken").mkdir()
+    for out in (tmp_path / "taken", file / "model"):
+        for kind in ("mar", "vae"):
+            code, said = run(kind, file, out, *(("--heads", 2) if kind == "mar" else ()))
+            assert code == 2
+            assert len(said.splitlines()) == 1
 
 
 MEMORY = """

@@ -182,6 +182,8 @@ def test_bad_autoencoders_are_refused_by_name(weights, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["bad.ckpt"]
 
     refused({"model": {}}, "encoder.conv_in.weight is missing")
+    refused({"model": 3}, "holds a int")
+    refused({"model": {**weights, "quant_conv.bias": weights["quant_conv.bias"] / 0}}, "quant_conv.bias holds values")
     lacking = dict(weights)
     del lacking["decoder.norm_out.bias"]
     refused({"model": lacking}, "decoder.conv_norm_out.bias is missing")
@@ -194,3 +196,19 @@ def test_bad_autoencoders_are_refused_by_name(weights, tmp_path):
     (tmp_path / "taken").mkdir()
     with pytest.raises(ValueError, match="exists already"):
         convert_vae(tmp_path / "bad.ckpt", tmp_path / "taken")
+
+
+def test_a_folder_is_written_over_when_told_to_and_what_else_is_in_it_stays(weights, tmp_path):
+    torch.save({"model": weights}, tmp_path / "kl16.ckpt")
+    convert_vae(tmp_path / "kl16.ckpt", tmp_path / "vae")
+    (tmp_path / "vae/notes.txt").write_text("mine")
+    before = (tmp_path / "vae/source.json").read_text()
+    torch.save({"model": {name: t + 1 for name, t in weights.items()}}, tmp_path / "kl16.ckpt")
+    with pytest.raises(ValueError, match="--force"):
+        convert_vae(tmp_path / "kl16.ckpt", tmp_path / "vae")
+    assert (tmp_path / "vae/source.json").read_text() == before
+    convert_vae(tmp_path / "kl16.ckpt", tmp_path / "vae", force=True)
+    assert (tmp_path / "vae/source.json").read_text() != before
+    assert (tmp_path / "vae/notes.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match="made from"):
+        convert_vae(tmp_path / "vae", tmp_path / "vae", force=True)

@@ -202,6 +202,12 @@ class LatentSpace(Checked):
     kind: Literal["latents"] = "latents"
     vae_sha256: str = ""  # of the VAE's weights, where they are known
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        side = self.vae_stride * self.patch
+        if any(pixels < side or pixels % side for pixels in self.image_size):
+            raise ValueError(f"images of {self.image_size} pixels: expected multiples of {side} (VAE stride x patch)")
+
     @property
     def token_grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
@@ -289,6 +295,8 @@ class ModelConfig(Checked):
             )
         if len(self.class_names) != mar.num_classes:
             raise ValueError(f"{len(self.class_names)} class names: expected {mar.num_classes}, one for each class")
+        if self.draw.clip and space.kind == "latents":
+            raise ValueError("clip=True: latents have no range to keep x_0 in; use clip=False")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers, ready for JSON."""
@@ -308,6 +316,8 @@ class ModelConfig(Checked):
             mar = dict(data.pop("mar"))
             space["image_size"] = tuple(space["image_size"])
             mar["token_grid"] = tuple(mar["token_grid"])
+            if space["kind"] == "latents":
+                draw["clip"] = False  # older checkpoints may say True, which never did anything
             return cls(
                 mar=MARConfig(**mar),
                 space={"pixels": PixelSpace, "latents": LatentSpace}[space["kind"]](**space),

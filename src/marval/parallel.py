@@ -33,7 +33,10 @@ Value = TypeVar("Value")
 P = ParamSpec("P")
 
 # What is called besides `forward`: FSDP gathers the weights at these calls.
-CALLED = {MAR: ("context", "class_embedding", "null_embedding"), TokenHead: ("denoise", "embed_context", "embed_time")}
+CALLED = {
+    MAR: ("context", "class_embedding", "null_embedding"),
+    TokenHead: ("denoise", "embed_context", "embed_time", "modulate"),
+}
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 import dataclasses
 import difflib
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,7 +15,8 @@ from torch import Tensor
 from marval.config import Chain, ModelConfig, Schedule
 from marval.io.checkpoint import WEIGHTS, load_model, save_model
 from marval.model import MAR
-from marval.sampling import Orders, draw_function, sample
+from marval.randomness import Seeds, image_seeds, whole_number
+from marval.sampling import Orders, check_finite, draw_function, drawing_orders, sample
 from marval.spaces import TokenSpace, token_space
 
 ImageHook = Callable[[int, Float[Tensor, "b c h w"], Bool[Tensor, "b l"]], None]
@@ -100,8 +101,8 @@ class Pipeline:
         draw = dataclasses.replace(self.config.draw, **changes)
         return Pipeline(self.model, dataclasses.replace(self.config, draw=draw), self.space)
 
-    def labels(self, classes: Sequence[str | int]) -> list[int]:
-        """Class names or numbers to numbers.
+    def labels(self, classes: Iterable[str | SupportsIndex]) -> list[int]:
+        """Class names or numbers (of any integer type) to numbers.
 
         Raises:
             ValueError: an unknown class; the nearest names are suggested.
@@ -112,10 +113,14 @@ class Pipeline:
         found = []
         for item in classes:
             text = str(item)
+            try:
+                number = int(item) if isinstance(item, str) and item.strip().isdecimal() else whole_number(item)
+            except TypeError:
+                number = -1
             if isinstance(item, str) and (item in numbers or normalized(item) in composed):
                 found.append(numbers.get(item, composed.get(normalized(item), 0)))
-            elif text.strip().isdecimal() and int(text) < len(names):
-                found.append(int(text))
+            elif 0 <= number < len(names):
+                found.append(number)
             else:
                 near = difflib.get_close_matches(text, names, n=3, cutoff=0.5) or names[:10]
                 known = ", ".join(repr(name) for name in near)
@@ -140,9 +145,9 @@ class Pipeline:
 
     def sample_tokens(
         self,
-        labels: Sequence[int],
+        labels: Iterable[SupportsIndex],
         *,
-        seeds: Sequence[int],
+        seeds: Seeds,
         iterations: int | None = None,
         order: Orders | None = None,
         batch_size: int = 64,
@@ -150,11 +155,11 @@ class Pipeline:
         on_iteration: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Float[Tensor, "b l c"]:
         """Tokens of one image per label; see `marval.sampling.sample`."""
+        labels = self.labels(labels)
+        seeds, order = image_seeds(seeds, len(labels)), self._order(order, len(labels))
         draw, parts = draw_function(self.config), []
-        order = self.config.order if order is None else order
         with torch.inference_mode():
-            for start in range(0, len(labels), batch_size):
-                rows = slice(start, start + batch_size)
+            for rows in batches(len(labels), batch_size):
                 parts.append(
                     sample(
                         self.model,
@@ -162,7 +167,7 @@ class Pipeline:
                         torch.tensor(labels[rows], device=self.device),
                         iterations=self.default_iterations if iterations is None else iterations,
                         seeds=seeds[rows],
-                        orders=order[rows] if isinstance(order, Tensor) and order.ndim == 2 else order,
+                        orders=order[rows] if isinstance(order, Tensor) else order,
                         known=None if known is None else (known[0][rows], known[1][rows]),
                         on_iteration=on_iteration,
                     )
@@ -171,9 +176,9 @@ class Pipeline:
 
     def sample(
         self,
-        classes: Sequence[str | int],
+        classes: Iterable[str | SupportsIndex],
         *,
-        seed: int | Sequence[int] = 0,
+        seed: Seeds = 0,
         iterations: int | None = None,
         order: Orders | None = None,
         batch_size: int = 64,
@@ -188,41 +193,96 @@ class Pipeline:
             iterations: K; the model's own default when None, or the number of tokens to draw where that is smaller.
             order: "random", "raster", "halton", "spread", positions, or a function of (grid, seed); the model's own
                 when None.
+            batch_size: images drawn, encoded and decoded at a time; the device never holds more of them.
             images, keep: inpainting: the tokens of `images` where `keep` is True stay as they are.
             on_iteration: called with the iteration, the partial images and the mask of tokens drawn so far.
 
         Raises:
-            ValueError: an unknown class, K out of range, or a bad order.
+            ValueError: an unknown class, K out of range, a bad seed or order, or a model that draws values that are
+                not finite.
+        """
+        drawn = self.sample_batches(
+            classes, seed=seed, iterations=iterations, order=order, batch_size=batch_size, images=images, keep=keep,
+            on_iteration=on_iteration,
+        )  # fmt: skip
+        return torch.cat(list(drawn))
+
+    def sample_batches(
+        self,
+        classes: Iterable[str | SupportsIndex],
+        *,
+        seed: Seeds = 0,
+        iterations: int | None = None,
+        order: Orders | None = None,
+        batch_size: int = 64,
+        images: Float[Tensor, "b c h w"] | None = None,
+        keep: Bool[Tensor, "b l"] | None = None,
+        on_iteration: ImageHook | None = None,
+    ) -> Iterator[Float[Tensor, "b c h w"]]:
+        """The images of `sample`, a batch at a time, to save each before the next is drawn.
+
+        Raises:
+            ValueError: as `sample`; what is asked for is checked at once, before the first batch is.
         """
         labels = self.labels(classes)
-        if not labels or batch_size < 1:
-            raise ValueError(f"{len(labels)} classes in batches of {batch_size}: expected at least one of each")
+        every = batches(len(labels), batch_size)
         if (images is None) != (keep is None):
             raise ValueError("inpainting needs both `images` and `keep`")
-        seeds = list(range(seed, seed + len(labels))) if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(labels):
-            raise ValueError(f"{len(seeds)} seeds for {len(labels)} images: expected one for each, or a single number")
-        known = None
+        seeds, order = image_seeds(seed, len(labels)), self._order(order, len(labels))
         if images is not None and keep is not None:
-            known = (self.space.encode(images.to(self.device)), keep)
+            if len(images) != len(labels) or keep.shape != (len(labels), self.config.mar.num_tokens):
+                raise ValueError(
+                    f"{len(images)} images and a mask of shape {tuple(keep.shape)} for {len(labels)} classes of "
+                    f"{self.config.mar.num_tokens} tokens: expected an image and a row of the mask for each class"
+                )
             hidden = int((~keep).sum(dim=1).max())
-            if hidden == 0:
-                return images.cpu().clone()
             iterations = min(self.default_iterations, hidden) if iterations is None else iterations
+
+        def draw(rows: slice) -> Tensor:
+            return self._draw(
+                labels[rows], seeds[rows], iterations, order[rows] if isinstance(order, Tensor) else order,
+                None if images is None or keep is None else (images[rows], keep[rows]), on_iteration,
+            ).clone()  # fmt: skip
+
+        return map(draw, every)
+
+    @torch.inference_mode()
+    def _draw(
+        self,
+        labels: list[int],
+        seeds: list[int],
+        iterations: int | None,
+        order: Orders | None,
+        kept: tuple[Float[Tensor, "b c h w"], Bool[Tensor, "b l"]] | None,
+        on_iteration: ImageHook | None,
+    ) -> Float[Tensor, "b c h w"]:
+        """One batch of `sample`; `kept` are the images and the mask of inpainting."""
+        known = None
+        if kept is not None:
+            images, keep = kept[0].to(self.device), kept[1].to(self.device)
+            if keep.all():
+                return images.cpu()
+            known = (self.space.encode(images), keep)
 
         def show(k: int, tokens: Tensor, drawn: Tensor) -> None:
             if on_iteration is not None:
+                check_finite(tokens, seeds, labels)
                 on_iteration(k, self.space.decode(tokens).cpu(), drawn.cpu())
 
         tokens = self.sample_tokens(
-            labels, seeds=seeds, iterations=iterations, order=order, batch_size=batch_size, known=known,
+            labels, seeds=seeds, iterations=iterations, order=order, batch_size=len(labels), known=known,
             on_iteration=None if on_iteration is None else show,
         )  # fmt: skip
-        with torch.inference_mode():
-            drawn = self.space.decode(tokens)
-            if images is not None and keep is not None:
-                drawn = restore_known(drawn, images.to(drawn), keep.to(drawn.device), self.config)
-        return drawn.cpu().clone()
+        drawn = self.space.decode(tokens)
+        check_finite(drawn, seeds, labels)
+        return (drawn if kept is None else restore_known(drawn, images.to(drawn), keep, self.config)).cpu()
+
+    def _order(self, order: Orders | None, count: int) -> Orders:
+        """The order to draw in; positions as a row for each of `count` images, on the CPU."""
+        order = self.config.order if order is None else order
+        if isinstance(order, Tensor):
+            return drawing_orders(order, self.config.mar.token_grid, range(count))
+        return order
 
     def save(self, folder: Path | str, dtype: torch.dtype = torch.float32) -> None:
         """Write the model; see `marval.io.checkpoint.save_model`."""
@@ -232,6 +292,17 @@ class Pipeline:
 def normalized(name: str) -> str:
     """A class's name as people type it: without spaces around it, letters with their accents composed."""
     return unicodedata.normalize("NFC", name.strip())
+
+
+def batches(count: int, size: int) -> list[slice]:
+    """The rows of each batch of `count` rows.
+
+    Raises:
+        ValueError: no rows, or batches of none.
+    """
+    if count < 1 or size < 1:
+        raise ValueError(f"{count} classes in batches of {size}: expected at least one of each")
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def restore_known(

@@ -1,11 +1,57 @@
 """Random streams named by what they are for, so that nothing depends on a global state or on what ran before."""
 
 import hashlib
+import operator
+from collections.abc import Iterable
+from typing import Any, SupportsIndex
 
 import torch
 
+Seeds = SupportsIndex | Iterable[SupportsIndex]
 
-def generator(*stream: object, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator seeded by the names and numbers in `stream`, for example `generator(seed, "batch", step)`."""
-    digest = hashlib.blake2b(repr(stream).encode(), digest_size=8).digest()
+
+def whole_number(value: Any) -> int:
+    """An integer of any type (Python's, NumPy's, torch's) as Python's own.
+
+    Raises:
+        TypeError: it is none; neither are True and False.
+    """
+    try:
+        if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{value!r} is not a whole number") from None
+
+
+def generator(*stream: SupportsIndex | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded by the names and numbers in `stream`, for example `generator(seed, "batch", step)`.
+
+    Raises:
+        TypeError: the stream holds anything but names and whole numbers.
+    """
+    parts = tuple(str(part) if isinstance(part, str) else whole_number(part) for part in stream)
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def image_seeds(seeds: Seeds, count: int) -> list[int]:
+    """A seed for each of `count` images: those given, or a single number and the ones that follow it.
+
+    Whole numbers of any type and size, also negative ones; NumPy arrays and tensors of up to one dimension.
+
+    Raises:
+        ValueError: a seed that is not a whole number, or a wrong number of seeds.
+    """
+    given: Any = seeds.tolist() if hasattr(seeds, "tolist") else seeds
+    try:
+        if isinstance(given, Iterable):
+            found = [whole_number(seed) for seed in given]
+        else:
+            first = whole_number(given)
+            found = list(range(first, first + count))
+    except TypeError as error:
+        raise ValueError(f"bad seed: {error}; expected one for the first image, or one for each") from None
+    if len(found) != count:
+        raise ValueError(f"{len(found)} seeds for {count} images: expected one for each, or a single number")
+    return found

@@ -1,14 +1,19 @@
 """The verbs that prepare a run or its models: convert, cache-latents, plan and average."""
 
 import dataclasses
+import math
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from tyro.conf import Positional
 
 from marval.cli.arguments import usable_device
 from marval.config import Order, Size
 from marval.provenance import command_line, made_by
+
+if TYPE_CHECKING:
+    from marval.config import ModelConfig
+    from marval.model import MAR
 
 
 def convert(
@@ -22,6 +27,7 @@ def convert(
     patch_size: int | None = None,
     vae: str = "kl16",
     ema: bool = True,
+    force: bool = False,
 ) -> None:
     """Bring official MAR checkpoints into marval's form, or back.
 
@@ -40,21 +46,48 @@ def convert(
         patch_size: latents a token's side; the checkpoint's args or 1 when left out.
         vae: the VAE's folder or hub id, for the configuration.
         ema: take the averaged weights.
+        force: write over what is there.
     """
-    from marval.io.checkpoint import load_model, save_model
-    from marval.io.official import Given, official_model, save_official
+    from marval.io.checkpoint import WEIGHTS, load_model
+    from marval.io.files import check_replace
+    from marval.io.official import Given, find_file, official_model, save_official
     from marval.io.vae import convert_vae
     from marval.pipeline import find_model
     from marval.spaces import vae_hash, vae_place
 
+    given = Given(heads, image_size, vae_stride, patch_size)
+    if kind != "mar" and given != Given():
+        raise ValueError("--heads, --image-size, --vae-stride and --patch-size are for marval convert mar alone")
     if kind == "vae":
-        convert_vae(source, out)
+        convert_vae(source, out, force)
     elif kind == "to-mar":
-        save_official(out, load_model(find_model(source))[0])
+        if out.suffix == ".safetensors":
+            raise ValueError(f"{out}: official checkpoints are pickles; choose a name that ends in .pth")
+        model = find_model(source)
+        check_replace(out, [out], read=model / WEIGHTS if model.is_dir() else model, force=force)
+        save_official(out, load_model(model)[0])
     else:
-        given = Given(heads, image_size, vae_stride, patch_size)
-        save_model(out, *official_model(source, given, ema=ema, vae=vae_place(vae), vae_sha256=vae_hash(vae)))
+        check_replace(out, model_files(out), read=find_file(Path(source)), force=force)
+        write_model(out, *official_model(source, given, ema=ema, vae=vae_place(vae), vae_sha256=vae_hash(vae)))
     print(f"{source} -> {out}")
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model's folder."""
+    from marval.io.checkpoint import WEIGHTS
+
+    return [folder / WEIGHTS, folder / "config.json"]
+
+
+def write_model(folder: Path, model: "MAR", config: "ModelConfig", half: bool = False) -> None:
+    """A model's folder, whole or not at all."""
+    import torch
+
+    from marval.io.checkpoint import save_model
+    from marval.io.files import atomic_folder
+
+    with atomic_folder(folder) as partial:
+        save_model(partial, model, config, torch.float16 if half else torch.float32)
 
 
 def cache_latents(
@@ -82,6 +115,10 @@ def cache_latents(
         batch_size: images encoded at a time (each with its mirror).
         device: "auto", "cpu", "cuda", "mps", ...
     """
+    if image_size < 1 or batch_size < 1 or not (scale is None or 0 < scale < math.inf):
+        raise ValueError(
+            f"--image-size {image_size} --batch-size {batch_size} --scale {scale}: expected numbers above 0"
+        )
     from marval.data import cache_latents as run
     from marval.parallel import start_workers
     from marval.spaces import load_vae
@@ -145,6 +182,7 @@ def average(
     name: str | None = None,
     order: Order | None = None,
     half: bool = False,
+    force: bool = False,
 ) -> None:
     """Average the weights of models that came from one teacher (a model soup, Wortsman et al. 2022).
 
@@ -158,17 +196,22 @@ def average(
         name: its name; the first model's when left out.
         order: its default order of drawing; the first model's when left out.
         half: half precision on disk.
+        force: write over what is there.
     """
-    import torch
-
-    from marval.io.checkpoint import average_models, load_model, save_model
+    from marval.io.checkpoint import WEIGHTS, average_models, load_model
+    from marval.io.files import check_replace
+    from marval.io.official import check_weights
     from marval.pipeline import find_model
 
     if not models:
         raise ValueError("name at least one model, for example: marval average runs/a runs/b --out models/average")
+    for folder in map(find_model, models):
+        check_replace(out, model_files(out), read=folder / WEIGHTS if folder.is_dir() else folder, force=force)
     model, config = average_models([load_model(find_model(name)) for name in models])
+    weights = model.state_dict()
+    check_weights(", ".join(models), {name: t.half() for name, t in weights.items()} if half else weights)
     config = dataclasses.replace(
         config, name=name or config.name, order=order or config.order, source=f"{config.source}; {command_line()}"
     )
-    save_model(out, model, config, torch.float16 if half else torch.float32)
+    write_model(out, model, config, half)
     print(f"{', '.join(models)} -> {out}")

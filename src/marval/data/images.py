@@ -38,7 +38,7 @@ class ImageData:
         rows: slice,
         space: TokenSpace,
         device: torch.device,
-        stream: tuple[object, ...] = (),
+        stream: tuple[int | str, ...] = (),
     ) -> tuple[Float[Tensor, "b l c"], Int[Tensor, " b"]]:
         """Tokens and labels of some rows of a batch, on the device. Nothing is random here: `stream` is not used."""
         images, labels = self.batch(indices[rows])

@@ -78,7 +78,7 @@ class LatentData:
         rows: slice,
         space: TokenSpace,
         device: torch.device,
-        stream: tuple[object, ...] = (),
+        stream: tuple[int | str, ...] = (),
     ) -> tuple[Float[Tensor, "b l c"], Int[Tensor, " b"]]:
         """Tokens of posterior samples, each of the image or of its mirror, and labels: some rows of a batch.
 

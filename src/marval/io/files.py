@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -140,6 +140,51 @@ def write_tensors(target: Path | str, tensors: dict[str, Tensor], metadata: dict
             save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata=metadata)
         except SafetensorError as error:
             raise ValueError(f"cannot write {target}: {error}; free some space or choose another place") from error
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path | str) -> Iterator[Path]:
+    """A temporary folder beside `target`; its files move into `target` when the block ends, none if it raises.
+
+    Files of the same names are replaced, others stay.
+
+    Raises:
+        ValueError: the folder cannot be made or written to, or the disk is full.
+    """
+    target = Path(target).absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as name:
+            partial = Path(name) / target.name
+            partial.mkdir()
+            yield partial
+            if not target.exists():
+                partial.replace(target)
+                return
+            for file in partial.iterdir():
+                file.replace(target / file.name)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {target}: {error.strerror or error}; free some space or choose another place"
+        ) from error
+
+
+def check_replace(target: Path, writes: Sequence[Path], *, read: Path, force: bool) -> None:
+    """Refuse, before costly work, an output that is there already or cannot be written.
+
+    Args:
+        writes: the files that will be written: `target` itself, or those in it.
+        read: the file that they are made from, which nothing may write over.
+        force: write over what is there.
+
+    Raises:
+        ValueError: says what to do instead.
+    """
+    if any(path.exists() and path.samefile(read) for path in writes):
+        raise ValueError(f"{target} is what it would be made from ({read}): choose another place")
+    if os.path.lexists(target) and not force:
+        raise ValueError(f"{target} exists already: choose another place, or write over it with --force")
+    check_output(target, folder=list(writes) != [target])
 
 
 def write_text(target: Path | str, text: str) -> None:

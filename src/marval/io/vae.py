@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,10 @@ import torch
 from torch import Tensor
 
 from marval.io.checkpoint import check_tensors
-from marval.io.official import file_hash, find_file, read_checkpoint
+from marval.io.files import atomic_folder, check_replace, sha256_of
+from marval.io.official import check_weights, find_file, read_checkpoint
+
+FILES = ("config.json", "diffusion_pytorch_model.safetensors", "source.json")
 
 # latent-diffusion's names, and those of diffusers; the decoder's levels are counted from the other end.
 RENAMED = (
@@ -50,8 +52,10 @@ def infer_vae_config(tensors: dict[str, Tensor], source: Path | str) -> dict[str
         ValueError: a tensor that the sizes are read off is missing.
     """
     for name in ("encoder.conv_in.weight", "encoder.down.0.block.0.conv2.weight", "post_quant_conv.weight"):
-        if name not in tensors:
-            raise ValueError(f"{source}: tensor {name} is missing: expected a KL autoencoder such as kl16.ckpt")
+        if name not in tensors or tensors[name].ndim != 4:
+            raise ValueError(
+                f"{source}: tensor {name} is missing or no convolution's: expected a KL autoencoder such as kl16.ckpt"
+            )
     channels: list[int] = []
     while (name := f"encoder.down.{len(channels)}.block.0.conv2.weight") in tensors:
         channels.append(tensors[name].shape[0])
@@ -75,37 +79,35 @@ def infer_vae_config(tensors: dict[str, Tensor], source: Path | str) -> dict[str
     }  # fmt: skip
 
 
-def convert_vae(path: Path | str, out: Path | str) -> None:
+def convert_vae(path: Path | str, out: Path | str, force: bool = False) -> None:
     """Write a latent-diffusion autoencoder as a diffusers folder, whole or not at all; its tensors stay memory-mapped.
 
+    Args:
+        force: write over the files of a folder that exists.
+
     Raises:
-        ValueError: as `read_checkpoint`; a missing, unknown or misshapen tensor; diffusers is not installed; or the
-            folder exists or cannot be written.
+        ValueError: as `read_checkpoint`; a missing, unknown or misshapen tensor, or one that is not finite; diffusers
+            is not installed; or the folder exists or cannot be written.
     """
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise ValueError("converting a VAE needs diffusers: pip install 'marval[vae]'") from error
-    out = Path(out)
-    if out.exists():
-        raise ValueError(f"{out} exists already: choose another place")
+    out, file = Path(out), find_file(Path(path))
+    check_replace(out, [out / name for name in FILES], read=file, force=force)
     content = read_checkpoint(path)
     content = content.get("model", content.get("state_dict", content))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} for its weights: expected a dictionary of tensors")
     tensors = {name: t for name, t in content.items() if isinstance(t, Tensor) and not name.startswith("loss.")}
     config = infer_vae_config(tensors, path)
     with torch.device("meta"):
         vae = AutoencoderKL(**config)
     renamed = diffusers_tensors(tensors)
     check_tensors(path, renamed, vae.state_dict())
+    check_weights(path, renamed)
     vae.load_state_dict(renamed, strict=True, assign=True)
-    partial = out.parent / f".{out.name}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
+    with atomic_folder(out) as partial:
         vae.save_pretrained(partial)
-        about = {"source": str(find_file(Path(path))), "sha256": file_hash(path)}
+        about = {"source": str(file), "sha256": sha256_of(file)}
         (partial / "source.json").write_text(json.dumps(about, indent=1) + "\n")
-        partial.rename(out)
-    except OSError as error:
-        raise ValueError(f"cannot write {out}: {error}; free some space or choose another place") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -1,12 +1,15 @@
 """The token head: the small AdaLN MLP that denoises one token given its context (MAR, section 3.2)."""
 
+import copy
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from marval.model.linear import Linear
+from marval.model.linear import Linear, linear
 
 
 def timestep_features(t: Float[Tensor, " n"], dim: int = 256) -> Float[Tensor, "n dim"]:
@@ -29,8 +32,19 @@ class TimeEmbedding(nn.Module):
         return self.mlp(timestep_features(t.float(), self.features).to(next(self.mlp.parameters()).dtype))
 
 
+def exact(layer: Linear, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n o"]:
+    """A layer in the precision of `x` or of its weights, whichever is higher, whatever autocast says.
+
+    Tokens enter and leave the head this way: at small t the noise to predict is smaller than bf16's rounding of the
+    token.
+    """
+    dtype = torch.promote_types(x.dtype, layer.weight.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+
+
 class ResBlock(nn.Module):
-    """`x + gate * mlp(norm(x) * (1 + scale) + shift)`; shift, scale and gate come from the condition."""
+    """`x + gate * mlp(norm(x) * (1 + scale) + shift)`; `m` has shift, scale and gate, which the condition gives."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -38,9 +52,10 @@ class ResBlock(nn.Module):
         self.mlp = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 3 * width))
 
-    def forward(self, x: Float[Tensor, "*h n w"], y: Float[Tensor, "*g n w"]) -> Float[Tensor, "*g n w"]:
-        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
-        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, self.in_ln(x), 1 + scale)))
+    def forward(self, x: Float[Tensor, "*h n w"], m: Float[Tensor, "*g n w3"]) -> Float[Tensor, "*g n w"]:
+        shift, scale, gate = m.chunk(3, dim=-1)
+        normed = self.in_ln(x.to(self.in_ln.weight.dtype))
+        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, normed, 1 + scale)))
 
 
 class FinalLayer(nn.Module):
@@ -52,11 +67,9 @@ class FinalLayer(nn.Module):
         self.linear = Linear(width, out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
-    def forward(self, x: Float[Tensor, "*g n w"], y: Float[Tensor, "*g n w"]) -> Float[Tensor, "*g n o"]:
-        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
-        x = torch.addcmul(shift, self.norm_final(x), 1 + scale)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.linear(x.to(self.linear.weight.dtype))
+    def forward(self, x: Float[Tensor, "*g n w"], m: Float[Tensor, "*g n w2"]) -> Float[Tensor, "*g n o"]:
+        shift, scale = m.chunk(2, dim=-1)
+        return exact(self.linear, torch.addcmul(shift, self.norm_final(x), 1 + scale))
 
 
 class TokenHead(nn.Module):
@@ -102,8 +115,18 @@ class TokenHead(nn.Module):
         """The embedding of contexts."""
         return self.cond_embed(context)
 
-    def denoise(self, x_t: Float[Tensor, "n c"], y: Float[Tensor, "*g n w"]) -> Float[Tensor, "*g n o"]:
-        """The head for an embedded condition `y = embed_time(t) + embed_context(context)`.
+    def modulate(self, y: Float[Tensor, "*s n w"]) -> list[Float[Tensor, "*s n _"]]:
+        """Every block's shift, scale and gate, and the final layer's shift and scale, for embedded conditions `y`.
+
+        They do not depend on `x_t`, so a chain computes those of many steps in one product.
+        """
+        activated = F.silu(y)
+        return [layer.adaLN_modulation[1](activated) for layer in (*self.res_blocks, self.final_layer)]
+
+    def denoise(
+        self, x_t: Float[Tensor, "n c"], y: Float[Tensor, "*g n w"] | Sequence[Tensor]
+    ) -> Float[Tensor, "*g n o"]:
+        """The head for an embedded condition `y = embed_time(t) + embed_context(context)`, or for its `modulate(y)`.
 
         Samplers call this: over a chain the context's embedding stays the same and the time's is shared
         by all tokens, so neither is worth computing again for every token and step. With guidance, `y` has
@@ -111,11 +134,17 @@ class TokenHead(nn.Module):
         """
         return self._denoise(x_t, y)
 
-    def _denoise(self, x_t: Float[Tensor, "n c"], y: Float[Tensor, "*g n w"]) -> Float[Tensor, "*g n o"]:
-        # Tokens enter and leave at full precision even under autocast: at small t the noise to predict is
-        # smaller than bf16's rounding of the token.
-        with torch.autocast(x_t.device.type, enabled=False):
-            x = self.input_proj(x_t)
-        for block in self.res_blocks:
-            x = block(x, y)
-        return self.final_layer(x, y)
+    def in_float32(self) -> "TokenHead":
+        """A copy with float32 weights; the head itself where they are no less precise."""
+        dtype = self.input_proj.weight.dtype
+        return self if torch.promote_types(dtype, torch.float32) == dtype else copy.deepcopy(self).float()
+
+    def _denoise(
+        self, x_t: Float[Tensor, "n c"], y: Float[Tensor, "*g n w"] | Sequence[Tensor]
+    ) -> Float[Tensor, "*g n o"]:
+        activated = F.silu(y) if isinstance(y, Tensor) else None
+        x = exact(self.input_proj, x_t)
+        for i, layer in enumerate((*self.res_blocks, self.final_layer)):
+            # Of an embedded condition one layer's modulation at a time: all of a large batch's would fill the memory.
+            x = layer(x, y[i] if activated is None else layer.adaLN_modulation[1](activated))
+        return x

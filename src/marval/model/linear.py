@@ -34,12 +34,12 @@ def linear(
 def for_onednn(weight: Tensor) -> bool:
     """Whether oneDNN may multiply by a weight: in inference mode, in float32 on a CPU."""
     return (
-        ONEDNN
+        not torch.compiler.is_compiling()
+        and ONEDNN
         and weight.is_cpu
         and weight.dtype == torch.float32
         and torch.is_inference_mode_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 

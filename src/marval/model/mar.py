@@ -103,10 +103,11 @@ class MAR(nn.Module):
         """Encode the buffer and the visible tokens; hidden tokens are neither read nor computed."""
         buffer = self.config.buffer_size
         places = self.encoder_pos_embed_learned.expand(len(tokens), -1, -1)
+        given = gather_rows(tokens, visible).to(self.z_proj.weight.dtype)  # tokens are float32 whatever the weights are
         x = torch.cat(
             [
                 class_embedding[:, None] + places[:, :buffer],
-                self.z_proj(gather_rows(tokens, visible)) + gather_rows(places[:, buffer:], visible),
+                self.z_proj(given) + gather_rows(places[:, buffer:], visible),
             ],
             dim=1,
         )

@@ -50,6 +50,7 @@ class NoiseSchedule:
     posterior_mean_x0: Tensor  # coefficient of x_0 in the posterior mean
     posterior_mean_xt: Tensor  # coefficient of x_t in the posterior mean
     numbers: dict[str, list[float]] = field(repr=False, compare=False)  # the tables once more: samplers never sync
+    copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def at(cls, timesteps: Int[Tensor, " s"], device: torch.device | str = "cpu") -> "NoiseSchedule":
@@ -80,6 +81,12 @@ class NoiseSchedule:
     def respaced(cls, steps: int, device: torch.device | str = "cpu") -> "NoiseSchedule":
         """`steps` of the 1000, evenly spaced."""
         return cls.at(respaced_timesteps(steps), device)
+
+    def times_on(self, device: torch.device) -> Float[Tensor, " s"]:
+        """The time steps as the head takes them; copied to a device once, so that samplers never wait for it."""
+        if device not in self.copies:
+            self.copies[device] = self.timesteps.float().to(device)
+        return self.copies[device]
 
     def at_step(self, table: str, i: Int[Tensor, " n"] | int) -> Float[Tensor, "n 1"] | float:
         """A table's entries at a batch of indices, as a column; at one index, a plain number."""
