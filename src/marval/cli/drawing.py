@@ -30,7 +30,8 @@ def sample(
     marval sample --like samples/00000-sneaker-0.png --out again
 
     Args:
-        model: a bundled model's name, or a model's or run's folder; with --like, where the recipe's model is now.
+        model: a bundled model's name, or a model's or run's folder; with --like, the model that drew the picture, or
+            a folder of models; left out, only a bundled one is looked for: a path in a picture is never opened.
         like: a PNG that marval sample or marval serve saved: draw it again, exactly, from the recipe in it.
         classes: names or numbers, separated by commas; all of them when left out.
         count: how many images; the classes take turns.
