@@ -6,6 +6,7 @@ import re
 import struct
 import threading
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ def test_a_saved_picture_is_drawn_again_exactly(studio, names, tmp_path):
     for name in names:
         (tmp_path / "a.png").write_bytes(studio.picture(studio.recipe(name, "cross", 11, 6)).png)
         recipe, given = read_recipe(tmp_path / "a.png")
-        assert to_pil(redraw(recipe, find_pipelines(None, "cpu"))).tobytes() == given.tobytes()
+        assert to_pil(redraw(recipe, find_pipelines(Path(names[0]).parent, "cpu"))).tobytes() == given.tobytes()
 
 
 def test_an_edit_changes_what_is_painted_and_nothing_else(studio, names):
@@ -120,7 +121,7 @@ def test_an_upload_is_encoded_once_and_its_other_pixels_stay(studio, names, tmp_
     assert not same[6:, 6:].all()
     (tmp_path / "a.png").write_bytes(desk.picture.png)  # the recipe holds the upload
     recipe, given = read_recipe(tmp_path / "a.png")
-    assert to_pil(redraw(recipe, find_pipelines(None, "cpu"))).tobytes() == given.tobytes()
+    assert to_pil(redraw(recipe, find_pipelines(Path(names[0]).parent, "cpu"))).tobytes() == given.tobytes()
 
 
 def test_a_picture_is_edited_no_more_often_than_its_recipe_can_say(studio, names, tmp_path):
@@ -129,7 +130,7 @@ def test_a_picture_is_edited_no_more_often_than_its_recipe_can_say(studio, names
         *_, (desk, _, _) = actions.edit(studio, desk, [i % 16], names[1], "cross", i, 1)
     (tmp_path / "a.png").write_bytes(desk.picture.png)
     recipe, given = read_recipe(tmp_path / "a.png")
-    assert to_pil(redraw(recipe, find_pipelines(None, "cpu"))).tobytes() == given.tobytes()
+    assert to_pil(redraw(recipe, find_pipelines(Path(names[0]).parent, "cpu"))).tobytes() == given.tobytes()
     with pytest.raises(ValueError, match="save this picture and upload it"):
         next(actions.edit(studio, desk, [0], names[1], "cross", 0, 1))
 
@@ -274,7 +275,7 @@ def test_good_uploads_become_tokens(studio, names, file):
 
 
 def test_transparency_is_white():
-    assert read_upload(content(Image.new("RGBA", (4, 4)))).getpixel((0, 0)) == (255, 255, 255)
+    assert read_upload(content(Image.new("RGBA", (4, 4), (9, 0, 0, 0))), 8).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_sixteen_threads_each_get_their_picture(studio, names):

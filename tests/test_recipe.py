@@ -102,7 +102,7 @@ def test_other_weights_are_refused_and_a_moved_model_is_named(folder, tiny, tmp_
     shutil.copytree(folder, tmp_path / "models" / "run" / "model")
     assert redraw(recipe, find_pipelines(tmp_path / "models", "cpu")).shape == (1, 8, 8)  # one of several
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no model.safetensors in it"):
+    with pytest.raises(ValueError, match=r"no model\.safetensors in it"):
         redraw(recipe, find_pipelines(tmp_path / "empty", "cpu"))
 
 

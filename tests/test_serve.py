@@ -123,7 +123,7 @@ def test_own_models_and_a_full_queue(chromium, tmp_path):
         (own,) = Client(address, verbose=False).predict(model="mine", classes=["square"], seed=3, api_name="/draw")
         assert own["recipe"]["model"] == "mine"
         (tmp_path / "own.png").write_bytes(base64.b64decode(own["png"]))
-        result = marval("sample", "--like", "own.png", "--out", "again", cwd=tmp_path)
+        result = marval("sample", "mine", "--like", "own.png", "--out", "again", cwd=tmp_path)
         assert "the same, pixel for pixel" in result.stdout, result.stdout + result.stderr
         forger = Forger(address)
         draw = forger.handler("mv-draw")

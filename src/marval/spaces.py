@@ -105,7 +105,9 @@ def load_vae(name: str, device: torch.device | str = "cpu", *, download: bool = 
         return vae.to(device).eval().requires_grad_(False)
     except (OSError, ValueError, TypeError, RuntimeError, LookupError) as error:
         told = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-        advice = "" if download or Path(name).is_dir() else f"nothing is fetched that a file names: hf download {name}; or "
+        advice = (
+            "" if download or Path(name).is_dir() else f"nothing is fetched that a file names: hf download {name}; or "
+        )
         raise ValueError(
             f"the VAE {name!r} cannot be loaded ({told}): {advice}name a folder in diffusers' form, such as marval "
             "convert vae makes"

@@ -1,5 +1,7 @@
 """The verbs that draw: sample, demo, animate and serve."""
 
+import os
+import signal
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -144,6 +146,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 7860,
+    auth: str | None = None,
     browser: bool = False,
     device: str = "auto",
 ) -> None:
@@ -155,18 +158,28 @@ def serve(
 
     Args:
         models: bundled models' names, or models' or runs' folders; the bundled models when left out.
-        host: the address to listen on; 0.0.0.0 lets other machines in.
+        host: the address to listen on; 0.0.0.0 lets other machines in: then say who, with --auth.
         port: the port to listen on.
+        auth: ask visitors for this name:password. Others on this machine may see it in the list of processes, but not
+            in the variable MARVAL_AUTH, which is taken where this is left out. The page speaks http: beyond a network
+            that you trust, put a proxy with https before it.
         browser: open the page in a browser.
         device: "auto", "cpu", "cuda", "mps", ...
     """
     try:
+        from marval.page.app import check_address, check_auth
         from marval.page.app import serve as run
     except ImportError as error:
         raise ValueError(f"the page needs gradio ({error}): pip install 'marval[serve]'") from None
     from marval.page.studio import Studio
 
     names = models or ("fashion-teacher", "fashion-student", "fashion-tuned")
-    page, address = run(Studio.open(names, usable_device(device)), host, port, browser)
+    auth = os.environ.get("MARVAL_AUTH") if auth is None else auth
+    check_address(host, port)
+    check_auth(auth)
+    page, address = run(Studio.open(names, usable_device(device)), host, port, browser, auth)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are removed
     print(f"marval is on {address}  (Ctrl-C ends it)", flush=True)
+    if host in ("0.0.0.0", "::") and auth is None:
+        print("everybody who reaches this machine can draw: --auth name:password asks for a password", flush=True)
     page.block_thread()

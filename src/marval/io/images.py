@@ -47,7 +47,11 @@ def printable(name: str | os.PathLike[str]) -> str:
 
 
 def read_image(
-    source: Path | io.BytesIO | io.BufferedReader, *, most_pixels: int | None = None, formats: Sequence[str] | None = None
+    source: Path | io.BytesIO | io.BufferedReader,
+    *,
+    most_pixels: int | None = None,
+    formats: Sequence[str] | None = None,
+    draft: int | None = None,
 ) -> Image.Image:
     """Read an image file as an upright 8-bit picture of mode "L" or "RGB", transparency over white.
 
@@ -57,6 +61,7 @@ def read_image(
     Args:
         most_pixels: refuse larger pictures, by their header, before they are decoded.
         formats: Pillow's names of the formats to accept; `readable_formats()` when None.
+        draft: pixels a side that are enough: a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size.
 
     Raises:
         ValueError: not an image, damaged, too large, or of numbers whose white is unknown.
@@ -66,6 +71,8 @@ def read_image(
             pixels = picture.width * picture.height
             if most_pixels is not None and pixels > most_pixels:
                 raise ValueError(f"it has {picture.width}x{picture.height} pixels, expected at most {most_pixels:,}")
+            if draft is not None:
+                picture.draft(None, (draft, draft))
             raw = raw_mode(picture)
             picture.load()
             found = eight_bits(picture, raw)

@@ -1,5 +1,6 @@
 """The Edit tab's handlers: from a visitor's desk and choices to what the tab shows next."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import gradio as gr
 
 from marval.page import actions, views
 from marval.page.actions import Desk
+from marval.page.shares import remove_upload
 from marval.page.studio import Picture, Studio
 
 
@@ -39,7 +41,13 @@ class Editing:
         """Put an uploaded file onto the desk."""
         if file is None:
             raise ValueError("choose a picture to upload")
-        picture = self.studio.upload(Path(file).read_bytes(), name)
+        try:
+            content = Path(file).read_bytes()
+        except OSError:  # the same file of another visitor was read, and removed
+            raise ValueError("this upload is gone: upload it again") from None
+        finally:
+            remove_upload(Path(file))
+        picture = self.studio.upload(content, name)
         return self.shown(now.put(picture), "Uploaded, cropped and encoded once. Now paint.", name)
 
     def change(self, cells: list[int], now: Desk, name: str, *given: Any) -> Iterator[Any]:
@@ -54,12 +62,10 @@ class Editing:
 
     def variations(self, now: Desk, *given: Any) -> Iterator[Any]:
         """Draw variations below the desk."""
-        pictures: list[Picture] = []
         for pictures, frame, told_now in actions.vary(self.studio, now, *given):
             cells = views.gallery([(p, f"seed {p.recipe.seed}" if p.recipe else "") for p in pictures], frame)
-            yield gr.skip(), gr.skip(), gr.skip(), cells, views.status(told_now, frame is not None)
-        kept = Desk(now.picture, now.past, tuple(pictures), now.painted)
-        yield kept, gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            kept = dataclasses.replace(now, varied=tuple(pictures))  # always those that are shown
+            yield kept, gr.skip(), gr.skip(), cells, views.status(told_now, frame is not None)
 
     def undo(self, now: Desk, name: str) -> Any:
         """Put the picture before onto the desk."""
