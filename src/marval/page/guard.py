@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.route_utils import FnIndexInferError
 from gradio_client.utils import is_http_url_like, traverse
 
+from marval.page.shares import UNFIT as UNFIT_REQUEST
 from marval.page.shares import VISITORS, Functions, Memory, Places, room_for_uploads
 from marval.page.studio import STAYS
 
@@ -22,8 +24,13 @@ LARGEST_BODY = 8_000_000  # bytes; an upload may have 5 MB, and a third more in 
 UNFIT = "a value that was sent does not fit its control: set it again, or reload the page"
 BROKEN = "something went wrong here; it has been logged"
 UPLOAD = re.compile(r"(/gradio_api)?/upload/?")
+CALL = re.compile(r"(/gradio_api)?/(call|run|api)/")  # these only read a request: the queue, or they, catch the rest
+MISREAD = (FnIndexInferError, LookupError, TypeError, ValueError)
 LOCAL = {"localhost", "127.0.0.1", "[::1]"}
 ELSEWHERE = re.compile(r"/(proxy=|file=\s*https?:)", re.IGNORECASE)  # gradio's routes that fetch from other hosts
+UNUSED = re.compile(  # and others, for which this page has no use
+    r"(/gradio_api)?/(component_server|custom_component|deep_link|dev|monitoring|process_recording|stream|(undo-)?vibe)"
+)
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; media-src 'self' data: blob:; "
@@ -171,6 +178,8 @@ class Guard:
             return 413, "too large: at most 5 MB"
         if ELSEWHERE.search(scope["path"]):
             return 404, "this page fetches nothing from other hosts"
+        if UNUSED.match(scope["path"]):
+            return 404, "this page has no such route"
         if scope["method"] == "POST" and UPLOAD.fullmatch(scope["path"]) and not room_for_uploads(self.uploads):
             return 507, "too many uploads at the moment: try again in a few minutes"
         return None
@@ -201,8 +210,12 @@ class Guard:
 
         try:
             await self.app(scope, counted, sealed)
-        except Exception:
-            log.exception("the page could not serve %s %.300s", scope["method"], scope["path"])
+        except Exception as error:
             if started:
                 raise
-            await _answer(send, 500, BROKEN)
+            if CALL.match(scope["path"]) and isinstance(error, MISREAD):
+                log.warning("refused: %s %.300s: %.300r", scope["method"], scope["path"], error)
+                await _answer(send, 400, UNFIT_REQUEST)
+            else:
+                log.exception("the page could not serve %s %.300s", scope["method"], scope["path"])
+                await _answer(send, 500, BROKEN)
