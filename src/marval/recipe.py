@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from marval.config import Chain, Order, Schedule
 from marval.io.checkpoint import WEIGHTS, model_hash
-from marval.io.fields import check_fields, shorten
+from marval.io.fields import check_fields, shorten, told
 from marval.io.images import png_bytes
 from marval.pipeline import Pipeline, bundled_models, find_model, load
 
@@ -99,7 +100,7 @@ class Recipe:
             for values in reversed(steps):
                 recipe = _parse(values, recipe)
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"not a recipe of marval ({str(error)[:200]})") from None
+            raise ValueError(f"not a recipe of marval ({told(error)})") from None
         assert recipe is not None  # there is at least one step
         return recipe
 
@@ -117,6 +118,11 @@ def _parse(values: dict[str, Any], before: Recipe | None) -> Recipe:
     if (recipe.redrawn is None) != (before is None and recipe.upload is None):
         raise ValueError("an edit needs the tokens that it redrew and the picture before")
     return dataclasses.replace(recipe, before=before)
+
+
+def plain_name(class_name: str) -> str:
+    """A class as a part of a file's name: a stranger's model may call it anything."""
+    return re.sub(r"[^\w.,+()&'-]", "-", class_name)[:80]
 
 
 def make_recipe(
@@ -312,7 +318,7 @@ def open_png(source: Path | io.BytesIO, most_pixels: int = MOST_PIXELS) -> Image
             raise ValueError(f"{picture.width}x{picture.height} pixels: expected at most {most_pixels}")
         picture.load()
     except (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)[:200]) from None
+        raise ValueError(told(error)) from None
     return picture
 
 

@@ -97,11 +97,13 @@ def load_vae(name: str, device: torch.device | str = "cpu", *, download: bool = 
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise ValueError("this needs a VAE: install diffusers (pip install 'marval[vae]')") from error
+        raise ValueError("this needs a VAE: install diffusers (pip install diffusers transformers)") from error
     if ELSEWHERE.match(name) or not (Path(name).is_dir() or HUB_ID.fullmatch(name)):
         raise ValueError(f"the VAE {name[:200]!r} is no folder here, nor a hub id: name a folder in diffusers' form")
     try:
-        vae = AutoencoderKL.from_pretrained(name, local_files_only=not download, use_safetensors=True)
+        vae = AutoencoderKL.from_pretrained(
+            name, local_files_only=not download, use_safetensors=True, low_cpu_mem_usage=False
+        )
         return vae.to(device).eval().requires_grad_(False)
     except (OSError, ValueError, TypeError, RuntimeError, LookupError) as error:
         told = next(iter(str(error).splitlines()), type(error).__name__)[:200]

@@ -49,7 +49,7 @@ def sample(
     from marval.io.checkpoint import model_hash
     from marval.io.images import grid, save_picture, square_rows, to_pil
     from marval.pipeline import find_model
-    from marval.recipe import KEY, batch_recipes
+    from marval.recipe import KEY, batch_recipes, plain_name
 
     if like is not None:
         sample_like(like, model, out, device)
@@ -65,7 +65,7 @@ def sample(
     images = pipeline.sample(labels, seed=seed, iterations=iterations, order=order)
     recipes = batch_recipes(model, model_hash(find_model(model)), pipeline, labels, seed, iterations, order)
     for i, (image, recipe) in enumerate(zip(images, recipes, strict=True)):
-        name = recipe.class_name.replace(" ", "-").replace("/", "-")
+        name = plain_name(recipe.class_name)
         save_picture(out / f"{i:05d}-{name}-{recipe.seed}.png", to_pil(image), {KEY: recipe.to_json()})
     save_picture(out / "grid.png", grid(square_rows(images), scale=max(1, 84 // images.shape[-1])))
     print(f"{count} images and grid.png in {out}")
@@ -170,7 +170,7 @@ def serve(
         from marval.page.app import check_address, check_auth
         from marval.page.app import serve as run
     except ImportError as error:
-        raise ValueError(f"the page needs gradio ({error}): pip install 'marval[serve]'") from None
+        raise ValueError(f"the page needs gradio ({error}): pip install 'gradio>=6.31,<7'") from None
     from marval.page.studio import Studio
 
     names = models or ("fashion-teacher", "fashion-student", "fashion-tuned")

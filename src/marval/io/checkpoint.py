@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from marval.config import LatentSpace, ModelConfig
-from marval.io.fields import check_fields
+from marval.io.fields import check_fields, shorten, told
 from marval.io.files import sha256_of, write_tensors, write_text
 from marval.model import MAR
 
@@ -61,8 +62,7 @@ def empty_model(file: Path, config: ModelConfig) -> MAR:
         with torch.device("meta"):
             return MAR(config.mar)
     except (RuntimeError, ValueError, TypeError, ArithmeticError, AssertionError) as error:
-        told = str(error).split("\n")[0][:200]
-        raise ValueError(f"{file}: a network of the sizes in its configuration cannot be built ({told})") from None
+        raise ValueError(f"{file}: no network has the sizes in its configuration ({told(error)})") from None
 
 
 def check_config(config: ModelConfig, tensors: int) -> None:
@@ -72,13 +72,23 @@ def check_config(config: ModelConfig, tensors: int) -> None:
         ValueError: a value of another type or out of range, or parts that do not fit each other.
     """
     check_fields(config)
+    if re.search(r"[/\\\x00-\x1f\x7f]|^\.", config.name) or len(config.name) > 100:
+        raise ValueError(f"its name is {shorten(config.name)}: expected a plain name, which can name a file")
+    if re.search(r"(^|:)[\\/]{2}", config.data):  # Windows would log in to another machine
+        raise ValueError(f"its data are {shorten(config.data)}: expected a place on this machine")
     mar, space = config.mar, config.space
     depth = mar.encoder_depth + mar.decoder_depth + mar.head_depth
-    sizes = (mar.num_classes, mar.encoder_dim, mar.decoder_dim, mar.head_width, *mar.token_grid, *space.image_size)
-    if min(*sizes, space.patch) < 1 or min(mar.encoder_depth, mar.decoder_depth, mar.head_depth) < 0:
+    heads = (mar.encoder_heads, mar.decoder_heads)
+    sizes = (mar.num_classes, mar.encoder_dim, mar.decoder_dim, mar.head_width, mar.buffer_size, *mar.token_grid)
+    if (
+        min(*sizes, *heads, *space.image_size, space.patch) < 1
+        or min(mar.encoder_depth, mar.decoder_depth, mar.head_depth) < 0
+    ):
         raise ValueError("a size below 1")
     if space.image_size[0] * space.image_size[1] > MOST_PIXELS:
         raise ValueError(f"pictures of {space.image_size[1]}x{space.image_size[0]} pixels")
+    if mar.encoder_dim % mar.encoder_heads or mar.decoder_dim % mar.decoder_heads:
+        raise ValueError(f"widths of {mar.encoder_dim} and {mar.decoder_dim} for {heads} heads")
     if depth > tensors:
         raise ValueError(f"{depth} blocks, but {tensors} tensors")
     if isinstance(space, LatentSpace) and min(space.vae_stride, space.latent_channels) < 1:
@@ -126,9 +136,9 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig]:
             check_config(config, len(names))
             return {name: content.get_tensor(name) for name in names}, config
     except (SafetensorError, OSError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged or not a safetensors file ({str(error)[:200]})") from None
+        raise ValueError(f"{file} is damaged or not a safetensors file ({told(error)})") from None
     except (ValueError, ArithmeticError) as error:
-        raise ValueError(f"{file} is not a marval model: {str(error)[:300]}") from None
+        raise ValueError(f"{file} is not a marval model: {told(error)}") from None
 
 
 def weights_file(path: Path) -> Path:

@@ -44,3 +44,8 @@ def shorten(value: Any) -> str:
         return repr(value)[:60]
     except ValueError:
         return "a number of thousands of digits"
+
+
+def told(error: BaseException) -> str:
+    """What an error says, in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]

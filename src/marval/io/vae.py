@@ -85,7 +85,7 @@ def convert_vae(path: Path | str, out: Path | str) -> None:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise ValueError("converting a VAE needs diffusers: pip install 'marval[vae]'") from error
+        raise ValueError("converting a VAE needs diffusers: pip install diffusers transformers") from error
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists already: choose another place")

@@ -146,8 +146,9 @@ def edit_tab(studio: Studio, make: Controls, tabs: gr.Tabs, drawn: gr.State, gen
             label, seed, iterations = make.label(), make.seed(), make.iterations()
             start = gr.Button("Draw a new picture", elem_id="mv-start")
             upload = gr.UploadButton(
-                "Upload a picture", file_types=[".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"], elem_id="mv-upload"
-            )
+                "Upload a picture", file_types=[".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"], type="binary",
+                elem_id="mv-upload",
+            )  # fmt: skip
         with gr.Column(scale=5, min_width=300):
             gr.HTML('<h2 class="mv-step">2 · Paint over what is to change</h2>')
             script = (files("marval.page") / "painter.js").read_text()
@@ -257,7 +258,7 @@ def why_tab(studio: Studio, make: Controls) -> None:
     stops(stop, [draws(draw, run, [models, label, seed, iterations], [shown, line], line)], line)
 
 
-def build(studio: Studio) -> gr.Blocks:
+def build(studio: Studio) -> Page:
     """The page of a studio."""
     make = Controls(studio)
     with Page(title="marval", analytics_enabled=False, delete_cache=(60, 300), fill_width=True) as page:

@@ -3,14 +3,12 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from marval.page import actions, views
 from marval.page.actions import Desk
-from marval.page.shares import remove_upload
 from marval.page.studio import Picture, Studio
 
 
@@ -37,16 +35,10 @@ class Editing:
                 canvas_now = views.painter(now.picture, grid, (), frame)
                 yield gr.skip(), canvas_now, "", "", views.status(actions.progress(frame, name), True)
 
-    def take(self, file: str | None, now: Desk, name: str) -> Any:
+    def take(self, content: bytes | None, now: Desk, name: str) -> Any:
         """Put an uploaded file onto the desk."""
-        if file is None:
+        if content is None:
             raise ValueError("choose a picture to upload")
-        try:
-            content = Path(file).read_bytes()
-        except OSError:  # the same file of another visitor was read, and removed
-            raise ValueError("this upload is gone: upload it again") from None
-        finally:
-            remove_upload(Path(file))
         picture = self.studio.upload(content, name)
         return self.shown(now.put(picture), "Uploaded, cropped and encoded once. Now paint.", name)
 

@@ -7,6 +7,7 @@ import inspect
 import ipaddress
 import logging
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from gradio.route_utils import FnIndexInferError
 from gradio_client.utils import is_http_url_like, traverse
 
 from marval.page.shares import UNFIT as UNFIT_REQUEST
-from marval.page.shares import VISITORS, Functions, Memory, Places, room_for_uploads
+from marval.page.shares import VISITORS, Functions, Memory, Places, remove_upload, room_for_uploads
 from marval.page.studio import STAYS
 
 DRAW: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": VISITORS}
@@ -80,6 +81,7 @@ class Page(gr.Blocks):
     def __init__(self, *given: Any, **options: Any):
         super().__init__(*given, **options)
         self.memory = Memory()
+        self.uploads: tempfile.TemporaryDirectory[str] | None = None  # where visitors' files are
 
     def queue(self, *given: Any, **options: Any) -> "Page":
         """As gradio's, with places that are shared out."""
@@ -116,14 +118,10 @@ class Page(gr.Blocks):
         Raises:
             gradio.Error: too few values, a value that its control does not offer, or an address in a file's place.
         """
-        elsewhere: list[dict] = []
-
-        def named(value: Any) -> bool:
-            return isinstance(value, dict) and isinstance(value.get("path"), str) and is_http_url_like(value["path"])
-
+        sent: list[dict] = []
+        traverse(inputs, sent.append, lambda value: isinstance(value, dict) and isinstance(value.get("path"), str))
         try:
-            traverse(inputs, elsewhere.append, named)
-            if elsewhere:  # gradio would fetch it
+            if any(is_http_url_like(file["path"]) for file in sent):  # gradio would fetch it
                 raise refusal("an address is no file: upload the picture itself")
             return await super().preprocess_data(block_fn, inputs, *rest, **options)
         except gr.Error as error:
@@ -134,6 +132,9 @@ class Page(gr.Blocks):
                 raise  # the server's own trouble, such as a full disk
             log.warning("refused: %.300s", f"{type(error).__name__}: {error}".split("\n")[0])
             raise refusal(UNFIT) from None
+        finally:
+            for file in sent if self.uploads is not None else ():  # what was sent has been read
+                remove_upload(Path(self.uploads.name), file["path"])
 
 
 async def _answer(send: Any, status: int, told: str) -> None:

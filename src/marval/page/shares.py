@@ -139,8 +139,10 @@ def room_for_uploads(folder: Path) -> bool:
     return len(sizes) < UPLOADED_FILES and sum(sizes) < UPLOADED_BYTES
 
 
-def remove_upload(file: Path) -> None:
-    """Remove a visitor's file, and the folder that gradio made for it alone."""
-    with contextlib.suppress(OSError):
-        file.unlink()
-        file.parent.rmdir()
+def remove_upload(folder: Path, path: str) -> None:
+    """Remove a file in the visitors' folder, and the folder that gradio made for it alone; no other file."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        file = Path(path).resolve()
+        if file.is_relative_to(folder.resolve()):
+            file.unlink()
+            file.parent.rmdir()
