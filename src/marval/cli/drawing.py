@@ -177,9 +177,13 @@ def serve(
     auth = os.environ.get("MARVAL_AUTH") if auth is None else auth
     check_address(host, port)
     check_auth(auth)
-    page, address = run(Studio.open(names, usable_device(device)), host, port, browser, auth)
+    studio = Studio.open(names, usable_device(device))
+    page, address = run(studio, host, port, browser, auth)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are removed
     print(f"marval is on {address}  (Ctrl-C ends it)", flush=True)
     if host in ("0.0.0.0", "::") and auth is None:
         print("everybody who reaches this machine can draw: --auth name:password asks for a password", flush=True)
-    page.block_thread()
+    try:
+        page.block_thread()
+    finally:
+        studio.worker.shutdown(wait=False, cancel_futures=True)  # what waits for its turn is not drawn any more
