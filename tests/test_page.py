@@ -22,7 +22,8 @@ from marval.io.images import to_pil
 from marval.page import actions, bundled, views
 from marval.page.actions import Desk
 from marval.page.editing import Editing
-from marval.page.studio import LAST_SEED, STAYS, UPLOAD_BYTES, Studio, read_upload
+from marval.page.studio import LAST_SEED, STAYS, Studio
+from marval.page.uploads import UPLOAD_BYTES, read_upload
 from marval.recipe import LONGEST, find_pipelines, read_recipe, redraw
 from tiny import tiny_config, tiny_model
 

@@ -1,5 +1,6 @@
 """The page itself: gradio's components, wired to `actions`; and the server behind it."""
 
+import atexit
 import json
 import os
 import socket
@@ -20,7 +21,8 @@ from marval.page.editing import Editing
 from marval.page.endpoints import add_endpoints
 from marval.page.guard import DRAW, Guard, Page, friendly
 from marval.page.shares import WAITING
-from marval.page.studio import LAST_SEED, MOST_PICTURES, UPLOAD_BYTES, Studio, listed
+from marval.page.studio import LAST_SEED, MOST_PICTURES, Studio, listed
+from marval.page.uploads import UPLOAD_BYTES
 
 OWN_ORDER = "the model's own"
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -331,7 +333,8 @@ def serve(
     uploads = tempfile.TemporaryDirectory(prefix="marval-uploads-", dir=os.environ.get("GRADIO_TEMP_DIR"))
     os.environ["GRADIO_TEMP_DIR"] = uploads.name  # this page's alone, and gone with it
     page = build(studio)
-    page.uploads = uploads
+    page.uploads = uploads.name
+    atexit.register(uploads.cleanup)
     guard = Middleware(Guard, host=host, uploads=Path(uploads.name))
     try:
         _, address, _ = page.launch(

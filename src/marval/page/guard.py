@@ -7,7 +7,6 @@ import inspect
 import ipaddress
 import logging
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from gradio.route_utils import FnIndexInferError
 from gradio_client.utils import is_http_url_like, traverse
 
 from marval.page.shares import UNFIT as UNFIT_REQUEST
-from marval.page.shares import VISITORS, Functions, Memory, Places, remove_upload, room_for_uploads
+from marval.page.shares import VISITORS, Functions, Memory, Places
 from marval.page.studio import STAYS
+from marval.page.uploads import remove_upload, room_for_uploads
 
 DRAW: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": VISITORS}
 LARGEST_BODY = 8_000_000  # bytes; an upload may have 5 MB, and a third more in base64
@@ -81,7 +81,7 @@ class Page(gr.Blocks):
     def __init__(self, *given: Any, **options: Any):
         super().__init__(*given, **options)
         self.memory = Memory()
-        self.uploads: tempfile.TemporaryDirectory[str] | None = None  # where visitors' files are
+        self.uploads = ""  # the folder with visitors' files
 
     def queue(self, *given: Any, **options: Any) -> "Page":
         """As gradio's, with places that are shared out."""
@@ -133,8 +133,8 @@ class Page(gr.Blocks):
             log.warning("refused: %.300s", f"{type(error).__name__}: {error}".split("\n")[0])
             raise refusal(UNFIT) from None
         finally:
-            for file in sent if self.uploads is not None else ():  # what was sent has been read
-                remove_upload(Path(self.uploads.name), file["path"])
+            for file in sent if self.uploads else ():  # what was sent has been read
+                remove_upload(Path(self.uploads), file["path"])
 
 
 async def _answer(send: Any, status: int, told: str) -> None:

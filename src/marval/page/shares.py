@@ -1,11 +1,8 @@
-"""What one visitor may hold, so that the others get theirs: places in the queue, memory, and uploads on the disk."""
+"""What one visitor may hold, so that the others get theirs: places in the queue, and memory."""
 
-import contextlib
 import ipaddress
-import os
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from gradio.queueing import Event, Queue
@@ -19,8 +16,6 @@ UNDER_WAY = VISITORS // 2  # of one address
 UNREAD = 250  # messages that a visitor does not fetch, before it counts as gone
 SESSION_BYTES = 64 * 2**20  # that the server keeps for one session: pictures and what the page shows
 ALL_BYTES = 512 * 2**20
-UPLOADED_BYTES = 100 * 2**20  # on the disk; a file is removed when it was read, and after five minutes
-UPLOADED_FILES = 500
 EXPIRY = 3600  # seconds without a request
 UNFIT = "this request does not fit the page: reload the page and try again"
 
@@ -127,22 +122,3 @@ class Memory:
         self.sizes.pop(name, None)
         sessions.session_data.pop(name, None)
         sessions.time_last_used.pop(name, None)
-
-
-def room_for_uploads(folder: Path) -> bool:
-    """Whether the visitors' files leave room for one more."""
-    sizes = []
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):  # it was removed meanwhile
-                sizes.append(os.stat(os.path.join(place, name)).st_size)
-    return len(sizes) < UPLOADED_FILES and sum(sizes) < UPLOADED_BYTES
-
-
-def remove_upload(folder: Path, path: str) -> None:
-    """Remove a file in the visitors' folder, and the folder that gradio made for it alone; no other file."""
-    with contextlib.suppress(OSError, ValueError, RuntimeError):
-        file = Path(path).resolve()
-        if file.is_relative_to(folder.resolve()):
-            file.unlink()
-            file.parent.rmdir()

@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import io
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -23,18 +21,14 @@ from torch import Tensor
 from marval.config import Chain, Order
 from marval.evaluate.timing import synchronize
 from marval.io.checkpoint import model_hash
-from marval.io.images import png_bytes, read_image, to_pil
+from marval.io.images import png_bytes, to_pil
+from marval.page.uploads import DECODER, read_upload
 from marval.pipeline import find_model, load
 from marval.randomness import generator
 from marval.recipe import KEY, LONGEST, Recipe, draw_recipe, encode_picture, make_recipe, pack_upload
 
 MOST_PICTURES = 8  # of one model, in one request
 LAST_SEED = 999_999
-UPLOAD_BYTES = 5 * 2**20
-UPLOAD_PIXELS = 25_000_000  # of a JPEG, which is decoded at a part of its size
-DECODED_PIXELS = 4_000_000  # or 16 times as many as the model's pictures have
-UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-DECODER = threading.Lock()  # one upload is unpacked at a time, however many visitors there are
 STAYS: ContextVar[Callable[[], bool]] = ContextVar("stays", default=lambda: True)  # whether the visitor is still there
 LOOK = 0.1  # seconds between two looks at that
 
@@ -368,34 +362,3 @@ def whole_number(what: str, value: Given, low: int, high: int) -> None:
         or not low <= value <= high
     ):
         raise ValueError(f"{what} of {str(value)[:60]}: expected a whole number from {low} to {high}")
-
-
-def read_upload(content: bytes, side: int) -> Image.Image:
-    """A visitor's picture from a file's content, upright, for a model whose pictures have `side` pixels a side.
-
-    Its size is known from the header: nothing that is too large is unpacked.
-
-    Raises:
-        ValueError: too large a file, not an image, an animation, or too many pixels to unpack.
-    """
-    if len(content) > UPLOAD_BYTES:
-        raise ValueError(f"this file has {len(content) / 2**20:.1f} MB: at most {UPLOAD_BYTES / 2**20:.0f} MB")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # Pillow warns of what is refused below
-            header = Image.open(io.BytesIO(content), formats=UPLOAD_FORMATS)
-    except Image.DecompressionBombError:
-        raise ValueError(f"this picture has too many pixels: at most {UPLOAD_PIXELS // 1_000_000} million") from None
-    except Exception:  # a decoder may raise anything on damaged bytes
-        raise ValueError("this file cannot be read as a picture: upload a PNG, JPEG or WebP") from None
-    most = UPLOAD_PIXELS if header.format in ("JPEG", "MPO") else max(DECODED_PIXELS, 16 * side**2)
-    if header.width * header.height > most:
-        raise ValueError(
-            f"this picture has {header.width}x{header.height} pixels: expected at most {most // 1_000_000} million"
-        )
-    try:
-        found = read_image(io.BytesIO(content), formats=UPLOAD_FORMATS, most_pixels=most, draft=2 * side)
-    except ValueError:
-        raise ValueError("this file cannot be read as a picture: upload a PNG, JPEG or WebP") from None
-    if found.info.get("animated"):
-        raise ValueError("this is an animation: upload a still picture")
-    return found
