@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -28,13 +29,22 @@ def free_port():
 
 
 @contextlib.contextmanager
-def serving(*models, cwd, **environment):
-    """`marval serve` in a process of its own, which writes log.txt: its address and the process."""
+def serving(*models, cwd, script=None, **environment):
+    """`marval serve`, or a script that calls it, in a process of its own, which writes log.txt: its address and the
+    process."""
     port = free_port()
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(cwd), **environment,
     }  # fmt: skip
-    command = [*MARVAL, "serve", *models, "--port", str(port), "--device", "cpu"]
+    command = [
+        *([sys.executable, "-c", script] if script else MARVAL),
+        "serve",
+        *models,
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
     log = (cwd / "log.txt").open("w")
     process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:

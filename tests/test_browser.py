@@ -241,6 +241,37 @@ def test_pictures_are_there_to_edit_after_stop(visitor):
     assert page.locator("#mv-painter img").get_attribute("src") == shown
 
 
+@needs_chromium
+@pytest.mark.parametrize(
+    ("name", "button", "stop"),
+    [
+        ("Edit", "mv-start", "mv-stop-edit"),
+        ("Compare", "mv-compare", "mv-stop-compare"),
+        ("Why?", "mv-race", "mv-stop-why"),
+    ],
+)
+def test_stop_is_on_every_tab(visitor, name, button, stop):
+    """A drawing by the teacher ends at once; the line says so, and another drawing may follow."""
+    page = visitor()
+    tab(page, name)
+    if name == "Edit":
+        page.get_by_label("Model").locator("visible=true").first.click()
+        page.get_by_role("option", name="fashion-teacher").click()
+    if name != "Compare":
+        slide(page, "Iterations K", 49)
+    page.click(f"#{button}")
+    page.wait_for_selector(".mv-growing >> visible=true" if name != "Edit" else ".mv-status:has-text('iteration')")
+    page.click(f"#{stop}")
+    line = page.locator(".mv-status").locator("visible=true").first
+    page.wait_for_selector(".mv-status:has-text('Stopped.') >> visible=true")
+    page.wait_for_timeout(1500)  # what comes late must not unsay it
+    assert line.inner_text() == "Stopped."
+    if name == "Why?":
+        slide(page, "Iterations K", 1)
+        page.click(f"#{button}")
+        page.wait_for_selector("text=Done: ")
+
+
 TABS = ("Generate", "Edit", "Compare", "Why?")
 LOW_CONTRAST = """() => {
   const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});

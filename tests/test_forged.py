@@ -52,9 +52,10 @@ class Forger:
         """The handler of a button."""
         return next(found for found in self.handlers if found["targets"][:1] == [[self.number(name), "click"]])
 
-    def post(self, path, **body):
+    def post(self, path, headers=None, **body):
         """As JSON with NaN, which Python's server reads."""
-        return self.http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+        kind = {"content-type": "application/json"}
+        return self.http.post(path, content=json.dumps(body), headers={**kind, **(headers or {})})
 
     def send(self, handler, data, **more):
         """Join the queue and wait: the error message, or None where it went well."""

@@ -334,4 +334,4 @@ def test_bad_reference_files(tmp_path, fake_fidelity, monkeypatch):
     monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3", unreachable)
     refused("short.npz", r"no network.*put https://nowhere/inception.pth at .*checkpoints/inception.pth")
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    refused("short.npz", r"pip install 'marval\[fidelity\]'")
+    refused("short.npz", "pip install torch-fidelity")

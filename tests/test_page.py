@@ -2,14 +2,18 @@
 
 import dataclasses
 import io
+import itertools
 import re
 import struct
 import threading
+import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from gradio import EventData
 from PIL import Image
 
 from marval.config import OneStep
@@ -17,7 +21,9 @@ from marval.io.checkpoint import save_model
 from marval.io.images import to_pil
 from marval.page import actions, bundled, views
 from marval.page.actions import Desk
-from marval.page.studio import LAST_SEED, UPLOAD_BYTES, Studio, read_upload
+from marval.page.editing import Editing
+from marval.page.studio import LAST_SEED, STAYS, Studio
+from marval.page.uploads import UPLOAD_BYTES, read_upload
 from marval.recipe import LONGEST, find_pipelines, read_recipe, redraw
 from tiny import tiny_config, tiny_model
 
@@ -90,7 +96,7 @@ def test_a_saved_picture_is_drawn_again_exactly(studio, names, tmp_path):
     for name in names:
         (tmp_path / "a.png").write_bytes(studio.picture(studio.recipe(name, "cross", 11, 6)).png)
         recipe, given = read_recipe(tmp_path / "a.png")
-        assert to_pil(redraw(recipe, find_pipelines(None, "cpu"))).tobytes() == given.tobytes()
+        assert to_pil(redraw(recipe, find_pipelines(Path(names[0]).parent, "cpu"))).tobytes() == given.tobytes()
 
 
 def test_an_edit_changes_what_is_painted_and_nothing_else(studio, names):
@@ -120,7 +126,7 @@ def test_an_upload_is_encoded_once_and_its_other_pixels_stay(studio, names, tmp_
     assert not same[6:, 6:].all()
     (tmp_path / "a.png").write_bytes(desk.picture.png)  # the recipe holds the upload
     recipe, given = read_recipe(tmp_path / "a.png")
-    assert to_pil(redraw(recipe, find_pipelines(None, "cpu"))).tobytes() == given.tobytes()
+    assert to_pil(redraw(recipe, find_pipelines(Path(names[0]).parent, "cpu"))).tobytes() == given.tobytes()
 
 
 def test_a_picture_is_edited_no_more_often_than_its_recipe_can_say(studio, names, tmp_path):
@@ -129,7 +135,7 @@ def test_a_picture_is_edited_no_more_often_than_its_recipe_can_say(studio, names
         *_, (desk, _, _) = actions.edit(studio, desk, [i % 16], names[1], "cross", i, 1)
     (tmp_path / "a.png").write_bytes(desk.picture.png)
     recipe, given = read_recipe(tmp_path / "a.png")
-    assert to_pil(redraw(recipe, find_pipelines(None, "cpu"))).tobytes() == given.tobytes()
+    assert to_pil(redraw(recipe, find_pipelines(Path(names[0]).parent, "cpu"))).tobytes() == given.tobytes()
     with pytest.raises(ValueError, match="save this picture and upload it"):
         next(actions.edit(studio, desk, [0], names[1], "cross", 0, 1))
 
@@ -274,7 +280,7 @@ def test_good_uploads_become_tokens(studio, names, file):
 
 
 def test_transparency_is_white():
-    assert read_upload(content(Image.new("RGBA", (4, 4)))).getpixel((0, 0)) == (255, 255, 255)
+    assert read_upload(content(Image.new("RGBA", (4, 4), (9, 0, 0, 0))), 8).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_sixteen_threads_each_get_their_picture(studio, names):
@@ -298,6 +304,46 @@ def test_who_leaves_stops_the_drawing(studio, names):
     frames.close()
     studio.worker.submit(int).result()  # the drawing thread is free again
     assert studio.served(names[0]).calls.head < 16 * 8
+
+
+def test_who_left_before_the_turn_costs_nothing(studio, names):
+    """A drawing that was abandoned while others were drawn does not begin: not even its first iteration is computed."""
+    hold, here = threading.Event(), [True]
+    studio.worker.submit(hold.wait)  # somebody else is drawing
+    reset = STAYS.set(lambda: here[0])
+    calls = studio.served(names[0]).calls
+    frames = studio.frames(studio.recipe(names[0], 0, 0, 16))
+    threading.Timer(0.2, lambda: here.insert(0, False)).start()
+    try:
+        with pytest.raises(ValueError, match="nobody waits for this picture any more"):
+            next(frames)
+    finally:
+        STAYS.reset(reset)
+        hold.set()
+    studio.worker.submit(int).result()
+    assert studio.served(names[0]).calls is calls  # no drawing began to count
+
+
+def test_times_hold_what_an_accelerator_still_has_to_do(studio, names, monkeypatch):
+    """Waiting for the device, here 50 ms an iteration, is part of the drawing and not of showing it."""
+    monkeypatch.setattr("marval.page.studio.synchronize", lambda device: time.sleep(0.05))
+    frames = list(studio.frames(studio.recipe(names[1], 0, 0, 4)))
+    for before, after in itertools.pairwise(frames):
+        assert after.seconds - before.seconds >= 0.05
+    assert frames[-1].picture.seconds >= 4 * 0.05
+
+
+def test_a_variation_can_be_taken_while_others_are_drawn(studio, names):
+    """What is shown is on the desk at every moment, also where the drawing is stopped."""
+    desk = Desk().put(studio.picture(studio.recipe(names[1], "cross", 1, 4)))
+    on = Editing(studio)
+    for kept, _, _, cells, _ in on.variations(desk, 0.5, 3, names[1], "cross", 0, 4):
+        assert len(kept.varied) == cells.count("data-picture")
+        if kept.varied:
+            shown = on.choose(kept, names[1], EventData(None, {"picture": f"0:{len(kept.varied) - 1}"}))
+            assert shown[0].picture is kept.varied[-1]
+            assert shown[0].past[-1] is desk.picture
+    assert len(kept.varied) == 3
 
 
 def test_a_name_cannot_smuggle_html(studio, names):

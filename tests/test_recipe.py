@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_an_edited_picture_is_drawn_again_exactly(folder, tiny, tmp_path):
     picture = to_pil(tiny.space.decode(tokens[None])[0])
     (tmp_path / "a.png").write_bytes(png_bytes(picture, {KEY: recipe.to_json()}))
     found, given = read(tmp_path / "a.png")
-    again = to_pil(redraw(found, find_pipelines(None, "cpu")))
+    again = to_pil(redraw(found, find_pipelines(folder, "cpu")))
     assert again.tobytes() == given.tobytes() == picture.tobytes()
 
 
@@ -72,7 +73,7 @@ def test_an_edited_upload_is_drawn_again_exactly(folder, tiny):
     picture = Image.effect_noise((8, 8), 90)
     first = make_recipe(str(folder), model_hash(folder), tiny, 1, 3, 2)
     recipe = dataclasses.replace(first, redrawn=(0, 1), upload=pack_upload(picture))
-    again = to_pil(redraw(Recipe.from_json(recipe.to_json()), find_pipelines(None, "cpu")))
+    again = to_pil(redraw(Recipe.from_json(recipe.to_json()), find_pipelines(folder, "cpu")))
     assert again.crop((0, 2, 8, 8)).tobytes() == picture.crop((0, 2, 8, 8)).tobytes()  # tokens 2, ... are untouched
     assert again.crop((4, 0, 8, 2)).tobytes() == picture.crop((4, 0, 8, 2)).tobytes()
     assert again.crop((0, 0, 4, 2)).tobytes() != picture.crop((0, 0, 4, 2)).tobytes()
@@ -83,19 +84,26 @@ def test_a_picture_of_a_batch_is_drawn_again_in_its_batch(folder, tiny):
     images = tiny.sample(labels, seed=3, iterations=4, batch_size=2)
     recipes = batch_recipes(str(folder), model_hash(folder), tiny, labels, 3, 4, None, batch_size=2)
     assert [len(recipe.batch) for recipe in recipes] == [2, 2, 2, 2, 0]
-    find = find_pipelines(None, "cpu")
+    find = find_pipelines(folder, "cpu")
     for image, recipe in zip(images, recipes, strict=True):
         assert torch.equal(redraw(Recipe.from_json(recipe.to_json()), find), image)
 
 
 def test_other_weights_are_refused_and_a_moved_model_is_named(folder, tiny, tmp_path):
-    recipe = make_recipe(str(tmp_path / "gone"), model_hash(folder), tiny, 0, 0, 2)
-    with pytest.raises(ValueError, match="gone"):
+    recipe = make_recipe("gone", model_hash(folder), tiny, 0, 0, 2)
+    with pytest.raises(ValueError, match=r"drawn by 'gone', which is no bundled model: name its folder"):
         redraw(recipe, find_pipelines(None, "cpu"))
-    assert redraw(recipe, find_pipelines(str(folder), "cpu")).shape == (1, 8, 8)
-    save_model(tmp_path / "other", tiny_model(seed=1), tiny_config())
+    assert redraw(recipe, find_pipelines(folder, "cpu")).shape == (1, 8, 8)
+    save_model(tmp_path / "models" / "other", tiny_model(seed=1), tiny_config())
     with pytest.raises(ValueError, match="other weights"):
-        redraw(dataclasses.replace(recipe, model=str(tmp_path / "other")), find_pipelines(None, "cpu"))
+        redraw(recipe, find_pipelines(tmp_path / "models" / "other", "cpu"))
+    with pytest.raises(ValueError, match="other weights"):
+        redraw(recipe, find_pipelines(tmp_path / "models", "cpu"))
+    shutil.copytree(folder, tmp_path / "models" / "run" / "model")
+    assert redraw(recipe, find_pipelines(tmp_path / "models", "cpu")).shape == (1, 8, 8)  # one of several
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no model\.safetensors in it"):
+        redraw(recipe, find_pipelines(tmp_path / "empty", "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +115,7 @@ def test_what_is_no_recipe_is_refused(folder, tiny, change):
     recipe = make_recipe(str(folder), model_hash(folder), tiny, 0, 0, 2)
     text = json.dumps({**json.loads(recipe.to_json()), **change})
     with pytest.raises(ValueError, match=r"not a recipe|row 2"):
-        redraw(Recipe.from_json(text), find_pipelines(None, "cpu"))
+        redraw(Recipe.from_json(text), find_pipelines(folder, "cpu"))
 
 
 def test_an_endless_recipe_is_refused(folder, tiny):
@@ -126,14 +134,16 @@ def test_the_command_line_draws_a_picture_again(folder, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     file = tmp_path / "first/00001-square-1.png"
-    result = marval("sample", "--like", file, "--out", "again", cwd=tmp_path)
+    assert refused(marval("sample", "--like", file, "--out", "again", cwd=tmp_path), str(folder)[:50], "MODEL --like")
+    result = marval("sample", folder, "--like", file, "--out", "again", cwd=tmp_path)
     assert "the same, pixel for pixel" in result.stdout, result.stderr
     assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 
     notes = PngInfo()
     notes.add_itxt(KEY, read(file)[0].to_json())
     Image.new("L", (8, 8), 255).save(tmp_path / "changed.png", pnginfo=notes)
-    assert "differs by up to" in marval("sample", "--like", "changed.png", "--out", "again", cwd=tmp_path).stdout
+    again = marval("sample", folder, "--like", "changed.png", "--out", "again", cwd=tmp_path)
+    assert "differs by up to" in again.stdout
     Image.new("L", (8, 8)).save(tmp_path / "bare.png")
     assert refused(marval("sample", "--like", "bare.png", cwd=tmp_path), "bare.png", "no recipe")
     (tmp_path / "text.png").write_text("hello")

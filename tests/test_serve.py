@@ -123,15 +123,18 @@ def test_own_models_and_a_full_queue(chromium, tmp_path):
         (own,) = Client(address, verbose=False).predict(model="mine", classes=["square"], seed=3, api_name="/draw")
         assert own["recipe"]["model"] == "mine"
         (tmp_path / "own.png").write_bytes(base64.b64decode(own["png"]))
-        result = marval("sample", "--like", "own.png", "--out", "again", cwd=tmp_path)
+        result = marval("sample", "mine", "--like", "own.png", "--out", "again", cwd=tmp_path)
         assert "the same, pixel for pixel" in result.stdout, result.stdout + result.stderr
         forger = Forger(address)
         draw = forger.handler("mv-draw")
         given = [["fashion-teacher"], ["bag"], 0, 8, 16, 3.0, "the model's own"]
-        body = {"fn_index": draw["id"], "session_hash": "others", "data": given}
-        answers = [forger.post("gradio_api/queue/join", **body).status_code for _ in range(16 + 64)]
-        assert answers == [200] * 80
-        answer = forger.post("gradio_api/queue/join", **body)
+
+        def ask(i):  # four visitors of one session each, at one address; four addresses
+            body = {"fn_index": draw["id"], "session_hash": f"others {i // 4}", "data": given}
+            return forger.post("gradio_api/queue/join", headers={"x-forwarded-for": f"10.0.0.{i // 20}"}, **body)
+
+        assert [ask(i).status_code for i in range(16 + 64)] == [200] * 80
+        answer = ask(80)
         assert answer.status_code == 503
         assert "Queue is full" in answer.json()["detail"]
         with pytest.raises(Exception, match=r"Queue is full! Please try again\."):

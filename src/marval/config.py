@@ -202,12 +202,6 @@ class LatentSpace(Checked):
     kind: Literal["latents"] = "latents"
     vae_sha256: str = ""  # of the VAE's weights, where they are known
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        side = self.vae_stride * self.patch
-        if any(pixels < side or pixels % side for pixels in self.image_size):
-            raise ValueError(f"images of {self.image_size} pixels: expected multiples of {side} (VAE stride x patch)")
-
     @property
     def token_grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""

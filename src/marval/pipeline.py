@@ -17,7 +17,7 @@ from marval.io.checkpoint import WEIGHTS, load_model, save_model
 from marval.model import MAR
 from marval.randomness import Seeds, image_seeds, whole_number
 from marval.sampling import Orders, check_finite, draw_function, drawing_orders, sample
-from marval.spaces import TokenSpace, token_space
+from marval.spaces import TokenSpace, token_space, vae_beside
 
 ImageHook = Callable[[int, Float[Tensor, "b c h w"], Bool[Tensor, "b l"]], None]
 
@@ -57,7 +57,10 @@ def load(name: str | Path, device: torch.device | str = "cpu") -> "Pipeline":
     Raises:
         ValueError: no such model, or damaged files.
     """
-    return Pipeline(*load_model(find_model(name), device))
+    found = find_model(name)
+    model, config = load_model(found, device)
+    folder = found if found.is_dir() else found.parent
+    return Pipeline(model, dataclasses.replace(config, space=vae_beside(config.space, folder)))
 
 
 class Pipeline:

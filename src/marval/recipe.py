@@ -4,10 +4,12 @@ import base64
 import dataclasses
 import io
 import json
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,17 +18,17 @@ from PIL import Image
 from torch import Tensor
 
 from marval.config import Chain, Order, Schedule
-from marval.io.checkpoint import model_hash
+from marval.io.checkpoint import WEIGHTS, model_hash
+from marval.io.fields import check_fields, shorten, told
 from marval.io.images import png_bytes
-from marval.pipeline import Pipeline, find_model, load
+from marval.pipeline import Pipeline, bundled_models, find_model, load
 
 KEY = "marval"  # of the PNG's metadata
 LONGEST = 100  # edits of one picture
-TYPES: dict[str, Any] = {
-    "model": str, "weights": str, "label": int, "class_name": str, "seed": int, "iterations": int, "order": str,
-    "guidance": int | float | None, "guidance_schedule": str | None, "steps": int | None,
-    "temperature": int | float | None, "row": int | None, "upload": str | None,
-}  # fmt: skip
+LARGEST_BATCH = 1024  # pictures drawn together
+MOST_NOISE = 2**28  # numbers that are drawn for a picture and its batch at once: 1 GiB
+LONGEST_TEXT = 16 * 2**20  # characters of a recipe, with an upload in it
+MOST_PIXELS = 16_000_000  # of a picture with a recipe
 KEYS = {"class_name": "class", "iterations": "K", "guidance": "w", "steps": "T"}  # field: name in JSON, the paper's
 TokenHook = Callable[[int, Tensor, Tensor], None]
 
@@ -86,32 +88,41 @@ class Recipe:
         Raises:
             ValueError: not a recipe.
         """
+        if len(text) > LONGEST_TEXT:
+            raise ValueError(f"not a recipe of marval ({len(text)} characters: expected at most {LONGEST_TEXT})")
         try:
-            recipe = _parse(json.loads(text))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"not a recipe of marval ({error})") from None
-        if len(recipe.history) > LONGEST:
-            raise ValueError(f"a recipe of {len(recipe.history)} edits: expected at most {LONGEST}")
+            steps = [dict(json.loads(text))]
+            while (before := steps[-1].pop("before", None)) is not None:
+                steps.append(dict(before))
+            if len(steps) > LONGEST:
+                raise ValueError(f"{len(steps)} edits: expected at most {LONGEST}")
+            recipe = None
+            for values in reversed(steps):
+                recipe = _parse(values, recipe)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"not a recipe of marval ({told(error)})") from None
+        assert recipe is not None  # there is at least one step
         return recipe
 
 
-def _parse(values: dict[str, Any]) -> Recipe:
+def _parse(values: dict[str, Any], before: Recipe | None) -> Recipe:
     names = {short: name for name, short in KEYS.items()}
     values = {names.get(key, key): value for key, value in values.items()}
-    for name, kind in TYPES.items():
-        if not isinstance(values.get(name), kind) or isinstance(values.get(name), bool):
-            raise TypeError(f"{KEYS.get(name, name)} is {values.get(name)!r}")
-    if values["order"] not in get_args(Order):
-        raise TypeError(f"order is {values['order']!r}")
-    values["row"] = values.get("row") or 0
-    values["batch"] = tuple((int(label), int(seed)) for label, seed in values.get("batch", ()))
-    if values.get("before") is not None:
-        values["before"] = _parse(values["before"])
+    values["batch"] = tuple(tuple(pair) for pair in values.get("batch", ()))
     if values.get("redrawn") is not None:
-        values["redrawn"] = tuple(int(position) for position in values["redrawn"])
-    if (values.get("redrawn") is None) != (values.get("before") is None and values.get("upload") is None):
-        raise TypeError("an edit needs the tokens that it redrew and the picture before")
-    return Recipe(**values)
+        values["redrawn"] = tuple(values["redrawn"])
+    recipe = Recipe(**values)
+    check_fields(recipe)
+    if len(recipe.batch) > LARGEST_BATCH:
+        raise ValueError(f"a batch of {len(recipe.batch)} pictures: expected at most {LARGEST_BATCH}")
+    if (recipe.redrawn is None) != (before is None and recipe.upload is None):
+        raise ValueError("an edit needs the tokens that it redrew and the picture before")
+    return dataclasses.replace(recipe, before=before)
+
+
+def plain_name(class_name: str) -> str:
+    """A class as a part of a file's name: a stranger's model may call it anything."""
+    return re.sub(r"[^\w.,+()&'-]", "-", class_name)[:80]
 
 
 def make_recipe(
@@ -152,28 +163,49 @@ def batch_recipes(
     return recipes
 
 
-def find_pipelines(name: str | None, device: str) -> Callable[[Recipe], Pipeline]:
-    """Finds the model of a recipe: the one called `name` where its weights are the recipe's, else by the recipe's name.
+def find_pipelines(name: str | Path | None, device: str) -> Callable[[Recipe], Pipeline]:
+    """Finds the model of a recipe by its weights: the one called `name`, one in that folder, or a bundled model.
 
-    The function raises ValueError where there is no such model, or it has other weights.
+    What a recipe calls its model is never opened as a path: the picture may be a stranger's. The function raises
+    ValueError where there is no such model, or it has other weights.
     """
     loaded: dict[str, Pipeline] = {}
 
     def find(recipe: Recipe) -> Pipeline:
-        for candidate in [*([] if name is None else [name]), recipe.model]:
-            if recipe.weights in loaded:
-                break
-            folder = find_model(candidate)
-            if model_hash(folder) == recipe.weights:
-                loaded[recipe.weights] = load(candidate, device)
         if recipe.weights not in loaded:
-            raise ValueError(
-                f"{name or recipe.model} has other weights than those that drew the picture (SHA-256 "
-                f"{recipe.weights[:12]}...): name the right model, marval sample MODEL --like FILE.png"
-            )
+            bundled = bundled_models().get(recipe.model)
+            folders = [*([] if name is None else named_models(name)), *([] if bundled is None else [bundled])]
+            if not folders:
+                raise ValueError(
+                    f"the picture was drawn by {shorten(recipe.model)}, which is no bundled model: name its folder, "
+                    "marval sample MODEL --like FILE.png"
+                )
+            folder = next((folder for folder in folders if model_hash(folder) == recipe.weights), None)
+            if folder is None:
+                raise ValueError(
+                    f"{name or recipe.model} has other weights than those that drew the picture (SHA-256 "
+                    f"{shorten(recipe.weights[:12])}): name the right model, marval sample MODEL --like FILE.png"
+                )
+            loaded[recipe.weights] = load(folder, device)
         return loaded[recipe.weights]
 
     return find
+
+
+def named_models(name: str | Path) -> list[Path]:
+    """The model that somebody named; or, where it is a folder without weights of its own, the models in it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = find_model(name)
+    if folder.is_file() or (folder / WEIGHTS).is_file():
+        return [folder]
+    found = [find_model(inside) for inside in sorted(folder.iterdir()) if inside.is_dir()]
+    found = [inside for inside in found if (inside / WEIGHTS).is_file()]
+    if not found:
+        raise ValueError(f"{name} has no {WEIGHTS} in it, nor has a folder in it: name a model's or run's folder")
+    return found
 
 
 def draw_recipe(
@@ -197,6 +229,9 @@ def draw_recipe(
     if not 0 <= recipe.row < len(pairs) or pairs[recipe.row] != (recipe.label, recipe.seed):
         raise ValueError(f"row {recipe.row} of a batch of {len(pairs)} is not class {recipe.label}, seed {recipe.seed}")
     labels = pipeline.labels([label for label, _ in pairs])
+    mar, draw = pipeline.config.mar, pipeline.config.draw
+    if len(pairs) * (draw.steps if isinstance(draw, Chain) else 1) * mar.num_tokens * mar.token_dim > MOST_NOISE:
+        raise ValueError(f"a batch of {len(pairs)} pictures of this model needs more than 1 GiB of noise")
     known = None
     if before is not None and recipe.redrawn is not None:
         count = pipeline.config.mar.num_tokens
@@ -229,7 +264,8 @@ def redraw(recipe: Recipe, find: Callable[[Recipe], Pipeline]) -> Float[Tensor, 
         for step in reversed(recipe.history):
             pipeline = find(step)
             if step.upload is not None:
-                tokens = encode_picture(pipeline, open_upload(step.upload))
+                rows, columns = pipeline.config.space.image_size
+                tokens = encode_picture(pipeline, open_upload(step.upload, rows * columns))
             tokens = draw_recipe(step, pipeline, tokens)
         assert tokens is not None  # a history holds at least the recipe itself
         return pipeline.space.decode(tokens[None])[0].cpu().clone()
@@ -257,17 +293,32 @@ def pack_upload(picture: Image.Image) -> str:
     return base64.b64encode(png_bytes(picture)).decode()
 
 
-def open_upload(text: str) -> Image.Image:
+def open_upload(text: str, most_pixels: int) -> Image.Image:
     """The inverse of `pack_upload`.
 
     Raises:
-        ValueError: damaged.
+        ValueError: damaged, or more pixels than that.
     """
     try:
-        picture = Image.open(io.BytesIO(base64.b64decode(text)), formats=["PNG"])
-        picture.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return open_png(io.BytesIO(base64.b64decode(text)), most_pixels)
+    except ValueError as error:
         raise ValueError(f"the upload in the recipe is damaged ({error})") from None
+
+
+def open_png(source: Path | io.BytesIO, most_pixels: int = MOST_PIXELS) -> Image.Image:
+    """A PNG as it is, with its metadata; its size is known from the header, before it is unpacked.
+
+    Raises:
+        ValueError: not a PNG, damaged, or more pixels than that.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of Pillow's own, larger limit
+            picture = Image.open(source, formats=["PNG"])
+        if picture.width * picture.height > most_pixels:
+            raise ValueError(f"{picture.width}x{picture.height} pixels: expected at most {most_pixels}")
+        picture.load()
+    except (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, Image.DecompressionBombError) as error:
+        raise ValueError(told(error)) from None
     return picture
 
 
@@ -277,10 +328,11 @@ def read_recipe(file: Path) -> tuple[Recipe, Image.Image]:
     Raises:
         ValueError: no such file, not a PNG, or none of marval's recipes in it.
     """
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist, or is no file: expected a PNG")
     try:
-        picture = Image.open(file, formats=["PNG"])
-        picture.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        picture = open_png(file)
+    except ValueError as error:
         raise ValueError(f"{file} cannot be read as a PNG ({error})") from None
     text = picture.info.get(KEY)
     if not isinstance(text, str):

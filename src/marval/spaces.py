@@ -1,7 +1,9 @@
 """Token spaces: how an image becomes tokens and tokens become an image."""
 
+import dataclasses
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,6 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from marval.config import LatentSpace, PixelSpace
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+ELSEWHERE = re.compile(r"[\\/]{2}")  # at the start of a path: another machine, which Windows would log in to
 
 
 @runtime_checkable
@@ -88,8 +93,12 @@ class Latents:
         return (self.vae.decode(latents / self.config.scale + self.config.shift).sample / 2 + 0.5).clamp(0, 1)
 
 
-def load_vae(name: str, device: torch.device | str = "cpu") -> Any:
-    """A frozen VAE from a folder in diffusers' form, or from the hub.
+def load_vae(name: str, device: torch.device | str = "cpu", *, download: bool = False) -> Any:
+    """A frozen VAE: a folder in diffusers' form, or a hub id. Its weights must be safetensors, never a pickle.
+
+    Args:
+        download: fetch a hub id; only where a person typed it, not where a model's file names it. Without, what
+            `hf download` put into the local cache is found.
 
     Raises:
         ValueError: diffusers is not installed, or the VAE's files are not there.
@@ -97,13 +106,22 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> Any:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise ValueError("this needs a VAE: install diffusers (pip install 'marval[vae]')") from error
+        raise ValueError("this needs a VAE: install diffusers (pip install diffusers transformers)") from error
+    if ELSEWHERE.match(name) or not (Path(name).is_dir() or HUB_ID.fullmatch(name)):
+        raise ValueError(f"the VAE {name[:200]!r} is no folder here, nor a hub id: name a folder in diffusers' form")
     try:
-        return AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False).to(device).eval().requires_grad_(False)
-    except (OSError, ValueError) as error:
+        vae = AutoencoderKL.from_pretrained(
+            name, local_files_only=not download, use_safetensors=True, low_cpu_mem_usage=False
+        )
+        return vae.to(device).eval().requires_grad_(False)
+    except (OSError, ValueError, TypeError, RuntimeError, LookupError) as error:
+        told = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        advice = (
+            "" if download or Path(name).is_dir() else f"nothing is fetched that a file names: hf download {name}; or "
+        )
         raise ValueError(
-            f"the VAE {name!r} cannot be loaded ({str(error).splitlines()[0]}): name a folder in diffusers' form, such "
-            "as marval convert vae makes"
+            f"the VAE {name!r} cannot be loaded ({told}): {advice}name a folder in diffusers' form, such as marval "
+            "convert vae makes"
         ) from error
 
 
@@ -148,6 +166,13 @@ def same_vae(first: tuple[str, str], second: tuple[str, str]) -> bool:
     if first[1] and second[1]:
         return first[1] == second[1]
     return Path(first[0]).name == Path(second[0]).name
+
+
+def vae_beside(space: PixelSpace | LatentSpace, folder: Path) -> PixelSpace | LatentSpace:
+    """The token space of a model in `folder`: a relative path to its VAE is looked for there first."""
+    if not isinstance(space, LatentSpace) or ELSEWHERE.match(space.vae) or not (folder / space.vae).is_dir():
+        return space
+    return dataclasses.replace(space, vae=str(folder / space.vae))
 
 
 def token_space(config: PixelSpace | LatentSpace, device: torch.device | str = "cpu") -> TokenSpace:

@@ -229,7 +229,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise ValueError("the plot needs matplotlib: pip install 'marval[plots]'") from error
+        raise ValueError("the plot needs matplotlib: pip install matplotlib") from error
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), sharex="col", sharey="row")
     ticks = [1, 1.1, 1.2, 1.5, 2, 3, 4]
     axes[1, 0].set_xscale("log")  # a run that runs away would squeeze the others

@@ -126,7 +126,7 @@ def cache_latents(
     with start_workers(usable_device(device)) as workers:
         done = run(
             images, vae, out, image_size=image_size, batch_size=batch_size, scale=scale, workers=workers,
-            load_vae=lambda: load_vae(vae, workers.device),
+            load_vae=lambda: load_vae(vae, workers.device, download=True),  # typed by the user
         )  # fmt: skip
         if workers.main:
             print(f"{out}: " + (f"{len(done)} images" if done else "stopped; the same command goes on"))

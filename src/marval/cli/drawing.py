@@ -1,6 +1,7 @@
 """The verbs that draw: sample, demo, animate and serve."""
 
-import re
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +42,8 @@ def sample(
     marval sample --like samples/00000-sneaker-0.png --out again
 
     Args:
-        model: a bundled model's name, or a model's or run's folder; with --like, where the recipe's model is now.
+        model: a bundled model's name, or a model's or run's folder; with --like, the model that drew the picture, or
+            a folder of models; left out, only a bundled one is looked for: a path in a picture is never opened.
         like: a PNG that marval sample or marval serve saved: draw it again, exactly, from the recipe in it.
         classes: names or numbers with commas between them; or the option again for each name, which may hold commas
             then (--classes "salt, pepper" --classes 7); all classes when left out. A name goes before a number.
@@ -65,7 +67,7 @@ def sample(
     from marval.io.images import grid, save_picture, square_rows, to_pil
     from marval.pipeline import find_model
     from marval.progress import progress
-    from marval.recipe import KEY, batch_recipes
+    from marval.recipe import KEY, batch_recipes, plain_name
     from marval.sampling import draw_counts
 
     if like is not None:
@@ -83,7 +85,7 @@ def sample(
         draw_counts(pipeline.config.mar.num_tokens, iterations)  # refuses it before anything is made
     together = batch_size or min(TOGETHER, DRAWN[pipeline.config.space.kind])
     recipes = batch_recipes(model, model_hash(find_model(model)), pipeline, labels, seed, iterations, order, together)
-    files = [out / f"{i:05d}-{file_name(r.class_name)}-{r.seed}.png" for i, r in enumerate(recipes)]
+    files = [out / f"{i:05d}-{plain_name(r.class_name)}-{r.seed}.png" for i, r in enumerate(recipes)]
     check_targets([*files, out / "grid.png"], force)
     shown: list[Tensor] = []
     with progress(count, "drawing images") as advance:
@@ -99,11 +101,6 @@ def sample(
     save_picture(out / "grid.png", grid(square_rows(torch.stack(shown)), scale=max(1, 84 // shown[0].shape[-1])))
     first = f" (the first {IN_GRID})" if count > IN_GRID else ""
     print(f"{count} images and grid.png{first} in {out}")
-
-
-def file_name(text: str) -> str:
-    """A class's name as part of a file's name."""
-    return re.sub(r"[^\w.-]", "-", text)[:60]
 
 
 def check_targets(files: Sequence[Path], force: bool) -> None:
@@ -214,6 +211,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 7860,
+    auth: str | None = None,
     browser: bool = False,
     device: str = "auto",
 ) -> None:
@@ -225,18 +223,32 @@ def serve(
 
     Args:
         models: bundled models' names, or models' or runs' folders; the bundled models when left out.
-        host: the address to listen on; 0.0.0.0 lets other machines in.
+        host: the address to listen on; 0.0.0.0 lets other machines in: then say who, with --auth.
         port: the port to listen on.
+        auth: ask visitors for this name:password. Others on this machine may see it in the list of processes, but not
+            in the variable MARVAL_AUTH, which is taken where this is left out. The page speaks http: beyond a network
+            that you trust, put a proxy with https before it.
         browser: open the page in a browser.
         device: "auto", "cpu", "cuda", ...
     """
     try:
+        from marval.page.app import check_address, check_auth
         from marval.page.app import serve as run
     except ImportError as error:
-        raise ValueError(f"the page needs gradio ({error}): pip install 'marval[serve]'") from None
+        raise ValueError(f"the page needs gradio ({error}): pip install 'gradio>=6.31,<7'") from None
     from marval.page.studio import Studio
 
     names = models or ("fashion-teacher", "fashion-student", "fashion-tuned")
-    page, address = run(Studio.open(names, usable_device(device)), host, port, browser)
+    auth = os.environ.get("MARVAL_AUTH") if auth is None else auth
+    check_address(host, port)
+    check_auth(auth)
+    studio = Studio.open(names, usable_device(device))
+    page, address = run(studio, host, port, browser, auth)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are removed
     print(f"marval is on {address}  (Ctrl-C ends it)", flush=True)
-    page.block_thread()
+    if host in ("0.0.0.0", "::") and auth is None:
+        print("everybody who reaches this machine can draw: --auth name:password asks for a password", flush=True)
+    try:
+        page.block_thread()
+    finally:
+        studio.worker.shutdown(wait=False, cancel_futures=True)  # what waits for its turn is not drawn any more

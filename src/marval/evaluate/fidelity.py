@@ -131,7 +131,7 @@ class Inception:
             from torch_fidelity.metric_isc import isc_features_to_metric
         except ImportError as error:
             raise ValueError(
-                "FID against a reference file needs torch-fidelity: pip install 'marval[fidelity]', with the "
+                "FID against a reference file needs torch-fidelity: pip install torch-fidelity, with the "
                 f"torchvision that belongs to your torch ({error})"
             ) from error
         weights = Path(torch.hub.get_dir()) / "checkpoints" / Path(fidelity.URL_INCEPTION_V3).name

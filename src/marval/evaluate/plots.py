@@ -17,7 +17,7 @@ def need_matplotlib() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("plots need matplotlib: pip install 'marval[plots]'") from error
+        raise ValueError("plots need matplotlib: pip install matplotlib") from error
     return Figure
 
 

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from marval.config import ModelConfig
+from marval.config import LatentSpace, ModelConfig
+from marval.io.fields import check_fields, shorten, told
 from marval.io.files import sha256_of, write_tensors, write_text
 from marval.model import MAR
 
 WEIGHTS = "model.safetensors"
+MOST_PIXELS = 2**26  # of a model's pictures: 8192 x 8192
 
 
 def save_model(folder: Path | str, model: MAR, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
@@ -42,13 +45,62 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[MA
             do not fit the configuration.
     """
     path = Path(path)
-    file = path / WEIGHTS if path.is_dir() else path
+    file = weights_file(path)
     tensors, config = read_tensors(file)
-    with torch.device("meta"):
-        model = MAR(config.mar)
+    model = empty_model(file, config)
     check_tensors(file, tensors, model.state_dict())
     model.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=True, assign=True)
     return model.to(device).eval().requires_grad_(False), config
+
+
+def empty_model(file: Path, config: ModelConfig) -> MAR:
+    """The network of a configuration that a file holds, without memory for its weights.
+
+    Raises:
+        ValueError: a network of these sizes cannot be built.
+    """
+    try:
+        with torch.device("meta"):
+            return MAR(config.mar)
+    except (RuntimeError, ValueError, TypeError, ArithmeticError, AssertionError) as error:
+        raise ValueError(f"{file}: no network has the sizes in its configuration ({told(error)})") from None
+
+
+def check_config(config: ModelConfig, tensors: int) -> None:
+    """Check a configuration from a file that holds so many tensors, before anything is built by its numbers.
+
+    Raises:
+        ValueError: a value of another type or out of range, or parts that do not fit each other.
+    """
+    check_fields(config)
+    if re.search(r"[/\\\x00-\x1f\x7f]|^\.", config.name) or len(config.name) > 100:
+        raise ValueError(f"its name is {shorten(config.name)}: expected a plain name, which can name a file")
+    if re.search(r"(^|:)[\\/]{2}", config.data):  # Windows would log in to another machine
+        raise ValueError(f"its data are {shorten(config.data)}: expected a place on this machine")
+    mar, space = config.mar, config.space
+    depth = mar.encoder_depth + mar.decoder_depth + mar.head_depth
+    heads = (mar.encoder_heads, mar.decoder_heads)
+    sizes = (mar.num_classes, mar.encoder_dim, mar.decoder_dim, mar.head_width, mar.buffer_size, *mar.token_grid)
+    if (
+        min(*sizes, *heads, *space.image_size, space.patch) < 1
+        or min(mar.encoder_depth, mar.decoder_depth, mar.head_depth) < 0
+    ):
+        raise ValueError("a size below 1")
+    if space.image_size[0] * space.image_size[1] > MOST_PIXELS:
+        raise ValueError(f"pictures of {space.image_size[1]}x{space.image_size[0]} pixels")
+    if mar.encoder_dim % mar.encoder_heads or mar.decoder_dim % mar.decoder_heads:
+        raise ValueError(f"widths of {mar.encoder_dim} and {mar.decoder_dim} for {heads} heads")
+    if depth > tensors:
+        raise ValueError(f"{depth} blocks, but {tensors} tensors")
+    if isinstance(space, LatentSpace) and min(space.vae_stride, space.latent_channels) < 1:
+        raise ValueError("a size below 1")
+    if (space.token_grid, space.token_dim) != (mar.token_grid, mar.token_dim):
+        raise ValueError(
+            f"pictures of {space.token_grid} tokens of {space.token_dim} channels, but a network for {mar.token_grid} "
+            f"of {mar.token_dim}"
+        )
+    if len(config.class_names) != mar.num_classes:
+        raise ValueError(f"{len(config.class_names)} names for {mar.num_classes} classes")
 
 
 def average_models(models: Sequence[tuple[MAR, ModelConfig]]) -> tuple[MAR, ModelConfig]:
@@ -78,20 +130,37 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig]:
     """
     try:
         with safe_open(file, framework="pt") as content:
-            metadata = content.metadata() or {}
+            metadata, names = content.metadata() or {}, list(content.keys())
             if "marval" not in metadata:
-                raise ValueError(f"{file} is not a marval model: it has no configuration inside")
+                raise ValueError("no configuration of marval is inside")
             config = ModelConfig.from_dict(json.loads(metadata["marval"]))
-            return {name: content.get_tensor(name) for name in content.keys()}, config  # noqa: SIM118
-    except FileNotFoundError:
-        raise ValueError(f"{file} does not exist") from None
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is damaged or not a safetensors file ({error})") from None
+            check_config(config, len(names))
+            return {name: content.get_tensor(name) for name in names}, config
+    except (SafetensorError, OSError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged or not a safetensors file ({told(error)})") from None
+    except (ValueError, ArithmeticError) as error:
+        raise ValueError(f"{file} is not a marval model: {told(error)}") from None
+
+
+def weights_file(path: Path) -> Path:
+    """The weights of a model: a file, or the one in a folder.
+
+    Raises:
+        ValueError: there is none, or it is no regular file: a device or a pipe could be read for ever.
+    """
+    file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist, or is no file")
+    return file
 
 
 def model_hash(folder: Path) -> str:
-    """SHA-256 of a model's weights' file."""
-    return sha256_of(folder / WEIGHTS if folder.is_dir() else folder)
+    """SHA-256 of a model's weights' file.
+
+    Raises:
+        ValueError: as `weights_file`.
+    """
+    return sha256_of(weights_file(folder))
 
 
 def weights_hash(network: nn.Module) -> str:

@@ -92,7 +92,7 @@ def convert_vae(path: Path | str, out: Path | str, force: bool = False) -> None:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise ValueError("converting a VAE needs diffusers: pip install 'marval[vae]'") from error
+        raise ValueError("converting a VAE needs diffusers: pip install diffusers transformers") from error
     out, file = Path(out), find_file(Path(path))
     check_replace(out, [out / name for name in FILES], read=file, force=force)
     content = read_checkpoint(path)

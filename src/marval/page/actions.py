@@ -10,6 +10,7 @@ from marval.page.studio import LAST_SEED, MOST_PICTURES, Frame, Given, Picture, 
 from marval.page.views import Panel, colours, duration
 from marval.recipe import Recipe
 
+PAST_BYTES = 16 * 2**20  # of the pictures that can be taken back
 PAUSE = 0.04  # seconds between two looks at a drawing: more would only fill the line
 
 
@@ -95,9 +96,16 @@ class Desk:
     varied: tuple[Picture, ...] = ()
     painted: tuple[int, ...] = ()
 
+    @property
+    def nbytes(self) -> int:
+        """The memory that its pictures take."""
+        return sum(picture.nbytes for picture in (self.picture, *self.past, *self.varied) if picture is not None)
+
     def put(self, picture: Picture, painted: Sequence[int] = ()) -> "Desk":
-        """The desk with another picture on it; up to 30 can be taken back."""
+        """The desk with another picture on it; up to 30 of 16 MB in all can be taken back."""
         past = () if self.picture is None else (*self.past, self.picture)[-30:]
+        while sum(one.nbytes for one in past) > PAST_BYTES:
+            past = past[1:]
         return Desk(picture, past, (), tuple(painted))
 
     def undo(self) -> "Desk":

@@ -1,11 +1,17 @@
 """The page itself: gradio's components, wired to `actions`; and the server behind it."""
 
+import atexit
 import json
+import os
+import socket
+import tempfile
 from collections.abc import Iterator
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, get_args
 
 import gradio as gr
+from gradio.exceptions import ServerFailedToStartError
 from starlette.middleware import Middleware
 
 from marval.config import Order
@@ -13,8 +19,10 @@ from marval.page import actions, bundled, views
 from marval.page.actions import Desk
 from marval.page.editing import Editing
 from marval.page.endpoints import add_endpoints
-from marval.page.guard import DRAW, WAITING, Guard, Page, friendly
-from marval.page.studio import LAST_SEED, MOST_PICTURES, UPLOAD_BYTES, Studio, listed
+from marval.page.guard import DRAW, Guard, Page, friendly
+from marval.page.shares import WAITING
+from marval.page.studio import LAST_SEED, MOST_PICTURES, Studio, listed
+from marval.page.uploads import UPLOAD_BYTES
 
 OWN_ORDER = "the model's own"
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -27,7 +35,10 @@ STOPPED = "Stopped."
 
 
 def draws(button: gr.Button, function: Any, given: list[Any], shown: list[Any], line: gr.HTML, js: Any = None) -> Any:
-    """Wire a button that draws; the line says at once that it was pressed, and whether nothing came of it."""
+    """Wire a button that draws; the line says at once that it was pressed, and whether nothing came of it.
+
+    Returns the event, for `stops`.
+    """
 
     def say(text: str, busy: bool = False) -> str:
         return json.dumps(views.status(text, busy))
@@ -38,6 +49,14 @@ def draws(button: gr.Button, function: Any, given: list[Any], shown: list[Any], 
     # What Stop cancels fails too, and that may come after Stop's own words.
     event.failure(None, None, line, js=f"() => window.marvalStopped ? {say(STOPPED)} : {failed}", **PRIVATE)
     return event
+
+
+def stops(button: gr.Button, events: list[Any], line: gr.HTML) -> None:
+    """Wire a button that ends the drawings of other buttons; what they have shown stays."""
+    button.click(
+        lambda: views.status(STOPPED), None, line, js="() => { window.marvalStopped = true; return []; }",
+        cancels=events, queue=False, **PRIVATE,
+    )  # fmt: skip
 
 
 class Controls:
@@ -59,6 +78,9 @@ class Controls:
         return gr.Dropdown(
             self.classes, value="sneaker" if "sneaker" in self.classes else self.classes[0], label="Class"
         )
+
+    def stop(self, tab: str = "") -> gr.Button:
+        return gr.Button("Stop", elem_id=f"mv-stop{tab and '-' + tab}", scale=1, min_width=90)
 
     def seed(self, value: int = 0) -> gr.Slider:
         return gr.Slider(0, LAST_SEED, value=value, step=1, label="Seed")
@@ -87,7 +109,7 @@ def generate_tab(studio: Studio, make: Controls) -> tuple[gr.State, gr.HTML]:
         order = gr.Dropdown([OWN_ORDER, *get_args(Order)], value=OWN_ORDER, label="Unmasking order")
     with gr.Row():
         draw = gr.Button("Draw", variant="primary", elem_id="mv-draw", scale=4)
-        stop = gr.Button("Stop", elem_id="mv-stop", scale=1, min_width=90)
+        stop = make.stop()
     line = gr.HTML(views.status("Ready. The students draw first; the teacher follows, token by token."))
     shown = gr.HTML(
         views.welcome("Press Draw: every model draws the same seeds."), js_on_load=PICK, elem_id="mv-generated"
@@ -102,11 +124,7 @@ def generate_tab(studio: Studio, make: Controls) -> tuple[gr.State, gr.HTML]:
             yield html, views.status(told_now, busy=not told_now.startswith("Done")), pictures
 
     given = [models, classes, seed, count, iterations, guidance, order]
-    event = draws(draw, run, given, [shown, line, drawn], line)
-    stop.click(
-        lambda: views.status(STOPPED), None, line, js="() => { window.marvalStopped = true; return []; }",
-        cancels=[event], queue=False, **PRIVATE,
-    )  # fmt: skip
+    stops(stop, [draws(draw, run, given, [shown, line, drawn], line)], line)
 
     def fit(names: list[str], chosen: list[str]) -> Any:
         known = studio.classes(names or make.names[:1])
@@ -130,8 +148,9 @@ def edit_tab(studio: Studio, make: Controls, tabs: gr.Tabs, drawn: gr.State, gen
             label, seed, iterations = make.label(), make.seed(), make.iterations()
             start = gr.Button("Draw a new picture", elem_id="mv-start")
             upload = gr.UploadButton(
-                "Upload a picture", file_types=[".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"], elem_id="mv-upload"
-            )
+                "Upload a picture", file_types=[".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"], type="binary",
+                elem_id="mv-upload",
+            )  # fmt: skip
         with gr.Column(scale=5, min_width=300):
             gr.HTML('<h2 class="mv-step">2 · Paint over what is to change</h2>')
             script = (files("marval.page") / "painter.js").read_text()
@@ -146,16 +165,20 @@ def edit_tab(studio: Studio, make: Controls, tabs: gr.Tabs, drawn: gr.State, gen
             keep = gr.Slider(0, 1, value=0.5, step=0.05, label="Share of tokens to keep")
             count = gr.Slider(1, MOST_PICTURES, value=6, step=1, label="Variations")
             vary = gr.Button("Vary", elem_id="mv-vary")
+            stop = make.stop("edit")
     varied = gr.HTML("", js_on_load=PICK, elem_id="mv-varied")
     painted = gr.JSON([], visible=False)
     everything = [desk, canvas, saved, varied, line]
 
     on = Editing(studio)
-    draws(start, on.begin, [desk, model, label, seed, iterations], everything, line)
+    begun = draws(start, on.begin, [desk, model, label, seed, iterations], everything, line)
     upload.upload(friendly(on.take), [upload, desk, model], everything, **PRIVATE, **DRAW)
-    draws(redraw, on.change, [painted, desk, model, new_label, new_seed, iterations], everything, line, js=PAINTED)
+    changed = draws(
+        redraw, on.change, [painted, desk, model, new_label, new_seed, iterations], everything, line, js=PAINTED
+    )
     undo.click(friendly(on.undo), [desk, model], everything, queue=False, **PRIVATE)
-    draws(vary, on.variations, [desk, keep, count, model, new_label, new_seed, iterations], everything, line)
+    more = draws(vary, on.variations, [desk, keep, count, model, new_label, new_seed, iterations], everything, line)
+    stops(stop, [begun, changed, more], line)
     varied.select(friendly(on.choose), [desk, model], everything, queue=False, **PRIVATE)
     targets = [*everything, tabs, model, label, new_label, iterations]
     generated.select(friendly(on.bring), [drawn, desk], targets, queue=False, **PRIVATE)
@@ -176,7 +199,9 @@ def compare_tab(studio: Studio, make: Controls) -> None:
         columns = gr.CheckboxGroup(choices, value=[k for k in (1, 2, 4, 8, 16) if k <= most], label="Iterations K")
     with gr.Row():
         label, seed = make.label(), make.seed()
-    draw = gr.Button("Draw the grid", variant="primary", elem_id="mv-compare")
+    with gr.Row():
+        draw = gr.Button("Draw the grid", variant="primary", elem_id="mv-compare", scale=4)
+        stop = make.stop("compare")
     line = gr.HTML(views.status("One seed, drawn with more and more iterations."))
     table = gr.HTML(views.welcome("Models downwards, iterations to the right."), elem_id="mv-compared")
     colour = views.colours(list(studio.models))
@@ -187,7 +212,7 @@ def compare_tab(studio: Studio, make: Controls) -> None:
             cells = views.compare_table(found.columns, rows, found.cells)
             yield cells, views.status(told_now, busy=not told_now.startswith("Done"))
 
-    draws(draw, run, [models, label, seed, columns], [table, line], line)
+    stops(stop, [draws(draw, run, [models, label, seed, columns], [table, line], line)], line)
     gr.HTML('<h2 class="mv-step">Quality against time</h2>')
     gr.HTML(
         views.plot(
@@ -215,7 +240,9 @@ def why_tab(studio: Studio, make: Controls) -> None:
     with gr.Row():
         models, label = make.models(), make.label()
         seed, iterations = make.seed(), make.iterations()
-    draw = gr.Button("Draw and count", variant="primary", elem_id="mv-race")
+    with gr.Row():
+        draw = gr.Button("Draw and count", variant="primary", elem_id="mv-race", scale=4)
+        stop = make.stop("why")
     line = gr.HTML(views.status("Ready to count."))
     colour = views.colours(list(studio.models))
 
@@ -230,13 +257,13 @@ def why_tab(studio: Studio, make: Controls) -> None:
             html = drawing(list(dict.fromkeys(names)), latest, int(given[-1]))
             yield html, views.status(told_now, busy=not told_now.startswith("Done"))
 
-    draws(draw, run, [models, label, seed, iterations], [shown, line], line)
+    stops(stop, [draws(draw, run, [models, label, seed, iterations], [shown, line], line)], line)
 
 
-def build(studio: Studio) -> gr.Blocks:
+def build(studio: Studio) -> Page:
     """The page of a studio."""
     make = Controls(studio)
-    with Page(title="marval", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
+    with Page(title="marval", analytics_enabled=False, delete_cache=(60, 300), fill_width=True) as page:
         gr.HTML(views.heading())
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
@@ -251,12 +278,49 @@ def build(studio: Studio) -> gr.Blocks:
     return page.queue(max_size=WAITING, api_open=False)  # nobody draws past the queue
 
 
-def serve(studio: Studio, host: str = "127.0.0.1", port: int = 7860, browser: bool = False) -> tuple[gr.Blocks, str]:
+def check_address(host: str, port: int) -> None:
+    """Check that a server can listen there, before models are loaded.
+
+    Raises:
+        ValueError: an unknown host, or a port that is out of range, taken or reserved.
+    """
+    if not 1 <= port <= 65535:
+        raise ValueError(f"--port {port}: expected a number from 1 to 65535")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, at = found[0]
+        with socket.socket(family, kind, protocol) as tried:
+            if os.name != "nt":  # Windows would share a taken port
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(at)
+    except (OSError, UnicodeError) as error:
+        told = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot serve on {host[:200]}:{port} ({told}): choose another --port or --host") from None
+
+
+def check_auth(auth: str | None) -> tuple[str, str] | None:
+    """The name and the password in "name:password".
+
+    Raises:
+        ValueError: there are not two.
+    """
+    if auth is None:
+        return None
+    name, _, password = auth.partition(":")
+    if not name.strip() or not password:
+        raise ValueError("--auth: expected a name and a password with a colon between them, such as anna:secret")
+    return name.strip(), password
+
+
+def serve(
+    studio: Studio, host: str = "127.0.0.1", port: int = 7860, browser: bool = False, auth: str | None = None
+) -> tuple[gr.Blocks, str]:
     """Start the page in the background; returns it (`close` ends it, `block_thread` waits) and its address.
 
     Raises:
-        ValueError: the port is taken, or the host cannot be bound.
+        ValueError: the port is taken, or the host cannot be bound, or `auth` is no "name:password".
     """
+    check_address(host, port)
     sans = ["system-ui", "sans-serif"]  # names alone: gradio would fetch its own fonts from another host
     theme = gr.themes.Base(
         primary_hue="teal", secondary_hue="teal", neutral_hue="stone", font=sans,
@@ -266,14 +330,20 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int = 7860, browser: bo
         button_primary_background_fill_dark="#0f766e", button_primary_background_fill_hover_dark="#0d9488",
         link_text_color="#0f766e", link_text_color_hover="#115e59",
     )  # fmt: skip
+    uploads = tempfile.TemporaryDirectory(prefix="marval-uploads-", dir=os.environ.get("GRADIO_TEMP_DIR"))
+    os.environ["GRADIO_TEMP_DIR"] = uploads.name  # this page's alone, and gone with it
     page = build(studio)
+    page.uploads = uploads.name
+    atexit.register(uploads.cleanup)
+    guard = Middleware(Guard, host=host, uploads=Path(uploads.name))
     try:
         _, address, _ = page.launch(
             server_name=host, server_port=port, inbrowser=browser, prevent_thread_lock=True, quiet=True, share=False,
-            show_error=True, ssr_mode=False, pwa=False, run_history=False, mcp_server=False, enable_monitoring=False,
+            show_error=False, ssr_mode=False, pwa=False, run_history=False, mcp_server=False, enable_monitoring=False,
             footer_links=["api"], max_file_size=UPLOAD_BYTES, state_session_capacity=1000, theme=theme,
-            css=(files("marval.page") / "page.css").read_text(), app_kwargs={"middleware": [Middleware(Guard)]},
+            auth=check_auth(auth), css=(files("marval.page") / "page.css").read_text(),
+            app_kwargs={"middleware": [guard]},
         )  # fmt: skip
-    except OSError as error:
+    except (OSError, ServerFailedToStartError) as error:
         raise ValueError(f"cannot serve on {host}:{port} ({error}): choose another --port or --host") from None
     return page, address

@@ -1,8 +1,8 @@
 """The Edit tab's handlers: from a visitor's desk and choices to what the tab shows next."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -35,11 +35,11 @@ class Editing:
                 canvas_now = views.painter(now.picture, grid, (), frame)
                 yield gr.skip(), canvas_now, "", "", views.status(actions.progress(frame, name), True)
 
-    def take(self, file: str | None, now: Desk, name: str) -> Any:
+    def take(self, content: bytes | None, now: Desk, name: str) -> Any:
         """Put an uploaded file onto the desk."""
-        if file is None:
+        if content is None:
             raise ValueError("choose a picture to upload")
-        picture = self.studio.upload(Path(file).read_bytes(), name)
+        picture = self.studio.upload(content, name)
         return self.shown(now.put(picture), "Uploaded, cropped and encoded once. Now paint.", name)
 
     def change(self, cells: list[int], now: Desk, name: str, *given: Any) -> Iterator[Any]:
@@ -54,12 +54,10 @@ class Editing:
 
     def variations(self, now: Desk, *given: Any) -> Iterator[Any]:
         """Draw variations below the desk."""
-        pictures: list[Picture] = []
         for pictures, frame, told_now in actions.vary(self.studio, now, *given):
             cells = views.gallery([(p, f"seed {p.recipe.seed}" if p.recipe else "") for p in pictures], frame)
-            yield gr.skip(), gr.skip(), gr.skip(), cells, views.status(told_now, frame is not None)
-        kept = Desk(now.picture, now.past, tuple(pictures), now.painted)
-        yield kept, gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            kept = dataclasses.replace(now, varied=tuple(pictures))  # always those that are shown
+            yield kept, gr.skip(), gr.skip(), cells, views.status(told_now, frame is not None)
 
     def undo(self, now: Desk, name: str) -> Any:
         """Put the picture before onto the desk."""

@@ -8,7 +8,8 @@ import gradio as gr
 from marval.page import actions, views
 from marval.page.actions import Desk
 from marval.page.guard import DRAW, friendly
-from marval.page.studio import LAST_SEED, MOST_PICTURES, UPLOAD_BYTES, Given, Picture, Studio, listed, whole_number
+from marval.page.studio import LAST_SEED, MOST_PICTURES, Given, Picture, Studio, listed, whole_number
+from marval.page.uploads import UPLOAD_BYTES
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """What the page does, without the page: pictures drawn one iteration at a time, edited, varied and uploaded."""
 
+import contextlib
 import dataclasses
 import functools
-import io
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, get_args
 
 import numpy as np
@@ -18,18 +19,18 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from marval.config import Chain, Order
+from marval.evaluate.timing import synchronize
 from marval.io.checkpoint import model_hash
 from marval.io.images import png_bytes, to_pil
+from marval.page.uploads import DECODER, read_upload
 from marval.pipeline import find_model, load
 from marval.randomness import generator
 from marval.recipe import KEY, LONGEST, Recipe, draw_recipe, encode_picture, make_recipe, pack_upload
 
 MOST_PICTURES = 8  # of one model, in one request
 LAST_SEED = 999_999
-UPLOAD_BYTES = 5 * 2**20
-UPLOAD_PIXELS = 25_000_000
-UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-
+STAYS: ContextVar[Callable[[], bool]] = ContextVar("stays", default=lambda: True)  # whether the visitor is still there
+LOOK = 0.1  # seconds between two looks at that
 
 Given = Any  # what a visitor sent: of any type, checked before it is used
 
@@ -58,6 +59,11 @@ class Picture:
     def png(self) -> bytes:
         """The picture as a PNG file with its recipe in the metadata."""
         return png_bytes(to_pil(self.image), None if self.recipe is None else {KEY: self.recipe.to_json()})
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+        return self.tokens.nbytes + self.image.nbytes + len(self.png) + len(self.upload or "")
 
 
 @dataclass(frozen=True)
@@ -240,8 +246,10 @@ class Studio:
     def frames(self, recipe: Recipe, before: Picture | None = None) -> Iterator[Frame]:
         """Draw a picture in the drawing thread and give the moment after each iteration as it comes.
 
+        A drawing that nobody waits for any more ends after its iteration, or never begins.
+
         Raises:
-            ValueError: as `marval.recipe.draw_recipe`.
+            ValueError: as `marval.recipe.draw_recipe`, or the visitor has left.
         """
         served, left = self.served(recipe.model), threading.Event()
         events: SimpleQueue[Frame | Exception] = SimpleQueue()
@@ -252,17 +260,21 @@ class Studio:
             except Exception as error:
                 events.put(error)
 
-        self.worker.submit(draw)
+        drawing = self.worker.submit(draw)
         try:
             while True:
-                event = events.get()
-                if isinstance(event, Exception):
-                    raise event
-                yield event
-                if event.picture is not None:
-                    return
+                if not STAYS.get()():
+                    raise ValueError("nobody waits for this picture any more")
+                with contextlib.suppress(Empty):
+                    event = events.get(timeout=LOOK)
+                    if isinstance(event, Exception):
+                        raise event
+                    yield event
+                    if event.picture is not None:
+                        return
         finally:
             left.set()
+            drawing.cancel()  # where it has not begun
 
     def _draw(
         self,
@@ -275,10 +287,13 @@ class Studio:
         last: list[Frame] = []
         space, paused = served.pipeline.space, 0.0
         served.calls = Calls()
+        device = served.pipeline.device
+        synchronize(device)
         began = time.perf_counter()
 
         def show(k: int, tokens: Tensor, drawn: Tensor) -> None:
             nonlocal paused
+            synchronize(device)  # what the accelerator has still to do belongs to the drawing, not to showing it
             now = time.perf_counter()
             if left.is_set():
                 raise _LeftError
@@ -311,11 +326,16 @@ class Studio:
         pipeline = self.served(model).pipeline
         rows, columns = pipeline.config.space.image_size
         mode = "L" if getattr(pipeline.config.space, "channels", 3) == 1 else "RGB"
-        fitted = ImageOps.fit(read_upload(content).convert(mode), (columns, rows))
-        tokens = self.worker.submit(encode_picture, pipeline, fitted).result()
-        with torch.inference_mode():
-            image = pipeline.space.decode(tokens[None])[0].cpu().clone()
-        return Picture(tokens.cpu(), image, None, pack_upload(fitted))
+        with DECODER:
+            fitted = ImageOps.fit(read_upload(content, max(rows, columns)).convert(mode), (columns, rows))
+
+        def encode() -> tuple[Tensor, Tensor]:
+            tokens = encode_picture(pipeline, fitted)
+            with torch.inference_mode():
+                return tokens.cpu(), pipeline.space.decode(tokens[None])[0].cpu().clone()
+
+        tokens, image = self.worker.submit(encode).result()
+        return Picture(tokens, image, None, pack_upload(fitted))
 
 
 def listed(what: str, values: Given) -> Sequence[Any]:
@@ -342,30 +362,3 @@ def whole_number(what: str, value: Given, low: int, high: int) -> None:
         or not low <= value <= high
     ):
         raise ValueError(f"{what} of {str(value)[:60]}: expected a whole number from {low} to {high}")
-
-
-def read_upload(content: bytes) -> Image.Image:
-    """A visitor's picture from a file's content, upright; transparency becomes white.
-
-    Raises:
-        ValueError: too large a file, not an image, an animation, or too many pixels to unpack.
-    """
-    if len(content) > UPLOAD_BYTES:
-        raise ValueError(f"this file has {len(content) / 2**20:.1f} MB: at most {UPLOAD_BYTES / 2**20:.0f} MB")
-    try:
-        picture = Image.open(io.BytesIO(content), formats=UPLOAD_FORMATS)
-        # A telephone's JPEG may hold several pictures of one moment: that is no animation.
-        if picture.format in ("PNG", "WEBP", "GIF") and getattr(picture, "n_frames", 1) > 1:
-            raise ValueError("this is an animation: upload a still picture")
-        if picture.width * picture.height > UPLOAD_PIXELS:
-            raise ValueError(
-                f"this picture has {picture.width}x{picture.height} pixels: expected at most "
-                f"{UPLOAD_PIXELS // 1_000_000} million"
-            )
-        picture.load()
-        upright = ImageOps.exif_transpose(picture).convert("RGBA")
-    except Image.DecompressionBombError:
-        raise ValueError(f"this picture has too many pixels: at most {UPLOAD_PIXELS // 1_000_000} million") from None
-    except (OSError, SyntaxError, EOFError, ArithmeticError, MemoryError):
-        raise ValueError("this file cannot be read as a picture: upload a PNG, JPEG or WebP") from None
-    return Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")

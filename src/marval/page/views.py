@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from marval.page.studio import Calls, Frame, Picture, Served
+from marval.recipe import plain_name
 
 COLOURS = ("var(--mv-1)", "var(--mv-2)", "var(--mv-3)", "var(--mv-4)")
 
@@ -61,7 +62,7 @@ def file_name(picture: Picture) -> str:
     if recipe is None:
         return "upload.png"
     words = [recipe.model.rsplit("/", 1)[-1], recipe.class_name, f"seed{recipe.seed}", f"K{recipe.iterations}"]
-    return "-".join(words).replace(" ", "-") + ("-edited.png" if recipe.redrawn else ".png")
+    return plain_name("-".join(words)) + ("-edited.png" if recipe.redrawn else ".png")
 
 
 def figure(picture: Picture, key: str = "", caption: str = "") -> str:

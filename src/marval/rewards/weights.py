@@ -172,7 +172,7 @@ def transformers_class(reward: str, name: str) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(f"{reward} needs transformers: pip install 'marval[rewards]'") from error
+        raise ValueError(f"{reward} needs transformers: pip install transformers") from error
     return getattr(transformers, name)
 
 
