@@ -1,7 +1,7 @@
 """Fixtures shared by all tests. Shape annotations of the package are enforced here.
 
-What pip does not install (the 60,000 images of Fashion-MNIST, Chromium) comes by a fixture, which skips the test where it
-is missing. Those tests are marked `system`.
+What pip does not install (the 60,000 images of Fashion-MNIST, Chromium) comes by a fixture, which skips the test where
+it is missing. Those tests are marked `system`.
 """
 
 from pathlib import Path

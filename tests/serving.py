@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
 SCREENSHOTS = ROOT / "build" / "screenshots"  # for people to look at
 MODELS = ("fashion-teacher", "fashion-student", "fashion-tuned")
-needs_chromium = pytest.mark.skipif(not os.path.exists(CHROMIUM), reason=f"no {CHROMIUM}: apt-get install chromium, or name it by CHROMIUM")
+needs_chromium = pytest.mark.skipif(
+    not os.path.exists(CHROMIUM), reason=f"no {CHROMIUM}: apt-get install chromium, or name it by CHROMIUM"
+)
 
 
 def free_port():

@@ -47,7 +47,7 @@ def hosts(monkeypatch):
         for answer in answers:
 
             class Handler(http.server.BaseHTTPRequestHandler):
-                def do_GET(self, answer=answer):  # noqa: N802
+                def do_GET(self, answer=answer):
                     status, length, body = answer(self.path)
                     self.send_response(status)
                     self.send_header("Content-Length", str(length))
@@ -178,7 +178,7 @@ def test_a_named_folder_is_the_only_place(places, tmp_path):
         (places[0] / f"{name}.gz").write_bytes(packed(name))
     with pytest.raises(ValueError, match=r"no such folder.* or put train-images-idx3-ubyte.gz there"):
         load_fashion_mnist(folder=tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="holds no train-images-idx3-ubyte.gz"):
+    with pytest.raises(ValueError, match=r"holds no train-images-idx3-ubyte.gz"):
         load_fashion_mnist(folder=tmp_path)
 
 

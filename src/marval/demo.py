@@ -1,4 +1,4 @@
-"""`marval demo`: the main job on the bundled models, and a short live distillation. It needs no data set, no network."""
+"""`marval demo`: the main job on the bundled models, and a short live distillation. Needs no data set, no network."""
 
 import dataclasses
 import json
@@ -75,7 +75,12 @@ def draw_models(out: Path, device: str, judge: Classifier) -> list[dict[str, Any
             lambda p=pipeline, k=k: draw_bytes(p, SAMPLES, k, seed=0),
         ]
         alone, batch = (statistics.median(times) for times in in_turns(jobs, REPEATS, pipeline.device))
-        row = {"model": name, "iterations": k, "seconds_alone": alone, "seconds_in_batch": batch / SAMPLES}
+        row: dict[str, Any] = {
+            "model": name,
+            "iterations": k,
+            "seconds_alone": alone,
+            "seconds_in_batch": batch / SAMPLES,
+        }
         rows.append(row | score(judge, images.float() / 255, labels))
         ratios = [rows[0][key] / row[key] for key in ("seconds_alone", "seconds_in_batch")]
         print(

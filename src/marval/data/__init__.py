@@ -7,5 +7,6 @@ from marval.data.load import TrainingData, check_classes, check_data, load_data,
 
 __all__ = [
     "FASHION_CLASSES", "FASHION_FORM", "ImageData", "LatentData", "TrainingData", "batch_indices", "cache_latents",
-    "check_classes", "check_data", "load_data", "load_fashion_mnist", "load_fashion_sample", "load_folder", "load_images", "split_data",
+    "check_classes", "check_data", "load_data", "load_fashion_mnist", "load_fashion_sample", "load_folder",
+    "load_images", "split_data",
 ]  # fmt: skip
