@@ -38,7 +38,7 @@ tables: .venv/installed  ## fill the tables of README and model cards, and docs/
 define install
 	@echo "Installing $(1) into .venv ..."
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt $(2) >.venv/pip.log 2>&1 || { \
-		if grep -q "connection broken by\|Could not fetch URL" .venv/pip.log; \
+		if grep -qE "connection broken by|Could not fetch URL" .venv/pip.log; \
 		then echo "make: the package index cannot be reached: check the network, or pip's index-url and proxy"; \
 		else tail -n 20 .venv/pip.log; fi >&2; exit 1; }
 	@for file in .venv/lib/python*/site-packages/__editable__.marval-*.pth; do \
