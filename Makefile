@@ -33,12 +33,12 @@ tables: .venv/installed  ## fill the tables of README and model cards, and docs/
 	$(BIN)/python -m marval.evidence README.md model_cards/*.md
 	cp results/fashion-sweep.json results/fashion-reward.json src/marval/assets/
 
-# pip's words go to a file: of an index that it cannot reach it says fifty lines. The path to src is then made relative:
-# in a C locale Python 3.11 cannot start where that file holds letters beyond ASCII.
+# pip's words go to a file: of an index that it cannot reach it says fifty lines. The path to src, which pip writes down,
+# is then made relative: in a C locale Python 3.11 could not start if it held letters beyond ASCII.
 define install
 	@echo "Installing $(1) into .venv ..."
-	@$(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt $(2) >.venv/pip.log 2>&1 || { \
-		if grep -q "connection broken by\|Could not fetch URL" .venv/pip.log; \
+	@LC_ALL=C.UTF-8 $(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt $(2) >.venv/pip.log 2>&1 || { \
+		if grep -qE "connection broken by|Could not fetch URL" .venv/pip.log; \
 		then echo "make: the package index cannot be reached: check the network, or pip's index-url and proxy"; \
 		else tail -n 20 .venv/pip.log; fi >&2; exit 1; }
 	@for file in .venv/lib/python*/site-packages/__editable__.marval-*.pth; do \

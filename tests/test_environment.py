@@ -170,6 +170,7 @@ def test_a_reader_that_leaves_ends_it_quietly(unbuffered, arguments, both, work)
         assert done.stderr.count(b"\n") == (1 if bad_verb else 0), done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, a device that is always full")
 def test_a_full_device_is_one_line(work):
     with open("/dev/full", "w") as full:
         done = subprocess.run([*MARVAL, "--help"], cwd=work, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)

@@ -178,7 +178,7 @@ def test_a_named_folder_is_the_only_place(places, tmp_path):
         (places[0] / f"{name}.gz").write_bytes(packed(name))
     with pytest.raises(ValueError, match=r"no such folder.* or put train-images-idx3-ubyte.gz there"):
         load_fashion_mnist(folder=tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="holds no train-images-idx3-ubyte.gz"):
+    with pytest.raises(ValueError, match=r"holds no train-images-idx3-ubyte.gz"):
         load_fashion_mnist(folder=tmp_path)
 
 

@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import os
+import shlex
+import shutil
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from marval.config import DistillConfig, OneStep
@@ -44,7 +47,7 @@ def run(out: Path, device: str) -> None:
     check_output(report, folder=False)
     judge = load_classifier("fashion-judge").to(device)
     measured = {**provenance(0), "samples": SAMPLES, "repeats": REPEATS}
-    measured["rows"] = rows = draw_models(out, device, judge)
+    measured["rows"] = draw_models(out, device, judge)
     write_text(report, json.dumps(measured, indent=1))
     print(f"Pictures: {out / 'demo.png'}   Report: {report}", flush=True)
     try:
@@ -55,11 +58,14 @@ def run(out: Path, device: str) -> None:
         if os.environ.get("MARVAL_DEBUG"):
             raise
         print(f"live distillation skipped: {' '.join(str(error).split()) or type(error).__name__}")
-    print(f"\n{len(rows)} settings measured. Next:")
-    print("  marval sample fashion-student --classes sneaker,bag --count 16 --out samples")
-    print("  marval evaluate fashion-student --iterations 4 8 16 --samples 2000 --out results/mine.json")
-    print("  marval train --data folder:DIR --out runs/mine      (then distill, finetune: see README)")
-    print("  marval serve                                        (see it all in a browser)")
+    # The environment that `make demo` made is not on a newcomer's PATH.
+    marval = (
+        "marval" if shutil.which("marval") else shlex.quote(os.path.relpath(Path(sys.executable).parent / "marval"))
+    )
+    print(f"\nNext:  {marval} sample fashion-student --classes sneaker,bag --count 16 --out samples")
+    print(f"       {marval} evaluate fashion-student --iterations 4 8 16 --samples 2000 --out results/mine.json")
+    print(f"       {marval} train --data folder:DIR --out runs/mine      (then distill, finetune: see README)")
+    print(f"       {marval} serve                                        (see it all in a browser)")
 
 
 def draw_models(out: Path, device: str, judge: Classifier) -> list[dict[str, Any]]:
@@ -69,17 +75,12 @@ def draw_models(out: Path, device: str, judge: Classifier) -> list[dict[str, Any
     pictures, labels_shown = [], []
     for name, k in DRAWN:
         pipeline = load(name, device)
-        images, labels = draw_bytes(pipeline, SAMPLES, k, seed=0)
-        jobs = [
-            lambda p=pipeline, k=k: p.sample([0], iterations=k),
-            lambda p=pipeline, k=k: draw_bytes(p, SAMPLES, k, seed=0),
-        ]
-        alone, batch = (statistics.median(times) for times in in_turns(jobs, REPEATS, pipeline.device))
-        row = {"model": name, "iterations": k, "seconds_alone": alone, "seconds_in_batch": batch / SAMPLES}
+        alone, in_batch, images, labels = time_drawing(pipeline, k)
+        row = {"model": name, "iterations": k, "seconds_alone": alone, "seconds_in_batch": in_batch}
         rows.append(row | score(judge, images.float() / 255, labels))
-        ratios = [rows[0][key] / row[key] for key in ("seconds_alone", "seconds_in_batch")]
+        ratios = [rows[0][key] / rows[-1][key] for key in ("seconds_alone", "seconds_in_batch")]
         print(
-            f"{name} K={k}: {alone * 1000:.0f} ms alone, {row['seconds_in_batch'] * 1000:.1f} ms in a batch "
+            f"{name} K={k}: {alone * 1000:.0f} ms alone, {in_batch * 1000:.1f} ms in a batch "
             f"({ratios[0]:.0f}x alone, {ratios[1]:.0f}x in a batch); "
             f"accuracy {rows[-1]['accuracy']:.2f} ({SAMPLES} images)",
             flush=True,
@@ -89,6 +90,18 @@ def draw_models(out: Path, device: str, judge: Classifier) -> list[dict[str, Any
     title = "The same seeds: teacher (100 diffusion steps per token, guided), one-step student, reward-tuned student"
     save_picture(out / "demo.png", grid(pictures, labels_shown, pipeline.config.class_names, title, scale=3))
     return rows
+
+
+def time_drawing(pipeline: Pipeline, k: int) -> tuple[float, float, UInt8[Tensor, "n c h w"], Int[Tensor, " n"]]:
+    """Seconds of a picture alone, of one of a batch (medians), and the batch's images and labels."""
+    drawn = []
+
+    def draw_batch() -> None:
+        drawn.append(draw_bytes(pipeline, SAMPLES, k, seed=0))
+
+    times = in_turns([lambda: pipeline.sample([0], iterations=k), draw_batch], REPEATS, pipeline.device)
+    alone, batch = (statistics.median(own) for own in times)
+    return alone, batch / SAMPLES, *drawn[0]
 
 
 @torch.inference_mode()
