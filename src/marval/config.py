@@ -120,6 +120,18 @@ IMAGENET_IMAGES = 1_281_167
 Order = Literal["random", "raster", "halton", "spread"]
 
 
+def check_guidance(guidance: float, schedule: str) -> None:
+    """Whether these are a guidance scale w and its schedule.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"guidance {guidance}: expected a number from 0, where 1 is no guidance")
+    if schedule not in ("linear", "constant"):
+        raise ValueError(f"guidance schedule {schedule!r}: expected linear or constant")
+
+
 @dataclass(frozen=True)
 class Chain:
     """A teacher's way to draw a token: `steps` of guided ancestral sampling."""
@@ -134,12 +146,9 @@ class Chain:
     def __post_init__(self) -> None:
         if not 2 <= self.steps <= 1000:
             raise ValueError(f"{self.steps} diffusion steps: expected a number from 2 to 1000")
-        if not 0 <= self.guidance < math.inf:
-            raise ValueError(f"guidance {self.guidance}: expected a number from 0, where 1 is no guidance")
+        check_guidance(self.guidance, self.guidance_schedule)
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature {self.temperature}: expected a number from 0")
-        if self.guidance_schedule not in ("linear", "constant"):
-            raise ValueError(f"guidance schedule {self.guidance_schedule!r}: expected linear or constant")
 
 
 @dataclass(frozen=True)
@@ -148,11 +157,14 @@ class OneStep:
 
     timestep: int = 755
     clip: bool = False  # keep x_0 within the data's range, as the teacher's chain does
+    guidance: float = 1.0  # the teacher's w that it was distilled with; older models do not say
+    guidance_schedule: Schedule = "constant"
     kind: Literal["one_step"] = "one_step"
 
     def __post_init__(self) -> None:
         if not 0 <= self.timestep < 999:
             raise ValueError(f"timestep {self.timestep}: expected a number from 0 to 998 (1/alpha explodes at 999)")
+        check_guidance(self.guidance, self.guidance_schedule)
 
 
 @dataclass(frozen=True)
@@ -219,7 +231,7 @@ class TrainConfig(RunConfig):
     learning_rate: float = 1e-3
     warmup: int = 500  # iterations of linear warm-up
     decay: int = 3000  # iterations of linear decay to 0, at the end
-    weight_decay: float = 0.02
+    weight_decay: float = 0.02  # of the transformer's matrices only, as in MAR
     ema_decay: float = 0.9995
     label_drop: float = 0.1
     mask_ratio_min: float = 0.0  # MAR: 0.7; low ratios teach the last iterations, which few tokens need
@@ -227,6 +239,22 @@ class TrainConfig(RunConfig):
     autocast: bool = True  # bf16 for the transformer and the inner layers of the head
     save_every: int = 250
     log_every: int = 10
+
+    @classmethod
+    def imagenet256(cls, size: "Size") -> "TrainConfig":
+        """MAR's recipe, the same for all sizes: 400 epochs (its released models: 800, `iterations` twice this).
+
+        Batches of 2048 at a constant rate of 1e-4 x batch / 256 after 100 epochs of warm-up, all masked tokens in the
+        loss. One thing differs: MAR draws 4 noise levels for each token of a batch (`diffusion_batch_mul`), here it
+        is one.
+        """
+        batch = 2048
+        epoch = IMAGENET_IMAGES // batch
+        return cls(
+            iterations=400 * epoch, batch_size=batch, tokens_per_image=256, learning_rate=1e-4 * batch / 256,
+            warmup=100 * epoch, decay=0, weight_decay=0.02, ema_decay=0.9999, label_drop=0.1, mask_ratio_min=0.7,
+            mask_ratio_std=0.25, gradient_clip=3.0, checkpoint_blocks=True, save_every=500, log_every=50,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -291,6 +319,7 @@ class FinetuneConfig(RunConfig):
     batch_size: int = 32
     learning_rate: float = 5e-6
     hinge: float | None = None  # images with a reward above this push no further
+    autocast: bool = True  # bf16 for the transformer; head, decoder and rewards stay float32
     normalize: bool = False  # rewards minus their mean, over their deviation, on the untouched student's images
     anchor: float = 0.0  # weight of the anchor's loss
     anchor_to: Literal["teacher", "student"] = "teacher"  # GSIM to the guided teacher, or to the frozen student's score
