@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from marval.config import DistillConfig, FinetuneConfig, OneStep, TrainConfig
-from marval.evaluate.evaluate import draw_bytes
+from marval.evaluate.images import draw_bytes
 from marval.parallel import start_workers
 from marval.train import run
 from marval.train.distill import distill

@@ -12,13 +12,14 @@ import torch
 from marval.config import Chain, OneStep
 from marval.data import load_fashion_mnist
 from marval.efficientnet import EfficientNetFeatures
-from marval.evaluate.evaluate import Judge, draw_bytes, evaluate, flops_per_image, time_models
+from marval.evaluate.evaluate import Judge, evaluate, flops_per_image, time_models
 from marval.evaluate.features import (
     Statistics,
     diversity_within_class,
     extract,
     frechet_distance,
 )
+from marval.evaluate.images import draw_bytes
 from marval.evaluate.tables import speedup_table
 from marval.evidence.documents import fill_markdown
 from marval.pipeline import Pipeline

@@ -120,18 +120,6 @@ IMAGENET_IMAGES = 1_281_167
 Order = Literal["random", "raster", "halton", "spread"]
 
 
-def check_guidance(guidance: float, schedule: str) -> None:
-    """Whether these are a guidance scale w and its schedule.
-
-    Raises:
-        ValueError: they are not.
-    """
-    if not 0 <= guidance < math.inf:
-        raise ValueError(f"guidance {guidance}: expected a number from 0, where 1 is no guidance")
-    if schedule not in ("linear", "constant"):
-        raise ValueError(f"guidance schedule {schedule!r}: expected linear or constant")
-
-
 @dataclass(frozen=True)
 class Chain:
     """A teacher's way to draw a token: `steps` of guided ancestral sampling."""
@@ -146,9 +134,12 @@ class Chain:
     def __post_init__(self) -> None:
         if not 2 <= self.steps <= 1000:
             raise ValueError(f"{self.steps} diffusion steps: expected a number from 2 to 1000")
-        check_guidance(self.guidance, self.guidance_schedule)
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance {self.guidance}: expected a number from 0, where 1 is no guidance")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature {self.temperature}: expected a number from 0")
+        if self.guidance_schedule not in ("linear", "constant"):
+            raise ValueError(f"guidance schedule {self.guidance_schedule!r}: expected linear or constant")
 
 
 @dataclass(frozen=True)
@@ -164,7 +155,7 @@ class OneStep:
     def __post_init__(self) -> None:
         if not 0 <= self.timestep < 999:
             raise ValueError(f"timestep {self.timestep}: expected a number from 0 to 998 (1/alpha explodes at 999)")
-        check_guidance(self.guidance, self.guidance_schedule)
+        Chain(self.guidance, self.guidance_schedule)  # checks these two
 
 
 @dataclass(frozen=True)

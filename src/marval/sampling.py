@@ -1,5 +1,6 @@
 """Drawing images: the AR loop over tokens, shared by teacher and student, and the two ways to draw a token."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -274,6 +275,7 @@ def sample(
     noise: Float[Tensor, "s b l c"] | None = None,
     on_iteration: Hook | None = None,
     gradient_iterations: int = 0,
+    autocast: bool = False,
 ) -> Float[Tensor, "b l c"]:
     """Draw the tokens of a batch of images in `iterations` AR iterations (MAR, algorithm of section 3.3).
 
@@ -287,7 +289,8 @@ def sample(
         on_iteration: called after each iteration with its number (from 1), the tokens (0 where not yet drawn)
             and the mask of those that are known or drawn.
         gradient_iterations: M, the last iterations that gradients flow through; each is checkpointed, so that
-            memory holds one iteration's activations at a time.
+            memory holds one iteration's activations at a time (but for a model that recomputes block by block).
+        autocast: compute contexts in bf16; the head stays in float32.
 
     Raises:
         ValueError: too many iterations, a bad order, a wrong number of seeds, or kept counts that
@@ -317,7 +320,10 @@ def sample(
     head = packed(model.head) if iterations * draw_tokens.noise_draws >= FEWEST_CALLS else model.head
 
     def iterate(tokens: Tensor, visible: Tensor, positions: Tensor, guidance: float) -> Tensor:
-        context = model_contexts(model, tokens, visible, positions, labels, guided=draw_tokens.guidance != 1.0)
+        # A region of its own in every iteration: autocast's cache must not keep what was cast without gradients.
+        with torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
+            context = model_contexts(model, tokens, visible, positions, labels, guided=draw_tokens.guidance != 1.0)
+        context = context.to(dtype) if autocast else context
         index = positions[..., None].expand(-1, -1, config.token_dim)
         local_noise = noise.gather(2, index.expand(len(noise), -1, -1, -1)).flatten(1, 2)
         null = context[1] if len(context) > 1 else None
@@ -333,6 +339,8 @@ def sample(
         if k < iterations - gradient_iterations:
             with torch.no_grad():
                 tokens = iterate(tokens, visible, positions, guidance)
+        elif model.checkpoint_blocks:  # both would compute the context three times
+            tokens = iterate(tokens, visible, positions, guidance)
         else:
             tokens = checkpoint(
                 iterate, tokens, visible, positions, guidance, use_reentrant=False, preserve_rng_state=False

@@ -68,7 +68,7 @@ def evaluate(
         guidance: w of the teachers, one or several; 1 is no guidance.
         data: the real images; those of the model when left out.
         judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
-        features: package.module:function, byte images (B, C, H, W) to features (B, F), in EfficientNet's place.
+        features: file.py:function, byte images (B, C, H, W) to features (B, F), in EfficientNet's place.
         reference: a file in the real images' place: ADM's .npz (FID, IS, sFID, precision and recall by torch-fidelity)
             or marval's statistics .safetensors.
         rewards: measure these instead, over the prompts of all classes: "clip,image-reward" (see marval rewards);
@@ -157,7 +157,7 @@ def bench(
         seed: of those images; several: their mean.
         data: the real images; those of the first model when left out.
         judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
-        features: package.module:function in EfficientNet's place, as for marval evaluate.
+        features: file.py:function in EfficientNet's place, as for marval evaluate.
         reference: a file in the real images' place, as for marval evaluate: the curve is then of FID.
         plot: a picture of quality against time per image (needs `samples` in this or an earlier run, and `plots`).
         autocast: draw in bf16.
@@ -283,7 +283,7 @@ def sweep(
         repeats: timed rounds.
         data: the real images; those of the model when left out.
         judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
-        features: package.module:function in EfficientNet's place, as for marval evaluate.
+        features: file.py:function in EfficientNet's place, as for marval evaluate.
         reference: a file in the real images' place, as for marval evaluate.
         autocast: draw the samples in bf16 (times are always float32).
         plot: a picture of the curves (needs the extra `plots`).

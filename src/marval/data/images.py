@@ -113,16 +113,23 @@ def list_folder(root: Path) -> tuple[list[Path], list[tuple[Path, int]]]:
     return classes, files
 
 
-def load_folder(folder: Path | str, size: tuple[int, int] | None = None) -> ImageData:
+def load_folder(
+    folder: Path | str, size: tuple[int, int] | None = None, *, limit: int | None = None, seed: int = 0
+) -> ImageData:
     """Images in one sub-folder per class (the class's name), scaled to cover `size`, then cropped at the centre.
 
     The size is inferred when None: that of the images where all agree, else a square of the smallest side; cut
     down to a multiple of 4, at most 64. Images are grey when every file is.
 
+    Args:
+        limit: read so many images only, chosen by `seed`: as many of each class as there are.
+
     Raises:
         ValueError: no such folder, fewer than one class with images, or files that are not images.
     """
     classes, files = list_folder(Path(folder))
+    if limit is not None and limit < len(files):
+        files = balanced(files, limit, seed)
     pictures = [open_image(file) for file, _ in files]
     mode = "L" if all(picture.mode in ("1", "L", "I;16", "LA") for picture in pictures) else "RGB"
     size = size or _common_size([picture.size for picture in pictures])
@@ -130,6 +137,15 @@ def load_folder(folder: Path | str, size: tuple[int, int] | None = None) -> Imag
     tensor = torch.from_numpy(images)
     tensor = tensor[:, None] if mode == "L" else tensor.permute(0, 3, 1, 2).contiguous()
     return ImageData(tensor, torch.tensor([label for _, label in files]), class_names(classes))
+
+
+def balanced(files: list[tuple[Path, int]], limit: int, seed: int) -> list[tuple[Path, int]]:
+    """`limit` of the files, from all classes alike, in their order."""
+    turns, seen = list[tuple[int, int]](), dict[int, int]()
+    for i in torch.randperm(len(files), generator=generator(seed, "limit")).tolist():
+        turn = seen[files[i][1]] = seen.get(files[i][1], 0) + 1
+        turns.append((turn, i))
+    return [files[i] for i in sorted(i for _, i in sorted(turns)[:limit])]
 
 
 def class_names(folders: list[Path]) -> tuple[str, ...]:

@@ -9,11 +9,14 @@ from marval.data.latents import LatentData
 TrainingData = ImageData | LatentData
 
 
-def load_images(spec: str, split: str = "train", size: tuple[int, int] | None = None) -> ImageData:
+def load_images(
+    spec: str, split: str = "train", size: tuple[int, int] | None = None, limit: int | None = None
+) -> ImageData:
     """Images by their specification: "fashion-mnist", "fashion-mnist:FOLDER" or "folder:DIR".
 
     Args:
         size: rows and columns that folder images are brought to; inferred when None.
+        limit: read so many images of a folder only, from all classes alike.
 
     Raises:
         ValueError: an unknown specification, or data that cannot be read.
@@ -22,7 +25,7 @@ def load_images(spec: str, split: str = "train", size: tuple[int, int] | None = 
     if kind == "fashion-mnist":
         return load_fashion_mnist(split, where or None)
     if kind == "folder" and where:
-        return load_folder(where, size)
+        return load_folder(where, size, limit=limit)
     raise ValueError(f"unknown data {spec!r}: expected fashion-mnist, fashion-mnist:FOLDER, folder:DIR or latents:DIR")
 
 

@@ -17,7 +17,6 @@ from marval.evaluate.images import (
     Keep,
     balanced_labels,
     claim_folder,
-    draw_bytes,
     draw_shards,
     write_npz,
     write_pngs,
@@ -41,13 +40,6 @@ from marval.parallel import Workers
 from marval.pipeline import Pipeline
 from marval.provenance import made_by
 from marval.sampling import draw_counts
-
-
-def probe(
-    judge: Judge, count: int, iterations: int, seed: int = 0, workers: Workers | None = None
-) -> Callable[[Pipeline], dict[str, float]]:
-    """A small evaluation on fixed seeds, for training loops."""
-    return lambda pipeline: judge.figures(*draw_bytes(pipeline, count, iterations, seed, workers=workers))
 
 
 def flops_per_image(pipeline: Pipeline, iterations: int) -> int:
