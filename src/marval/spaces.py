@@ -61,7 +61,8 @@ class Latents:
             ValueError: diffusers is not installed, or the VAE's files are not there.
         """
         if self.loaded is None:
-            self.loaded = load_vae(self.config.vae, self.device)
+            with torch.inference_mode(False):  # whoever asks first: gradients may pass through it later
+                self.loaded = load_vae(self.config.vae, self.device)
         return self.loaded
 
     def tokens(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
