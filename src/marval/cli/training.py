@@ -135,6 +135,8 @@ def distill(
     from marval.parallel import start_workers
     from marval.train.distill import distill as run
 
+    if probe_samples:
+        check_probe(probe_samples)
     pipeline = load_pipeline(teacher, "cpu")
     images = data_of(pipeline, data)
     with start_workers(usable_device(device)) as workers:
@@ -199,8 +201,7 @@ def finetune(
     pipeline = load_pipeline(student, "cpu")
     config = pipeline.config
     samples = max(1000, 2 * len(config.class_names)) if probe_samples is None else probe_samples
-    if samples < 2:
-        raise ValueError(f"--probe-samples {samples}: expected at least 2, which a Frechet distance needs")
+    check_probe(samples)
     anchor = None
     if settings.anchor and teacher is not None:
         anchor = anchor_for(pipeline, teacher, data, recipe("distill", preset), settings)
@@ -226,6 +227,16 @@ def finetune(
         )
         if workers.main:
             print(f"{out / 'model'}: {ended}")
+
+
+def check_probe(samples: int) -> None:
+    """Whether a probe has the images that it needs.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if samples < 2:
+        raise ValueError(f"--probe-samples {samples}: expected at least 2, which a Frechet distance needs")
 
 
 def watching(

@@ -176,6 +176,9 @@ class GSIM:
     one-step student has no score of its own; the teacher still gives contexts, without guidance.
     """
 
+    masking: Masking  # of the last `backward`
+    drawn: list[tuple[slice, Guided, Tensor]]  # its parts: rows, the guided teacher there, and the student's tokens
+
     def __init__(
         self,
         teacher: MAR,
