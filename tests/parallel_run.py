@@ -21,7 +21,7 @@ DISTILL = DistillConfig(
 )  # fmt: skip
 FINETUNE = FinetuneConfig(
     **COMMON, sample_iterations=4, backprop_iterations=3, learning_rate=1e-3, probe_every=10, max_distance_ratio=1e9,
-    min_diversity_ratio=0.0, patience=99,
+    min_diversity_ratio=0.0, patience=99, autocast=False,
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 
 import marval
 from marval.evaluate.features import find_features
-from marval.own_code import OwnCode
+from marval.io.own_code import OwnCode
 from marval.rewards import WeightedReward, find_reward, parse_rewards, reward_hash
 
 BRIGHT = "def score(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from marval.efficientnet import FEATURES, EfficientNetFeatures
 from marval.io.files import write_tensors
-from marval.own_code import OwnCode
+from marval.io.own_code import OwnCode
 
 
 class OwnFeatures(nn.Module):

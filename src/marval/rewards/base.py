@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from marval.io.files import sha256_of
-from marval.own_code import OwnCode
+from marval.io.own_code import OwnCode
 from marval.rewards.aesthetic import load_aesthetic
 from marval.rewards.classifier import ClassifierReward, load_classifier
 from marval.rewards.clip import load_clip_reward, load_pickscore

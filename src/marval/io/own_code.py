@@ -127,6 +127,6 @@ def in_one_line(error: BaseException) -> str:
 
 def _is_users(filename: str) -> bool:
     """Whether a frame's file is neither Python's, nor a library's, nor marval's."""
-    here, library = Path(__file__).parent, Path(os.__file__).parent
+    here, library = Path(__file__).parents[1], Path(os.__file__).parent
     path = Path(filename)
     return not (filename.startswith("<") or "site-packages" in path.parts or {here, library} & set(path.parents))
