@@ -41,6 +41,7 @@ def scores(spec):
         ("my_rewards.py", "./my_rewards.py:score"),
         ("mine/rewards.py", "mine/rewards.py:score"),
         ("mine/rewards.py", "mine.rewards:score"),
+        ("package/rewards.py", "package.rewards:score"),
         ("my own/a = b.py", "my own/a = b.py:score"),
         ("my own/größe.py", "{here}/my own/größe.py:score"),
         ("json.py", "json:score"),  # the file, though a module of that name is there already
@@ -49,6 +50,8 @@ def scores(spec):
 )
 def test_a_function_is_found_by_module_and_by_path(file, spec, here):
     (here / file).parent.mkdir(exist_ok=True)
+    if "package" in file:
+        (here / "package/__init__.py").write_text("")
     (here / file).write_text(BRIGHT, encoding="utf-8")
     ((name, (reward, weight)),) = parse_rewards(spec.format(here=here) + "=0.5").items()
     assert (name, weight) == (spec.format(here=here), 0.5)

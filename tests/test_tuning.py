@@ -34,6 +34,7 @@ BRIGHT = "def score(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n"
 def command(tmp_path, monkeypatch, capsys):
     """Run marval in this process, in a folder of its own; what it printed, or the line it refused with."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-home"))
 
     def run(*arguments, refused=False):

@@ -37,7 +37,7 @@ def probe(
             found = {name: value for name, value in judge.figures(images, labels).items() if not math.isnan(value)}
             classes, paired = len(pipeline.config.class_names), int((labels.bincount() > 1).sum())
             if 0 < paired < classes:
-                found["diversity_classes"] = paired  # diversity is the mean over these alone
+                found["diversity_classes"] = float(paired)  # diversity is the mean over these alone
             if held_out is not None:
                 names, device = pipeline.config.class_names, pipeline.device
                 values = reward_values({"held out": held_out}, images, labels, names, prompt, device=device)

@@ -86,7 +86,8 @@ def load_module(place: str, expected: str) -> ModuleType:
     sys.path.insert(0, folder)
     importlib.invalidate_caches()
     try:
-        return _from_file(file) if by_path or ("." not in place and file.is_file()) else importlib.import_module(place)
+        packaged = "." in place and (file.parent / "__init__.py").is_file()
+        return _from_file(file) if by_path or (file.is_file() and not packaged) else importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
             raise  # something that the module imports
