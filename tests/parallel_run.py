@@ -6,7 +6,7 @@ from math import nan
 from pathlib import Path
 
 from marval.config import DistillConfig, FinetuneConfig, OneStep, TrainConfig
-from marval.evaluate.evaluate import draw_bytes
+from marval.evaluate.images import draw_bytes
 from marval.parallel import start_workers
 from marval.rewards import WeightedReward
 from marval.train import run
@@ -23,7 +23,7 @@ DISTILL = DistillConfig(
 )  # fmt: skip
 FINETUNE = FinetuneConfig(
     **COMMON, sample_iterations=4, backprop_iterations=3, learning_rate=1e-3, probe_every=10, max_distance_ratio=1e9,
-    min_diversity_ratio=0.0, patience=99,
+    min_diversity_ratio=0.0, patience=99, autocast=False,
 )  # fmt: skip
 
 

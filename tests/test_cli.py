@@ -232,6 +232,6 @@ def test_bad_rewards(work):
     def finetune(reward):
         return marval("finetune", "fashion-student", "--reward", reward, "--out", "never", cwd=work)
 
-    assert refused(finetune("pixscore"), "pixscore", "pickscore", "package.module:function")
+    assert refused(finetune("pixscore"), "pixscore", "pickscore", "file.py:function")
     assert refused(finetune("clip:nowhere"), "clip:nowhere", "config.json", "put them")
     assert not (work / "never/model").exists()

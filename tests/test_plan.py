@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,11 @@ def test_a_plan_adds_up():
     assert plan.peak(4, False) - plan.peak(3, False) == plan.activations[False][1]
     fit = plan.images_that_fit(plan.peak(7, False), False)
     assert fit == 7
-    assert plan.seconds(4, 1e12, 0.5) == plan.flops * plan.steps / 2e12
+    assert plan.bf16_flops + plan.float32_flops == plan.flops
+    assert plan.seconds(4, 1e12, 0.5, math.inf) == pytest.approx(plan.bf16_flops * plan.steps / 2e12)
+    assert plan.seconds(4, math.inf, 0.5, 1e12) == pytest.approx(plan.float32_flops * plan.steps / 3.2e12)
+    slow = plan_distill(tiny_config().mar, DistillConfig(batch_size=64, autocast=False), gpus=4)
+    assert (slow.bf16_flops, slow.float32_flops) == (0, plan.flops)
     assert plan_distill(tiny_config().mar, DistillConfig(batch_size=128), gpus=4).flops == 2 * plan.flops
 
 
@@ -107,7 +112,7 @@ def test_the_command_answers_without_allocating():
     text = "\n".join(lines)
     assert "student 942.4M" in text
     assert "42.0 GB" in text
-    assert text.count("days at 35%") == 2
+    assert text.count("days at 35% of 312 TFLOP/s in bf16 and 80% of 19.5 in float32") == 2
     assert int(peak) * 1024 < 2 * GIB  # the weights of one network alone are 3.5 GiB
 
 
@@ -116,11 +121,13 @@ def test_a_plan_is_kept_and_becomes_a_table(tmp_path, monkeypatch):
         "marval.plan.distill_memory", lambda config, settings, images, recompute: 2**30 + 2**20 * images
     )
     monkeypatch.setattr("marval.plan.finetune_memory", lambda config, settings, images, recompute: 2**20 * images)
-    rows = plan_rows("base", 4, 24 * GIB, 165e12, 0.5)
+    rows = plan_rows("base", 4, 24 * GIB, 165e12, 0.5, 10e12)
     write_results(tmp_path / "plan.json", "plan", rows, 0)
     assert [row["stage"] for row in rows] == ["distill", "finetune"]
     assert rows[0]["kept_image_mib"] == 1.0
-    assert rows[0]["days"] == pytest.approx(rows[0]["pflop_per_step"] * rows[0]["steps"] / (4 * 0.165 * 0.5) / 86400)
+    slow = rows[0]["float32_pflop_per_step"]
+    seconds = (rows[0]["pflop_per_step"] - slow) / (0.165 * 0.5) + slow / (0.01 * 0.8)
+    assert rows[0]["days"] == pytest.approx(seconds * rows[0]["steps"] / 4 / 86400)
     header, _, memory, activations, fit, *work = plan_table(tmp_path / "plan.json").splitlines()
     assert header == "|  | imagenet256-base |"
     total = sum(rows[0][f"{name}_gib"] for name in ("weights", "gradients", "optimiser", "gathered"))
@@ -128,7 +135,7 @@ def test_a_plan_is_kept_and_becomes_a_table(tmp_path, monkeypatch):
     assert activations.endswith("| 1 / 1 |")
     assert fit.endswith("in 24 GiB, with `--checkpoint-blocks` | 512 |")
     assert work[0].startswith("| PFLOP a step of 2,048 images; days for 18,767 steps | 1.29; ")
-    assert work[1].startswith("| tune: PFLOP a step of 256 images; days for 25,022 steps | 0.76; ")
+    assert work[1].startswith("| tune: PFLOP a step of 256 images; days for 25,022 steps | 0.65; ")
 
 
 def tuning_peak(config, iterations, learnt):
@@ -140,6 +147,27 @@ def tuning_peak(config, iterations, learnt):
         )
         tokens.square().sum().backward()
     return live.peak
+
+
+def test_blocks_or_iterations_are_computed_again_and_never_both():
+    """With the preset's `checkpoint_blocks` the context of each of the last M iterations is computed twice."""
+    labels, calls = torch.tensor([0, 1]), []
+    found = []
+    for blocks in (False, True):
+        model = tiny_model().requires_grad_(True)
+        model.checkpoint_blocks = blocks
+        calls.clear()
+        model.decoder_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+        tokens = sample(
+            model, DrawInOneStep(), labels, iterations=4, seeds=[0, 1], gradient_iterations=2, autocast=False
+        )
+        tokens.square().sum().backward()
+        assert len(calls) == 4 + 2
+        found.append([parameter.grad for parameter in model.parameters()])
+    for first, second in zip(*found, strict=True):
+        assert (first is None) == (second is None)
+        if first is not None:
+            torch.testing.assert_close(first, second)
 
 
 SMALL = dataclasses.replace(

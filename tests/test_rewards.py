@@ -214,7 +214,7 @@ def test_rewards_from_folders_combine_with_weights(folders, images):
     ("text", "message"),
     [
         ("pixscore", "expected pickscore, clip, image-reward, hps-v2, aesthetic"),
-        ("no_such_module:f", "nor a module"),
+        ("no_such_module:f", "no module no_such_module in"),
         ("math:no_such_function", "no function"),
         ("classifier=much", "weight much: expected a number"),
         ("classifier,classifier=2", "named twice"),

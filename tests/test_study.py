@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from marval.config import OneStep
-from marval.evaluate.evaluate import draw_bytes
+from marval.evaluate.images import draw_bytes
 from marval.evaluate.rewards import evaluate_rewards
 from marval.evidence.documents import fill_markdown
 from marval.study import cheapest_run, kept_of, price, rl_grid

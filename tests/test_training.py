@@ -155,7 +155,7 @@ def test_distillation_moves_the_student_and_not_the_teacher(data, config, tmp_pa
     distill_module.distill(teacher, config, DISTILL, data, tmp_path / "run", quiet=True)
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
     student = load(tmp_path / "run")
-    assert student.config.draw == OneStep(clip=config.draw.clip)
+    assert student.config.draw == OneStep(755, config.draw.clip, DISTILL.guidance, DISTILL.guidance_schedule)
     assert config.draw.clip
     assert any(not torch.equal(value, before[key]) for key, value in student.model.state_dict().items())
 

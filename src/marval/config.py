@@ -262,7 +262,13 @@ class OneStep(Checked):
 
     timestep: Timestep = 755
     clip: bool = False  # keep x_0 within the data's range, as the teacher's chain does
+    guidance: float = 1.0  # the teacher's w that it was distilled with; older models do not say
+    guidance_schedule: Schedule = "constant"
     kind: Literal["one_step"] = "one_step"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Chain(self.guidance, self.guidance_schedule)  # checks these two
 
 
 @dataclass(frozen=True)
@@ -344,7 +350,7 @@ class TrainConfig(RunConfig):
     learning_rate: Positive = 1e-3
     warmup: Whole | None = None  # iterations of linear warm-up; 500, or half of a shorter run, when left out
     decay: Whole = 3000  # iterations of linear decay to 0, at the end
-    weight_decay: NotNegative = 0.02
+    weight_decay: NotNegative = 0.02  # of the transformer's matrices only, as in MAR
     ema_decay: Decay = 0.9995
     label_drop: Share = 0.1
     mask_ratio_min: Share = 0.0  # MAR: 0.7; low ratios teach the last iterations, which few tokens need
@@ -362,6 +368,22 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         if self.warmup_iterations > self.iterations:
             raise ValueError(f"warmup {self.warmup}: expected at most the {self.iterations} iterations of the run")
+
+    @classmethod
+    def imagenet256(cls, size: "Size") -> "TrainConfig":
+        """MAR's recipe, the same for all sizes: 400 epochs (its released models: 800, `iterations` twice this).
+
+        Batches of 2048 at a constant rate of 1e-4 x batch / 256 after 100 epochs of warm-up, all masked tokens in the
+        loss. One thing differs: MAR draws 4 noise levels for each token of a batch (`diffusion_batch_mul`), here it
+        is one.
+        """
+        batch = 2048
+        epoch = IMAGENET_IMAGES // batch
+        return cls(
+            iterations=400 * epoch, batch_size=batch, tokens_per_image=256, learning_rate=1e-4 * batch / 256,
+            warmup=100 * epoch, decay=0, weight_decay=0.02, ema_decay=0.9999, label_drop=0.1, mask_ratio_min=0.7,
+            mask_ratio_std=0.25, gradient_clip=3.0, checkpoint_blocks=True, save_every=500, log_every=50,
+        )  # fmt: skip
 
 
 def check_warmup(name: str, warmup: int, iterations: int) -> None:
@@ -446,6 +468,7 @@ class FinetuneConfig(RunConfig):
     batch_size: Count = 32
     learning_rate: Positive = 5e-6
     hinge: Finite | None = None  # images with a reward above this push no further
+    autocast: bool = True  # bf16 for the transformer; head, decoder and rewards stay float32
     normalize: bool = False  # rewards minus their mean, over their deviation, on the untouched student's images
     anchor: NotNegative = 0.0  # weight of the anchor's loss
     anchor_to: Literal["teacher", "student"] = "teacher"  # GSIM to the guided teacher, or to the frozen student's score

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from marval.config import IMAGENET_IMAGES, DistillConfig, FinetuneConfig, MARConfig, Size
-from marval.flops import context_flops, embedding_flops, head_flops, iteration_flops
+from marval.flops import Flops, context_flops, embedding_flops, head_flops, iteration_flops
 from marval.memory import LiveMemory
 from marval.model import MAR, NoiseSchedule, TokenHead
 from marval.model.blocks import Block
@@ -24,6 +24,7 @@ from marval.train.distill import Batch, Masking, auxiliary_step_loss, guide, stu
 
 GIB = 2**30
 FLOAT32 = 4
+FLOAT32_EFFICIENCY = 0.8  # of a GPU's float32 peak without tensor cores, which large products come near
 CACHE_BYTES_PER_CHANNEL = 2 * 2 * 2  # an image and its mirror, mean and log-variance, half precision
 
 
@@ -37,7 +38,8 @@ class Plan:
     optimizer: int
     gathered: int  # whole layers that `fully_shard` gathers while they compute; 0 on one GPU
     activations: dict[bool, tuple[int, int]]  # bytes without and with recomputation: fixed, and for one image
-    flops: int  # of a step, all GPUs together
+    bf16_flops: int  # of a step, all GPUs together: the transformers, where the settings have autocast
+    float32_flops: int  # the heads; everything without autocast
     steps: int
     batch: int
 
@@ -50,9 +52,19 @@ class Plan:
         """The most images at a time in `memory` bytes; 0 when not even one fits."""
         return max(0, (memory - self.peak(0, recompute)) // self.activations[recompute][1])
 
-    def seconds(self, gpus: int, peak_flops: float, efficiency: float) -> float:
-        """Time of the whole run at a share `efficiency` of `gpus` times `peak_flops`."""
-        return self.flops * self.steps / (gpus * peak_flops * efficiency)
+    @property
+    def flops(self) -> int:
+        """Operations of a step, all GPUs together."""
+        return self.bf16_flops + self.float32_flops
+
+    def seconds(self, gpus: int, peak_flops: float, efficiency: float, float32_flops: float) -> float:
+        """Time of the whole run on GPUs that reach a share `efficiency` of `peak_flops` in bf16.
+
+        `float32_flops` is the peak of a GPU in float32 without tensor cores, which the training loops do not use there
+        (torch's default: no TF32); of it `FLOAT32_EFFICIENCY` is reached.
+        """
+        step = self.bf16_flops / (peak_flops * efficiency) + self.float32_flops / (float32_flops * FLOAT32_EFFICIENCY)
+        return self.steps * step / gpus
 
 
 def plan_distill(config: MARConfig, settings: DistillConfig, gpus: int) -> Plan:
@@ -65,13 +77,12 @@ def plan_distill(config: MARConfig, settings: DistillConfig, gpus: int) -> Plan:
     context = context_flops(config, config.num_tokens - masked, targets)
     one_call, guided_call = head_flops(config, targets), head_flops(config, targets, conditions)
     embeddings = embedding_flops(config, targets, 1, targets)
-    flops = settings.batch_size * (
-        context * conditions  # the teacher's, forward
-        + context * (4 if settings.checkpoint_blocks else 3)  # the student's, with its gradients
-        + 3 * (one_call + embeddings)  # the student's head
-        + 2 * (one_call + guided_call)  # phi's and the teacher's heads: gradients of their input alone
-        + 3 * settings.auxiliary_steps * (one_call + embeddings)  # phi learns
-    )
+    contexts = context * conditions  # the teacher's, forward
+    contexts += context * (4 if settings.checkpoint_blocks else 3)  # the student's, with its gradients
+    heads = 3 * (one_call + embeddings)  # the student's
+    heads += 2 * (one_call + guided_call)  # phi's and the teacher's: gradients of their input alone
+    heads += 3 * settings.auxiliary_steps * (one_call + embeddings)  # phi learns
+    flops = Flops(settings.batch_size * contexts, settings.batch_size * heads)
     return _plan(
         networks, sizes, ("student", "auxiliary"), gpus, flops, settings,
         lambda images, recompute: distill_memory(config, settings, images, recompute),
@@ -82,14 +93,15 @@ def plan_finetune(config: MARConfig, settings: FinetuneConfig, gpus: int) -> Pla
     """Stage 2: student and its EMA. The VAE's decoder and the reward, which are the user's choice, come on top."""
     sizes = network_sizes(config)
     networks = {"student": sizes["MAR"], "EMA": sizes["MAR"]}
-    counts, flops = draw_counts(config.num_tokens, settings.sample_iterations), 0
+    counts, contexts, heads = draw_counts(config.num_tokens, settings.sample_iterations), 0, 0
     for k, count in enumerate(counts):
         once = iteration_flops(config, sum(counts[:k]), count, 1, guided=False)
         learnt = k >= settings.sample_iterations - settings.backprop_iterations
-        flops += once.total * (4 if learnt else 1)  # forward, recomputed, and twice that for the gradients
-        flops += once.context if learnt and settings.checkpoint_blocks else 0
+        contexts += once.context * (4 if learnt else 1)  # forward, recomputed, and twice that for the gradients
+        heads += once.head * (1 if not learnt else 3 if settings.checkpoint_blocks else 4)  # blocks alone recompute
+    flops = Flops(settings.batch_size * contexts, settings.batch_size * heads)
     return _plan(
-        networks, sizes, ("student",), gpus, flops * settings.batch_size, settings,
+        networks, sizes, ("student",), gpus, flops, settings,
         lambda images, recompute: finetune_memory(config, settings, images, recompute),
     )  # fmt: skip
 
@@ -99,7 +111,7 @@ def _plan(
     sizes: dict[str, int],
     trained: tuple[str, ...],
     gpus: int,
-    flops: int,
+    flops: Flops,
     settings: DistillConfig | FinetuneConfig,
     memory: Callable[[int, bool], int],
 ) -> Plan:
@@ -115,7 +127,8 @@ def _plan(
         optimizer=2 * learnt // gpus,
         gathered=0 if gpus == 1 else FLOAT32 * (sizes["outside blocks"] + 2 * max(sizes["block"], sizes["head"])),
         activations=activations,
-        flops=flops,
+        bf16_flops=flops.context if settings.autocast else 0,
+        float32_flops=flops.head if settings.autocast else flops.total,
         steps=settings.iterations,
         batch=settings.batch_size,
     )
@@ -189,22 +202,32 @@ def distill_memory(
 
 
 def finetune_memory(config: MARConfig, settings: FinetuneConfig, images: int, recompute: bool) -> int:
-    """As `distill_memory`, for the backward pass of one AR iteration; the others keep their tokens only."""
-    draw = DrawInOneStep()
-    drawn = max(draw_counts(config.num_tokens, settings.sample_iterations))
-    shown = config.num_tokens - drawn
+    """As `distill_memory`, for the backward pass of a tuning step.
+
+    Without `recompute` that is one AR iteration, the largest: the others keep their tokens only. With it the last M
+    iterations are all kept, but for what is inside their blocks.
+    """
+    counts = draw_counts(config.num_tokens, settings.sample_iterations)
+    draw, largest = DrawInOneStep(), max(counts)
+    starts = [(sum(counts[:k]), count) for k, count in enumerate(counts)][-settings.backprop_iterations :]
+    shown_and_drawn = starts if recompute else [(config.num_tokens - largest, largest)]
     with fake_tensors():
         student = MAR(config).eval()
         student.checkpoint_blocks = recompute
         _free_gradients(student)
         places = torch.arange(config.num_tokens).expand(images, -1)
+        labels = torch.zeros(images, dtype=torch.long)
         with LiveMemory() as live:
             tokens = torch.randn(images, config.num_tokens, config.token_dim, requires_grad=True)
             kept = [tokens * 1.0 for _ in range(settings.backprop_iterations)]
-            labels = torch.zeros(images, dtype=torch.long)
-            context = model_contexts(student, kept[0], places[:, :shown], places[:, shown:], labels, guided=False)
-            noise = torch.randn(1, images * drawn, config.token_dim)
-            draw(student.head, context[0], None, 1.0, noise).sum().backward()
+            total = kept[0].sum() * 0
+            for shown, drawn in shown_and_drawn:
+                positions = places[:, shown : shown + drawn]
+                with torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast):
+                    context = model_contexts(student, kept[0], places[:, :shown], positions, labels, guided=False)
+                noise = torch.randn(1, images * drawn, config.token_dim)
+                total = total + draw(student.head, context[0].float(), None, 1.0, noise).sum()
+            total.backward()
     return live.peak
 
 
@@ -223,7 +246,9 @@ def cache_bytes(latent_channels: int = 16, side: int = 16, images: int = IMAGENE
     return images * CACHE_BYTES_PER_CHANNEL * latent_channels * side * side
 
 
-def plan_rows(size: Size, gpus: int, memory: int, peak_flops: float, efficiency: float) -> list[dict[str, Any]]:
+def plan_rows(
+    size: Size, gpus: int, memory: int, peak_flops: float, efficiency: float, float32_flops: float
+) -> list[dict[str, Any]]:
     """The plan of both stages of a preset on GPUs of `memory` bytes, as rows of a results file.
 
     Of the activations, `kept` are without recomputation and `recomputed` with `--checkpoint-blocks`; `images` is how
@@ -237,6 +262,7 @@ def plan_rows(size: Size, gpus: int, memory: int, peak_flops: float, efficiency:
     for stage, plan in plans.items():
         row: dict[str, Any] = {"preset": f"imagenet256-{size}", "stage": stage, "gpus": gpus, "gpu_gib": memory / GIB}
         row |= {"tflops": peak_flops / 1e12, "efficiency": efficiency, "batch": plan.batch, "steps": plan.steps}
+        row |= {"float32_tflops": float32_flops / 1e12, "float32_pflop_per_step": plan.float32_flops / 1e15}
         row |= {"parameters": plan.parameters, "weights_gib": plan.weights / GIB, "gradients_gib": plan.gradients / GIB}
         row |= {"optimiser_gib": plan.optimizer / GIB, "gathered_gib": plan.gathered / GIB}
         for how, (fixed, each) in zip(
@@ -244,7 +270,7 @@ def plan_rows(size: Size, gpus: int, memory: int, peak_flops: float, efficiency:
         ):
             images = min(plan.images_that_fit(memory, how == "recomputed"), -(-plan.batch // gpus))
             row |= {f"{how}_fixed_gib": fixed / GIB, f"{how}_image_mib": each / 2**20, f"{how}_images": images}
-        days = plan.seconds(gpus, peak_flops, efficiency) / 86400
+        days = plan.seconds(gpus, peak_flops, efficiency, float32_flops) / 86400
         rows.append(row | {"pflop_per_step": plan.flops / 1e15, "days": days})
     return rows
 
@@ -272,8 +298,9 @@ def report(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"image; in {row['gpu_gib']:.0f} GiB: {fit} images at a time ({parts})"
             )
         lines.append(
-            f"  {row['pflop_per_step']:.2f} PFLOP a step; {row['days']:.2f} days at {row['efficiency']:.0%} of "
-            f"{row['tflops']:.0f} TFLOP/s a GPU"
+            f"  {row['pflop_per_step']:.2f} PFLOP a step, {row['float32_pflop_per_step']:.2f} of them the heads' in "
+            f"float32; {row['days']:.2f} days at {row['efficiency']:.0%} of {row['tflops']:.0f} TFLOP/s in bf16 and "
+            f"{FLOAT32_EFFICIENCY:.0%} of {row['float32_tflops']:g} in float32 a GPU"
         )
     lines += ["", "finetune: the VAE's decoder and the reward are not counted."]
     return lines

@@ -1,5 +1,6 @@
 """Drawing images: the AR loop over tokens, shared by teacher and student, and the two ways to draw a token."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -361,7 +362,12 @@ def prepare(
 
 
 def run(
-    model: MAR, draw_tokens: DrawTokens, labels: Int[Tensor, " b"], start: Start, gradient_iterations: int = 0
+    model: MAR,
+    draw_tokens: DrawTokens,
+    labels: Int[Tensor, " b"],
+    start: Start,
+    gradient_iterations: int = 0,
+    autocast: bool = False,
 ) -> Iterator[tuple[Float[Tensor, "b l c"], Int[Tensor, "b v"]]]:
     """The AR loop: after each iteration the tokens, and the positions of those that are known or drawn.
 
@@ -372,7 +378,10 @@ def run(
     head = packed(model.head) if calls >= FEWEST_CALLS else model.head
 
     def iterate(tokens: Tensor, visible: Tensor, positions: Tensor, guidance: float) -> Tensor:
-        context = model_contexts(model, tokens, visible, positions, labels, guided=draw_tokens.guidance != 1.0)
+        # A region of its own in every iteration: autocast's cache must not keep what was cast without gradients.
+        with torch.autocast(tokens.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
+            context = model_contexts(model, tokens, visible, positions, labels, guided=draw_tokens.guidance != 1.0)
+        context = context.float() if autocast else context
         index = positions[..., None].expand(-1, -1, config.token_dim)
         local_noise = start.noise.gather(2, index.expand(len(start.noise), -1, -1, -1)).flatten(1, 2)
         null = context[1] if len(context) > 1 else None
@@ -389,6 +398,8 @@ def run(
         if k < len(start.counts) - gradient_iterations:
             with torch.no_grad():
                 tokens = iterate(tokens, visible, positions, guidance)
+        elif model.checkpoint_blocks:  # both would compute the context three times
+            tokens = iterate(tokens, visible, positions, guidance)
         else:
             tokens = checkpoint(
                 iterate, tokens, visible, positions, guidance, use_reentrant=False, preserve_rng_state=False
@@ -408,6 +419,7 @@ def sample(
     noise: Float[Tensor, "s b l c"] | None = None,
     on_iteration: Hook | None = None,
     gradient_iterations: int = 0,
+    autocast: bool = False,
 ) -> Float[Tensor, "b l c"]:
     """Draw the tokens of a batch of images in `iterations` AR iterations (MAR, algorithm of section 3.3).
 
@@ -421,7 +433,8 @@ def sample(
         on_iteration: called after each iteration with its number (from 1), the tokens (0 where not yet drawn)
             and the mask of those that are known or drawn.
         gradient_iterations: M, the last iterations that gradients flow through; each is checkpointed, so that
-            memory holds one iteration's activations at a time.
+            memory holds one iteration's activations at a time (but for a model that recomputes block by block).
+        autocast: compute contexts in bf16; the head stays in float32.
 
     Raises:
         ValueError: too many iterations, a bad order, a wrong number of seeds, kept counts that
@@ -430,7 +443,7 @@ def sample(
     seeds = image_seeds(seeds, len(labels))
     start = prepare(model, draw_tokens, iterations=iterations, seeds=seeds, orders=orders, known=known, noise=noise)
     labels, tokens = labels.to(start.tokens.device), start.tokens
-    for k, (tokens, places) in enumerate(run(model, draw_tokens, labels, start, gradient_iterations)):
+    for k, (tokens, places) in enumerate(run(model, draw_tokens, labels, start, gradient_iterations, autocast)):
         if on_iteration is not None:
             drawn = torch.zeros(start.order.shape, dtype=torch.bool, device=places.device)
             on_iteration(k + 1, tokens.detach(), drawn.scatter(1, places, True))

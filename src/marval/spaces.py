@@ -70,7 +70,8 @@ class Latents:
         """
         if self.loaded is None:
             name = find_vae(self.config.vae)
-            self.loaded = load_vae(name, self.device)
+            with torch.inference_mode(False):  # whoever asks first: gradients may pass through it later
+                self.loaded = load_vae(name, self.device)
             found, expected = vae_hash(name), self.config.vae_sha256
             if not same_vae(("", found), ("", expected)):
                 raise ValueError(

@@ -31,6 +31,12 @@ from marval.train.run import LOG
 
 GAIN = 0.2  # of the student's held-out log-probability, at which runs are compared
 SHOWN = 10  # images in a row of the pictures
+OLD_ANCHOR = (  # of rows that do not say which w it had
+    "**What `anchor: teacher` measured**: a pull towards the teacher at its own guidance, w = 3, and not to where the "
+    "student was distilled to (1.6, the mean of its three parts), for 64 images a step. Today's `--anchor` takes the w "
+    "that the student records and as many images as the tuning: that anchor has not been measured. The other rows are "
+    "as they would be today, but for bf16: they were computed in float32 throughout (`--no-autocast`)."
+)
 NEVER: dict[str, Any] = {"max_distance_ratio": math.inf, "min_diversity_ratio": 0.0, "patience": 10**9}
 
 
@@ -138,7 +144,14 @@ def study_rl(
         labels = [f"before\n{names[0]}", f"kept\n{names[1]}", f"end\n{names[2]}"]
         save_picture(place / "pictures.png", grid([pictures[i] for i in (0, kept, -1)], labels, title=run.name))
         rows = [row for row in rows if row["run"] != run.name]
-        found = {"why": run.why, "seconds": seconds, "curve": curve, "kept": kept, "stopped": stopped}
+        found = {
+            "why": run.why,
+            "anchor_guidance": anchor.settings.guidance,
+            "seconds": seconds,
+            "curve": curve,
+            "kept": kept,
+            "stopped": stopped,
+        }
         rows.append({**key, **found, "made": made_by(student.device)})
         write_results(out, "study", rows, base.seed)
         report(f"{run.name}: {summary(rows[-1])}")
@@ -290,6 +303,7 @@ def page(rows: Sequence[dict[str, Any]], provenance: Mapping[str, Any], plot_fil
         f"The price is what they are where the held-out log-probability has risen by {GAIN:.0%} of the student's: runs "
         "of different speeds compare there.",
         markdown(header, lines),
+        *([OLD_ANCHOR] if any("anchor_guidance" not in row and row["settings"]["anchor"] for row in rows) else []),
         f"![Trade-off curves]({plot_file})",
         "## What early stopping is for",
         f"The run that ends furthest from the student is `{furthest['run']}` ({furthest['why']}): {summary(furthest)}. "

@@ -5,10 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from marval.config import Chain, DistillConfig, FinetuneConfig
+
 if TYPE_CHECKING:
+    import torch
+
     from marval.data import ImageData, TrainingData
     from marval.evaluate.judge import Judge
+    from marval.parallel import Workers
     from marval.pipeline import Pipeline
+    from marval.train.finetune import Anchor
+
+JUDGED = 10_000  # real images that a training run's judge reads at most
 
 
 TESTED = ("cpu", "cuda")  # kinds of devices that the tests have run on
@@ -68,7 +76,6 @@ def load_models(
     Raises:
         ValueError: no model is named, one cannot be loaded, two share a name, or T or w are given without a teacher.
     """
-    from marval.config import Chain
     from marval.evaluate.results import model_hashes
     from marval.pipeline import find_model, load
     from marval.provenance import commit
@@ -102,14 +109,20 @@ def judge_for(
     sample: int = 0,
     reference: Path | None = None,
     main: bool = True,
+    limit: int | None = None,
+    option: str = "--data",
+    device: "torch.device | str | None" = None,
 ) -> "Judge":
     """What the model's images are judged by: `--judge` or the bundled classifier, and the real images' features.
 
     Args:
-        features: "package.module:function" in the place of EfficientNet.
+        features: "file.py:function" or "module:function" in the place of EfficientNet.
         sample: real images that KID and neighbours are measured on.
         reference: a file in the place of real images: ADM's `.npz`, or marval's statistics `.safetensors`.
         main: False: of several processes one that only draws and judges single images, and needs no real ones.
+        limit: real images that are read at most, from all classes alike; all when None.
+        option: what names the real images, for messages.
+        device: where features and classifier compute; the model's when None.
 
     Raises:
         ValueError: the data are latents, which have no pictures to compare with, or they or the classifier do not fit
@@ -119,7 +132,7 @@ def judge_for(
     from marval.evaluate.features import find_features
     from marval.evaluate.judge import held_out, judge_by_reference, load_judge
 
-    spec, device = data or pipeline.config.data, pipeline.device
+    spec, device = data or pipeline.config.data, device or pipeline.device
     if classifier is None and spec.partition(":")[0] == "fashion-mnist":
         classifier = Path("fashion-judge")
     # A model of latents is trained on a cache, but its pictures are compared with pictures.
@@ -127,14 +140,14 @@ def judge_for(
 
     def real_images() -> "ImageData":
         channels = getattr(pipeline.config.space, "channels", 3)
-        images = load_images(spec, size=pipeline.config.space.image_size, channels=channels)
+        images = load_images(spec, size=pipeline.config.space.image_size, channels=channels, limit=limit)
         check(images, pipeline.config)
         return images
 
     if reference is not None:
         judge = judge_by_reference(reference, classifier, features, device)
     elif spec.startswith("latents:"):
-        raise ValueError(f"{spec} holds no pictures to compare with: name them with --data folder:DIR, or do not ask")
+        raise ValueError(f"{spec} holds no pictures to compare with: name them with {option} folder:DIR, or do not ask")
     elif not main:
         judge = held_out(find_features(features).to(device), classifier, device)
     else:
@@ -143,6 +156,43 @@ def judge_for(
         judge = load_judge(spec, classifier, real_images, features=features, sample=sample, device=device)
     check_classifier(judge, pipeline)
     return judge
+
+
+def training_judge(
+    pipeline: "Pipeline", data: str | None, judge_data: str | None, classifier: Path | None, workers: "Workers"
+) -> "Judge":
+    """The judge of a training run's probes: on the run's device, with a sample of the real images on the main process.
+
+    Raises:
+        ValueError: as `judge_for`.
+    """
+    return judge_for(
+        pipeline, judge_data or data, classifier, main=workers.main, limit=JUDGED, option="--judge-data",
+        device=workers.device,
+    )  # fmt: skip
+
+
+def anchor_for(
+    pipeline: "Pipeline", teacher: str, data: str | None, recipe: DistillConfig, settings: FinetuneConfig
+) -> "Anchor":
+    """The anchor of tuning: the student's teacher, its training data, and the settings that it was distilled with.
+
+    Raises:
+        ValueError: the model is no student, `teacher` is another student or a model of other sizes, or the data do not
+            fit.
+    """
+    from marval.train.finetune import Anchor, anchor_settings
+
+    guide, student = load_pipeline(teacher, "cpu"), pipeline.config
+    if not isinstance(guide.config.draw, Chain):
+        raise ValueError(f"--teacher {teacher}: this is a one-step student; expected the teacher it came from")
+    forms = [(c.mar, c.class_names, c.space.token_dim, c.space.shift, c.space.scale) for c in (guide.config, student)]
+    if forms[0] != forms[1]:
+        raise ValueError(
+            f"--teacher {teacher}: {student.name} has other sizes, tokens or classes; expected its teacher"
+        )
+    found = anchor_settings(recipe, student, settings)
+    return Anchor(guide.model, data_of(pipeline, data), found)
 
 
 def check_classifier(judge: "Judge", pipeline: "Pipeline") -> None:

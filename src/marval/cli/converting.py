@@ -139,6 +139,7 @@ def plan(
     gpu_memory: float = 80.0,
     tflops: float = 312.0,
     efficiency: float = 0.35,
+    float32_tflops: float = 19.5,
     out: Path | None = None,
 ) -> None:
     """What a full-size run needs: memory, arithmetic, disk and days; nothing is allocated.
@@ -152,12 +153,14 @@ def plan(
         gpus: processes that share the work, one on each GPU.
         gpu_memory: of one GPU, in GiB.
         tflops: peak of one GPU in bf16, in TFLOP/s (A100: 312, H100: 989).
-        efficiency: the share of that peak that training reaches.
+        efficiency: the share of that peak that the transformers reach.
+        float32_tflops: peak of one GPU in float32 without tensor cores (A100: 19.5, H100: 67), for the heads.
         out: a JSON file that keeps the figures.
     """
     if not presets:
         raise ValueError("name a preset: imagenet256-base, imagenet256-large or imagenet256-huge")
-    for name, value in (("gpus", gpus), ("gpu-memory", gpu_memory), ("tflops", tflops), ("efficiency", efficiency)):
+    given = {"gpus": gpus, "gpu-memory": gpu_memory, "tflops": tflops, "efficiency": efficiency}
+    for name, value in {**given, "float32-tflops": float32_tflops}.items():
         if not value > 0:
             raise ValueError(f"--{name} {value}: expected a number above 0")
     import torch
@@ -168,7 +171,7 @@ def plan(
     rows = []
     for preset in presets:
         size = cast(Size, preset.removeprefix("imagenet256-"))
-        rows += plan_rows(size, gpus, int(gpu_memory * GIB), tflops * 1e12, efficiency)
+        rows += plan_rows(size, gpus, int(gpu_memory * GIB), tflops * 1e12, efficiency, float32_tflops * 1e12)
         print("\n".join([*([f"{preset}:"] if len(presets) > 1 else []), *report(rows[-2:])]))
     if out is not None:
         made = made_by(torch.device("cpu"))

@@ -90,7 +90,7 @@ def evaluate(
         guidance: w of the teachers, one or several; 1 is no guidance.
         data: the real images; those of the model when left out.
         judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
-        features: package.module:function, byte images (B, C, H, W) to features (B, F), in EfficientNet's place.
+        features: file.py:function, byte images (B, C, H, W) to features (B, F), in EfficientNet's place.
         reference: a file in the real images' place: ADM's .npz (FID, IS, sFID, precision and recall by torch-fidelity;
             not yet checked: the published Inception weights have never been loaded here) or marval's statistics
             .safetensors.
@@ -187,7 +187,7 @@ def bench(
         batch_size: images drawn at a time for the quality, as for marval evaluate.
         data: the real images; those of the first model when left out.
         judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
-        features: package.module:function in EfficientNet's place, as for marval evaluate.
+        features: file.py:function in EfficientNet's place, as for marval evaluate.
         reference: a file in the real images' place, as for marval evaluate: the curve is then of FID.
         plot: a picture of quality against time per image (needs `samples` in this or an earlier run, and `plots`).
         autocast: draw in bf16. A point of the curve has its quality and its time in one precision.
@@ -314,7 +314,7 @@ def sweep(
         batch_size: images drawn at a time for the figures, as for marval evaluate.
         data: the real images; those of the model when left out.
         judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
-        features: package.module:function in EfficientNet's place, as for marval evaluate.
+        features: file.py:function in EfficientNet's place, as for marval evaluate.
         reference: a file in the real images' place, as for marval evaluate.
         autocast: draw in bf16, for the figures and for the times.
         plot: a picture of the curves (needs the extra `plots`).

@@ -5,8 +5,8 @@ from typing import Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from marval.cli.arguments import data_of, judge_for, load_pipeline, usable_device
-from marval.config import Chain, Count, DistillConfig, FinetuneConfig, check
+from marval.cli.arguments import anchor_for, judge_for, load_pipeline, usable_device
+from marval.config import Count, DistillConfig, FinetuneConfig, check
 
 
 def rewards() -> None:
@@ -14,15 +14,17 @@ def rewards() -> None:
 
     marval rewards
 
-    marval finetune fashion-student --reward classifier=1,my_rewards:brightness=0.5 --out runs/tuned
+    marval finetune fashion-student --reward classifier=1,my_rewards.py:brightness=0.5 --out runs/tuned
     """
     from marval.rewards import KNOWN
 
     for name, about in KNOWN.items():
         print(f"{name}: {about.what}\n    weights {about.source}; {about.licence}")
-    print("module:function: your own, called with images in [0, 1] and prompts; one number per image, differentiable")
+    print("file.py:function: your own, or module:function where the file is in the current folder")
+    print("    called with images in [0, 1] and prompts; returns one number per image, differentiable")
+    print("    prompt.class_name is the class that a prompt asks for")
     print("\nWeights come from the hub or its cache. From elsewhere: NAME:FOLDER or NAME:HUB-ID. With factors:")
-    print("    --reward pickscore=1,clip:openai/clip-vit-base-patch32=0.5,my_rewards:brightness=0.1")
+    print("    --reward pickscore=1,clip:openai/clip-vit-base-patch32=0.5,my_rewards.py:brightness=0.1")
 
 
 def train_text_image(
@@ -126,12 +128,10 @@ def study(
     from marval.pipeline import find_model
     from marval.rewards import WeightedReward, find_reward, parse_rewards
     from marval.study import rl_grid, study_rl, write_page
-    from marval.train.finetune import Anchor
 
     device = usable_device(device)
-    pipeline, guide = load_pipeline(student, device), load_pipeline(teacher, "cpu")
-    if not isinstance(guide.config.draw, Chain):
-        raise ValueError(f"--teacher {teacher}: this is a one-step student; expected the teacher it came from")
+    pipeline = load_pipeline(student, device)
+    anchor = anchor_for(pipeline, teacher, data, DistillConfig(), settings)
     grid = rl_grid(settings)
     names = [name.strip() for name in only.split(",") if name.strip()] or [run.name for run in grid]
     if unknown := set(names) - {run.name for run in grid}:
@@ -141,7 +141,6 @@ def study(
         raise ValueError(
             "a study needs a held-out classifier: make one with marval train-classifier, then --judge FILE"
         )
-    anchor = Anchor(guide.model, data_of(pipeline, data), DistillConfig().with_guidance_of(guide.config.draw))
     study_rl(
         pipeline,
         model_hash(find_model(student)),

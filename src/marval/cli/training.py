@@ -2,41 +2,73 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from marval.cli.arguments import data_of, judge_for, load_pipeline, usable_device
-from marval.config import Chain, Count, DistillConfig, FinetuneConfig, Name, OneStep, Pairs, TrainConfig, check
+from marval.cli.arguments import anchor_for, data_of, load_pipeline, training_judge, usable_device
+from marval.config import (
+    Chain,
+    Count,
+    DistillConfig,
+    FinetuneConfig,
+    ModelConfig,
+    Name,
+    OneStep,
+    Pairs,
+    Size,
+    TrainConfig,
+    check,
+)
 from marval.provenance import command_line
 
 if TYPE_CHECKING:
     from marval.parallel import Workers
     from marval.pipeline import Pipeline
+    from marval.train.finetune import Anchor
 
 Settings = TypeVar("Settings", DistillConfig, FinetuneConfig)
 Preset = Literal["fashion-mnist", "imagenet256-base", "imagenet256-large", "imagenet256-huge"]
+RECIPES: dict[str, type[TrainConfig] | type[DistillConfig] | type[FinetuneConfig]] = {
+    "train": TrainConfig, "distill": DistillConfig, "finetune": FinetuneConfig,
+}  # fmt: skip
 
 
-def preset_settings(verb: str, arguments: Sequence[str]) -> DistillConfig | FinetuneConfig | None:
-    """The defaults of `distill` or `finetune` for the `--preset` among its arguments; None for other verbs.
+def preset_settings(verb: str, arguments: Sequence[str]) -> TrainConfig | DistillConfig | FinetuneConfig | None:
+    """The defaults of `train`, `distill` or `finetune` for the preset among its arguments; None for other verbs.
 
     Raises:
         ValueError: an unknown preset.
     """
-    kinds: dict[str, type[DistillConfig] | type[FinetuneConfig]]
-    kinds = {"distill": DistillConfig, "finetune": FinetuneConfig}
-    kind = kinds.get(verb)
-    if kind is None:
+    if verb not in RECIPES:
         return None
+    if verb == "train":  # there it has no option's name before it
+        flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrainConfig) if field.type is bool}
+        values = {
+            i + 1
+            for i, argument in enumerate(arguments)
+            if argument.startswith("--") and not argument.startswith("--no-") and "=" not in argument
+            and argument not in flags | {"--resume"}
+        }  # fmt: skip
+        free = (a for i, a in enumerate(arguments) if i not in values and a in get_args(Preset))
+        return recipe(verb, next(free, "fashion-mnist"))
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", nargs="?", default="fashion-mnist")
-    name = parser.parse_known_args(arguments)[0].preset
-    if name not in get_args(Preset):
-        raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(get_args(Preset))}")
-    return kind() if name == "fashion-mnist" else kind.imagenet256(name.removeprefix("imagenet256-"))
+    return recipe(verb, parser.parse_known_args(arguments)[0].preset)
+
+
+def recipe(verb: str, preset: str) -> Any:
+    """The settings of a preset for a verb.
+
+    Raises:
+        ValueError: an unknown preset.
+    """
+    if preset not in get_args(Preset):
+        raise ValueError(f"unknown preset {preset!r}: expected one of {', '.join(get_args(Preset))}")
+    kind = RECIPES[verb]
+    return kind() if preset == "fashion-mnist" else kind.imagenet256(cast(Size, preset.removeprefix("imagenet256-")))
 
 
 def with_size(spec: str, size: str | None) -> tuple[int, int] | None:
@@ -80,7 +112,7 @@ def train(
     marval train --data folder:my-images --iterations 5000 --out runs/mine
 
     Args:
-        preset: the recipe; those of imagenet256 train on a cache of latents.
+        preset: the recipe whose settings are the defaults below; imagenet256-* are MAR's, on a cache of latents.
         data: "fashion-mnist", "fashion-mnist:FOLDER", "folder:DIR" with one sub-folder of images per class, or
             "latents:DIR" (marval cache-latents).
         size: pixels that a folder's images are brought to, such as 32, or 48x24 (WIDTHxHEIGHT); inferred when left out.
@@ -117,6 +149,7 @@ def distill(
     *,
     preset: Preset = "fashion-mnist",
     data: str | None = None,
+    judge_data: str | None = None,
     out: Path = Path("runs/student"),
     settings: OmitArgPrefixes[DistillConfig] = DistillConfig(),
     probe_samples: int = 500,
@@ -133,13 +166,14 @@ def distill(
         teacher: a bundled model's name, or a model's or run's folder.
         preset: the recipe whose settings are the defaults below; imagenet256-* are the paper's.
         data: the training images; those of the teacher when left out.
+        judge_data: the real images of the logged Frechet distance, where `data` are latents: "folder:DIR".
         out: the run's folder; the model is left in its sub-folder `model`.
         probe_samples: images of the small Fréchet distance that is logged (0: none).
         resume: go on from the run's last saved state, which must be there. What may differ: iterations, learning rates,
             warmup, decay, save-every, log-every, accumulate, checkpoint-blocks, max-skipped and device.
         device: "auto", "cpu", "cuda", "mps", ...
     """
-    from marval.evaluate.evaluate import probe
+    from marval.evaluate.probe import probe
     from marval.parallel import start_workers
     from marval.train.distill import distill as run
     from marval.train.folder import check_resume
@@ -156,8 +190,8 @@ def distill(
     if probe_samples and len(images) < 2:
         print("one image has no Fréchet distance: none is logged")
         probe_samples = 0
-    judge = judge_for(pipeline, data, None) if probe_samples else None
     with start_workers(device) as workers:
+        judge = training_judge(pipeline, data, judge_data, None, workers) if probe_samples else None
         done = run(
             pipeline.model,
             dataclasses.replace(pipeline.config, source=command_line()),
@@ -177,12 +211,14 @@ def finetune(
     preset: Preset = "fashion-mnist",
     reward: str = "classifier",
     classifier: Path | None = None,
+    held_out: str | None = None,
     teacher: str | None = None,
     data: str | None = None,
     judge: Path | None = None,
+    judge_data: str | None = None,
     out: Path = Path("runs/tuned"),
     settings: OmitArgPrefixes[FinetuneConfig] = FinetuneConfig(),
-    probe_samples: int = 1000,
+    probe_samples: int | None = None,
     resume: bool = False,
     device: str = "auto",
 ) -> None:
@@ -190,63 +226,93 @@ def finetune(
 
     marval finetune fashion-student --reward classifier --out runs/tuned
 
-    marval finetune runs/my-student --reward my_rewards:brightness=1,classifier=0.5 --classifier c.safetensors
+    marval finetune runs/my-student --reward my_rewards.py:score=1,classifier=0.5 --classifier c.safetensors
 
     Args:
         student: a bundled model's name, or a model's or run's folder.
         preset: the recipe whose settings are the defaults below; imagenet256-* are the paper's.
-        reward: a name that marval rewards lists, or package.module:function; or several with weights:
+        reward: a name that marval rewards lists, or your own, file.py:function; or several with weights:
             "pickscore=1,clip:FOLDER=0.5".
         classifier: the classifier of that reward; the bundled one for Fashion-MNIST when left out.
+        held_out: rewards that are only watched, written likewise: the best model has the highest.
         teacher: the teacher that the anchor needs (with --anchor).
-        data: the training images; those of the student when left out.
-        judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
+        data: the anchor's training images, or latents; those of the student when left out.
+        judge: the held-out classifier, which may be missing; the bundled one for Fashion-MNIST when left out.
+        judge_data: the real images that drawn ones are compared with, where `data` are latents: "folder:DIR".
         out: the run's folder; the best model is left in its sub-folder `model`.
-        probe_samples: images of the held-out figures.
+        probe_samples: images of the held-out figures; 1000, or two of each class where these are more, when left out.
         resume: go on from the run's last saved state, which must be there. What may differ: iterations, learning rates,
             warmup, decay, save-every, log-every, accumulate, checkpoint-blocks, max-skipped and device.
         device: "auto", "cpu", "cuda", "mps", ...
     """
-    from marval.evaluate.evaluate import probe
+    from marval.evaluate.probe import probe
     from marval.parallel import start_workers
     from marval.rewards import WeightedReward, parse_rewards
-    from marval.train.finetune import Anchor
     from marval.train.finetune import finetune as run
     from marval.train.folder import check_resume
 
     check_resume(out, resume)
-    check("--probe-samples", probe_samples, Pairs)
+    if probe_samples is not None:
+        check("--probe-samples", probe_samples, Pairs)
     device = usable_device(device)
     pipeline = load_pipeline(student, "cpu")
     if not isinstance(pipeline.config.draw, OneStep):
         raise ValueError(f"{student} is a teacher: distil it first (marval distill)")
-    if len(pipeline.config.class_names) < 2:
-        raise ValueError(f"{student} draws one class: tuning is judged by a classifier, which needs at least two")
     settings = with_few_tokens(settings, pipeline)
-    held_out = judge_for(pipeline, data, judge)
-    if held_out.classifier is None:
-        raise ValueError("tuning needs a held-out classifier: make one with marval train-classifier, then --judge FILE")
+    config = pipeline.config
+    samples = max(1000, 2 * len(config.class_names)) if probe_samples is None else probe_samples
     anchor = None
-    if teacher is not None:
-        guide = load_pipeline(teacher, "cpu")
-        if not isinstance(guide.config.draw, Chain):
-            raise ValueError(f"--teacher {teacher}: this is a one-step student; expected the teacher it came from")
-        distilling = DistillConfig().with_guidance_of(guide.config.draw)
-        anchor = Anchor(guide.model, data_of(pipeline, data), distilling)
+    if settings.anchor and teacher is not None:
+        anchor = anchor_for(pipeline, teacher, data, recipe("distill", preset), settings)
     with start_workers(device) as workers:
+        tuned = WeightedReward(parse_rewards(reward, classifier, workers.device))
+        watched = WeightedReward(parse_rewards(held_out, None, workers.device)) if held_out is not None else None
+        judged = training_judge(pipeline, data, judge_data, judge, workers)
+        if workers.main:
+            for line in watching(config, samples, judged.classifier is not None, watched is not None, anchor):
+                print(line)
         ended = run(
             pipeline.model,
-            dataclasses.replace(pipeline.config, source=command_line()),
-            WeightedReward(parse_rewards(reward, classifier, workers.device)),
+            dataclasses.replace(config, source=command_line()),
+            tuned,
             settings,
             out,
-            probe=probe(held_out, probe_samples, settings.sample_iterations, workers=workers),
+            probe=probe(
+                judged, samples, settings.sample_iterations, workers=workers, held_out=watched, prompt=settings.prompt
+            ),
             anchor=anchor,
             resume=resume,
             workers=workers,
         )
         if workers.main:
             print(f"{out / 'model'}: {ended}")
+
+
+def watching(
+    config: ModelConfig, samples: int, classifier: bool, held_out: bool, anchor: "Anchor | None"
+) -> Iterator[str]:
+    """What a tuning run says before it starts, where it is not what one would expect."""
+    classes = len(config.class_names)
+    if not classifier and not held_out:
+        yield (
+            "no held-out classifier (--judge FILE, by marval train-classifier) and no --held-out reward: the Frechet "
+            "distance and the diversity alone say when to stop, and the latest model that keeps both is kept"
+        )
+    if samples <= classes:
+        yield (
+            f"{samples} images of {classes} classes: no class has two, so the diversity cannot be measured, and does "
+            f"not stop the run; --probe-samples {2 * classes} gives each two"
+        )
+    elif samples < 2 * classes:
+        yield (
+            f"{samples} images of {classes} classes: the diversity is the mean over the {samples - classes} classes "
+            f"that have two; --probe-samples {2 * classes} gives each two"
+        )
+    if anchor is not None:
+        w, schedule = anchor.settings.guidance, anchor.settings.guidance_schedule
+        yield f"the anchor's teacher is guided as {config.name} was distilled: w = {w:g}, {schedule}" + (
+            "; if it was another, write guidance and guidance_schedule into draw in its config.json" if w == 1 else ""
+        )
 
 
 def say_where(out: Path, done: int, total: int, workers: "Workers") -> None:

@@ -19,7 +19,6 @@ from marval.evaluate.images import (
     check_finite,
     check_plan,
     claim_folder,
-    draw_bytes,
     draw_shards,
     write_npz,
     write_pngs,
@@ -46,25 +45,6 @@ from marval.parallel import Workers
 from marval.pipeline import Pipeline
 from marval.provenance import made_by
 from marval.sampling import draw_counts
-
-
-def probe(
-    judge: Judge,
-    count: int,
-    iterations: int,
-    seed: int = 0,
-    workers: Workers | None = None,
-    report: Callable[[str], None] = print,
-) -> Callable[[Pipeline], dict[str, float]]:
-    """A small evaluation on fixed seeds, for training loops; says once what so few images do to the distance.
-
-    Raises:
-        ValueError: fewer images than the figures need.
-    """
-    judge.check_count(count, "--probe-samples")
-    if (workers is None or workers.main) and (warning := judge.warning(count)) is not None:
-        report(f"warning: {warning[0]}")
-    return lambda pipeline: judge.figures(*draw_bytes(pipeline, count, iterations, seed, workers=workers))
 
 
 def flops_per_image(pipeline: Pipeline, iterations: int) -> int:

@@ -3,11 +3,8 @@
 A Fréchet distance on EfficientNet's features is called FD-EfficientNet: it is not FID, and compares with nothing else.
 """
 
-import hashlib
-import importlib
-import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,21 +16,26 @@ from torch import Tensor, nn
 
 from marval.efficientnet import FEATURES, EfficientNetFeatures
 from marval.io.files import write_tensors
+from marval.io.own_code import OwnCode
 
 ROWS = 1000  # of a matrix of distances at a time
 
 
 class OwnFeatures(nn.Module):
-    """Features (B, F) of byte images (B, C, H, W) by a function or module of the user's, checked."""
+    """Features (B, F) of byte images (B, C, H, W) by a function or module of the user's, checked.
+
+    They are named after it and the SHA-256 of its file, so that statistics made by another version are refused.
+    """
 
     prefix = "own"  # of the names of figures that are measured on them
 
-    def __init__(self, function: Callable[[Tensor], Tensor], name: str):
+    def __init__(self, own: OwnCode):
         super().__init__()
-        self.function, self.name = function, name
+        self.function = own.function  # where it is a module it moves with this one
+        self.own, self.name = own, f"{own.spec} ({own.sha256[:12]})"
 
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
-        found = self.function(images)
+        found = self.own(images)
         if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"features {self.name}: returned {shape}, expected ({len(images)}, features)")
@@ -46,30 +48,15 @@ Features = EfficientNetFeatures | OwnFeatures
 
 
 def find_features(spec: str | None = None) -> Features:
-    """EfficientNet's features when None, else those of "package.module:function".
+    """EfficientNet's features when None, else those of "file.py:function" or "module:function".
 
     The function takes byte images (B, C, H, W) and returns features (B, F); a class is called without arguments to
-    make one. The features are named after it and the SHA-256 of its file, so that statistics made by another version
-    are refused.
+    make one.
 
     Raises:
-        ValueError: not such a name, a module that cannot be imported, or no such function in it.
+        ValueError: as `OwnCode`.
     """
-    if spec is None:
-        return EfficientNetFeatures()
-    module_name, _, attribute = spec.partition(":")
-    if not attribute:
-        raise ValueError(f"--features {spec}: expected package.module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"--features {spec}: cannot import {module_name} ({error})") from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        raise ValueError(f"--features {spec}: {module_name} has no function {attribute}")
-    digest = hashlib.sha256(Path(inspect.getfile(module)).read_bytes()).hexdigest()[:12]
-    function = found() if isinstance(found, type) else found
-    return OwnFeatures(function.eval() if isinstance(function, nn.Module) else function, f"{spec} ({digest})")
+    return EfficientNetFeatures() if spec is None else OwnFeatures(OwnCode(spec, "--features"))
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from marval.config import Chain
+from marval.config import Chain, OneStep
 from marval.evaluate.features import FEATURES
 from marval.io.checkpoint import model_hash
 from marval.io.files import locked, write_text
@@ -36,6 +36,8 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
     """The model's name and how it draws tokens."""
     config = pipeline.config
     draw = dataclasses.asdict(config.draw)
+    if isinstance(config.draw, OneStep):  # a record of how the weights were made: no setting of the drawing
+        del draw["guidance"], draw["guidance_schedule"]
     return {"model": config.name, "teacher": isinstance(config.draw, Chain), "draw": draw, "order": config.order}
 
 

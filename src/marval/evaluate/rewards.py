@@ -24,7 +24,7 @@ from marval.evaluate.results import (
 )
 from marval.parallel import Workers
 from marval.provenance import made_by
-from marval.rewards import Reward, checked, reward_hash
+from marval.rewards import Prompt, Reward, checked, prompts_of, reward_hash
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def reward_values(
         ValueError: a reward that is not finite or has the wrong shape.
     """
     found: dict[str, Tensor] = {}
-    prompts = [prompt.replace("{}", class_names[label]) for label in labels.tolist()]
+    prompts = prompts_of(prompt, class_names, labels.tolist())
     for name, reward in rewards.items():
         values = [
             checked(name, reward, part.to(device).float() / 255, prompts[i * batch_size : i * batch_size + len(part)])
@@ -86,6 +86,7 @@ def evaluate_rewards(
     """
     if "{}" not in prompt:
         raise ValueError(f"prompt {prompt!r}: expected {{}} where the class's name goes")
+    Prompt.of(prompt, "")
     workers = workers or Workers()
     rows: list[Row] = read_results(out).get("rewards", {}).get("rows", [])
     hashes = model_hashes(models, measured_rows(out), out)

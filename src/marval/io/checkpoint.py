@@ -1,11 +1,13 @@
 """Models on disk: a folder with `model.safetensors` (which carries its configuration) and a readable `config.json`."""
 
+import contextlib
 import copy
 import hashlib
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -133,7 +135,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig]:
             metadata, names = content.metadata() or {}, list(content.keys())
             if "marval" not in metadata:
                 raise ValueError("no configuration of marval is inside")
-            config = ModelConfig.from_dict(json.loads(metadata["marval"]))
+            config = ModelConfig.from_dict(add_guidance(json.loads(metadata["marval"]), file))
             check_config(config, len(names))
             return {name: content.get_tensor(name) for name in names}, config
     except (SafetensorError, OSError, RecursionError) as error:
@@ -152,6 +154,20 @@ def weights_file(path: Path) -> Path:
     if not file.is_file():
         raise ValueError(f"{file} does not exist, or is no file")
     return file
+
+
+def add_guidance(about: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A student's configuration with the guidance it was distilled with, where only `config.json` beside it says that.
+
+    Older weights do not, and are not written anew: their SHA-256 is what results and recipes know them by.
+    """
+    draw, beside = about.get("draw"), file.parent / "config.json"
+    if isinstance(draw, dict) and draw.get("kind") == "one_step" and "guidance" not in draw and beside.is_file():
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            said = json.loads(beside.read_text())["draw"]
+            names = ("guidance", "guidance_schedule")
+            about = {**about, "draw": {**draw, **{name: said[name] for name in names}}}
+    return about
 
 
 def model_hash(folder: Path) -> str:

@@ -137,7 +137,7 @@ class MAR(nn.Module):
     def run(self, block: nn.Module, *inputs: Float[Tensor, "b _ d"]) -> Float[Tensor, "b _ d"]:
         """A block; with `checkpoint_blocks` its activations are computed again in the backward pass, not kept."""
         if self.checkpoint_blocks and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self.training)
         return block(*inputs)
 
     def context(

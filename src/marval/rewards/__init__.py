@@ -1,4 +1,7 @@
-"""Differentiable rewards: `reward(images in [0, 1], prompts) -> one number per image`."""
+"""Differentiable rewards: `reward(images in [0, 1], prompts) -> one number per image`.
+
+A prompt is a text; one that was made for a class (a `Prompt`) knows it as `prompt.class_name`.
+"""
 
 from marval.rewards.base import (
     KNOWN,
@@ -12,11 +15,13 @@ from marval.rewards.base import (
     standardized,
 )
 from marval.rewards.classifier import Classifier, ClassifierReward, classifier_file, load_classifier
+from marval.rewards.prompts import Prompt, prompts_of
 
 __all__ = [
     "KNOWN",
     "Classifier",
     "ClassifierReward",
+    "Prompt",
     "Reward",
     "WeightedReward",
     "checked",
@@ -24,6 +29,7 @@ __all__ = [
     "find_reward",
     "load_classifier",
     "parse_rewards",
+    "prompts_of",
     "reward_hash",
     "reward_identity",
     "standardized",

@@ -1,7 +1,6 @@
 """The reward protocol, rewards by name, and their weighted sum."""
 
 import hashlib
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from marval.io.files import sha256_of
+from marval.io.own_code import OwnCode
 from marval.rewards.aesthetic import load_aesthetic
 from marval.rewards.classifier import ClassifierReward, load_classifier
 from marval.rewards.clip import load_clip_reward, load_pickscore
@@ -20,6 +20,7 @@ from marval.rewards.hps import load_hps
 from marval.rewards.image_reward import load_image_reward
 from marval.rewards.text_image import load_text_image
 
+# Prompts that were made for a class know it: see `marval.rewards.prompts.Prompt`.
 Reward = Callable[[Float[Tensor, "b c h w"], Sequence[str]], Float[Tensor, " b"]]
 
 
@@ -69,30 +70,25 @@ KNOWN: dict[str, About] = {
 
 
 def find_reward(name: str, classifier: Path | None = None, device: torch.device | str = "cpu") -> Reward:
-    """A reward by name, "clip"; by name and weights, "clip:FOLDER" or "clip:HUB-ID"; or "package.module:function".
+    """A reward by name, "clip"; by name and weights, "clip:FOLDER" or "clip:HUB-ID"; or your own, "file.py:function".
+
+    What else a reward of one's own may be, `OwnCode` says.
 
     Args:
         classifier: the classifier's file; the bundled one for Fashion-MNIST when None.
 
     Raises:
-        ValueError: an unknown name, weights that are not there, a module that cannot be imported, or no such function.
+        ValueError: an unknown name, weights that are not there, or as `OwnCode`.
     """
     kind, _, source = name.partition(":")
     if kind in KNOWN:
         known = KNOWN[kind]
         default = str(classifier) if kind == "classifier" and classifier is not None else known.source
         return known.load(source or default, device)
-    if not source:
-        raise ValueError(f"unknown reward {name!r}: expected {', '.join(KNOWN)}, or package.module:function")
-    try:
-        module = importlib.import_module(kind)
-    except ImportError as error:
-        raise ValueError(
-            f"reward {name!r}: {kind} is neither {', '.join(KNOWN)} nor a module that can be imported ({error})"
-        ) from error
-    if not callable(getattr(module, source, None)):
-        raise ValueError(f"reward {name!r}: {kind} has no function {source}")
-    return getattr(module, source)
+    own = OwnCode(name, "reward", KNOWN)
+    if isinstance(own.function, nn.Module):
+        own.function.to(device)
+    return own
 
 
 def reward_hash(reward: Reward) -> str:
@@ -100,6 +96,8 @@ def reward_hash(reward: Reward) -> str:
 
     Empty where there is neither.
     """
+    if isinstance(reward, OwnCode):
+        return reward_hash(reward.function) or reward.sha256
     modules = {"": reward} if isinstance(reward, nn.Module) else getattr(reward, "__dict__", {})
     digest, tensors = hashlib.sha256(), 0
     for prefix, module in modules.items():
@@ -133,7 +131,9 @@ def parse_rewards(
     """
     parts: dict[str, tuple[Reward, float]] = {}
     for part in text.split(","):
-        name, _, weight = part.strip().partition("=")
+        name, _, weight = part.strip().rpartition("=")
+        if not name or ":" in weight:  # an equals sign in a path
+            name, weight = part.strip(), ""
         try:
             if name in parts:
                 raise ValueError(f"{name} is named twice")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from marval.io.checkpoint import check_tensors
 from marval.io.files import write_tensors
+from marval.rewards.prompts import Prompt
 
 Architecture = Literal["plain", "residual"]
 
@@ -72,7 +73,7 @@ class Classifier(nn.Module):
 
 
 class ClassifierReward:
-    """Log-probability of the class that the prompt names."""
+    """Log-probability of the class that the prompt was made for; nothing is read from its text."""
 
     def __init__(self, classifier: Classifier):
         self.classifier = classifier.eval().requires_grad_(False)
@@ -82,17 +83,24 @@ class ClassifierReward:
         return self.classifier.log_probability(images, labels)
 
     def class_of(self, prompt: str) -> int:
-        """The class whose name stands in the prompt; of several, the longest ("t-shirt" before "shirt").
+        """The number that the classifier gives the prompt's class.
 
         Raises:
-            ValueError: no class name in it.
+            ValueError: a prompt that was made for no class, or for one that the classifier does not know.
         """
-        names = [name for name in self.classifier.class_names if name in prompt]
-        if not names:
+        name = prompt.class_name if isinstance(prompt, Prompt) else ""
+        if not name:
             raise ValueError(
-                f"prompt {prompt!r} names no class: expected one of {', '.join(self.classifier.class_names)}"
+                f"prompt {str(prompt)!r} was made for no class: the classifier's reward takes the prompts of classes, "
+                "as marval.rewards.Prompt.of('a picture of {}', 'bag') makes them"
             )
-        return self.classifier.class_names.index(max(names, key=len))
+        names = self.classifier.class_names
+        if name not in names:
+            raise ValueError(
+                f"the classifier does not know {name!r}: it tells {', '.join(names[:10])} apart; make one "
+                "for this model's classes with marval train-classifier, then --classifier FILE"
+            )
+        return names.index(name)
 
 
 def save_classifier(file: Path, classifier: Classifier, figures: dict[str, object]) -> None:

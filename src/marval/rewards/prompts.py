@@ -1,10 +1,38 @@
-"""What is computed of prompts, once each."""
+"""Prompts that know the class that they ask for, and what is computed of prompts, once each."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
+
+
+class Prompt(str):
+    """A text, and the class that it asks for: a reward may read either. A plain text asks for no class."""
+
+    class_name: str = ""
+
+    @classmethod
+    def of(cls, template: str, class_name: str) -> "Prompt":
+        """The prompt of a class: `template` with the class's name in the place of {}.
+
+        Raises:
+            ValueError: braces with something in them, which would stay as they are.
+        """
+        if "{" in template.replace("{}", ""):
+            raise ValueError(f"prompt {template!r}: expected {{}} where the class's name goes, and no other braces")
+        prompt = cls(template.replace("{}", class_name))
+        prompt.class_name = class_name
+        return prompt
+
+
+def prompts_of(template: str, class_names: Sequence[str], labels: Sequence[int]) -> list[Prompt]:
+    """A prompt for each label.
+
+    Raises:
+        ValueError: as `Prompt.of`.
+    """
+    return [Prompt.of(template, class_names[label]) for label in labels]
 
 
 class Prompts:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from marval.config import Chain, DistillConfig, MARConfig, ModelConfig, OneStep
+from marval.config import Chain, DistillConfig, MARConfig, ModelConfig, OneStep, Schedule
 from marval.data import TrainingData, batch_indices
 from marval.model import MAR, NoiseSchedule, TokenHead
 from marval.model.schedule import NUM_TIMESTEPS
@@ -86,13 +87,35 @@ def hide_tokens(mar: MARConfig, settings: DistillConfig, rng: torch.Generator) -
     return Masking(visible, targets, torch.randn(*targets.shape, mar.token_dim, generator=rng))
 
 
+def revealed_after(visible: int, tokens: int, iterations: int) -> float:
+    """The fraction that is revealed once the targets are drawn: what w depends on, as in the sampler.
+
+    A training context has no iteration k, but its masked fraction m places it on the cosine schedule of K iterations,
+    m = cos(pi/2 k/K); one iteration later that is
+
+        revealed = 1 - cos(min(pi/2, arccos(m) + pi/(2K))),    at most (L - 1) / L as in MAR.
+    """
+    masked = 1 - visible / tokens
+    angle = min(math.pi / 2, math.acos(masked) + math.pi / (2 * iterations))
+    return min(1 - math.cos(angle), (tokens - 1) / tokens)
+
+
+def guidance_of(settings: DistillConfig) -> tuple[float, Schedule]:
+    """w and its schedule.
+
+    Raises:
+        ValueError: the settings leave them to a teacher.
+    """
+    if settings.guidance is None or settings.guidance_schedule is None:
+        raise ValueError("settings without guidance: take the teacher's with `with_guidance_of`")
+    return settings.guidance, settings.guidance_schedule
+
+
 @torch.no_grad()
 def guide(teacher: MAR, batch: Batch, settings: DistillConfig) -> Guided:
     """The teacher's contexts for a batch and its guidance there."""
-    revealed = batch.masking.visible.shape[1] / batch.tokens.shape[1]
-    if settings.guidance is None or settings.guidance_schedule is None:
-        raise ValueError("settings without guidance: take the teacher's with `with_guidance_of`")
-    guidance = guidance_at(settings.guidance, settings.guidance_schedule, revealed)
+    revealed = revealed_after(batch.masking.visible.shape[1], batch.tokens.shape[1], settings.sample_iterations)
+    guidance = guidance_at(*guidance_of(settings), revealed)
     with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=settings.autocast):
         contexts = model_contexts(teacher, *batch.context_inputs, guided=guidance != 1.0)
     return Guided(teacher.head, contexts.float(), guidance)
@@ -152,6 +175,9 @@ class GSIM:
     Luo et al. 2024, arXiv 2410.20898): phi's, which follows it, and a copy of phi that `freeze_reference` keeps. A
     one-step student has no score of its own; the teacher still gives contexts, without guidance.
     """
+
+    masking: Masking  # of the last `backward`
+    drawn: list[tuple[slice, Guided, Tensor]]  # its parts: rows, the guided teacher there, and the student's tokens
 
     def __init__(
         self,
@@ -265,7 +291,7 @@ def distill(
         raise ValueError(f"{teacher_config.name or 'this model'} is a one-step student already: expected a teacher")
     workers = workers or Workers()
     settings = settings.with_guidance_of(teacher_config.draw).within(teacher_config.mar.num_tokens)
-    one_step = OneStep(settings.timestep, teacher_config.draw.clip)
+    one_step = OneStep(settings.timestep, teacher_config.draw.clip, *guidance_of(settings))
     config = dataclasses.replace(
         teacher_config, draw=one_step, name=settings.name, iterations=settings.sample_iterations,
         order=settings.sample_order,

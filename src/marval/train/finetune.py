@@ -16,7 +16,7 @@ from marval.objectives.policy import policy_loss
 from marval.parallel import Workers
 from marval.pipeline import Pipeline
 from marval.randomness import generator
-from marval.rewards import Reward, reward_identity, standardized
+from marval.rewards import Prompt, Reward, prompts_of, reward_identity, standardized
 from marval.sampling import draw_function, sample
 from marval.spaces import TokenSpace, token_space
 from marval.train.distill import GSIM
@@ -34,12 +34,16 @@ from marval.train.run import (
     update_ema,
 )
 
+HELD_OUT = ("held_out", "log_probability")  # figures of which the best model has the highest; the first that is there
+
 
 class Keeper:
     """Watches held-out figures: which model was best, and when to stop.
 
-    A model counts when its Fréchet distance and its diversity stay within the settings' ratios of the
-    student's; the best is the one with the highest held-out reward.
+    A model counts when its Fréchet distance and its diversity stay within the settings' ratios of the student's. The
+    best is the one with the highest held-out score: the mean of the held-out reward, else the log-probability that
+    the held-out classifier gives; where there is neither, the latest that counts. A figure that could not be measured
+    (no class with two images has no diversity) decides nothing.
     """
 
     def __init__(self, settings: FinetuneConfig):
@@ -50,19 +54,24 @@ class Keeper:
     def see(self, figures: dict[str, float]) -> bool:
         """Take a probe's figures; True when this model is the best so far."""
         self.first = self.first or figures
-        fd, diversity = figures["fd"] / self.first["fd"], figures["diversity"] / self.first["diversity"]
-        if fd > self.settings.max_distance_ratio:
+        fd, diversity = (self._ratio(name, figures) for name in ("fd", "diversity"))
+        score = next((figures[name] for name in HELD_OUT if name in figures), None)
+        if fd is not None and fd > self.settings.max_distance_ratio:
             self.stopped = f"the Fréchet distance rose to {fd:.2f} times the student's"
-        elif diversity < self.settings.min_diversity_ratio:
+        elif diversity is not None and diversity < self.settings.min_diversity_ratio:
             self.stopped = f"the diversity fell to {diversity:.2f} times the student's"
-        elif figures["log_probability"] > self.best:
-            self.best, self.stale = figures["log_probability"], 0
+        elif score is None or score > self.best:
+            self.best, self.stale = self.best if score is None else score, 0
             return True
         else:
             self.stale += 1
             if self.stale >= self.settings.patience:
                 self.stopped = f"the held-out reward did not rise in {self.stale} probes"
         return False
+
+    def _ratio(self, name: str, figures: dict[str, float]) -> float | None:
+        """A figure over the student's; None where one of them is missing."""
+        return figures[name] / self.first[name] if name in figures and self.first.get(name) else None
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs."""
@@ -80,6 +89,23 @@ class Anchor:
     teacher: MAR
     data: TrainingData
     settings: DistillConfig
+
+
+def anchor_settings(recipe: DistillConfig, student: ModelConfig, settings: FinetuneConfig) -> DistillConfig:
+    """The anchor's settings: masks, tokens and phi as in the recipe of distillation; w and K the student's own.
+
+    It pulls to where the student was distilled to, in batches, parts and precision of the tuning that it is part of.
+
+    Raises:
+        ValueError: the model is no student.
+    """
+    if not isinstance(student.draw, OneStep):
+        raise ValueError(f"{student.name or 'this model'} is a teacher: distil it first (marval distill)")
+    return dataclasses.replace(
+        recipe, guidance=student.draw.guidance, guidance_schedule=student.draw.guidance_schedule,
+        sample_iterations=student.iterations, batch_size=settings.batch_size, accumulate=settings.accumulate,
+        gradient_clip=settings.gradient_clip, autocast=settings.autocast, seed=settings.seed,
+    )  # fmt: skip
 
 
 def trainable(student: MAR, settings: FinetuneConfig, workers: Workers) -> MAR:
@@ -101,12 +127,12 @@ def trainable(student: MAR, settings: FinetuneConfig, workers: Workers) -> MAR:
 
 def first_images(
     student: MAR, config: ModelConfig, space: TokenSpace, settings: FinetuneConfig, device: torch.device
-) -> tuple[Tensor, list[str]]:
+) -> tuple[Tensor, list[Prompt]]:
     """Images of the untouched student, four batches of all classes in turn, and their prompts."""
     labels = [i % len(config.class_names) for i in range(4 * settings.batch_size)]
     pipeline = Pipeline(copy.deepcopy(student).to(device), config, space)
     images = pipeline.sample(labels, seed=settings.seed, batch_size=settings.batch_size)
-    return images.to(device), [settings.prompt.format(config.class_names[label]) for label in labels]
+    return images.to(device), prompts_of(settings.prompt, config.class_names, labels)
 
 
 @claims_folder
@@ -126,7 +152,7 @@ def finetune(
     """Tune a student with `reward`, leave the best model in `out/model`, and say why tuning ended.
 
     Args:
-        probe: held-out figures of a model (`fd`, `diversity`, `log_probability`), on fixed seeds.
+        probe: held-out figures of a model on fixed seeds: some of `fd`, `diversity`, `log_probability`, `held_out`.
         anchor: the teacher and data of the anchor; needed when `settings.anchor` is not 0.
         workers: the processes that share the work; this one alone when None.
 
@@ -140,6 +166,7 @@ def finetune(
     workers = workers or Workers()
     device = workers.device
     settings = settings.within(student_config.mar.num_tokens)
+    Prompt.of(settings.prompt, "")
     config = dataclasses.replace(student_config, name=settings.name, iterations=settings.sample_iterations)
     described = {
         **config.to_dict(), **dataclasses.asdict(settings), "reward": reward_identity(reward),
@@ -198,8 +225,9 @@ def finetune(
                     tokens = sample(
                         student, draw, labels[rows].to(device), iterations=settings.sample_iterations,
                         seeds=seeds[rows], orders=config.order, gradient_iterations=settings.backprop_iterations,
+                        autocast=settings.autocast,
                     )  # fmt: skip
-                    prompts = [settings.prompt.format(config.class_names[label]) for label in labels[rows].tolist()]
+                    prompts = prompts_of(settings.prompt, config.class_names, labels[rows].tolist())
                     loss, rewards = workers.together(policy_loss, reward, space.decode(tokens), prompts, settings.hinge)
                     weight = workers.share(rows, settings.batch_size)
                     (loss * weight).backward()

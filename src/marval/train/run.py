@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from marval.config import ModelConfig, RunConfig
 from marval.io.checkpoint import save_tensors
 from marval.io.files import write_text
-from marval.model import MAR
+from marval.model import MAR, TokenHead
 from marval.parallel import Workers, whole, whole_state
 from marval.train.folder import RUN, check_resume, compare_settings, saved_states
 
@@ -45,8 +45,18 @@ def learning_rate_factor(step: int, warmup: int, decay: int, total: int) -> floa
     return max(0.0, min(1.0, (step + 1) / max(warmup, 1), (total - step) / max(min(decay, total), 1)))
 
 
+def decayed(network: nn.Module) -> set[Tensor]:
+    """The weights that weight decay shrinks: the transformer's matrices. No bias, norm, embedding, nor any of the head.
+
+    MAR's code leaves out biases, norms and the head; it decays the embeddings, which we leave alone as well.
+    """
+    head = {id(module) for part in network.modules() if isinstance(part, TokenHead) for module in part.modules()}
+    linear = (module for module in network.modules() if isinstance(module, nn.Linear) and id(module) not in head)
+    return {module.weight for module in linear}
+
+
 class Updates:
-    """Clipped updates of a network's trainable weights by Adam (with AdamW's weight decay).
+    """Clipped updates of a network's trainable weights by Adam, with AdamW's weight decay where `decayed` says.
 
     Those whose gradients are not finite are skipped, on the device, and counted.
     """
@@ -54,7 +64,12 @@ class Updates:
     def __init__(self, network: nn.Module, settings: RunConfig, betas: tuple[float, float], weight_decay: float = 0.0):
         self.network, self.settings = network, settings
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, 0.0, betas, weight_decay=weight_decay, fused=True)
+        matrices = decayed(network) if weight_decay else set()
+        groups = [
+            {"params": [p for p in parameters if p in matrices], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p not in matrices], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], 0.0, betas, fused=True)
         for parameter in parameters:  # allocated from the start: a resumed run reads into it
             zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}

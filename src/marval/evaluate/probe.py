@@ -1,0 +1,51 @@
+"""The small evaluation that training loops watch."""
+
+import math
+from collections.abc import Callable
+
+from marval.evaluate.images import draw_bytes
+from marval.evaluate.judge import Judge
+from marval.evaluate.rewards import reward_values
+from marval.parallel import Workers
+from marval.pipeline import Pipeline
+from marval.rewards import Reward
+
+
+def probe(
+    judge: Judge,
+    count: int,
+    iterations: int,
+    seed: int = 0,
+    workers: Workers | None = None,
+    *,
+    held_out: Reward | None = None,
+    prompt: str = "{}",
+    report: Callable[[str], None] = print,
+) -> Callable[[Pipeline], dict[str, float]]:
+    """A small evaluation on fixed seeds, for training loops: all of the judge's figures that can be measured.
+
+    All processes draw; the main one judges, tells the others, and says once what so few images do to the distance.
+
+    Args:
+        held_out: a reward whose mean over the images, with the prompts of `prompt`, becomes the figure `held_out`.
+    """
+    workers = workers or Workers()
+    judge.check_count(count, "--probe-samples")
+    if workers.main and (warning := judge.warning(count)) is not None:
+        report(f"warning: {warning[0]}")
+
+    def measure(pipeline: Pipeline) -> dict[str, float]:
+        images, labels = draw_bytes(pipeline, count, iterations, seed, workers=workers)
+        found: dict[str, float] = {}
+        if workers.main:
+            found = {name: value for name, value in judge.figures(images, labels).items() if not math.isnan(value)}
+            classes, paired = len(pipeline.config.class_names), int((labels.bincount() > 1).sum())
+            if 0 < paired < classes:
+                found["diversity_classes"] = float(paired)  # diversity is the mean over these alone
+            if held_out is not None:
+                names, device = pipeline.config.class_names, pipeline.device
+                values = reward_values({"held out": held_out}, images, labels, names, prompt, device=device)
+                found["held_out"] = float(values["held out"].mean())
+        return workers.agree(found)
+
+    return measure

@@ -1,0 +1,133 @@
+"""A user's own function or class, named on the command line: "module:function", or "path/to/file.py:function"."""
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from marval.io.files import sha256_of
+
+
+class OwnCode:
+    """A function of the user's, or an instance of a class, which is made without arguments.
+
+    A call's errors become a `ValueError` of one line that names the user's file and line.
+    """
+
+    def __init__(self, spec: str, option: str, others: Iterable[str] = ()):
+        """Find what `spec` names.
+
+        Args:
+            option: what it was given for, for messages.
+            others: what else could have been given, for messages.
+
+        Raises:
+            ValueError: not such a name, no such file or module, an error in it, nothing of that name in it, or nothing
+                that can be called.
+        """
+        place, _, name = spec.rpartition(":")
+        expected = ", ".join([*others, "file.py:function or module:function"])
+        if not place or not name.isidentifier():
+            raise ValueError(f"{option} {spec!r}: expected {expected}")
+        self.spec, self.option = spec, option
+        module = self._guarded(lambda: load_module(place, expected))
+        if not hasattr(module, name):
+            raise ValueError(f"{option} {spec!r}: {place} has no function {name}")
+        found = getattr(module, name)
+        self.file = Path(module.__file__) if getattr(module, "__file__", None) else None
+        self.function = self._guarded(found) if isinstance(found, type) else found
+        if not callable(self.function):
+            raise ValueError(
+                f"{option} {spec!r}: {name} is a {type(self.function).__name__}, which cannot be called: expected "
+                "a function, or a class with __call__"
+            )
+        if isinstance(self.function, nn.Module):
+            self.function.eval().requires_grad_(False)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._guarded(lambda: self.function(*arguments))
+
+    @property
+    def sha256(self) -> str:
+        """Of the file that it is written in; "" where there is none."""
+        return sha256_of(self.file) if self.file is not None and self.file.is_file() else ""
+
+    def _guarded(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except (Exception, SystemExit) as error:  # whatever a user's code raises
+            raise ValueError(f"{self.option} {self.spec!r}: {in_one_line(error)}") from error
+
+
+def load_module(place: str, expected: str) -> ModuleType:
+    """A module by its path (ending in .py) or by its name.
+
+    A name is looked for in the current folder first, as `python` does for a script, then among the installed modules.
+    A folder that a module was found in stays at the end of the search path, for what the module imports later.
+
+    Raises:
+        ValueError: no such file or module.
+        Exception: what the module's own code raises.
+    """
+    by_path = place.endswith(".py")
+    file = Path(place).expanduser() if by_path else Path(*place.split(".")).with_suffix(".py")
+    if by_path and not file.is_file():
+        raise ValueError(f"{file} does not exist")
+    file = file.absolute()
+    folder = str(file.parent if by_path else Path.cwd())
+    sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+    try:
+        packaged = "." in place and (file.parent / "__init__.py").is_file()
+        return _from_file(file) if by_path or (file.is_file() and not packaged) else importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+            raise  # something that the module imports
+        raise ValueError(f"no module {error.name} in {os.getcwd()} or installed: expected {expected}") from None
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
+
+
+def _from_file(file: Path) -> ModuleType:
+    """The module of a file, loaded once, under a name that no other module has or imports."""
+    name = f"{file.stem}_{hashlib.sha256(os.fsencode(file)).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{file} is not a Python file")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error of a user's code: file, line, kind and message; its own message where none of the code is the user's."""
+    message = " ".join(str(error).split())
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    if not frames:
+        return message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"
+    return f"{frames[-1].filename}, line {frames[-1].lineno}: {type(error).__name__}: {message}"
+
+
+def _is_users(filename: str) -> bool:
+    """Whether a frame's file is neither Python's, nor a library's, nor marval's."""
+    here, library = Path(__file__).parents[1], Path(os.__file__).parent
+    path = Path(filename)
+    return not (filename.startswith("<") or "site-packages" in path.parts or {here, library} & set(path.parents))
