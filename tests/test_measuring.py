@@ -13,11 +13,12 @@ from marval import progress as shown
 from marval.cli import main
 from marval.cli.arguments import usable_device
 from marval.config import Chain, OneStep
-from marval.evaluate.evaluate import evaluate, probe, time_models
+from marval.evaluate.evaluate import evaluate, time_models
 from marval.evaluate.features import Statistics, diversity_within_class, find_features
 from marval.evaluate.images import draw_bytes
 from marval.evaluate.judge import Judge, load_judge
 from marval.evaluate.metrics import METRICS, RealSample
+from marval.evaluate.probe import probe
 from marval.evaluate.results import merge_results, read_results
 from marval.evaluate.timing import in_turns
 from marval.pipeline import Pipeline
