@@ -326,7 +326,7 @@ CONFIGS = [
     ({"data": "folder://host/share"}, "data are 'folder://host/share': expected a place on this machine"),
     ({"data": "\\\\host\\share"}, "expected a place on this machine"),
     ({"reward": "os:getcwd"}, "unexpected keyword argument 'reward'"),  # S8: no file may name code
-    ({"mar__encoder_depth": 10**9}, "1000000004 blocks, but 65 tensors"),
+    ({"mar__encoder_depth": 10**9}, "1000000004 blocks, but 80 tensors"),
     ({"mar__encoder_depth": -1}, "a size below 1|encoder_depth -1: expected"),
     ({"mar__encoder_dim": 10**15}, "no network has the sizes in its configuration"),
     ({"mar__encoder_dim": "16"}, "encoder_dim (is )?'16'"),

@@ -140,7 +140,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig]:
             return {name: content.get_tensor(name) for name in names}, config
     except (SafetensorError, OSError, RecursionError) as error:
         raise ValueError(f"{file} is damaged or not a safetensors file ({told(error)})") from None
-    except (ValueError, ArithmeticError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{file} is not a marval model: {told(error)}") from None
 
 
