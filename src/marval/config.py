@@ -280,14 +280,8 @@ class ModelConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        space, mar = self.space, self.mar
-        if (space.token_grid, space.token_dim) != (mar.token_grid, mar.token_dim):
-            raise ValueError(
-                f"the network draws {mar.token_grid[0]}x{mar.token_grid[1]} tokens of {mar.token_dim} channels: "
-                f"expected {space.token_grid[0]}x{space.token_grid[1]} of {space.token_dim}, as the images are cut"
-            )
-        if len(self.class_names) != mar.num_classes:
-            raise ValueError(f"{len(self.class_names)} class names: expected {mar.num_classes}, one for each class")
+        if len(self.class_names) != self.mar.num_classes:
+            raise ValueError(f"{len(self.class_names)} class names: expected {self.mar.num_classes}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers, ready for JSON."""
