@@ -235,7 +235,6 @@ def test_other_names_are_fine(name):
         (lambda: MARConfig((0, 4), 16, 3, 16, 1, 2, 16, 1, 2, 16, 1), r"token_grid \(0, 4\)"),
         (lambda: dataclasses.replace(tiny_config(), iterations=0), "iterations 0"),
         (lambda: dataclasses.replace(tiny_config(), class_names=("one",)), "1 class names: expected 2"),
-        (lambda: dataclasses.replace(tiny_config(), space=PixelSpace((8, 8), 1, 4, 0.3, 3.0)), "tokens"),
     ],
 )
 def test_configurations_check_themselves(make, message):

@@ -287,15 +287,9 @@ class ModelConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        space, mar = self.space, self.mar
-        if (space.token_grid, space.token_dim) != (mar.token_grid, mar.token_dim):
-            raise ValueError(
-                f"the network draws {mar.token_grid[0]}x{mar.token_grid[1]} tokens of {mar.token_dim} channels: "
-                f"expected {space.token_grid[0]}x{space.token_grid[1]} of {space.token_dim}, as the images are cut"
-            )
-        if len(self.class_names) != mar.num_classes:
-            raise ValueError(f"{len(self.class_names)} class names: expected {mar.num_classes}, one for each class")
-        if self.draw.clip and space.kind == "latents":
+        if len(self.class_names) != self.mar.num_classes:
+            raise ValueError(f"{len(self.class_names)} class names: expected {self.mar.num_classes}")
+        if self.draw.clip and self.space.kind == "latents":
             raise ValueError("clip=True: latents have no range to keep x_0 in; use clip=False")
 
     def to_dict(self) -> dict[str, Any]:
