@@ -340,7 +340,15 @@ def test_a_teacher_trains_on_a_cache(pictures, tmp_path):
     data = cache(pictures, tmp_path / "cache")
     space = LatentSpace((16, 16), "stand-in", 4, 2, scale=data.scale)
     mar = dataclasses.replace(tiny_config().mar, token_grid=space.token_grid, token_dim=space.token_dim)
-    config = ModelConfig(mar, space, tiny_config().draw, data.class_names, 4, "latent", f"latents:{data.folder}")
+    config = ModelConfig(
+        mar,
+        space,
+        dataclasses.replace(tiny_config().draw, clip=False),
+        data.class_names,
+        4,
+        "latent",
+        f"latents:{data.folder}",
+    )
     check_data(data, config)
     settings = TrainConfig(iterations=4, batch_size=4, tokens_per_image=6, warmup=1, log_every=1, autocast=False)
     train_teacher(config, settings, data, tmp_path / "run", quiet=True)
