@@ -4,6 +4,7 @@ What pip does not install (the 60,000 images of Fashion-MNIST, Chromium) comes b
 it is missing. Those tests are marked `system`.
 """
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ install_import_hook("marval", "beartype.beartype")
 
 from marval.cli import wait_passively  # noqa: E402
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in a shell's background; its children would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 wait_passively()  # before torch is imported, here and in the processes that tests start
 
 SYSTEM = {"fashion_train", "fashion_test", "chromium"}  # fixtures

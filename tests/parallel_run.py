@@ -43,6 +43,8 @@ def main(stage, out, steps, resume, **changes):
 
         options = {"resume": resume, "workers": workers, "quiet": True}
         changes["iterations"] = steps
+        if "checkpoint_blocks" in changes:
+            changes["checkpoint_blocks"] = bool(changes["checkpoint_blocks"])
         if stage == "train":
             train_teacher(config, dataclasses.replace(TRAIN, **changes), data, out, **options)
         elif stage == "distill":

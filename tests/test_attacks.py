@@ -347,7 +347,6 @@ CONFIGS = [
     ({"class_names": ["a"]}, "1 names for 2 classes|1 class names: expected 2"),
     ({"class_names": [1, 2]}, r"class_names (is )?\(1, 2\)"),
     ({"class_names": 7}, "not a marval model"),
-    ({"iterations": 10**9}, "1000000000"),
     ({"order": "spiral"}, "order (is )?'spiral'"),
 ]
 
@@ -382,7 +381,8 @@ def test_a_configuration_that_is_none_is_one_line(command, tmp_path, text):
 def latents(vae):
     """The tiny model on latents: 16 tokens of 4 channels."""
     space = LatentSpace((8, 8), vae, vae_stride=2, latent_channels=4)
-    return dataclasses.replace(tiny_config(), space=space)
+    draw = dataclasses.replace(tiny_config().draw, clip=False)
+    return dataclasses.replace(tiny_config(), space=space, draw=draw)
 
 
 @pytest.mark.parametrize(

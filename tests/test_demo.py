@@ -89,7 +89,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_drawn(s
     monkeypatch.setattr(demo, "draw_models", None)
     with pytest.raises(SystemExit, match="2"):
         small("--out", tmp_path / "file")
-    assert capsys.readouterr().err.startswith("marval: cannot write ")
+    assert "file is a file, expected a folder; choose another place" in capsys.readouterr().err
 
 
 @pytest.mark.slow

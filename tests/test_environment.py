@@ -118,7 +118,7 @@ def test_a_strangers_folder_among_the_temporary_files_is_not_used(monkeypatch, t
 )
 def test_pictures_are_drawn_below_a_folder_with_any_name(odd, work):
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "TERM", "LANG")}
-    for arguments in (["sample", "tiny", "--count", "2", "--out", "bïlder 画"], ["evaluate", "--help"]):
+    for arguments in (["sample", "tiny", "--count", "2", "--out", "bïlder 画", "--force"], ["evaluate", "--help"]):
         done = subprocess.run(
             [*MARVAL, *arguments], cwd=work, env={**environment, **odd}, capture_output=True, timeout=300
         )

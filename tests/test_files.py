@@ -70,7 +70,7 @@ def test_latent_spaces_survive_json():
     space = LatentSpace((256, 256), "some/vae")
     assert space.token_grid == (16, 16)
     assert space.token_dim == 16
-    changed = ModelConfig(MARConfig.imagenet256("base"), space, Chain(), ("a",), 64)
+    changed = ModelConfig(MARConfig.imagenet256("base"), space, Chain(), tuple(map(str, range(1000))), 64)
     assert ModelConfig.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
     assert ModelConfig.from_dict(json.loads(json.dumps(tiny_config().to_dict()))) == tiny_config()
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from marval.config import LatentSpace, MARConfig, ModelConfig, TrainConfig
+from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, TrainConfig
 from marval.data import LatentData, cache_latents, check_data, load_data, load_folder
 from marval.data.latents import centre_crop, read_square
 from marval.imagenet import imagenet_classes
@@ -258,13 +258,15 @@ def test_changed_pictures_under_the_same_names_are_refused(pictures, tmp_path):
 def test_a_typing_error_claims_nothing(pictures, tmp_path, monkeypatch, capsys):
     here = {"monkeypatch": monkeypatch, "cwd": tmp_path}
     vae_folder(tmp_path / "vae")
-    assert "vea' cannot be loaded" in refused(capsys, pictures, tmp_path / "vea", **here)
+    assert "vea' is no folder here" in refused(capsys, pictures, tmp_path / "vea", **here)
     assert not (tmp_path / "cache").exists()
     said = refused(capsys, pictures, "vae", "--image-size", "18", **here)
     assert "--image-size 18: expected a multiple of the VAE's stride of 4 pixels" in said
-    assert "expected at least 8" in refused(capsys, pictures, "vae", "--image-size", "0", **here)
+    assert "--image-size 0" in refused(capsys, pictures, "vae", "--image-size", "0", **here)
     for scale in ("0", "nan", "-1", "inf"):
-        assert "scale above 0" in refused(capsys, pictures, "vae", "--scale", scale, **here)
+        assert f"--scale {scale if scale in ('nan', 'inf') else float(scale)}" in refused(
+            capsys, pictures, "vae", "--scale", scale, **here
+        )
     assert not (tmp_path / "cache").exists()
     cache(pictures, tmp_path / "cache", workers=stopped())  # claimed, but no shard is written
     command(pictures, "vae", **here)
@@ -306,7 +308,7 @@ def test_a_cache_of_another_vae_or_scale_does_not_fit_a_model(pictures, tmp_path
     data = dataclasses.replace(cache(pictures, tmp_path / "cache"), vae="models/kl16", vae_sha256="a" * 64)
     space = LatentSpace((16, 16), data.vae, 4, 2, scale=data.scale, vae_sha256=data.vae_sha256)
     mar = dataclasses.replace(tiny_config().mar, token_grid=space.token_grid, token_dim=space.token_dim)
-    config = ModelConfig(mar, space, tiny_config().draw, data.class_names, 4, "latent")
+    config = ModelConfig(mar, space, Chain(), data.class_names, 4, "latent")
 
     def with_space(**changes):
         return dataclasses.replace(config, space=dataclasses.replace(space, **changes))

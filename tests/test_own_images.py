@@ -100,7 +100,7 @@ def test_the_size_can_be_said(marval, tmp_path):
     marval("sample", "run", "--count", 1, "--out", "drawn", "--steps", 2, "--iterations", 1)
     (file,) = (tmp_path / "drawn").glob("00000*")
     assert Image.open(file).size == (48, 24)
-    assert "expected a --size such as 40x40" in marval(*train, "--size", "37", refused=True)
+    assert "expected a --size such as 40x40" in marval(*train, "--out", "other", "--size", "37", refused=True)
     assert "--size 32: fashion-mnist has its own size" in marval("train", "--size", 32, refused=True)
 
 
@@ -112,7 +112,9 @@ def test_grey_images_train_a_grey_model_and_fit_a_colour_one(marval, tmp_path):
         assert space_of(tmp_path / f"{data}-run")["channels"] == channels
     distill = ["distill", *FAST, "--probe-samples", 0, "--out", "student"]
     marval(*distill, "colour-run", "--data", "folder:grey")
-    assert "the data's pixels are (3, 8, 8)" in marval(*distill, "grey-run", "--data", "folder:colour", refused=True)
+    assert "the data's pixels are (3, 8, 8)" in marval(
+        *distill, "grey-run", "--data", "folder:colour", "--out", "other", refused=True
+    )
 
 
 def test_a_classifier_of_few_images_takes_steps_and_says_how_many(marval, tmp_path):
@@ -142,18 +144,13 @@ def test_a_classifier_that_cannot_be_is_refused_before_anything_is_trained(marva
     verb = ["train-classifier", "--out", "c.safetensors"]
     assert "all images are of one class, 'a'" in marval(*verb, "--data", "folder:one", refused=True)
     assert "none can be held out" in marval(*verb, "--data", "folder:two", refused=True)
-    assert "--epochs 0: expected at least 1" in marval(*verb, "--data", "folder:two", "--epochs", 0, refused=True)
+    assert "--epochs 0: expected a whole number from 1" in marval(
+        *verb, "--data", "folder:two", "--epochs", 0, refused=True
+    )
     (tmp_path / "file").write_text("x")
-    for out, reason in (("two", "is a folder"), ("file/c.safetensors", "cannot write")):
+    for out, reason in (("two", "is a folder"), ("file/c.safetensors", "is a file, expected a folder")):
         assert reason in marval("train-classifier", "--data", "folder:two", "--out", out, refused=True)
     assert not list(tmp_path.glob("c.*"))
-
-
-def test_tuning_a_model_of_one_class_is_refused_with_the_reason(marval, tmp_path):
-    make(tmp_path / "one", ["a"], 2)
-    marval("train", "--data", "folder:one", *FAST, "--out", "teacher")
-    marval("distill", "teacher", *FAST, "--probe-samples", 0, "--out", "student")
-    assert "draws one class" in marval("finetune", "student", refused=True)
 
 
 NAMES = ("cat", "cat, black", "black", "cat, black, old", "7", "1", "café", " spaced ", "a" * 200, "../up", "猫")
@@ -203,7 +200,7 @@ def test_pictures_of_classes_of_any_name_are_saved(named, marval, tmp_path):
     marval("sample", "named", "--count", len(NAMES), "--iterations", 1, "--steps", 2, "--out", "all")
     files = sorted(file.name for file in (tmp_path / "all").iterdir())
     assert len(files) == len(NAMES) + 1
-    assert files[1] == "00001-cat--black-1.png"
+    assert files[1] == "00001-cat,-black-1.png"
     assert files[8] == f"00008-{'a' * 40}-8.png"
     assert files[9] == "00009-..-up-9.png"
     draw = ["sample", "named", "--iterations", 1, "--steps", 2, "--count", 2, "--out"]

@@ -34,6 +34,7 @@ from marval.sampling import (
 from marval.spaces import Pixels
 from marval.train.teacher import draw as teacher_draw
 from marval.train.teacher import teacher_loss
+from tiny import tiny_config, tiny_model
 
 SPACE = PixelSpace((6, 8), 1, 2, shift=0.5, scale=2.0)  # 3 x 4 tokens of 4 channels in [-1, 1]
 TOKENS, CHANNELS = 12, 4
@@ -947,3 +948,20 @@ def test_latents_have_no_range_to_clip_to():
 def test_spaces_of_latents_that_cannot_be_are_refused(change):
     with pytest.raises(ValueError, match="expected"):
         dataclasses.replace(LatentSpace((48, 64), "vae", latent_channels=4), **change)
+
+
+def test_small_batches_are_drawn_by_one_thread_where_threads_wait_passively(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "marval.pipeline.sample", lambda *_, **__: seen.append(torch.get_num_threads()) or torch.zeros(1)
+    )
+    pipeline, threads = Pipeline(tiny_model(), tiny_config()), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for policy, count in (("passive", 1), ("PASSIVE", 400), ("ACTIVE", 1)):
+            monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+            pipeline.sample_tokens([0] * count, seeds=0, batch_size=count)
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [1, 2, 2]

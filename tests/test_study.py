@@ -124,7 +124,7 @@ SMALL = ["--iterations", 4, "--probe-every", 2, "--sample-iterations", 2, "--bac
          "--anchor-warmup", 1, "--learning-rate", 1e-3]  # fmt: skip
 
 
-def test_the_study_runs_its_grid_and_writes_results_plot_pictures_and_page(work):
+def test_the_study_runs_its_grid_and_writes_results_plot_pictures_and_page(work, fashion_train):
     options = [
         "study",
         "rl",

@@ -129,7 +129,7 @@ def test_tuning_starts_where_there_are_as_many_classes_as_probe_images(command, 
     shown = command("finetune", "student", *settings, "--probe-samples", 8, "--out", "c")
     assert "diversity is the mean" not in shown
     assert all("diversity_classes" not in line and line["diversity"] > 0 for line in log_of(tmp_path / "c"))
-    assert "--probe-samples 1: expected at least 2" in command(
+    assert "--probe-samples 1: expected a whole number from 2" in command(
         "finetune", "student", *settings, "--probe-samples", 1, "--out", "d", refused=True
     )
 
@@ -252,10 +252,9 @@ def test_a_latent_student_is_tuned_as_the_readme_describes(command, tmp_path):
     command("cache-latents", "cache", "--images", "pictures", "--vae", "vae", "--image-size", 16)
     space = LatentSpace((16, 16), str(tmp_path / "vae"), vae_stride=4, latent_channels=2)
     mar = MARConfig(space.token_grid, 2, 30, 16, 1, 2, 16, 2, 2, 16, 2, buffer_size=2)
-    config = dataclasses.replace(
-        tiny_config(), mar=mar, space=space, class_names=tuple(classes), data="latents:cache", name="teacher"
-    )
-    config = dataclasses.replace(config, draw=dataclasses.replace(config.draw, guidance=3.0, clip=False))
+    draw = dataclasses.replace(tiny_config().draw, guidance=3.0, clip=False)
+    named = {"class_names": tuple(classes), "data": "latents:cache", "name": "teacher"}
+    config = dataclasses.replace(tiny_config(), mar=mar, space=space, draw=draw, **named)
     Pipeline(MAR(mar).initialize(generator(0)).eval(), config).save(tmp_path / "teacher")
     (tmp_path / "mine.py").write_text(BRIGHT + "def dark(images, prompts):\n    return -score(images, prompts)\n")
 
@@ -397,7 +396,7 @@ def test_the_full_size_recipe_reaches_the_run(command, tmp_path, monkeypatch):
 
     found = {}
     data = LatentData(tmp_path, torch.zeros(4).long(), ("a",), (16, 16, 16), (0,), 0.2325, 256, "vae")
-    monkeypatch.setattr("marval.data.load_data", lambda spec: data)
+    monkeypatch.setattr("marval.data.load_data", lambda spec, **_: data)
     monkeypatch.setattr(
         "marval.train.teacher.train_teacher",
         lambda config, settings, *a, **k: found.update(config=config, settings=settings) or 1,

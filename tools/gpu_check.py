@@ -274,6 +274,12 @@ def full_size(check: Check, size: str) -> MAR:
     return model.eval().requires_grad_(False)
 
 
+def random_config(model: MAR, draw: Chain | OneStep) -> ModelConfig:
+    """The configuration of a model with random weights, on latents of no VAE."""
+    names = tuple(map(str, range(model.config.num_classes)))
+    return ModelConfig(model.config, LatentSpace((256, 256), "none"), draw, names, 64, "random")
+
+
 def peak(check: Check) -> dict[str, float]:
     """What the card gives: matrix products in bf16, float32 and TF32, and a copy, in TFLOP/s and TB/s."""
     side, found = (256 if check.dry_run else 8192), {}
@@ -365,7 +371,7 @@ def sampling_table(check: Check, size: str, settings: list[tuple[str, int, int, 
     bf16 = check.results.get("peak", {}).get("bf16 TFLOP/s", 800.0) * 1e12
     for role, iterations, batch, mode in settings:
         draw_config: Chain | OneStep = Chain(guidance=3.0) if role != "student" else OneStep()
-        config = ModelConfig(model.config, LatentSpace((256, 256), "none"), draw_config, (), 64, "random")
+        config = random_config(model, draw_config)
         draw = draw_function(config)
         row: dict[str, Any] = {"size": size, "role": role, "iterations": iterations, "batch": batch, "mode": mode}
         job: Callable[[], Any]
@@ -421,7 +427,7 @@ class RandomLatents:
 def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> dict[str, Any]:
     """GSIM steps of a full-size model: time, memory, images a second."""
     model = full_size(check, size)
-    config = ModelConfig(model.config, LatentSpace((256, 256), "none"), OneStep(), (), 64, "random")
+    config = random_config(model, OneStep())
     settings = dataclasses.replace(
         DistillConfig.imagenet256(size),
         batch_size=batch,

@@ -122,7 +122,7 @@ def _parse(values: dict[str, Any], before: Recipe | None) -> Recipe:
 
 def plain_name(class_name: str) -> str:
     """A class as a part of a file's name: a stranger's model may call it anything."""
-    return re.sub(r"[^\w.,+()&'-]", "-", class_name)[:80]
+    return re.sub(r"[^\w.,+()&'-]", "-", class_name)[:40]
 
 
 def make_recipe(

@@ -129,6 +129,7 @@ def read_arguments(verb: str, function: Callable[..., None], arguments: Sequence
     def bind(*given: Any, **named: Any) -> Callable[[], None]:
         return functools.partial(function, *given, **named)
 
+    bind.__doc__ = VERBS[verb].__doc__  # a partial function's own is that of all partial functions
     # What settings refuse tyro would put into a box of several lines; other refusals, and --help, are its own.
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -27,7 +27,7 @@ class Functions(dict):
         raise HTTPException(400, UNFIT)
 
 
-def address(event: Event) -> str:
+def address(event: Any) -> str:
     """Where a request comes from; a host may choose among the addresses of its IPv6 network, which count as one."""
     host = event.request.client.host if event.request.client else ""
     try:
