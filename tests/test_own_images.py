@@ -207,4 +207,4 @@ def test_pictures_of_classes_of_any_name_are_saved(named, marval, tmp_path):
     marval(*draw, "two", "--classes", "cat, black", "--classes", "7")
     marval(*draw, "comma", "--classes", "cat, black,7")
     for out in ("two", "comma"):
-        assert sorted(file.name for file in (tmp_path / out).glob("0*")) == ["00000-cat--black-0.png", "00001-7-1.png"]
+        assert sorted(file.name for file in (tmp_path / out).glob("0*")) == ["00000-cat,-black-0.png", "00001-7-1.png"]

@@ -953,7 +953,7 @@ def test_spaces_of_latents_that_cannot_be_are_refused(change):
 def test_small_batches_are_drawn_by_one_thread_where_threads_wait_passively(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "marval.pipeline.sample", lambda *_, **__: seen.append(torch.get_num_threads()) or torch.zeros(1)
+        "marval.pipeline.sample", lambda *_, **__: seen.append(torch.get_num_threads()) or torch.zeros(1, 16, 4)
     )
     pipeline, threads = Pipeline(tiny_model(), tiny_config()), torch.get_num_threads()
     torch.set_num_threads(2)

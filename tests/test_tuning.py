@@ -249,7 +249,7 @@ def test_a_latent_student_is_tuned_as_the_readme_describes(command, tmp_path):
     ).save_pretrained(tmp_path / "vae")  # fmt: skip
     classes = [f"class-{i:02d}" for i in range(30)]
     write_pictures(tmp_path / "pictures", classes, 2, side=20)
-    command("cache-latents", "cache", "--images", "pictures", "--vae", "vae", "--image-size", 16)
+    command("cache-latents", "cache", "--images", "pictures", "--vae", "vae", "--image-size", 16, "--scale", 0.2325)
     space = LatentSpace((16, 16), str(tmp_path / "vae"), vae_stride=4, latent_channels=2)
     mar = MARConfig(space.token_grid, 2, 30, 16, 1, 2, 16, 2, 2, 16, 2, buffer_size=2)
     draw = dataclasses.replace(tiny_config().draw, guidance=3.0, clip=False)
