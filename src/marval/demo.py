@@ -33,8 +33,8 @@ DRAWN = (  # model, K
     ("fashion-tuned", 6),
 )  # fmt: skip
 LIVE = DistillConfig(
-    iterations=230, warmup=30, ema_decay=0.95, learning_rate=6e-5, auxiliary_learning_rate=4e-4,
-    sample_iterations=8, probe_every=50, save_every=10_000, name="live student",
+    iterations=130, warmup=30, ema_decay=0.95, learning_rate=6e-5, auxiliary_learning_rate=4e-4,
+    sample_iterations=8, probe_every=40, save_every=10_000, name="live student",
 )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def score(judge: Classifier, images: Float[Tensor, "n c h w"], labels: Tensor) -
 
 
 def distil_live(out: Path, device: str, judge: Classifier) -> list[dict[str, float]]:
-    """Distil the bundled teacher for a few hundred updates; scores and pictures before, in between and after."""
+    """Distil the bundled teacher for a hundred updates; scores and pictures before, in between and after."""
     teacher = load("fashion-teacher", device)
     curve: list[dict[str, float]] = []
     pictures: list[Tensor] = []

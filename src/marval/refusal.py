@@ -5,10 +5,10 @@ torchrun's own store, which the first to refuse sets. They end at one moment: to
 first.
 """
 
+import atexit
 import os
 import sys
 import threading
-import time
 import traceback
 from datetime import timedelta
 from typing import Any
@@ -17,13 +17,21 @@ INTERVAL = 0.1  # seconds between two looks at the key
 GRACE = timedelta(seconds=5)  # that the processes wait for each other, before they end
 
 _watching, _refused = threading.Event(), threading.Event()  # in this process, by this process
+_leaving = threading.Event()  # at this process's end
 
 
 def watch() -> None:
     """Under torchrun, end this process as soon as another refuses. The command line calls it once."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _watching.set()
-        threading.Thread(target=_wait, args=(_store(),), daemon=True).start()
+        watcher = threading.Thread(target=_wait, args=(_store(),), daemon=True)
+        watcher.start()
+
+        def leave() -> None:  # a thread that returns from the store into a finished interpreter aborts the process
+            _leaving.set()
+            watcher.join(timeout=10)
+
+        atexit.register(leave)
 
 
 def announce(error: ValueError | OSError) -> None:
@@ -42,7 +50,8 @@ def announce(error: ValueError | OSError) -> None:
 def _wait(store: Any) -> None:
     try:
         while not store.check(["refused"]):
-            time.sleep(INTERVAL)
+            if _leaving.wait(INTERVAL):
+                return
     except RuntimeError:  # torchrun has ended
         return
     if not _refused.is_set():
