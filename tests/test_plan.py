@@ -75,7 +75,7 @@ def test_a_plan_adds_up():
 
 def test_recomputation_saves_memory_and_costs_arithmetic():
     settings, short = DistillConfig.imagenet256("base"), dataclasses.replace(BASE, encoder_depth=4, decoder_depth=4)
-    assert distill_memory(short, settings, 8, True) < 0.8 * distill_memory(short, settings, 8, False)
+    assert distill_memory(BASE, settings, 8, True) < 0.7 * distill_memory(BASE, settings, 8, False)
     kept = dataclasses.replace(settings, checkpoint_blocks=False)
     assert plan_distill(short, kept, 8).flops < plan_distill(short, settings, 8).flops
 
