@@ -139,14 +139,12 @@ TABLES = {  # and the parts of the results file that each is made of
 
 def made_by(file: Path, parts: tuple[str, ...]) -> str:
     """Return the commands that made a results file's parts, and at which commit, from its own provenance."""
-    found = [
-        (part, {**content, **row.get("made", {})})
-        for name, content in read_results(file).items()
-        if name in parts
-        for part, row in ((name, row) for row in content["rows"])
-    ]
-    lines = dict.fromkeys(f"- {part}: `{made['command']}` at commit {made['commit'][:7]}" for part, made in found)
-    return "\n".join(["Made by", "", *lines])
+    lines = []
+    for name, part in read_results(file).items():
+        for row in part["rows"] if name in parts else ():
+            made = {**part, **row.get("made", {})}
+            lines.append(f"- {name}: `{made['command']}` at commit {made['commit'][:7]}")
+    return "\n".join(["Made by", "", *dict.fromkeys(lines)])
 
 
 def fill(text: str, root: Path) -> str:
