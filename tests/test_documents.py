@@ -41,6 +41,27 @@ def test_readmes_four_rows_are_those_of_the_results():
     assert re.findall(r"^\| fashion-.*", (ROOT / "README.md").read_text(), re.MULTILINE) == expected
 
 
+def test_the_student_beats_every_point_of_the_teachers_curve_by_as_much_as_is_said():
+    """At each point of the teacher, the fastest student with a lower mean distance; the smallest gain of all points."""
+    results = json.loads((ROOT / "results/fashion-curve.json").read_text())
+    distances = {}
+    for row in results["quality"]["rows"]:
+        distances.setdefault((row["model"], row["draw"].get("steps"), row["iterations"]), []).append(row["fd"])
+    for batch, gain in ((1, "4.8"), (64, "7.0")):
+        points = [
+            (row["teacher"], row["seconds_per_image"], statistics.mean(distances[key]))
+            for row in results["bench"]["rows"]
+            if row["batch"] == batch
+            and (key := (row["model"], row["draw"].get("steps"), row["iterations"])) in distances
+        ]
+        teachers, students = ([(s, fd) for teacher, s, fd in points if teacher == is_] for is_ in (True, False))
+        assert len(teachers) == 16
+        gains = [max(seconds / s for s, lower in students if lower < fd) for seconds, fd in teachers]
+        assert f"{min(gains):.1f}" == gain
+    said = " ".join((ROOT / "docs/results.md").read_text().split())
+    assert "all 16 points of the teacher in time and distance at once: by at least 4.8 times" in said
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_links_lead_somewhere_and_commands_are_there(document):
     text = document.read_text()

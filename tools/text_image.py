@@ -7,7 +7,6 @@ python tools/text_image.py --data folder:my-images --phrases my-phrases.json --o
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +38,14 @@ class Phrases:
 
     @classmethod
     def read(cls, file: Path | None, class_names: Sequence[str]) -> "Phrases":
-        """Read {"class": {"learned": [...], "held_out": [...]}}; the bundled file for Fashion-MNIST when None.
+        """Read {"class": {"learned": [...], "held_out": [...]}}; Fashion-MNIST's, beside this file, when None.
 
         The class's name is learned too, and in each template of `TEMPLATES`.
 
         Raises:
             ValueError: not such a file, other classes, none held out, or one that is learned and held out.
         """
-        file = file or Path(str(files("marval"))) / "assets" / "fashion-phrases.json"
+        file = file or Path(__file__).with_name("fashion-phrases.json")
         try:
             said: Mapping[str, Mapping[str, list[str]]] = json.loads(file.read_text())
             if set(said) != set(class_names):
