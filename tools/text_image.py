@@ -179,7 +179,7 @@ def main(
 
     Args:
         data: "fashion-mnist", "fashion-mnist:FOLDER", or "folder:DIR".
-        phrases: {"class": {"learned": [...], "held_out": [...]}}; the bundled ones for Fashion-MNIST when left out.
+        phrases: {"class": {"learned": [...], "held_out": [...]}}; those beside this file when left out.
         images: training images that are used.
         steps: updates.
         seed: of images, weights and phrases.
