@@ -21,16 +21,16 @@ test-slow: .venv/installed-dev  ## the checks that take minutes
 	$(BIN)/python -m pytest -m slow -q
 
 lint: .venv/installed-dev  ## format, lint and types, changing nothing
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests tools
+	$(BIN)/ruff check src tests tools
 	$(BIN)/python -m mypy
 
 format: .venv/installed-dev
-	$(BIN)/ruff format src tests
-	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests tools
+	$(BIN)/ruff check --fix src tests tools
 
-tables: .venv/installed  ## fill the tables of README and model cards, and docs/evidence.md, from results/
-	$(BIN)/python -m marval.evidence README.md model_cards/*.md
+tables: .venv/installed  ## fill the tables of docs/ from results/
+	$(BIN)/python tools/tables.py docs/results.md docs/full-size.md
 	cp results/fashion-sweep.json results/fashion-reward.json src/marval/assets/
 
 # pip's words go to a file: of an index that it cannot reach it says fifty lines. The path to src, which pip writes down,

@@ -21,13 +21,15 @@ from diffusers import AutoencoderKL
 from marval.config import Chain, DistillConfig, FinetuneConfig, LatentSpace, MARConfig, ModelConfig, OneStep
 from marval.evaluate.results import read_results, write_results
 from marval.model import MAR, linear
-from marval.plan import distill_memory, finetune_memory, plan_distill, plan_finetune
 from marval.provenance import made_by
 from marval.randomness import generator
 from marval.sampling import DrawByChain, DrawInOneStep, sample
 from marval.train.distill import distill
 from marval.train.finetune import finetune
 from straightforward import straightforward
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+from plan import distill_memory, finetune_memory, plan_distill, plan_finetune
 
 
 class RandomLatents:
@@ -73,7 +75,7 @@ def report(figures):
 
 
 def planned(stage, images):
-    """What `marval plan` expects of such a step in one process, in bytes; of tuning, without the VAE."""
+    """What `tools/plan.py` expects of such a step in one process, in bytes; of tuning, without the VAE."""
     mar = MARConfig.imagenet256("base")
     if stage == "distill":
         settings = DistillConfig.imagenet256("base")

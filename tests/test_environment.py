@@ -130,9 +130,9 @@ def test_pictures_are_drawn_below_a_folder_with_any_name(odd, work):
 
 def test_what_a_terminal_cannot_show_is_a_question_mark(command, monkeypatch):
     shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setitem(VERBS, "plan", lambda: print("0.5 ± 0.1 × \udcff"))
+    monkeypatch.setitem(VERBS, "sample", lambda: print("0.5 ± 0.1 × \udcff"))
     monkeypatch.setattr(sys, "stdout", shown)
-    assert command("plan")[0] == 0
+    assert command("sample")[0] == 0
     assert shown.buffer.getvalue() == b"0.5 ? 0.1 ? ?\n"
 
 
@@ -191,11 +191,11 @@ def test_what_the_system_refuses_is_one_line(command, monkeypatch):
     def fails():
         raise PermissionError(13, "Permission denied", "/somewhere/x")
 
-    monkeypatch.setitem(VERBS, "plan", fails)
-    assert command("plan") == (2, "", "marval: /somewhere/x: Permission denied\n")
+    monkeypatch.setitem(VERBS, "sample", fails)
+    assert command("sample") == (2, "", "marval: /somewhere/x: Permission denied\n")
     monkeypatch.setenv("MARVAL_DEBUG", "1")
     with pytest.raises(PermissionError):
-        command("plan")
+        command("sample")
 
 
 def test_the_version(command):

@@ -20,8 +20,6 @@ from marval.evaluate.features import (
     frechet_distance,
 )
 from marval.evaluate.images import draw_bytes
-from marval.evaluate.tables import speedup_table
-from marval.evidence.documents import fill_markdown
 from marval.pipeline import Pipeline
 from marval.randomness import generator
 from marval.rewards import ClassifierReward, prompts_of
@@ -218,43 +216,6 @@ def test_missing_real_images_are_missed_before_anything_is_drawn(network, tmp_pa
     pipeline.save(tmp_path / "model")
     with pytest.raises(ValueError, match="no such images"):
         evaluate([(tmp_path / "model", pipeline)], judge, iterations=(2,), samples=6, out=tmp_path / "figures.json")
-
-
-def test_tables_compare_models_with_the_first_at_the_same_k(tmp_path):
-    def quality(model, k, fd):
-        return {"model": model, "teacher": model == "t", "draw": {}, "iterations": k, "samples": 10, "fd": fd}
-
-    def timing(model, k, seconds):
-        return {"model": model, "draw": {}, "iterations": k, "batch": 1, "seconds_per_image": seconds}
-
-    results = {
-        "quality": {
-            "rows": [quality("s", 8, 10.0), quality("s", 16, 9.0), quality("t", 8, 12.0), quality("t", 16, 10.0)]
-        },
-        "timing": {"rows": [timing("t", 8, 5.0), timing("t", 16, 8.0), timing("s", 8, 0.1), timing("s", 16, 0.2)]},
-    }
-    (tmp_path / "r.json").write_text(json.dumps(results))
-    table = speedup_table(tmp_path / "r.json")
-    assert "| s | 16 | 10 | 0.900 | 40x |" in table
-    assert "| s | 8 | 10 | 0.833 | 50x |" in table
-    document = tmp_path / "README.md"
-    document.write_text("a\n<!-- results: r.json -->\nold\n<!-- end -->\nb")
-    assert fill_markdown(document, tmp_path)
-    assert "old" not in document.read_text()
-    assert "| t | 8 | 10 | 12.00 |" in document.read_text()
-    assert not fill_markdown(document, tmp_path)
-
-
-def test_a_bench_becomes_a_table(tmp_path):
-    row = {"model": "t", "draw": {}, "iterations": 4, "batch": 2, "seconds_per_image": 2.0, "context_seconds": 0.5}
-    row |= {"gflops_per_image": 6033.6, "fraction_of_peak": 0.586}
-    faster = {**row, "model": "s", "seconds_per_image": 0.5, "speed_up": 4.0, "speed_up_by_flops": 2.04}
-    (tmp_path / "b.json").write_text(json.dumps({"bench": {"rows": [row, faster]}}))
-    document = tmp_path / "README.md"
-    document.write_text("<!-- bench: b.json --><!-- end -->")
-    assert fill_markdown(document, tmp_path)
-    assert "| t | 4 | 2 | 2.0 | 25% | 6,034 | 59% |  |  |" in document.read_text()
-    assert "| s | 4 | 2 | 0.5 | 100% | 6,034 | 59% | 4.0x | 2.0x |" in document.read_text()
 
 
 def test_a_classifier_comes_back_from_disk_and_rewards_the_class_in_the_prompt(tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep
 from marval.data import load_folder, load_images
-from marval.io.checkpoint import average_models, load_model, save_model
+from marval.io.checkpoint import load_model, save_model
 from marval.io.files import atomic_path
 from marval.io.images import grid, to_pil
 from tiny import tiny_config, tiny_model
@@ -116,15 +116,3 @@ def test_pictures_round_and_grids_hold_every_image():
     values = np.asarray(picture.convert("L"))
     assert (values == 0).sum() >= 6 * 100
     assert picture.width > 3 * 20
-
-
-def test_averaging_is_the_mean_of_like_models(tmp_path):
-    first, second, config = tiny_model(0), tiny_model(1), tiny_config()
-    mean, kept = average_models([(first, config), (second, config)])
-    for name, weight in mean.state_dict().items():
-        torch.testing.assert_close(weight, (first.state_dict()[name] + second.state_dict()[name]) / 2)
-    assert kept == config
-    assert torch.equal(first.mask_token, tiny_model(0).mask_token)  # left as it was
-    other = dataclasses.replace(config, draw=OneStep(), name="other")
-    with pytest.raises(ValueError, match="other and tiny differ in draw"):
-        average_models([(first, config), (second, other)])

@@ -377,8 +377,6 @@ def test_pictures_that_are_there_are_kept_unless_forced(run, work):
     assert mine.read_text() == "mine"
     assert run(*draw, "--force")[0] == 0
     assert Image.open(mine).size == (8, 8)
-    (work / "a.gif").write_text("mine")
-    refused(run("animate", "student", "--iterations", 2, "--out", "a.gif"), "a.gif is there already", "--force")
 
 
 def test_many_pictures_are_saved_as_they_are_drawn(run, work, monkeypatch):

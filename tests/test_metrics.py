@@ -174,7 +174,7 @@ def test_bundled_models_are_judged_without_reading_the_real_images(fashion_train
     read: list[str] = []
     data = fashion_train
 
-    def counted(spec, size=None):
+    def counted(spec, size=None, **_):
         read.append(spec)
         return data
 

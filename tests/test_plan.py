@@ -1,4 +1,4 @@
-"""`marval plan`: parameters are the networks', memory is what a step takes, arithmetic is what torch counts."""
+"""`tools/plan.py`: parameters are the networks', memory is what a step takes, arithmetic is what torch counts."""
 
 import dataclasses
 import json
@@ -15,11 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import marval.sampling
 from marval.config import DistillConfig, FinetuneConfig, MARConfig
 from marval.evaluate.results import write_results
-from marval.evaluate.tables import plan_table
+from marval.memory import LiveMemory
 from marval.model import MAR
-from marval.plan import (
+from marval.randomness import generator
+from marval.sampling import DrawInOneStep, model_contexts, sample
+from marval.train.draws import masked_count
+from plan import (
     GIB,
-    LiveMemory,
     cache_bytes,
     distill_memory,
     mean_mask_ratio,
@@ -27,12 +29,11 @@ from marval.plan import (
     plan_finetune,
     plan_rows,
 )
-from marval.randomness import generator
-from marval.sampling import DrawInOneStep, model_contexts, sample
-from marval.train.draws import masked_count
+from tables import plan as plan_table
 from tiny import tiny_config, tiny_model
 
 BASE = MARConfig.imagenet256("base")
+ROOT = Path(__file__).parents[1]
 
 
 def test_live_memory_counts_what_is_alive_and_the_most_there_was():
@@ -104,8 +105,8 @@ def test_the_cache_takes_32_kib_an_image():
 @pytest.mark.slow
 def test_the_command_answers_without_allocating():
     script = (
-        "import resource, sys; sys.argv = ['marval', 'plan', 'imagenet256-huge', '--gpus', '8'];"
-        "from marval.cli import main; main();"
+        f"import resource, sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import plan;"
+        "plan.main(('imagenet256-huge',));"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
@@ -118,10 +119,8 @@ def test_the_command_answers_without_allocating():
 
 
 def test_a_plan_is_kept_and_becomes_a_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "marval.plan.distill_memory", lambda config, settings, images, recompute: 2**30 + 2**20 * images
-    )
-    monkeypatch.setattr("marval.plan.finetune_memory", lambda config, settings, images, recompute: 2**20 * images)
+    monkeypatch.setattr("plan.distill_memory", lambda config, settings, images, recompute: 2**30 + 2**20 * images)
+    monkeypatch.setattr("plan.finetune_memory", lambda config, settings, images, recompute: 2**20 * images)
     rows = plan_rows("base", 4, 24 * GIB, 165e12, 0.5, 10e12)
     write_results(tmp_path / "plan.json", "plan", rows, 0)
     assert [row["stage"] for row in rows] == ["distill", "finetune"]

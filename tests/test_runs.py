@@ -159,8 +159,6 @@ def test_every_numeric_flag_is_refused_in_one_line(verb, name, capsys, monkeypat
         (["finetune", "fashion-student", "--name", "../elsewhere"], ("--name '../elsewhere'", "plain name")),
         (["train", "--name", "a/b"], ("--name 'a/b'", "plain name")),
         (["train-classifier", "--epochs", "0"], ("--epochs 0",)),
-        (["train-text-image", "--images", "0"], ("--images 0",)),
-        (["train-text-image", "--steps", "-1"], ("--steps -1",)),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_in_one_line_before_anything_is_read(

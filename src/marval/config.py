@@ -458,7 +458,7 @@ class FinetuneConfig(RunConfig):
 
     iterations: Count = 200
     sample_iterations: Count = 8  # K
-    backprop_iterations: Count = 1  # M, the last iterations that gradients flow through (docs/study-rl.md)
+    backprop_iterations: Count = 1  # M, the last iterations that gradients flow through (docs/tuning.md)
     batch_size: Count = 32
     learning_rate: Positive = 5e-6
     hinge: Finite | None = None  # images with a reward above this push no further

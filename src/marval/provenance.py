@@ -17,8 +17,10 @@ PACKAGES = ("marval", "torch", "numpy", "torchmetrics", "torch-fidelity")
 
 
 def command_line() -> str:
-    """What was typed."""
-    return shlex.join(["marval", *sys.argv[1:]])
+    """What was typed: marval, or a script of the source's tools."""
+    script = Path(sys.argv[0])
+    program = ["python", f"tools/{script.name}"] if script.parent.name == "tools" else ["marval"]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 @functools.cache

@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import marval
-from marval.cli.converting import average, cache_latents, convert, plan
-from marval.cli.drawing import animate, demo, sample, serve
+from marval.cli.converting import cache_latents, convert
+from marval.cli.drawing import demo, sample, serve
 from marval.cli.measuring import bench, compare, evaluate, sweep
-from marval.cli.rewards import rewards, study, train_text_image
 from marval.cli.training import distill, finetune, preset_settings, train, train_classifier
 from marval.refusal import announce, watch
 
@@ -25,17 +24,11 @@ VERBS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "compare": compare,
     "sweep": sweep,
-    "rewards": rewards,
-    "study": study,
     "bench": bench,
     "train-classifier": train_classifier,
-    "train-text-image": train_text_image,
     "convert": convert,
     "cache-latents": cache_latents,
-    "plan": plan,
-    "average": average,
     "demo": demo,
-    "animate": animate,
     "serve": serve,
 }
 

@@ -1,15 +1,12 @@
-"""The verbs that prepare a run or its models: convert, cache-latents, plan and average."""
+"""The verbs that prepare a run or its models: convert and cache-latents."""
 
-import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
 from marval.cli.arguments import usable_device
-from marval.config import Order, Size
-from marval.provenance import command_line, made_by
 
 if TYPE_CHECKING:
     from marval.config import ModelConfig
@@ -130,91 +127,3 @@ def cache_latents(
         )  # fmt: skip
         if workers.main:
             print(f"{out}: " + (f"{len(done)} images" if done else "stopped; the same command goes on"))
-
-
-def plan(
-    presets: Positional[tuple[Literal["imagenet256-base", "imagenet256-large", "imagenet256-huge"], ...]],
-    *,
-    gpus: int = 8,
-    gpu_memory: float = 80.0,
-    tflops: float = 312.0,
-    efficiency: float = 0.35,
-    float32_tflops: float = 19.5,
-    out: Path | None = None,
-) -> None:
-    """What a full-size run needs: memory, arithmetic, disk and days; nothing is allocated.
-
-    marval plan imagenet256-huge --gpus 8
-
-    marval plan imagenet256-base --gpus 4 --gpu-memory 24 --tflops 165 --efficiency 0.3
-
-    Args:
-        presets: the sizes of the networks and the recipes of both stages.
-        gpus: processes that share the work, one on each GPU.
-        gpu_memory: of one GPU, in GiB.
-        tflops: peak of one GPU in bf16, in TFLOP/s (A100: 312, H100: 989).
-        efficiency: the share of that peak that the transformers reach.
-        float32_tflops: peak of one GPU in float32 without tensor cores (A100: 19.5, H100: 67), for the heads.
-        out: a JSON file that keeps the figures.
-    """
-    if not presets:
-        raise ValueError("name a preset: imagenet256-base, imagenet256-large or imagenet256-huge")
-    given = {"gpus": gpus, "gpu-memory": gpu_memory, "tflops": tflops, "efficiency": efficiency}
-    for name, value in {**given, "float32-tflops": float32_tflops}.items():
-        if not value > 0:
-            raise ValueError(f"--{name} {value}: expected a number above 0")
-    import torch
-
-    from marval.evaluate.results import write_results
-    from marval.plan import GIB, plan_rows, report
-
-    rows = []
-    for preset in presets:
-        size = cast(Size, preset.removeprefix("imagenet256-"))
-        rows += plan_rows(size, gpus, int(gpu_memory * GIB), tflops * 1e12, efficiency, float32_tflops * 1e12)
-        print("\n".join([*([f"{preset}:"] if len(presets) > 1 else []), *report(rows[-2:])]))
-    if out is not None:
-        made = made_by(torch.device("cpu"))
-        write_results(out, "plan", [{**row, "made": made} for row in rows], 0)
-
-
-def average(
-    models: Positional[tuple[str, ...]],
-    *,
-    out: Path,
-    name: str | None = None,
-    order: Order | None = None,
-    half: bool = False,
-    force: bool = False,
-) -> None:
-    """Average the weights of models that came from one teacher (a model soup, Wortsman et al. 2022).
-
-    marval average runs/student-a runs/student-b --out models/student
-
-    marval average runs/student --half --out models/small
-
-    Args:
-        models: models' names or folders, of the same sizes and the same way to draw.
-        out: the model's folder.
-        name: its name; the first model's when left out.
-        order: its default order of drawing; the first model's when left out.
-        half: half precision on disk.
-        force: write over what is there.
-    """
-    from marval.io.checkpoint import WEIGHTS, average_models, load_model
-    from marval.io.files import check_replace
-    from marval.io.official import check_weights
-    from marval.pipeline import find_model
-
-    if not models:
-        raise ValueError("name at least one model, for example: marval average runs/a runs/b --out models/average")
-    for folder in map(find_model, models):
-        check_replace(out, model_files(out), read=folder / WEIGHTS if folder.is_dir() else folder, force=force)
-    model, config = average_models([load_model(find_model(name)) for name in models])
-    weights = model.state_dict()
-    check_weights(", ".join(models), {name: t.half() for name, t in weights.items()} if half else weights)
-    config = dataclasses.replace(
-        config, name=name or config.name, order=order or config.order, source=f"{config.source}; {command_line()}"
-    )
-    write_model(out, model, config, half)
-    print(f"{', '.join(models)} -> {out}")

@@ -1,4 +1,4 @@
-"""The verbs that draw: sample, demo, animate and serve."""
+"""The verbs that draw: sample, demo and serve."""
 
 import os
 import signal
@@ -166,44 +166,6 @@ def demo(*, out: Path = Path("demo-out"), device: str = "auto") -> None:
     from marval.demo import run
 
     run(out, usable_device(device))
-
-
-def animate(
-    models: Positional[tuple[str, ...]],
-    *,
-    classes: str | None = None,
-    iterations: int = 12,
-    seed: int = 0,
-    out: Path = Path("unmasking.gif"),
-    force: bool = False,
-    device: str = "auto",
-) -> None:
-    """Make an animated GIF of the unmasking: models downwards, classes to the right, with each model's time so far.
-
-    marval animate fashion-teacher fashion-student
-
-    marval animate fashion-student --classes sneaker,bag,dress --iterations 16 --out docs/unmasking.gif
-
-    Args:
-        models: bundled models' names, or models' or runs' folders.
-        classes: names or numbers, separated by commas; the first six of the first model when left out.
-        iterations: K, the AR iterations; one frame for each.
-        seed: the first class's seed; the next ones count on from it.
-        out: the GIF file; one that is there is kept.
-        force: replace it.
-        device: "auto", "cpu", "cuda", ...
-    """
-    from marval.io.images import save_animation
-    from marval.unmasking import unmasking_frames
-
-    if not models:
-        raise ValueError("name at least one model, for example: marval animate fashion-student")
-    check_targets([out], force)
-    pipelines = [load_pipeline(name, device) for name in models]
-    chosen = classes.split(",") if classes else pipelines[0].config.class_names[:6]
-    frames = unmasking_frames(pipelines, chosen, seed, iterations)
-    save_animation(out, frames, [350] * (len(frames) - 1) + [2500])
-    print(f"{out}: {len(frames)} frames")
 
 
 def serve(

@@ -94,7 +94,7 @@ def evaluate(
         reference: a file in the real images' place: ADM's .npz (FID, IS, sFID, precision and recall by torch-fidelity;
             not yet checked: the published Inception weights have never been loaded here) or marval's statistics
             .safetensors.
-        rewards: measure these instead, over the prompts of all classes: "clip,image-reward" (see marval rewards);
+        rewards: measure these instead, over the prompts of all classes: "clip,image-reward" (see docs/tuning.md);
             nothing is timed.
         prompt: what an image's prompt is, with {} for its class's name.
         seed: of the samples; several: a row for each, and their spread.

@@ -231,8 +231,10 @@ def finetune(
     Args:
         student: a bundled model's name, or a model's or run's folder.
         preset: the recipe whose settings are the defaults below; imagenet256-* are the paper's.
-        reward: a name that marval rewards lists, or your own, file.py:function; or several with weights:
-            "pickscore=1,clip:FOLDER=0.5".
+        reward: pickscore, clip, image-reward, hps-v2, aesthetic, text-image or classifier (docs/tuning.md: weights and
+            licences; their files come from the hub or its cache; NAME:FOLDER and NAME:HUB-ID name others); or your own,
+            file.py:function, called with images in [0, 1] and prompts (prompt.class_name is the class), which returns
+            one differentiable number per image; or several with factors: "pickscore=1,clip:FOLDER=0.5".
         classifier: the classifier of that reward; the bundled one for Fashion-MNIST when left out.
         held_out: rewards that are only watched, written likewise: the best model has the highest.
         teacher: the teacher that the anchor needs (with --anchor).

@@ -45,7 +45,6 @@ def points_of(
     batch: int,
     samples: int | None = None,
     only: Collection[str] = (),
-    seed: int | None = None,
     mixed: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Point]:
@@ -60,7 +59,6 @@ def points_of(
         part: of the results, that has the times.
         samples: of the quality; the number that most settings have when None.
         only: models' names; all of them when empty.
-        seed: of the quality; the mean over all seeds when None.
         mixed: take times of another precision, or without decoding, too: older results have no others.
         report: told what is left out and why.
     """
@@ -70,8 +68,7 @@ def points_of(
     timed = sorted(timed, key=lambda row: (bool(row.get("compiled")), bool(row.get("autocast"))))
     found: dict[tuple[Any, ...], list[Point]] = {}
     untimed: list[str] = []
-    quality = [row for row in results.get("quality", {}).get("rows", []) if seed in (None, row["seed"])]
-    for rows in by_setting(quality).values():
+    for rows in by_setting(results.get("quality", {}).get("rows", [])).values():
         row = rows[0]
         distance = "fd" if "fd" in row else "fid"
         if samples not in (None, row["samples"]) or (only and row["model"] not in only) or distance not in row:
@@ -146,15 +143,6 @@ def unbeaten(teacher: Sequence[Point], student: Sequence[Point]) -> list[Point]:
     Empty: the student lies left-below of the whole teacher curve.
     """
     return [t for t in teacher if not any(s.seconds < t.seconds and s.fd < t.fd for s in student)]
-
-
-def smallest_gain(teacher: Sequence[Point], student: Sequence[Point]) -> float:
-    """How many times as fast as the teacher the student is at a lower Fréchet distance, at the point that is hardest.
-
-    Above 1: the student lies left-below of the whole teacher curve. 0: some point of the teacher has a distance that
-    the student never reaches.
-    """
-    return min(max((t.seconds / s.seconds for s in student if s.fd < t.fd), default=0.0) for t in teacher)
 
 
 def verdicts(points: Sequence[Point]) -> list[str]:

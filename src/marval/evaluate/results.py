@@ -252,41 +252,6 @@ def on_one_machine(rows: Sequence[Row]) -> tuple[list[Row], str]:
     )
 
 
-def first_chains(rows: Iterable[Row]) -> dict[str, Row]:
-    """How every model draws; of a teacher at several T and w, as it was measured first."""
-    found: dict[str, Row] = {}
-    for row in rows:
-        found.setdefault(row["model"], row["draw"])
-    return found
-
-
-def mean_distances(rows: Sequence[Row]) -> dict[tuple[str, int, int, bool], float]:
-    """Fréchet distance by (model, K, samples, bf16), the mean over seeds, of the models' `first_chains`.
-
-    Distances of unequal numbers of images, or of another precision, make no ratio.
-    """
-    draws, found = first_chains(rows), dict[tuple[str, int, int, bool], float]()
-    for group in by_setting(row for row in rows if row["draw"] == draws[row["model"]] and "fd" in row).values():
-        key = (group[0]["model"], group[0]["iterations"], group[0]["samples"], bool(group[0].get("autocast")))
-        found.setdefault(key, statistics.mean(row["fd"] for row in group))
-    return found
-
-
-def times_by_batch(results: dict[str, Any]) -> dict[tuple[str, int, int], Row]:
-    """Rows of timing by (model, K, batch), of the chains that `mean_distances` has.
-
-    All are of one machine and one precision: that of most rows.
-    """
-    draws = first_chains(results["quality"]["rows"])
-    rows, _ = on_one_machine(results.get("timing", {}).get("rows", []))
-    precisions = [bool(row.get("autocast")) for row in rows]
-    return {
-        (row["model"], row["iterations"], row["batch"]): row
-        for row, autocast in zip(rows, precisions, strict=True)
-        if row["draw"] == draws.get(row["model"]) and autocast == statistics.mode(precisions)
-    }  # fmt: skip
-
-
 def standard_error(values: Sequence[float]) -> tuple[float, float]:
     """The mean of some values and its standard error: what every ± in tables and reports is. 0 for a single value."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0

@@ -1,8 +1,7 @@
-"""Tables of results files, on the console and in Markdown."""
+"""The table of a results file on the console."""
 
-import statistics
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,9 @@ from marval.evaluate.metrics import METRICS, changed_between
 from marval.evaluate.results import (
     Row,
     by_setting,
-    markdown,
-    mean_distances,
     on_one_machine,
     read_results,
-    setting,
     standard_error,
-    times_by_batch,
     version_of,
 )
 
@@ -159,109 +154,3 @@ def print_table(file: Path) -> None:
     console.print(table)
     for note in notes_of(file):
         console.print(note, markup=False, highlight=False)
-
-
-def markdown_table(file: Path) -> str:
-    """The table of a results file in Markdown, as wide as a page shows it, and what it means."""
-    without = [name for name in COLUMNS if name.endswith(("density", "coverage"))]
-    return "\n".join([markdown(*table_of(file, without)), "", " ".join(notes_of(file))]).rstrip()
-
-
-def speedup_table(file: Path) -> str:
-    """Every other model against the teacher in Markdown: FD ratio and speed-ups at the same K.
-
-    Only distances of equal numbers of images in one precision, and times of one machine in one precision, make ratios.
-    """
-    results = read_results(file)
-    quality = results["quality"]["rows"]
-    teacher = models_of(quality)[0]
-    fd = mean_distances(quality)
-    timing = times_by_batch(results)
-    batches = sorted({batch for _, _, batch in timing})
-
-    def speed_up(model: str, k: int, batch: int) -> str:
-        slow, fast = timing.get((teacher, k, batch)), timing.get((model, k, batch))
-        return f"{slow['seconds_per_image'] / fast['seconds_per_image']:.0f}x" if slow and fast else ""
-
-    header = ["model", "K", "samples", f"FD / {teacher}'s", *(f"speed-up, batch {b}" for b in batches)]
-    lines = []
-    for (model, k, samples, autocast), value in fd.items():
-        if model != teacher and (teacher, k, samples, autocast) in fd:
-            speed = [speed_up(model, k, batch) for batch in batches]
-            lines.append([model, str(k), str(samples), f"{value / fd[teacher, k, samples, autocast]:.3f}", *speed])
-    left_out = on_one_machine(results.get("timing", {}).get("rows", []))[1]
-    return "\n".join([markdown(header, lines), *(["", left_out] if left_out else [])])
-
-
-def bench_table(file: Path) -> str:
-    """A bench's rows in Markdown, by batch size: seconds per image, operations, and speed-up over the teacher."""
-    rows = read_results(file)["bench"]["rows"]
-    header = ["model", "K", "batch", "s / image", "of it the context network", "GFLOP / image"]
-    header += ["of the machine's peak", "speed-up", "by arithmetic alone"]
-    lines = []
-    for row in rows:
-        seconds = row["seconds_per_image"]
-        cells = [row["model"], str(row["iterations"]), str(row["batch"]), f"{seconds:.1f}"]
-        cells += [f"{row['context_seconds'] / seconds:.0%}", f"{row['gflops_per_image']:,.0f}"]
-        cells += [f"{row['fraction_of_peak']:.0%}"]
-        cells += [f"{row[name]:.1f}x" if name in row else "" for name in ("speed_up", "speed_up_by_flops")]
-        lines.append(cells)
-    return markdown(header, lines)
-
-
-def rewards_table(file: Path) -> str:
-    """Rewards over class-name prompts in Markdown: mean ± its standard error, over all images of a model at one K."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in read_results(file).get("rewards", {}).get("rows", []):
-        groups.setdefault((*setting(row), row.get("prompt"), version_of(row)), []).append(row)
-    names = list(dict.fromkeys(name for rows in groups.values() for row in rows for name in row["rewards"]))
-    header, lines = ["model", "K", "images", "prompts", "seeds", *names], []
-    for rows in groups.values():
-        images = str(sum(row["samples"] for row in rows))
-        seeds = str(sum(row["seeds"] for row in rows))
-        cells = [rows[0]["model"], str(rows[0]["iterations"]), images, str(rows[0]["prompts"]), seeds]
-        for name in names:
-            found = [row["rewards"][name] for row in rows if name in row["rewards"]]
-            if not found:
-                cells.append("")
-                continue
-            error = sum(part["standard_error"] ** 2 for part in found) ** 0.5 / len(found)
-            cells.append(f"{statistics.mean(part['mean'] for part in found):.4f} ± {error:.4f}")
-        lines.append(cells)
-    return f"{markdown(header, lines)}\n\n± is one standard error of the mean, over the images."
-
-
-def plan_table(file: Path) -> str:
-    """The plan of full-size runs in Markdown, a column for each preset."""
-    stages: dict[str, list[Row]] = {}
-    for row in read_results(file)["plan"]["rows"]:
-        stages.setdefault(row["stage"], []).append(row)
-    distill, tune = stages["distill"], stages["finetune"]
-    names = ("weights", "gradients", "optimiser", "gathered")
-
-    def line(label: str, stage: list[Row], cell: Callable[[Row], str]) -> list[str]:
-        return [label, *(cell(row) for row in stage)]
-
-    def work(row: Row) -> str:
-        return f"{row['pflop_per_step']:.2f}; {row['days']:.1f}"
-
-    of = "PFLOP a step of {batch:,} images; days for {steps:,} steps"
-    return markdown(
-        ["", *(row["preset"] for row in distill)],
-        [
-            line(
-                "distil: weights, gradients, optimiser, gathered layers (GiB a GPU)", distill,
-                lambda row: f"{sum(row[f'{name}_gib'] for name in names):.2f}",
-            ),
-            line(
-                "activations of an image, kept / with `--checkpoint-blocks` (MiB)", distill,
-                lambda row: f"{row['kept_image_mib']:.0f} / {row['recomputed_image_mib']:.0f}",
-            ),
-            line(
-                f"images at a time in {distill[0]['gpu_gib']:.0f} GiB, with `--checkpoint-blocks`", distill,
-                lambda row: str(row["recomputed_images"]),
-            ),
-            line(of.format(**distill[0]), distill, work),
-            line("tune: " + of.format(**tune[0]), tune, work),
-        ],
-    )  # fmt: skip

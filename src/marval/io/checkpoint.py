@@ -1,11 +1,9 @@
 """Models on disk: a folder with `model.safetensors` (which carries its configuration) and a readable `config.json`."""
 
 import contextlib
-import copy
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,25 +101,6 @@ def check_config(config: ModelConfig, tensors: int) -> None:
         )
     if len(config.class_names) != mar.num_classes:
         raise ValueError(f"{len(config.class_names)} names for {mar.num_classes} classes")
-
-
-def average_models(models: Sequence[tuple[MAR, ModelConfig]]) -> tuple[MAR, ModelConfig]:
-    """The mean of the weights of models of the same sizes and way to draw, with the first one's configuration.
-
-    It works for models that share a start, as students of one teacher do (Wortsman et al. 2022, arXiv 2203.05482).
-
-    Raises:
-        ValueError: they differ in size, token space, classes or way to draw.
-    """
-    (first, config), *others = models
-    for _, other in others:
-        for part in ("mar", "space", "draw", "class_names"):
-            if getattr(other, part) != getattr(config, part):
-                raise ValueError(f"{other.name} and {config.name} differ in {part}: only like models can be averaged")
-    mean = copy.deepcopy(first)
-    states = [model.state_dict() for model, _ in models]
-    mean.load_state_dict({name: torch.stack([state[name] for state in states]).mean(dim=0) for name in states[0]})
-    return mean, config
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig]:

@@ -258,18 +258,6 @@ def save_picture(file: Path, picture: Image.Image, text: dict[str, str] | None =
         partial.write_bytes(png_bytes(picture, text))
 
 
-def save_animation(file: Path, frames: Sequence[Image.Image], milliseconds: Sequence[int]) -> None:
-    """Write a GIF that shows each frame for its time and starts again, whole or not at all.
-
-    Raises:
-        ValueError: as `save_picture`.
-    """
-    with atomic_path(file) as partial:
-        frames[0].save(
-            partial, format="GIF", save_all=True, append_images=frames[1:], duration=list(milliseconds), loop=0
-        )
-
-
 def square_rows(images: Float[Tensor, "n c h w"]) -> list[Float[Tensor, "_ c h w"]]:
     """Images cut into the rows of a nearly square grid."""
     side = max(1, int(torch.tensor(len(images)).sqrt().ceil()))

@@ -1,7 +1,7 @@
 """`text-image`: how well a picture fits a sentence, offline. It is no CLIP score, and compares with none.
 
 Image features of EfficientNet-Lite0 and sentence embeddings of all-MiniLM-L6-v2, both frozen and packaged, meet by one
-linear layer each. Only these two layers were trained (`marval train-text-image`), on the phrases of one data set.
+linear layer each. Only these two layers were trained (`tools/text_image.py`), on the phrases of one data set.
 """
 
 import json
@@ -106,7 +106,7 @@ def load_head(file: Path | str) -> TextImageHead:
                 raise ValueError(f"{path} is not a text-image head for {FEATURES} and {SENTENCES}")
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: make a head with marval train-text-image") from None
+        raise ValueError(f"{path} does not exist: make a head with tools/text_image.py of the source") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from None
     head = TextImageHead(about["width"])

@@ -1,20 +1,26 @@
-"""Training the head of the text-image reward on a data set's pictures and on phrases for its classes."""
+"""Train the head of the text-image reward; report its retrieval accuracy with phrases that it never saw.
+
+python tools/text_image.py --out runs/text-image.safetensors
+python tools/text_image.py --data folder:my-images --phrases my-phrases.json --out runs/mine.safetensors
+"""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import tyro
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from marval.data import ImageData, batch_indices
+from marval.data import ImageData, batch_indices, load_images, split_data
 from marval.efficientnet import EfficientNetFeatures
+from marval.io.files import check_output, write_text
 from marval.parallel import Workers
+from marval.provenance import provenance
 from marval.randomness import generator
 from marval.rewards.text_image import TextImageHead, save_head, sentence_encoder
 from marval.train.run import Log
@@ -32,14 +38,14 @@ class Phrases:
 
     @classmethod
     def read(cls, file: Path | None, class_names: Sequence[str]) -> "Phrases":
-        """Read {"class": {"learned": [...], "held_out": [...]}}; the bundled file for Fashion-MNIST when None.
+        """Read {"class": {"learned": [...], "held_out": [...]}}; Fashion-MNIST's, beside this file, when None.
 
         The class's name is learned too, and in each template of `TEMPLATES`.
 
         Raises:
             ValueError: not such a file, other classes, none held out, or one that is learned and held out.
         """
-        file = file or Path(str(files("marval"))) / "assets" / "fashion-phrases.json"
+        file = file or Path(__file__).with_name("fashion-phrases.json")
         try:
             said: Mapping[str, Mapping[str, list[str]]] = json.loads(file.read_text())
             if set(said) != set(class_names):
@@ -157,3 +163,49 @@ def retrieval(
         "text_to_class": float(torch.cat(own).mean()),
         "chance": 1 / len(scores),
     }
+
+
+def main(
+    data: str = "fashion-mnist",
+    phrases: Path | None = None,
+    images: int = 8000,
+    steps: int = 2000,
+    seed: int = 0,
+    out: Path = Path("runs/text-image.safetensors"),
+    report: Path = Path("results/text-image.json"),
+    device: str = "cpu",
+) -> None:
+    """Train the head and write its report.
+
+    Args:
+        data: "fashion-mnist", "fashion-mnist:FOLDER", or "folder:DIR".
+        phrases: {"class": {"learned": [...], "held_out": [...]}}; those beside this file when left out.
+        images: training images that are used.
+        steps: updates.
+        seed: of images, weights and phrases.
+        out: the head's file, for --reward text-image:FILE.
+        report: the JSON file of the figures.
+        device: "cpu", "cuda", ...
+    """
+    for file in (out, report):
+        check_output(file, folder=False)
+    if images < 1 or steps < 1:
+        raise ValueError(f"--images {images} --steps {steps}: expected at least 1 of each")
+    pictures = load_images(data)
+    said = Phrases.read(phrases, pictures.class_names)
+    if data.startswith("fashion-mnist"):
+        test = load_images(data, split="test")
+    else:
+        pictures, test = split_data(pictures, seed)
+    figures = train_text_image(pictures, test, said, out, images=images, steps=steps, seed=seed, device=device)
+    write_text(report, json.dumps({**provenance(seed), **figures, "held_out_phrases": said.held_out}, indent=1) + "\n")
+    found = figures["held_out"]
+    print(
+        f"{out}: with {found['phrases']} held-out phrases, {found['image_to_text']:.3f} of {len(test)} images find "
+        f"the phrase of their class; {found['text_to_image']:.3f} of the images that a phrase finds first are of its "
+        f"class ({report})"
+    )
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,4 +1,7 @@
-"""`marval plan`: what a full-size run needs, without allocating it.
+"""What a full-size run needs: memory, arithmetic, disk and days. Nothing is allocated.
+
+    python tools/plan.py imagenet256-base imagenet256-large imagenet256-huge
+    python tools/plan.py imagenet256-base --gpus 4 --gpu-memory 24 --tflops 165 --efficiency 0.3
 
 Memory comes from running the very steps of training on fake tensors, which have shapes but no storage, and adding up
 what is alive; floating-point operations come from formulas (`marval.flops`).
@@ -8,17 +11,22 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
+import tyro
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tyro.conf import Positional
 
 from marval.config import IMAGENET_IMAGES, DistillConfig, FinetuneConfig, MARConfig, Size
+from marval.evaluate.results import write_results
 from marval.flops import Flops, context_flops, embedding_flops, head_flops, iteration_flops
 from marval.memory import LiveMemory
 from marval.model import MAR, NoiseSchedule, TokenHead
 from marval.model.blocks import Block
+from marval.provenance import made_by
 from marval.sampling import DrawInOneStep, draw_counts, model_contexts
 from marval.train.distill import Batch, Masking, auxiliary_step_loss, guide, student_step_loss, student_tokens
 
@@ -304,3 +312,39 @@ def report(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         )
     lines += ["", "finetune: the VAE's decoder and the reward are not counted."]
     return lines
+
+
+def main(
+    presets: Positional[tuple[Literal["imagenet256-base", "imagenet256-large", "imagenet256-huge"], ...]],
+    gpus: int = 8,
+    gpu_memory: float = 80.0,
+    tflops: float = 312.0,
+    efficiency: float = 0.35,
+    float32_tflops: float = 19.5,
+    out: Path | None = None,
+) -> None:
+    """Print what each preset's two stages need.
+
+    Args:
+        presets: the sizes of the networks and the recipes of both stages.
+        gpus: processes that share the work, one on each GPU.
+        gpu_memory: of one GPU, in GiB.
+        tflops: peak of one GPU in bf16, in TFLOP/s (A100: 312, H100: 989).
+        efficiency: the share of that peak that the transformers reach: a guess.
+        float32_tflops: peak of one GPU in float32 without tensor cores (A100: 19.5, H100: 67), for the heads.
+        out: a JSON file that keeps the figures.
+    """
+    if not presets or min(gpus, gpu_memory, tflops, efficiency, float32_tflops) <= 0:
+        raise ValueError("name at least one preset; the numbers must be above 0")
+    rows = []
+    for preset in presets:
+        size = cast(Size, preset.removeprefix("imagenet256-"))
+        rows += plan_rows(size, gpus, int(gpu_memory * GIB), tflops * 1e12, efficiency, float32_tflops * 1e12)
+        print("\n".join([f"{preset}:", *report(rows[-2:])]))
+    if out is not None:
+        made = made_by(torch.device("cpu"))
+        write_results(out, "plan", [{**row, "made": made} for row in rows], 0)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

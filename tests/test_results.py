@@ -1,10 +1,8 @@
-"""Results files compared, quality against time, and README's claims against the results that they stand on."""
+"""Results files compared, quality against time, and the commands that measure: evaluate, bench, sweep, compare."""
 
 import dataclasses
 import hashlib
-import json
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,44 +15,14 @@ from marval.config import Chain, OneStep
 from marval.evaluate.compare import compare
 from marval.evaluate.images import SHARD
 from marval.evaluate.metrics import METRICS
-from marval.evaluate.pareto import best_within, points_of, smallest_gain, sweep_table, unbeaten, verdicts
+from marval.evaluate.pareto import best_within, points_of, sweep_table, unbeaten, verdicts
 from marval.evaluate.plots import draw_pareto, draw_sweep
-from marval.evaluate.results import check_measure, check_names, read_results, standard_error, write_results
-from marval.evaluate.rewards import mean_and_error
-from marval.evaluate.tables import markdown_table, speedup_table
+from marval.evaluate.results import check_measure, check_names, read_results, write_results
 from marval.evaluate.throughput import best_batch, memory_of, summary
-from marval.evidence.claims import CLAIMS, SWEEP
-from marval.evidence.documents import DOCUMENT, again, evidence, fill_markdown, plain
-from marval.evidence.figures import tunings
 from marval.pipeline import Pipeline
 from processes import marval
+from result_rows import quality, teacher, timed, write, write_curve
 from tiny import tiny_config, tiny_model
-
-ROOT = Path(__file__).parents[1]
-
-
-def quality(model="s", k=8, seed=0, fd=10.0, **changes):
-    draw = {"kind": "one_step", "timestep": 755}
-    row = {"model": model, "teacher": False, "draw": draw, "order": "spread", "sha256": "a" * 64, "iterations": k}
-    row |= {"samples": 100, "seed": seed, "autocast": False, "fd": fd, "accuracy": 0.9, "features": "E"}
-    return row | {"data_sha256": "d" * 64, "made": {"command": "marval evaluate s", "commit": "c" * 40}} | changes
-
-
-def teacher(k, t, fd, **changes):
-    return quality("t", k, fd=fd, teacher=True, draw={"kind": "chain", "steps": t, "guidance": 3.0}, **changes)
-
-
-def timed(row, seconds, batch=1):
-    kept = {name: row[name] for name in ("model", "teacher", "draw", "iterations")}
-    rounds = {"seconds_per_image": seconds, "fastest": 0.9 * seconds, "slowest": 1.2 * seconds}
-    return {**kept, "batch": batch, "decoded": True, "autocast": row["autocast"], **rounds}
-
-
-def write(file, rows, times=()):
-    write_results(file, "quality", rows, 0)
-    if times:
-        write_results(file, "timing", list(times), 0)
-    return file
 
 
 def test_compare_says_what_differs_and_whether_it_is_more_than_chance(tmp_path):
@@ -207,16 +175,8 @@ def test_a_results_file_holds_one_kind_of_features_and_one_data_set(tmp_path):
         check_measure({"features": "my:net"}, [quality()], tmp_path)
 
 
-@pytest.fixture
-def curve(tmp_path):
-    """Two teachers (T = 100, 10) at two K, a student that beats all of them but one, and a seed more of it."""
-    teachers = [teacher(8, 100, 10.0), teacher(16, 100, 8.0), teacher(8, 10, 30.0), teacher(16, 10, 25.0)]
-    students = [quality(k=4, fd=12.0), quality(k=8, fd=9.0), quality(k=8, seed=1, fd=9.5)]
-    times = zip([*teachers, *students[:2]], [1.0, 2.0, 0.1, 0.2, 0.02, 0.05], strict=True)
-    return write(tmp_path / "curve.json", [*teachers, *students], [timed(row, t) for row, t in times])
-
-
-def test_points_join_quality_and_time_and_know_who_beats_whom(curve, tmp_path):
+def test_points_join_quality_and_time_and_know_who_beats_whom(tmp_path):
+    curve = write_curve(tmp_path)
     points = points_of(curve, part="timing", batch=1)
     assert [p.label for p in points] == [
         "s K=4", "s K=8", "t K=8, T=100, w=3", "t K=16, T=100, w=3", "t K=8, T=10, w=3", "t K=16, T=10, w=3",
@@ -225,9 +185,6 @@ def test_points_join_quality_and_time_and_know_who_beats_whom(curve, tmp_path):
     assert points[1].seeds == 2
     assert [p.label for p in unbeaten(points[2:], points[:2])] == ["t K=16, T=100, w=3"]
     assert verdicts(points) == ["s does not beat t K=16, T=100, w=3"]
-    assert smallest_gain(points[2:], points[:2]) == 0.0
-    assert smallest_gain([p for p in points[2:] if p.fd > 8], points[:2]) == pytest.approx(5.0)  # T=10, K=8, by K=4
-    assert [p.fd for p in points_of(curve, part="timing", batch=1, seed=1)] == [9.5]
     assert verdicts([p for p in points if p.iterations != 16]) == ["s lies left-below of all 2 points of the teacher"]
     assert best_within(points, 0.03) == "best within 0.03 s an image: s K=4: FD on E 12.00 in 0.02 s"
     assert "t K=16, T=100" in best_within(points, 5.0)
@@ -281,70 +238,6 @@ def test_points_have_equal_numbers_of_samples_and_times_of_one_machine(tmp_path)
     assert said[1].startswith("2 of 3 times are left out: they are of another machine")
 
 
-def test_ratios_are_of_equal_counts_precision_and_machine(tmp_path):
-    """The teacher's 10,000 images never meet the student's 100, nor its bf16 float32, nor its GPU a CPU."""
-    rows = [
-        teacher(8, 100, 20.0), teacher(8, 100, 5.0, samples=10_000), teacher(8, 100, 40.0, autocast=True),
-        quality(fd=10.0), quality("u", fd=2.5, samples=10_000), quality("v", fd=8.0, samples=500),
-    ]  # fmt: skip
-    machine = {"made": {"device": "cpu", "threads": 2}}
-    times = [timed(rows[0], 1.0) | {"made": {"device": "cuda"}}, timed(rows[3], 0.1) | machine]
-    file = write(tmp_path / "r.json", rows, times)
-    table = speedup_table(file)
-    assert "| s | 8 | 100 | 0.500 |  |" in table  # the teacher's time is of another machine: no speed-up
-    assert "| u | 8 | 10000 | 0.500 |  |" in table
-    assert "| v |" not in table
-    assert "1 of 2 times are left out: they are of another machine" in table
-    write_results(file, "timing", [timed(rows[0], 1.0) | machine, times[1]], 0)
-    assert "| s | 8 | 100 | 0.500 | 10x |" in speedup_table(file)
-    slow = timed(rows[2], 0.5) | machine  # bf16, as most are not
-    write_results(file, "timing", [slow, timed(rows[0], 1.0) | machine, times[1]], 0)
-    assert "| s | 8 | 100 | 0.500 | 10x |" in speedup_table(file)
-
-
-def test_tables_show_means_over_seeds_and_the_chains_that_vary(curve):
-    table = markdown_table(curve)
-    assert table.splitlines()[0].startswith("| model | K | T | w | samples | FD on E |")
-    assert "| t | 16 | 10 | 3 | 100 | 25.00 |" in table
-    assert "| s | 8 |  |  | 100 | 9.25 ± 0.25 | 0.9000 ± 0.0000 |" in table  # sqrt(0.125) / sqrt(2)
-    assert "± is one standard error of the mean, over 2 seeds of the images" in table
-    assert "not the published figures of these names" in table
-
-
-def test_the_one_meaning_of_plus_minus_is_the_standard_error_of_the_mean(tmp_path):
-    values = [3.0, 4.0, 8.0]
-    assert standard_error(values) == (5.0, pytest.approx(scipy.stats.sem(values)))
-    assert mean_and_error(torch.tensor(values)) == {"mean": 5.0, "standard_error": pytest.approx(1.53, abs=0.005)}
-    file = write(tmp_path / "r.json", [quality(seed=seed, fd=fd) for seed, fd in enumerate(values)])
-    assert "| 5.00 ± 1.53 |" in markdown_table(file)
-
-
-def test_a_time_of_another_precision_than_the_images_says_so(tmp_path):
-    row = quality(autocast=True)
-    file = write(tmp_path / "r.json", [row], [timed(row, 0.2) | {"autocast": False}])
-    assert "| 200.00 (float32) |" in markdown_table(file)
-    write_results(file, "timing", [timed(row, 0.2) | {"autocast": False}, timed(row, 0.1)], 0)
-    assert "| 100.00 |" in markdown_table(file)
-
-
-def test_figures_of_older_metrics_have_todays_names_and_say_what_they_are(tmp_path):
-    """Rows without a version: KID is on EfficientNet's features, diversity on the first 200 images of a class."""
-    old = quality(kid=0.5, precision=0.7, diversity=40.0, features="EfficientNet-Lite0, pooled, 64x64 bilinear")
-    file = write(tmp_path / "old.json", [old, old | {"seed": 1}])
-    table = markdown_table(file)
-    assert "| KID-EfficientNet | precision-EfficientNet |" in table
-    assert "| KID |" not in table
-    assert "diversity by metrics 1 is of the first 200 images of a class" in table
-    own = write(tmp_path / "own.json", [quality(kid=0.5, features="my:net")])
-    assert "| KID on own features |" in markdown_table(own)
-    new = write(tmp_path / "new.json", [old | {"seed": seed, "metrics": METRICS, "diversity": 30.0} for seed in (0, 1)])
-    said, found = compare(file, new)
-    assert "diversity" not in {difference.figure for difference in found}
-    assert any("diversity is not compared: by metrics 1 it is of the first 200" in line for line in said)
-    mixed = write(tmp_path / "mixed.json", [old, old | {"seed": 1, "metrics": METRICS, "fd": 90.0}])
-    assert "| 10.00 |" in markdown_table(mixed)  # no mean over two definitions
-
-
 def test_the_best_batch_is_where_a_larger_one_gains_nothing():
     assert best_batch(lambda batch: 1.0 if batch <= 16 else batch / 16) == 16
     assert best_batch(lambda batch: float(batch)) == 1
@@ -389,109 +282,6 @@ def test_the_commit_says_when_the_code_differs_from_it(tmp_path, monkeypatch):
     assert commit() == git("rev-parse", "HEAD")
     (tmp_path / "provenance.py").write_text("a = 2")
     assert commit() == git("rev-parse", "HEAD") + "-dirty"
-
-
-# The claims of README
-
-
-def test_the_evidence_is_that_of_the_results():
-    assert (ROOT / DOCUMENT).read_text() == evidence(ROOT), "run `make tables`"
-
-
-@pytest.mark.parametrize("claim", [c for c in CLAIMS if c.sentence], ids=lambda claim: claim.name)
-def test_readme_claims_what_the_results_say(claim):
-    assert claim.text(ROOT) in plain((ROOT / "README.md").read_text())
-
-
-def test_readmes_tables_are_those_of_the_results(tmp_path):
-    copy = tmp_path / "README.md"
-    copy.write_text((ROOT / "README.md").read_text())
-    assert not fill_markdown(copy, ROOT), "run `make tables`"
-
-
-def test_claims_follow_their_results_and_have_a_spread_over_seeds(tmp_path):
-    content = json.loads((ROOT / SWEEP).read_text())
-    rows = [row for row in content["quality"]["rows"] if row["seed"] == 0]
-    content["quality"]["rows"] = rows + [
-        row | {"seed": 1, "fd": row["fd"] * (1.5 if row["model"] == "fashion-teacher" else 1.0)} for row in rows
-    ]
-    (tmp_path / "results").mkdir()
-    (tmp_path / SWEEP).write_text(json.dumps(content))
-    student = next(claim for claim in CLAIMS if claim.name == "student")
-    measured = student.measured(tmp_path)
-    assert all(m.of == "2 seeds" and m.low == pytest.approx(m.high / 1.5) for m in measured)
-    assert student.text(tmp_path) != student.text(ROOT)
-    document = tmp_path / "README.md"
-    document.write_text("It is good: <!-- claim: student -->old<!-- end -->.")
-    assert fill_markdown(document, tmp_path)
-    assert student.text(tmp_path) in document.read_text()
-    broken = document.read_text().replace(" times the", "\n  times the")
-    document.write_text(broken)
-    assert not fill_markdown(document, tmp_path)  # lines broken by hand stay
-    text = evidence(tmp_path)
-    assert "(2 seeds)" in text
-    assert text.count("Not measured yet") == sum(claim.file != SWEEP for claim in CLAIMS) > 0
-    assert all(f"`{command}`" in text for claim in CLAIMS for command in claim.commands if claim.file != SWEEP)
-    assert f"`{again(student)[0]}`, then `marval compare {SWEEP} again/fashion-sweep.json`" in text
-    assert all("results/" not in command for command in again(student)[:-1])  # rows that are there would not be drawn
-    document.write_text("<!-- claim: nonsense -->x<!-- end -->")
-    with pytest.raises(ValueError, match="unknown claim nonsense"):
-        fill_markdown(document, tmp_path)
-
-
-def of_claim(name, file):
-    """The figures and the sentence of a claim, of a results file."""
-    claim = next(claim for claim in CLAIMS if claim.name == name)
-    return {m.label: m for m in claim.measure(file)}, claim
-
-
-def test_the_curves_claim_counts_beaten_points_and_finds_the_hardest(tmp_path):
-    """Two points of the teacher; with seed 1 the student is not below the better one."""
-    names = {"t": "fashion-teacher", "s": "fashion-student"}
-    rows = [teacher(8, 100, 20.0), teacher(16, 100, 10.0), quality(k=4, fd=15.0), quality(k=8, fd=9.0)]
-    rows = [row | {"model": names[row["model"]], "seed": seed} for row in rows for seed in (0, 1)]
-    rows[-1]["fd"] = 10.5
-    write_results(tmp_path / "curve.json", "quality", rows, 0)
-    times = [timed(row, t) for row, t in zip(rows[::2], (1.0, 2.0, 0.1, 0.4), strict=True)]
-    write_results(tmp_path / "curve.json", "bench", times, 0)
-    figures, claim = of_claim("curve", tmp_path / "curve.json")
-    assert figures["points of the teacher, batch 1"].value == 2
-    beaten, gain = figures["beaten by the student, batch 1"], figures["smallest gain, batch 1"]
-    assert (beaten.value, beaten.low, beaten.high, beaten.of) == (2, 1, 2, "2 seeds")
-    assert (gain.value, gain.low, gain.high) == (pytest.approx(5.0), 0.0, pytest.approx(5.0))
-    assert figures["FD, fashion-student K=8"].spread == "9 to 10.5 (2 seeds)"
-    assert claim.sentence({label: m.value for label, m in figures.items()}, 100) == (
-        "with 100 samples the student beats, in time and distance at once, 2 of the teacher's 2 points at batch 1 (by "
-        "at least 5.0x in time)"
-    )
-
-
-def test_the_speed_at_the_same_quality_is_that_of_the_smallest_k_by_mean_distance(tmp_path):
-    rows = [teacher(16, 100, 10.0), quality(k=4, fd=10.5), quality(k=8, fd=9.5), quality(k=8, seed=1, fd=10.4)]
-    rows = [row | {"model": {"t": "fashion-teacher", "s": "fashion-student"}[row["model"]]} for row in rows]
-    times = [timed(row, t) | {"repeats": 3} for row, t in zip(rows[:3], (8.0, 0.1, 0.2), strict=True)]
-    file = write(tmp_path / "sweep.json", rows, times)
-    figures, claim = of_claim("same-quality", file)
-    ((label, one),) = figures.items()
-    assert label == "speed-up, fashion-student at K = 8 over the teacher at K = 16, batch 1"
-    assert (one.value, one.low, one.high) == tuple(map(pytest.approx, (40.0, 40 * 0.9 / 1.2, 40 * 1.2 / 0.9)))
-    assert claim.sentence({label: one.value}, 100) == (
-        "where its distance is first not above the teacher's at K = 16, fashion-student at K = 8 is 40x as fast at "
-        "batch 1"
-    )
-
-
-def test_three_tunings_become_a_sentence():
-    table = {("fashion-student", 8): {"accuracy": 0.9, "log_probability": -0.2, "fd": 100.0, "diversity": 50.0}}
-    for seed, fd in ((0, 110.0), (1, 95.0)):
-        row = {"accuracy": 0.91 + seed / 100, "log_probability": -0.1, "fd": fd, "diversity": 49.0}
-        table[f"fashion-tuned-{seed}", 8] = row
-    claim = next(claim for claim in CLAIMS if claim.name == "tunings")
-    assert claim.sentence(tunings(table), 10_000) == (
-        "10,000 samples at K = 8, before and after tuning with seeds 0 and 1: accuracy 0.900, then 0.910 and 0.920; "
-        "log-probability -0.200, then -0.100 and -0.100; Fréchet distance 1.100 and 0.950 times; "
-        "diversity 0.980 and 0.980 times"
-    )
 
 
 # The commands

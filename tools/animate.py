@@ -1,15 +1,23 @@
-"""Pictures of the unmasking: what is there after each AR iteration, for an animation."""
+"""Make an animated GIF of the unmasking: models downwards, classes to the right, with each model's time so far.
+
+    python tools/animate.py fashion-teacher fashion-student fashion-tuned \
+        --classes sneaker bag dress trouser "ankle boot" coat --out docs/unmasking.gif
+"""
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+import tyro
 from jaxtyping import Bool, Float
 from PIL import Image, ImageOps
 from torch import Tensor
+from tyro.conf import Positional
 
+from marval.io.files import atomic_path
 from marval.io.images import grid
-from marval.pipeline import Pipeline
+from marval.pipeline import Pipeline, load
 
 
 def hidden_tokens_grey(
@@ -64,3 +72,35 @@ def unmasking_frames(
         frames.append(grid([model[k][0] for model in moments], labels, names, title))
     width, height = (max(frame.size[i] for frame in frames) for i in (0, 1))
     return [ImageOps.pad(frame, (width, height), color="white", centering=(1, 0)) for frame in frames]
+
+
+def main(
+    models: Positional[tuple[str, ...]],
+    classes: tuple[str, ...] = (),
+    iterations: int = 12,
+    seed: int = 0,
+    out: Path = Path("unmasking.gif"),
+    device: str = "cpu",
+) -> None:
+    """Draw the classes with each model and save one frame per iteration.
+
+    Args:
+        models: bundled models' names, or models' or runs' folders.
+        classes: the classes' names; the first six of the first model when left out.
+        iterations: K, the AR iterations; one frame for each.
+        seed: the first class's seed; the next ones count on from it.
+        out: the GIF file.
+        device: "cpu", "cuda", ...
+    """
+    if not models:
+        raise ValueError("name at least one model, for example fashion-student")
+    pipelines = [load(name, device) for name in models]
+    frames = unmasking_frames(pipelines, classes or pipelines[0].config.class_names[:6], seed, iterations)
+    milliseconds = [350] * (len(frames) - 1) + [2500]
+    with atomic_path(out) as partial:
+        frames[0].save(partial, format="GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    print(f"{out}: {len(frames)} frames")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

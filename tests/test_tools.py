@@ -1,0 +1,62 @@
+"""The tools that make models and pictures for the documents: tools/average.py and tools/animate.py."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+
+import animate
+import average
+from marval.config import OneStep
+from marval.io.checkpoint import load_model, save_model
+from marval.pipeline import Pipeline
+from marval.provenance import command_line
+from tiny import tiny_config, tiny_model
+
+
+def test_averaging_is_the_mean_of_like_models(tmp_path):
+    first, second, config = tiny_model(0), tiny_model(1), tiny_config()
+    save_model(tmp_path / "first", first, config)
+    save_model(tmp_path / "second", second, config)
+    models = tuple(str(tmp_path / name) for name in ("first", "second"))
+    average.main(models, tmp_path / "mean", name="mean", order="spread")
+    mean, kept = load_model(tmp_path / "mean")
+    for name, weight in mean.state_dict().items():
+        torch.testing.assert_close(weight, (first.state_dict()[name] + second.state_dict()[name]) / 2)
+    assert (kept.name, kept.order, kept.draw) == ("mean", "spread", config.draw)
+    with pytest.raises(ValueError, match="exists already"):
+        average.main(models, tmp_path / "mean")
+    other = dataclasses.replace(config, draw=OneStep(), name="other")
+    with pytest.raises(ValueError, match="other and tiny differ in draw"):
+        average.average_models([(first, config), (second, other)])
+
+
+def test_tokens_appear_and_stay():
+    moments = animate.unmasking(Pipeline(tiny_model(), tiny_config()), ["cross", "square"], 3, 5)
+    assert len(moments) == 6
+    assert (moments[0][0] == 0.5).all()
+    hidden = [int((images == 0.5).sum()) for images, _ in moments]
+    assert hidden == sorted(hidden, reverse=True)
+    assert hidden[-1] == 0
+    for (before, early), (after, late) in itertools.pairwise(moments):
+        assert early < late
+        assert (before == after)[before != 0.5].all()
+
+
+def test_the_animation_has_a_frame_for_each_iteration(tmp_path):
+    save_model(tmp_path / "tiny", tiny_model(), tiny_config())
+    animate.main((str(tmp_path / "tiny"),), iterations=4, out=tmp_path / "a.gif")
+    frames = [np.asarray(frame.convert("L")) for frame in ImageSequence.Iterator(Image.open(tmp_path / "a.gif"))]
+    assert len(frames) == 5
+    assert all((a != b).any() for a, b in itertools.pairwise(frames))
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"), [("/src/marval/__main__.py", "marval"), ("/checkout/tools/plan.py", "python tools/plan.py")]
+)
+def test_results_say_which_program_made_them(typed, said, monkeypatch):
+    monkeypatch.setattr("sys.argv", [typed, "--out", "a b"])
+    assert command_line() == f"{said} --out 'a b'"
