@@ -155,10 +155,12 @@ def test_workers_share_the_shards(pictures, tmp_path):
 
 def test_corrupt_images_are_listed_and_skipped_and_too_many_stop_the_run(pictures, tmp_path):
     (pictures / "pear/bad.png").write_bytes(b"not a picture")
-    (pictures / "pear/worse.png").write_bytes(b"")
+    for name in ("worse", "worst", "none"):
+        (pictures / f"pear/{name}.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"bad.png cannot be read .*: mend or remove it; then remove .*more than 1%"):
         cache(pictures, tmp_path / "cache")
-    (pictures / "pear/worse.png").unlink()
+    for name in ("worse", "worst", "none"):
+        (pictures / f"pear/{name}.png").unlink()
     for i in range(100):
         Image.new("RGB", (16, 16), (i, 0, 0)).save(pictures / f"pear/more-{i}.png")
     data = cache(pictures, tmp_path / "more")

@@ -100,7 +100,7 @@ def sample(
             advance(len(images))
     save_picture(out / "grid.png", grid(square_rows(torch.stack(shown)), scale=max(1, 84 // shown[0].shape[-1])))
     first = f" (the first {IN_GRID})" if count > IN_GRID else ""
-    print(f"{count} images and grid.png{first} in {out}")
+    print(f"{count} image{'s' if count > 1 else ''} and grid.png{first} in {out}")
 
 
 def check_targets(files: Sequence[Path], force: bool) -> None:

@@ -19,7 +19,8 @@ from marval.imagenet import imagenet_classes
 from marval.io.images import pixels, printable, read_image, readable_suffixes
 from marval.randomness import generator
 
-MOST_CORRUPT = 0.01  # a larger share of images that cannot be read stops a run
+MOST_CORRUPT = 0.01  # a larger share of images that cannot be read stops a run,
+FEW_CORRUPT = 3  # but not so few
 # Not hidden by a dot, but what macOS, Windows and file servers leave beside people's files.
 NO_CLASSES = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 
@@ -185,8 +186,8 @@ def load_folder(
 ) -> ImageData:
     """Images in one sub-folder per class, scaled to cover `size` (rows, columns), then cropped at the centre.
 
-    Each is decoded once, in threads, and kept as bytes of that size. Images are grey when every file is. One in a
-    hundred may be damaged: it is left out.
+    Each is decoded once, in threads, and kept as bytes of that size. Images are grey when every file is. Three, or one
+    in a hundred, may be damaged: they are left out.
 
     Args:
         size: inferred when None (see `infer_size`).
@@ -239,6 +240,10 @@ def decode(found: Folder, files: Sequence[Labelled], size: tuple[int, int], chan
         say_once(f"{printable(found.root)}: {animated}")
     if corrupt:
         say_once(f"{printable(found.root)}: left out {len(corrupt)} that cannot be read, such as: {corrupt[0]}")
+        empty = sorted({label for _, label in files} - set(labels))
+        if empty:
+            names = ", ".join(found.class_names[label] for label in empty[:5])
+            raise ValueError(f"{printable(found.root)}: no image of {names} can be read; mend or remove such folders")
     tensor = torch.from_numpy(images)[: len(labels)]
     return ImageData(tensor[:, :1].clone() if grey else tensor, torch.tensor(labels), found.class_names)
 
@@ -280,9 +285,9 @@ def check_corrupt(corrupt: Sequence[str], total: int, then: str = "") -> None:
         then: what else to do, after mending them.
 
     Raises:
-        ValueError: they are more than `MOST_CORRUPT` of `total`.
+        ValueError: they are more than `FEW_CORRUPT` and than `MOST_CORRUPT` of `total`, or all.
     """
-    if len(corrupt) > MOST_CORRUPT * total:
+    if len(corrupt) > max(FEW_CORRUPT, MOST_CORRUPT * total) or len(corrupt) == total:
         more = f" (and {len(corrupt) - 1} others, more than {MOST_CORRUPT:.0%} of {total})" if len(corrupt) > 1 else ""
         raise ValueError(f"{corrupt[0]}{then}{more}")
 
