@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from marval.config import LatentSpace, ModelConfig
+from marval.config import ModelConfig
 from marval.io.fields import check_fields, shorten, told
 from marval.io.files import sha256_of, write_tensors, write_text
 from marval.model import MAR
@@ -69,6 +69,8 @@ def empty_model(file: Path, config: ModelConfig) -> MAR:
 def check_config(config: ModelConfig, tensors: int) -> None:
     """Check a configuration from a file that holds so many tensors, before anything is built by its numbers.
 
+    What must hold of every configuration it has checked itself, when it was made.
+
     Raises:
         ValueError: a value of another type or out of range, or parts that do not fit each other.
     """
@@ -79,28 +81,17 @@ def check_config(config: ModelConfig, tensors: int) -> None:
         raise ValueError(f"its data are {shorten(config.data)}: expected a place on this machine")
     mar, space = config.mar, config.space
     depth = mar.encoder_depth + mar.decoder_depth + mar.head_depth
-    heads = (mar.encoder_heads, mar.decoder_heads)
-    sizes = (mar.num_classes, mar.encoder_dim, mar.decoder_dim, mar.head_width, mar.buffer_size, *mar.token_grid)
-    if (
-        min(*sizes, *heads, *space.image_size, space.patch) < 1
-        or min(mar.encoder_depth, mar.decoder_depth, mar.head_depth) < 0
-    ):
-        raise ValueError("a size below 1")
+    if mar.buffer_size < 1:
+        raise ValueError(f"a buffer of {mar.buffer_size} tokens: expected at least 1")
     if space.image_size[0] * space.image_size[1] > MOST_PIXELS:
         raise ValueError(f"pictures of {space.image_size[1]}x{space.image_size[0]} pixels")
-    if mar.encoder_dim % mar.encoder_heads or mar.decoder_dim % mar.decoder_heads:
-        raise ValueError(f"widths of {mar.encoder_dim} and {mar.decoder_dim} for {heads} heads")
     if depth > tensors:
         raise ValueError(f"{depth} blocks, but {tensors} tensors")
-    if isinstance(space, LatentSpace) and min(space.vae_stride, space.latent_channels) < 1:
-        raise ValueError("a size below 1")
     if (space.token_grid, space.token_dim) != (mar.token_grid, mar.token_dim):
         raise ValueError(
             f"pictures of {space.token_grid} tokens of {space.token_dim} channels, but a network for {mar.token_grid} "
             f"of {mar.token_dim}"
         )
-    if len(config.class_names) != mar.num_classes:
-        raise ValueError(f"{len(config.class_names)} names for {mar.num_classes} classes")
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig]:
