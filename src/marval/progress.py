@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PATIENCE = 2.0  # seconds that pass before a bar appears
@@ -30,7 +31,7 @@ def progress(total: int, label: str, *, quiet: bool = False) -> Iterator[Callabl
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # Lines printed meanwhile go above the bar, but not to the terminal when standard output goes elsewhere.
     bar = Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty())
-    task = bar.add_task(label, total=total)
+    task = bar.add_task(escape(label), total=total)  # a folder's name may hold brackets
     began = printed = time.monotonic()
     done = 0
 

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from marval.data.images import ImageData
-from marval.data.reading import Progress, in_threads
+from marval.data.reading import in_threads
 from marval.data.sizes import infer_size
 from marval.imagenet import imagenet_classes
 from marval.io.images import pixels, printable, read_image, readable_suffixes
+from marval.progress import progress
 from marval.randomness import generator
 
 MOST_CORRUPT = 0.01  # a larger share of images that cannot be read stops a run,
@@ -223,19 +224,19 @@ def decode(found: Folder, files: Sequence[Labelled], size: tuple[int, int], chan
     images = np.empty((len(files), 3, *size), np.uint8)
     labels: list[int] = []
     grey, corrupt, animated = channels != 3, list[str](), LeftOut()
-    progress = Progress(f"images of {printable(found.root)}", len(files))
-    for i, (read, (file, label)) in enumerate(zip(in_threads(reader(size), files), files, strict=False)):
-        if isinstance(read, ValueError):
-            corrupt.append(str(read))
-            check_corrupt(corrupt, len(files))
-        else:
-            picture, moves = read
-            images[len(labels)] = picture  # a grey one fills all three channels
-            labels.append(label)
-            grey &= len(picture) == 1
-            if moves:
-                animated.add("animations whose first frames are read", file)
-        progress(i + 1)
+    with progress(len(files), f"images of {printable(found.root)}") as advance:
+        for read, (file, label) in zip(in_threads(reader(size), files), files, strict=False):
+            if isinstance(read, ValueError):
+                corrupt.append(str(read))
+                check_corrupt(corrupt, len(files))
+            else:
+                picture, moves = read
+                images[len(labels)] = picture  # a grey one fills all three channels
+                labels.append(label)
+                grey &= len(picture) == 1
+                if moves:
+                    animated.add("animations whose first frames are read", file)
+            advance(1)
     if animated.counts:
         say_once(f"{printable(found.root)}: {animated}")
     if corrupt:
