@@ -1,6 +1,6 @@
 """MAR-B with random weights on this machine; figures are printed and, with RESULTS, kept in that JSON file.
 
-python tests/full_size.py distill|save|finetune IMAGES [RESULTS]: time and peak memory of one training step (save: and
+python tests/full_size.py distill|save|tune IMAGES [RESULTS]: time and peak memory of one training step (save: and
 of saving the state and the model).
 
 python tests/full_size.py speed K [RESULTS]: seconds of one guided image (T = 100) by the official loop in plain
@@ -18,18 +18,19 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from marval.config import Chain, DistillConfig, FinetuneConfig, LatentSpace, MARConfig, ModelConfig, OneStep
+from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep
 from marval.evaluate.results import read_results, write_results
 from marval.model import MAR, linear
-from marval.provenance import made_by
-from marval.randomness import generator
+from marval.presets import DistillConfig, TuneConfig
+from marval.runtime.provenance import made_by
+from marval.runtime.rng import generator
 from marval.sampling import DrawByChain, DrawInOneStep, sample
 from marval.train.distill import distill
-from marval.train.finetune import finetune
+from marval.train.tune import tune
 from straightforward import straightforward
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-from plan import distill_memory, finetune_memory, plan_distill, plan_finetune
+from plan import distill_memory, plan_distill, plan_tune, tune_memory
 
 
 class RandomLatents:
@@ -81,8 +82,8 @@ def planned(stage, images):
         settings = DistillConfig.imagenet256("base")
         plan, added = plan_distill(mar, settings, 1), distill_memory(mar, settings, images, False, masked=256)
     else:
-        settings = dataclasses.replace(FinetuneConfig.imagenet256("base"), sample_iterations=4, backprop_iterations=1)
-        plan, added = plan_finetune(mar, settings, 1), finetune_memory(mar, settings, images, False)
+        settings = dataclasses.replace(TuneConfig.imagenet256("base"), iterations=4, gradient_iterations=1)
+        plan, added = plan_tune(mar, settings, 1), tune_memory(mar, settings, images, False)
     return plan.weights + plan.gradients + plan.optimizer + added
 
 
@@ -118,11 +119,11 @@ def main(stage, images):
         else:
             save_vae(Path(folder) / "vae")
             config = dataclasses.replace(config, space=LatentSpace((256, 256), str(Path(folder) / "vae")))
-            settings = dataclasses.replace(FinetuneConfig.imagenet256("base"), **once, checkpoint_blocks=False)
-            settings = dataclasses.replace(settings, sample_iterations=4, backprop_iterations=1, probe_every=1)
+            settings = dataclasses.replace(TuneConfig.imagenet256("base"), **once, checkpoint_blocks=False)
+            settings = dataclasses.replace(settings, iterations=4, gradient_iterations=1, probe_every=1)
             student = dataclasses.replace(config, draw=OneStep())
             reward = lambda pictures, prompts: pictures.mean(dim=(1, 2, 3))  # noqa: E731
-            finetune(model, student, reward, settings, out, probe=stop, quiet=True)
+            tune(model, student, reward, settings, out, probe=stop, quiet=True)
 
 
 def speed(iterations):

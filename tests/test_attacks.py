@@ -24,6 +24,8 @@ from gradio_client import Client
 from PIL import Image, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
+from serving import free_port, serving
+from tiny import tiny_config, tiny_model
 
 import marval.page.studio as studio_module
 from marval.cli import main
@@ -37,9 +39,7 @@ from marval.page.studio import Picture, Studio
 from marval.page.uploads import read_upload
 from marval.pipeline import Pipeline, load
 from marval.recipe import KEY, make_recipe
-from serving import free_port, serving
 from test_forged import Forger
-from tiny import tiny_config, tiny_model
 
 SOURCE = Path(__file__).parents[1] / "src" / "marval"
 
@@ -76,7 +76,7 @@ def studio(folder):
 @pytest.fixture(scope="module")
 def commands():
     """A process that runs marval's commands; see commands_run.py."""
-    script = Path(__file__).parent / "commands_run.py"
+    script = Path(__file__).parent / "helpers" / "commands_run.py"
     environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

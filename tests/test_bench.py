@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from marval.bench import DrawNothing, bench, peak_flops, savings
 from marval.config import Chain, MARConfig, OneStep
+from marval.evaluate.bench import DrawNothing, bench, peak_flops, savings
 from marval.evaluate.results import read_results
 from marval.evaluate.timing import in_turns
 from marval.pipeline import Pipeline
@@ -19,7 +19,7 @@ from tiny import tiny_config, tiny_model
 
 def tiny_pair():
     model, config = tiny_model(), tiny_config()
-    teacher = dataclasses.replace(config, draw=Chain(guidance=2.0, steps=50), name="teacher")
+    teacher = dataclasses.replace(config, draw=Chain(guidance=2.0, diffusion_steps=50), name="teacher")
     return [Pipeline(model, c) for c in (teacher, dataclasses.replace(config, draw=OneStep(), name="student"))]
 
 
@@ -91,8 +91,8 @@ def test_bench_times_the_drawing_that_it_names(monkeypatch, tmp_path):
 
         return run
 
-    monkeypatch.setattr("marval.bench.drawing", drawing)
-    monkeypatch.setattr("marval.bench.peak_flops", lambda *_: 1e15)
+    monkeypatch.setattr("marval.evaluate.bench.drawing", drawing)
+    monkeypatch.setattr("marval.evaluate.bench.peak_flops", lambda *_: 1e15)
     rows = bench(tiny_pair(), iterations=(2, 4, 4), batches=(1, 8), repeats=3, out=tmp_path / "b.json", report=str)
     assert len(rows) == 8
     for row in rows:

@@ -41,7 +41,7 @@ def test_the_held_out_judge_recognises_what_students_draw(name, accuracy):
 
 
 def test_the_teacher_draws_what_was_asked():
-    images, labels = draw_bytes(marval.load("fashion-teacher").with_chain(steps=25), 20, 8, seed=1)
+    images, labels = draw_bytes(marval.load("fashion-teacher").with_chain(diffusion_steps=25), 20, 8, seed=1)
     judged = load_classifier("fashion-judge")(images.float() / 255).argmax(dim=1)
     assert (judged == labels).float().mean() >= 0.75
 

@@ -17,7 +17,7 @@ def speeds(processes):
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))
     }
-    command = [sys.executable, str(Path(__file__).parent / "busy_run.py")]
+    command = [sys.executable, str(Path(__file__).parent / "helpers" / "busy_run.py")]
     with contextlib.ExitStack() as stack:
         started = []
         for _ in range(processes):

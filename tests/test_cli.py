@@ -54,7 +54,7 @@ def test_help_is_quick_and_lists_the_verbs(work):
         result = marval("--help", cwd=work)
         times.append(time.perf_counter() - began)
     assert result.returncode == 0
-    assert all(verb in result.stdout for verb in ("train", "distill", "finetune", "sample", "evaluate", "demo"))
+    assert all(verb in result.stdout for verb in ("train", "distill", "tune", "sample", "evaluate", "demo"))
     assert min(times) < 0.5
 
 
@@ -63,7 +63,7 @@ def test_help_is_quick_and_lists_the_verbs(work):
     [
         "train",
         "distill",
-        "finetune",
+        "tune",
         "sample",
         "evaluate",
         "compare",
@@ -93,17 +93,17 @@ def test_sample_writes_pictures_and_a_grid(work):
         assert (work / "first" / name).read_bytes() == (work / "second" / name).read_bytes()
 
 
-def test_own_images_train_then_distill_then_finetune(work):
+def test_own_images_train_then_distill_then_tune(work):
     """The README's three commands, on 24 pictures of 18x20 pixels."""
     settings = ["--batch-size", 4, "--no-autocast", "--out"]
-    result = marval("train", "--data", "folder:pictures", "--iterations", 3, "--decay", 1, *settings, "mine", cwd=work)
+    result = marval("train", "--data", "folder:pictures", "--updates", 3, "--decay", 1, *settings, "mine", cwd=work)
     assert result.returncode == 0, result.stderr
     config = json.loads((work / "mine/model/config.json").read_text())
     assert config["class_names"] == ["apple", "fig", "pear"]
     assert config["space"]["image_size"] == [16, 20]
     assert config["space"]["channels"] == 3
 
-    distilling = ["--iterations", 3, "--warmup", 1, "--probe-samples", 0, "--sample-iterations", 2]
+    distilling = ["--updates", 3, "--warmup", 1, "--probe-samples", 0, "--iterations", 2]
     result = marval("distill", "mine", *distilling, *settings, "student", cwd=work)
     assert result.returncode == 0, result.stderr
     for name, architecture in (("reward", "plain"), ("judge", "residual")):
@@ -113,8 +113,8 @@ def test_own_images_train_then_distill_then_finetune(work):
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
     result = marval(
-        "finetune", "student", "--reward", "classifier", "--classifier", "reward.safetensors",
-        "--judge", "judge.safetensors", "--iterations", 2, "--sample-iterations", 2, "--backprop-iterations", 2,
+        "tune", "student", "--reward", "classifier", "--classifier", "reward.safetensors",
+        "--judge", "judge.safetensors", "--updates", 2, "--iterations", 2, "--gradient-iterations", 2,
         "--batch-size", 3, "--probe-samples", 9, "--out", "tuned", cwd=work,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -137,7 +137,7 @@ def test_bad_names_and_numbers(work):
     assert refused(marval("sample", "tiny", "--classes", "2", cwd=work), "'2'", "0 to 1")
     assert refused(marval("sample", "tiny", "--iterations", 17, cwd=work), "17", "1 to 16")
     assert refused(marval("sample", "tiny", "--iterations", 0, cwd=work), "0 iterations", "1 to 16")
-    assert refused(marval("sample", "tiny", "--steps", 1, cwd=work), "1 diffusion steps", "2 to 1000")
+    assert refused(marval("sample", "tiny", "--diffusion-steps", 1, cwd=work), "1 diffusion steps", "2 to 1000")
     assert refused(marval("sample", "tiny", "--device", "nonsense", cwd=work), "nonsense")
     assert refused(marval("distill", "tiny", "--objective", "sim", "--data", "nowhere", cwd=work), "nowhere")
     assert not (work / "samples").exists()
@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_last_good_state(work, t
     def train(iterations, kilobytes, *flags):
         settings = ["--data", "folder:pictures", "--batch-size", 4, "--no-autocast", "--out", out]
         limited = ("bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "bash")
-        return marval("train", *settings, "--iterations", iterations, *flags, cwd=work, prefix=limited)
+        return marval("train", *settings, "--updates", iterations, *flags, cwd=work, prefix=limited)
 
     def files():
         return sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
@@ -192,7 +192,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_last_good_state(work, t
 
 def test_training_that_diverges_says_so(work, tmp_path):
     result = marval(
-        "train", "--data", "folder:pictures", "--iterations", 30, "--warmup", 1, "--batch-size", 4,
+        "train", "--data", "folder:pictures", "--updates", 30, "--warmup", 1, "--batch-size", 4,
         "--learning-rate", 1e30, "--no-autocast", "--out", tmp_path / "run", cwd=work,
     )  # fmt: skip
     assert refused(result, "not finite", "loss nan", "lower the learning rate")
@@ -204,7 +204,7 @@ def test_an_official_checkpoint_comes_and_goes(work, tmp_path):
 
     from marval.config import MARConfig
     from marval.model import MAR
-    from marval.randomness import generator
+    from marval.runtime.rng import generator
 
     sizes = MARConfig((4, 4), 16, 3, 16, 1, 2, 16, 1, 2, 16, 1, buffer_size=2)
     tensors = MAR(sizes).initialize(generator(0)).state_dict()
@@ -220,9 +220,9 @@ def test_an_official_checkpoint_comes_and_goes(work, tmp_path):
 
 
 def test_bad_rewards(work):
-    def finetune(reward):
-        return marval("finetune", "fashion-student", "--reward", reward, "--out", "never", cwd=work)
+    def tune(reward):
+        return marval("tune", "fashion-student", "--reward", reward, "--out", "never", cwd=work)
 
-    assert refused(finetune("pixscore"), "pixscore", "pickscore", "file.py:function")
-    assert refused(finetune("clip:nowhere"), "clip:nowhere", "config.json", "put them")
+    assert refused(tune("pixscore"), "pixscore", "pickscore", "file.py:function")
+    assert refused(tune("clip:nowhere"), "clip:nowhere", "config.json", "put them")
     assert not (work / "never/model").exists()

@@ -10,8 +10,7 @@ import sys
 import pytest
 from PIL import Image
 
-from marval import demo
-from marval.cli import main
+from marval.cli import demo, main
 
 STUDENTS = (("fashion-student", 4), ("fashion-tuned", 2))
 
@@ -29,7 +28,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "SAMPLES", 10)
     monkeypatch.setattr(demo, "REPEATS", 1)
     monkeypatch.setattr(demo, "DRAWN", STUDENTS)
-    live = dataclasses.replace(demo.LIVE, iterations=4, warmup=1, probe_every=2, batch_size=4, sample_iterations=2)
+    live = dataclasses.replace(demo.LIVE, updates=4, warmup=1, probe_every=2, batch_size=4, iterations=2)
     monkeypatch.setattr(demo, "LIVE", live)
 
     def run(*arguments):

@@ -46,13 +46,15 @@ def test_the_student_beats_every_point_of_the_teachers_curve_by_as_much_as_is_sa
     results = json.loads((ROOT / "results/fashion-curve.json").read_text())
     distances = {}
     for row in results["quality"]["rows"]:
-        distances.setdefault((row["model"], row["draw"].get("steps"), row["iterations"]), []).append(row["fd"])
+        distances.setdefault((row["model"], row["draw"].get("diffusion_steps"), row["iterations"]), []).append(
+            row["fd"]
+        )
     for batch, gain in ((1, "4.8"), (64, "7.0")):
         points = [
             (row["teacher"], row["seconds_per_image"], statistics.mean(distances[key]))
             for row in results["bench"]["rows"]
             if row["batch"] == batch
-            and (key := (row["model"], row["draw"].get("steps"), row["iterations"])) in distances
+            and (key := (row["model"], row["draw"].get("diffusion_steps"), row["iterations"])) in distances
         ]
         teachers, students = ([(s, fd) for teacher, s, fd in points if teacher == is_] for is_ in (True, False))
         assert len(teachers) == 16
@@ -76,7 +78,7 @@ def test_links_lead_somewhere_and_commands_are_there(document):
 
 def test_every_reward_is_documented_with_the_licence_of_its_weights():
     text = (ROOT / "docs/tuning.md").read_text()
-    help_text = VERBS["finetune"].__doc__
+    help_text = VERBS["tune"].__doc__
     for name, about in KNOWN.items():
         assert f"| `{name}` | {about.what} | {about.source} | {about.licence} |" in text
         assert name in help_text

@@ -11,7 +11,6 @@ import torch
 
 from marval.config import Chain, OneStep
 from marval.data import load_fashion_sample
-from marval.efficientnet import EfficientNetFeatures
 from marval.evaluate.evaluate import Judge, evaluate, flops_per_image, time_models
 from marval.evaluate.features import (
     Statistics,
@@ -21,9 +20,10 @@ from marval.evaluate.features import (
 )
 from marval.evaluate.images import draw_bytes
 from marval.pipeline import Pipeline
-from marval.randomness import generator
 from marval.rewards import ClassifierReward, prompts_of
 from marval.rewards.classifier import Classifier, load_classifier, save_classifier
+from marval.rewards.efficientnet import EfficientNetFeatures
+from marval.runtime.rng import generator
 from tiny import tiny_config, tiny_model
 
 
@@ -124,7 +124,7 @@ def test_accuracy_and_log_probability_have_known_answers(network):
 
 
 def test_drawn_images_do_not_depend_on_the_batch_size():
-    pipeline = tiny_pipeline(Chain(guidance=1.5, steps=8, clip=True))
+    pipeline = tiny_pipeline(Chain(guidance=1.5, diffusion_steps=8, clip=True))
     images, labels = draw_bytes(pipeline, 7, 3, seed=2)
     again, _ = draw_bytes(pipeline, 7, 3, seed=2, batch_size=2)
     assert torch.equal(images, again)
@@ -132,8 +132,8 @@ def test_drawn_images_do_not_depend_on_the_batch_size():
 
 
 def test_flops_of_a_one_token_chain_count_every_call():
-    teacher, student = tiny_pipeline(Chain(guidance=1.0, steps=8)), tiny_pipeline(OneStep())
-    guided = tiny_pipeline(Chain(guidance=2.0, guidance_schedule="constant", steps=8))
+    teacher, student = tiny_pipeline(Chain(guidance=1.0, diffusion_steps=8)), tiny_pipeline(OneStep())
+    guided = tiny_pipeline(Chain(guidance=2.0, guidance_schedule="constant", diffusion_steps=8))
     once, chain, doubled = (flops_per_image(pipeline, 4) for pipeline in (student, teacher, guided))
     assert once < chain < doubled < 2.01 * chain
 
@@ -237,5 +237,5 @@ def test_a_classifier_comes_back_from_disk_and_rewards_the_class_in_the_prompt(t
 def test_a_chain_setting_for_a_student_is_refused():
     with pytest.raises(ValueError, match="baked in"):
         tiny_pipeline(OneStep()).with_chain(guidance=2.0)
-    changed = tiny_pipeline(Chain(steps=8)).with_chain(steps=4, guidance=None)
-    assert changed.config.draw == dataclasses.replace(Chain(steps=8), steps=4)
+    changed = tiny_pipeline(Chain(diffusion_steps=8)).with_chain(diffusion_steps=4, guidance=None)
+    assert changed.config.draw == dataclasses.replace(Chain(diffusion_steps=8), steps=4)

@@ -65,7 +65,7 @@ def work(tmp_path_factory):
     from marval.data import FASHION_CLASSES
     from marval.model import MAR
     from marval.pipeline import Pipeline
-    from marval.randomness import generator
+    from marval.runtime.rng import generator
 
     root = tmp_path_factory.mktemp("rewards")
     space = PixelSpace((28, 28), 1, 7, shift=0.3, scale=3.0)
@@ -75,7 +75,9 @@ def work(tmp_path_factory):
     model = MAR(mar).initialize(generator(0, "tiny")).eval()
     for parameter in model.head.final_layer.parameters():
         torch.nn.init.normal_(parameter, std=0.05, generator=generator("head"))
-    config = ModelConfig(mar, space, Chain(1.5, steps=8, clip=True), FASHION_CLASSES, 2, "tiny", "fashion-mnist")
+    config = ModelConfig(
+        mar, space, Chain(1.5, diffusion_steps=8, clip=True), FASHION_CLASSES, 2, "tiny", "fashion-mnist"
+    )
     Pipeline(model, config).save(root / "teacher")
     Pipeline(model, dataclasses.replace(config, draw=OneStep(clip=True), name="student")).save(root / "student")
     return root

@@ -14,7 +14,7 @@ import torch
 from marval.data import FASHION_CLASSES, fashion, load_fashion_mnist, load_fashion_sample, load_images
 from marval.evaluate.features import Statistics, bundled_statistics
 from marval.evaluate.judge import data_hash
-from marval.randomness import generator
+from marval.runtime.rng import generator
 
 PIXELS = torch.randint(0, 256, (20, 28, 28), generator=generator("pixels"), dtype=torch.uint8).numpy()
 CONTENT = {  # a small set in the files' format

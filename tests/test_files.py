@@ -21,7 +21,7 @@ def tiny():
     return tiny_model(), dataclasses.replace(tiny_config(), draw=OneStep())
 
 
-@pytest.mark.parametrize("draw", [OneStep(), Chain(guidance=2.0, steps=50)])
+@pytest.mark.parametrize("draw", [OneStep(), Chain(guidance=2.0, diffusion_steps=50)])
 def test_a_model_comes_back_as_it_was(draw, tiny, tmp_path):
     model, config = tiny[0], dataclasses.replace(tiny[1], draw=draw)
     save_model(tmp_path, model, config)

@@ -13,7 +13,9 @@ from tiny import tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("iterations", [1, 3, 16])
-@pytest.mark.parametrize("draw", [OneStep(), Chain(guidance=1.0, steps=5), Chain(guidance=1.5, steps=7)])
+@pytest.mark.parametrize(
+    "draw", [OneStep(), Chain(guidance=1.0, diffusion_steps=5), Chain(guidance=1.5, diffusion_steps=7)]
+)
 def test_formulas_agree_with_the_counter(draw, iterations, monkeypatch):
     """The counter knows neither oneDNN's layers nor the CPU's flash attention, so both are off."""
     pipeline = Pipeline(tiny_model(), dataclasses.replace(tiny_config(), draw=draw))

@@ -11,9 +11,9 @@ from PIL import Image
 import marval.data.folder as folder_module
 from marval.data import load_folder, load_images, parse_size, patch_size, split_data
 from marval.data.folder import list_folder, say_once
+from marval.data.imagenet import imagenet_classes
 from marval.data.reading import in_threads
 from marval.data.sizes import cut_to_patches, infer_size
-from marval.imagenet import imagenet_classes
 from marval.train.teacher import teacher_config
 
 

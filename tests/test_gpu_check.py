@@ -15,7 +15,7 @@ def test_every_part_runs_dry(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(out.read_text())
     assert not [name for name, part in found.items() if isinstance(part, dict) and "error" in part]
-    assert found["resume"] == {"train": 0.0, "distill": 0.0, "finetune": 0.0}
+    assert found["resume"] == {"train": 0.0, "distill": 0.0, "tune": 0.0}
     assert found["gsim_gradients"]["largest relative difference"] == 0.0
     assert max(found["same_pictures"].values()) < 1e-4
     rows = found["sample base"]

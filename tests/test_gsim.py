@@ -10,11 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from marval.config import Chain, DistillConfig, MARConfig, ModelConfig, PixelSpace
+from marval.config import Chain, MARConfig, ModelConfig, PixelSpace
 from marval.data import ImageData
-from marval.model import MAR, NoiseSchedule, TokenHead
-from marval.model.head import timestep_features
-from marval.objectives.gsim import (
+from marval.losses.gsim import (
     HUBER_RADIUS,
     OBJECTIVES,
     auxiliary_loss,
@@ -24,7 +22,10 @@ from marval.objectives.gsim import (
     pseudo_huber,
     squared,
 )
-from marval.randomness import generator
+from marval.model import MAR, NoiseSchedule, TokenHead
+from marval.model.head import timestep_features
+from marval.presets import DistillConfig
+from marval.runtime.rng import generator
 from marval.sampling import guided_eps
 from marval.train import distill as distillation
 from marval.train.distill import Guided, distill, student_step_loss
@@ -256,7 +257,7 @@ def theta_step(learn_variance=False):
 
 
 def settings_for(objective, **changes):
-    return DistillConfig(iterations=4, objective=objective, autocast=False, **changes)
+    return DistillConfig(updates=4, objective=objective, autocast=False, **changes)
 
 
 @pytest.mark.parametrize("learn_variance", [False, True])

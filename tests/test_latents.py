@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, TrainConfig
+from marval.config import Chain, LatentSpace, MARConfig, ModelConfig
 from marval.data import LatentData, cache_latents, check_data, load_data, load_folder
+from marval.data.imagenet import imagenet_classes
 from marval.data.latents import centre_crop, read_square
-from marval.imagenet import imagenet_classes
 from marval.io.checkpoint import load_model
-from marval.parallel import Workers
+from marval.presets import TrainConfig
+from marval.runtime.distributed import Workers
 from marval.spaces import Latents, vae_hash, vae_place
 from marval.train.teacher import latent_teacher_config, train_teacher
 from tiny import tiny_config
@@ -354,7 +355,7 @@ def test_a_teacher_trains_on_a_cache(pictures, tmp_path):
         f"latents:{data.folder}",
     )
     check_data(data, config)
-    settings = TrainConfig(iterations=4, batch_size=4, tokens_per_image=6, warmup=1, log_every=1, autocast=False)
+    settings = TrainConfig(updates=4, batch_size=4, tokens_per_image=6, warmup=1, log_every=1, autocast=False)
     train_teacher(config, settings, data, tmp_path / "run", quiet=True)
     assert load_model(tmp_path / "run/model")[1] == config
     with pytest.raises(ValueError, match=r"latents are \(2, 4, 4\), the model's are \(2, 8, 8\)"):

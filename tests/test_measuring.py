@@ -23,8 +23,8 @@ from marval.evaluate.probe import probe
 from marval.evaluate.results import merge_results, read_results
 from marval.evaluate.timing import in_turns
 from marval.pipeline import Pipeline
-from marval.randomness import generator
 from marval.rewards.classifier import Classifier
+from marval.runtime.rng import generator
 from processes import marval
 from tiny import tiny_config, tiny_data, tiny_model
 
@@ -291,7 +291,7 @@ def broken_pipeline(draw):
     return Pipeline(model, dataclasses.replace(tiny_config(), draw=draw, name="broken"))
 
 
-@pytest.mark.parametrize("draw", [OneStep(), Chain(guidance=1.5, steps=4)])
+@pytest.mark.parametrize("draw", [OneStep(), Chain(guidance=1.5, diffusion_steps=4)])
 def test_a_model_that_draws_nan_is_no_model_that_draws_black(work, run, draw):
     pipeline = broken_pipeline(draw)
     with pytest.raises(ValueError, match=r"not finite|finite"):
@@ -442,7 +442,7 @@ def test_a_picture_that_is_checked_is_never_replaced(run, work):
 class Clock:
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr("marval.progress.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("marval.runtime.progress.time.monotonic", lambda: self.now)
 
 
 def test_long_work_says_how_far_it_is_and_short_work_nothing(monkeypatch, capsys):

@@ -23,7 +23,7 @@ from marval.evaluate.features import (
 from marval.evaluate.judge import Judge, data_hash, judge_by_reference, load_judge
 from marval.evaluate.metrics import MOST, RealSample, expected_bias, kernel_distance, neighbour_figures
 from marval.pipeline import Pipeline, load
-from marval.randomness import generator
+from marval.runtime.rng import generator
 from tiny import tiny_config, tiny_data, tiny_model
 
 

@@ -8,7 +8,7 @@ from marval.config import Chain, MARConfig, ModelConfig, PixelSpace
 from marval.io.checkpoint import load_model, save_model
 from marval.model import MAR
 from marval.model.linear import Linear, linear, packed
-from marval.randomness import generator
+from marval.runtime.rng import generator
 
 GRID, CHANNELS, BATCH = (3, 4), 4, 2
 

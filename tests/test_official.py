@@ -16,7 +16,7 @@ from marval.config import MARConfig
 from marval.io.checkpoint import load_model, save_model
 from marval.io.official import Given, official_model, read_official, save_official
 from marval.model import MAR
-from marval.randomness import generator
+from marval.runtime.rng import generator
 
 CONFIG = MARConfig(
     (4, 4), 32, 7,

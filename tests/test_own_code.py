@@ -180,7 +180,7 @@ def test_the_installed_command_finds_what_lies_in_the_current_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "my_rewards:score 0." in done.stdout
     (tmp_path / "my_rewards.py").write_text("\nimport nothing_of_that_name\n")
-    done = run("finetune", "fashion-student", "--reward", "my_rewards:score", "--out", "tuned")
+    done = run("tune", "fashion-student", "--reward", "my_rewards:score", "--out", "tuned")
     assert done.returncode == 2
     assert f"{tmp_path}/my_rewards.py, line 2: ModuleNotFoundError" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 
 from marval.cli import main
-from marval.config import DistillConfig, FinetuneConfig
 from marval.data import ImageData
 from marval.io.checkpoint import load_model, save_model
 from marval.pipeline import Pipeline
+from marval.presets import DistillConfig, TuneConfig
 from marval.rewards import load_classifier
 from marval.train.classifier import plan_steps, train_classifier
 from tiny import tiny_config, tiny_model
 
-FAST = ("--batch-size", 4, "--iterations", 2, "--warmup", 1, "--decay", 1, "--no-autocast")
+FAST = ("--batch-size", 4, "--updates", 2, "--warmup", 1, "--decay", 1, "--no-autocast")
 
 
 @pytest.fixture
@@ -76,17 +76,17 @@ def test_a_model_whose_default_k_is_more_than_its_tokens_draws(tmp_path):
 
 
 def test_k_and_m_stay_within_the_tokens():
-    assert DistillConfig().within(4).sample_iterations == 4
+    assert DistillConfig().within(4).iterations == 4
     assert DistillConfig().within(49) == DistillConfig()
-    tuned = FinetuneConfig(sample_iterations=8, backprop_iterations=8).within(4)
-    assert (tuned.sample_iterations, tuned.backprop_iterations) == (4, 4)
-    assert FinetuneConfig().within(49) == FinetuneConfig()
+    tuned = TuneConfig(iterations=8, gradient_iterations=8).within(4)
+    assert (tuned.iterations, tuned.gradient_iterations) == (4, 4)
+    assert TuneConfig().within(49) == TuneConfig()
 
 
 @pytest.mark.parametrize("side", [36, 47, 63])
 def test_images_of_any_size_train(side, marval, tmp_path):
     make(tmp_path / "mine", ["a", "b"], 2, size=(side, side))
-    marval("train", "--data", "folder:mine", "--batch-size", 2, "--iterations", 1, "--no-autocast", "--out", "run")
+    marval("train", "--data", "folder:mine", "--batch-size", 2, "--updates", 1, "--no-autocast", "--out", "run")
     rows, columns = space_of(tmp_path / "run")["image_size"]
     assert rows == columns
     assert side - 8 < rows <= side
@@ -94,10 +94,10 @@ def test_images_of_any_size_train(side, marval, tmp_path):
 
 def test_the_size_can_be_said(marval, tmp_path):
     make(tmp_path / "mine", ["a", "b"], 2, size=(50, 40))
-    train = ["train", "--data", "folder:mine", "--batch-size", 2, "--iterations", 1, "--no-autocast", "--out", "run"]
+    train = ["train", "--data", "folder:mine", "--batch-size", 2, "--updates", 1, "--no-autocast", "--out", "run"]
     marval(*train, "--size", "48x24")
     assert space_of(tmp_path / "run")["image_size"] == [24, 48]
-    marval("sample", "run", "--count", 1, "--out", "drawn", "--steps", 2, "--iterations", 1)
+    marval("sample", "run", "--count", 1, "--out", "drawn", "--diffusion-steps", 2, "--iterations", 1)
     (file,) = (tmp_path / "drawn").glob("00000*")
     assert Image.open(file).size == (48, 24)
     assert "expected a --size such as 40x40" in marval(*train, "--out", "other", "--size", "37", refused=True)
@@ -163,7 +163,7 @@ def named(tmp_path):
     mar = type(config.mar)(**{**vars(config.mar), "num_classes": len(NAMES)})
     config = type(config)(**{**vars(config), "mar": mar, "class_names": NAMES})
     from marval.model import MAR
-    from marval.randomness import generator
+    from marval.runtime.rng import generator
 
     model = MAR(mar).initialize(generator(0, "named")).eval().requires_grad_(False)
     save_model(tmp_path / "named", model, config)
@@ -197,13 +197,13 @@ def test_lists_with_commas_mean_what_they_say(named):
 
 
 def test_pictures_of_classes_of_any_name_are_saved(named, marval, tmp_path):
-    marval("sample", "named", "--count", len(NAMES), "--iterations", 1, "--steps", 2, "--out", "all")
+    marval("sample", "named", "--count", len(NAMES), "--iterations", 1, "--diffusion-steps", 2, "--out", "all")
     files = sorted(file.name for file in (tmp_path / "all").iterdir())
     assert len(files) == len(NAMES) + 1
     assert files[1] == "00001-cat,-black-1.png"
     assert files[8] == f"00008-{'a' * 40}-8.png"
     assert files[9] == "00009-..-up-9.png"
-    draw = ["sample", "named", "--iterations", 1, "--steps", 2, "--count", 2, "--out"]
+    draw = ["sample", "named", "--iterations", 1, "--diffusion-steps", 2, "--count", 2, "--out"]
     marval(*draw, "two", "--classes", "cat, black", "--classes", "7")
     marval(*draw, "comma", "--classes", "cat, black,7")
     for out in ("two", "comma"):

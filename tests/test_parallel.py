@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from marval.parallel import Workers
+from marval.runtime.distributed import Workers
 from processes import command, environment, launch
 
 SCRIPT = "parallel_run.py"
-STAGES = ["train", "distill", "finetune", "anchored"]
+STAGES = ["train", "distill", "tune", "anchored"]
 
 
 def weights(out):

@@ -3,8 +3,8 @@
 import torch
 
 from marval.config import Chain
+from marval.losses.denoising import denoising_loss
 from marval.model import NoiseSchedule
-from marval.objectives.denoising import denoising_loss
 from marval.sampling import DrawByChain, draw_counts, guidance_at, sample
 
 TOLERANCE = 1e-4
@@ -70,14 +70,14 @@ def test_training_loss(reference, reference_model):
 
 
 def test_guided_chain_with_recorded_noise(reference, reference_model):
-    draw = DrawByChain(Chain(guidance=3.0, steps=10))
+    draw = DrawByChain(Chain(guidance=3.0, diffusion_steps=10))
     context, null = reference["z"].flatten(0, 1), reference["z_uncond"].flatten(0, 1)
     found = draw(reference_model.head, context, null, 3.0, reference["chain.noise"][:-1])
     assert relative_error(found, reference["chain.tokens"]) < TOLERANCE
 
 
 def test_whole_run_masks_guidance_and_latents(reference, reference_model):
-    draw = DrawByChain(Chain(guidance=3.0, guidance_schedule="linear", steps=10))
+    draw = DrawByChain(Chain(guidance=3.0, guidance_schedule="linear", diffusion_steps=10))
     orders = reference["ar.orders"].flip(1)  # the official order names the last-drawn position first
     shown = 0
     noise = torch.zeros(10, 2, 16, 16)

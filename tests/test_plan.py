@@ -12,12 +12,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import marval.sampling
-from marval.config import DistillConfig, FinetuneConfig, MARConfig
+import marval.sampling.loop
+from marval.config import MARConfig
+from marval.evaluate.memory import LiveMemory
 from marval.evaluate.results import write_results
-from marval.memory import LiveMemory
 from marval.model import MAR
-from marval.randomness import generator
+from marval.presets import DistillConfig, TuneConfig
+from marval.runtime.rng import generator
 from marval.sampling import DrawInOneStep, model_contexts, sample
 from marval.train.draws import masked_count
 from plan import (
@@ -26,8 +27,8 @@ from plan import (
     distill_memory,
     mean_mask_ratio,
     plan_distill,
-    plan_finetune,
     plan_rows,
+    plan_tune,
 )
 from tables import plan as plan_table
 from tiny import tiny_config, tiny_model
@@ -84,7 +85,7 @@ def test_recomputation_saves_memory_and_costs_arithmetic():
 def test_a_tuning_step_costs_what_torch_counts(monkeypatch):
     """The last iteration with gradients: forward once more, and twice that backward."""
     config = tiny_config().mar
-    settings = FinetuneConfig(sample_iterations=1, backprop_iterations=1, batch_size=1)
+    settings = TuneConfig(iterations=1, gradient_iterations=1, batch_size=1)
     model = tiny_model().requires_grad_(True)
     monkeypatch.setattr("marval.model.linear.ONEDNN", False)
     places = torch.arange(16)[None]
@@ -94,7 +95,7 @@ def test_a_tuning_step_costs_what_torch_counts(monkeypatch):
         context = model_contexts(model, torch.zeros(1, 16, 4), nothing, places, labels, guided=False)[0]
         embedded = model.head.embed_context(context) + model.head.embed_time(torch.tensor([755.0]))
         model.head.denoise(torch.zeros(16, 4), embedded).sum().backward()
-    planned = plan_finetune(config, settings, 1).flops * 3 / 4  # the counter saw no recomputation
+    planned = plan_tune(config, settings, 1).flops * 3 / 4  # the counter saw no recomputation
     assert planned == pytest.approx(counter.get_total_flops(), rel=0.03)  # inputs without gradients save a little
 
 
@@ -120,10 +121,10 @@ def test_the_command_answers_without_allocating():
 
 def test_a_plan_is_kept_and_becomes_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr("plan.distill_memory", lambda config, settings, images, recompute: 2**30 + 2**20 * images)
-    monkeypatch.setattr("plan.finetune_memory", lambda config, settings, images, recompute: 2**20 * images)
+    monkeypatch.setattr("plan.tune_memory", lambda config, settings, images, recompute: 2**20 * images)
     rows = plan_rows("base", 4, 24 * GIB, 165e12, 0.5, 10e12)
     write_results(tmp_path / "plan.json", "plan", rows, 0)
-    assert [row["stage"] for row in rows] == ["distill", "finetune"]
+    assert [row["stage"] for row in rows] == ["distill", "tune"]
     assert rows[0]["kept_image_mib"] == 1.0
     slow = rows[0]["float32_pflop_per_step"]
     seconds = (rows[0]["pflop_per_step"] - slow) / (0.165 * 0.5) + slow / (0.01 * 0.8)
@@ -180,7 +181,7 @@ SMALL = dataclasses.replace(
 def test_gradients_through_all_iterations_take_little_more_memory_than_through_one(config, iterations, monkeypatch):
     """As long as each is computed again in the backward pass; MAR-B's tokens, blocks and buffer."""
     one, all_of_them = (tuning_peak(config, iterations, learnt) for learnt in (1, iterations))
-    monkeypatch.setattr(marval.sampling, "checkpoint", lambda function, *inputs, **options: function(*inputs))
+    monkeypatch.setattr(marval.sampling.loop, "checkpoint", lambda function, *inputs, **options: function(*inputs))
     kept_one, kept_all = (tuning_peak(config, iterations, learnt) for learnt in (1, iterations))
     shown = (f"{peak / 2**20:.0f} MiB" for peak in (one, all_of_them, kept_one, kept_all))
     print("M=1: {}, M=K: {}; without checkpointing M=1: {}, M=K: {}".format(*shown))
@@ -189,7 +190,7 @@ def test_gradients_through_all_iterations_take_little_more_memory_than_through_o
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "images"), [("distill", 1), ("distill", 4), ("finetune", 1)])
+@pytest.mark.parametrize(("stage", "images"), [("distill", 1), ("distill", 4), ("tune", 1)])
 def test_planned_memory_is_what_a_step_of_mar_base_takes(stage, images):
     """Measured peak of a process, less what it took before; at most 8 GiB, and within 15 % of the plan."""
     script = Path(__file__).parent / "full_size.py"

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from marval.data import load_fashion_sample
-from marval.randomness import generator
 from marval.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocessing
+from marval.runtime.rng import generator
 
 STEP = 2 / 255  # what two levels of a byte are
 

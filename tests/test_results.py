@@ -10,7 +10,6 @@ import scipy.stats
 import torch
 from PIL import Image
 
-from marval import provenance
 from marval.config import Chain, OneStep
 from marval.evaluate.compare import compare
 from marval.evaluate.images import SHARD
@@ -20,6 +19,7 @@ from marval.evaluate.plots import draw_pareto, draw_sweep
 from marval.evaluate.results import check_measure, check_names, read_results, write_results
 from marval.evaluate.throughput import best_batch, memory_of, summary
 from marval.pipeline import Pipeline
+from marval.runtime import provenance
 from processes import marval
 from result_rows import quality, teacher, timed, write, write_curve
 from tiny import tiny_config, tiny_model
@@ -246,7 +246,7 @@ def test_the_best_batch_is_where_a_larger_one_gains_nothing():
 
 
 def test_memory_is_the_weights_and_what_grows_with_the_batch():
-    for draw in (Chain(guidance=2.0, steps=3), OneStep()):
+    for draw in (Chain(guidance=2.0, diffusion_steps=3), OneStep()):
         pipeline = Pipeline(tiny_model(), dataclasses.replace(tiny_config(), draw=draw))
         weights = sum(4 * p.numel() for p in pipeline.model.parameters())
         one, many = memory_of(pipeline, 4, 1, False), memory_of(pipeline, 4, 32, False)
@@ -307,13 +307,13 @@ def work(tmp_path_factory):
 
 def test_bench_measures_teachers_at_several_t_and_draws_the_curve(work):
     done = marval(
-        "bench", "teacher", "student", "--iterations", 2, 4, "--steps", 2, 5, "--batches", 1, 2, "--repeats", 1,
-        "--samples", 8, "--plot", "curve.png", "--out", "bench.json", cwd=work,
+        "bench", "teacher", "student", "--iterations", 2, 4, "--diffusion-steps", 2, 5, "--batches", 1, 2,
+        "--repeats", 1, "--samples", 8, "--plot", "curve.png", "--out", "bench.json", cwd=work,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = read_results(work / "bench.json")["bench"]["rows"]
     assert len(rows) == 2 * 2 * 3
-    assert {row["draw"].get("steps") for row in rows} == {5, 2, None}
+    assert {row["draw"].get("diffusion_steps") for row in rows} == {5, 2, None}
     assert all(row["memory_bytes"] > 0 and len(row["sha256"]) == 64 and row["made"]["device"] for row in rows)
     assert len(points_of(work / "bench.json", part="bench", batch=1)) == 6
     assert "images / s (batch)" in done.stdout
@@ -372,8 +372,8 @@ def content_mean(archive):
 
 def test_sweep_and_compare_run(work):
     done = marval(
-        "sweep", "teacher", "--iterations", 2, 4, "--guidance", 1, 2, "--steps", 3, "--samples", 8, "--budget", 60,
-        "--repeats", 1, "--plot", "sweep.png", "--out", "sweep.json", cwd=work, processes=2,
+        "sweep", "teacher", "--iterations", 2, 4, "--guidance", 1, 2, "--diffusion-steps", 3, "--samples", 8,
+        "--budget", 60, "--repeats", 1, "--plot", "sweep.png", "--out", "sweep.json", cwd=work, processes=2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "best within 60 s an image: tiny K=" in done.stdout

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from marval.randomness import generator
 from marval.rewards import WeightedReward, find_reward, parse_rewards
 from marval.rewards.preprocess import Preprocessing
+from marval.runtime.rng import generator
 from tiny_rewards import SIDE, write_aesthetic, write_clip, write_hps, write_image_reward
 
 pytest.importorskip("transformers")

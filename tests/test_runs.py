@@ -12,45 +12,36 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from processes import command, environment, python
 from safetensors.torch import load_file
+from tiny import tiny_config, tiny_data, tiny_model
 
 from marval import cli
-from marval.config import (
-    Chain,
-    DistillConfig,
-    FinetuneConfig,
-    LatentSpace,
-    MARConfig,
-    ModelConfig,
-    OneStep,
-    PixelSpace,
-    TrainConfig,
-)
+from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep, PixelSpace
 from marval.io.checkpoint import load_model, save_model
 from marval.io.files import check_output, locked
 from marval.model import MAR
-from marval.parallel import start_workers
 from marval.pipeline import load
-from marval.randomness import generator
+from marval.presets import DistillConfig, TrainConfig, TuneConfig
 from marval.rewards import WeightedReward
+from marval.runtime.distributed import start_workers
+from marval.runtime.rng import generator
 from marval.train import distill as distill_module
-from marval.train import finetune as finetune_module
 from marval.train import run as run_module
 from marval.train import teacher as teacher_module
-from processes import command, environment, python
-from tiny import tiny_config, tiny_data, tiny_model
+from marval.train import tune as tuning
 
 TRAIN = TrainConfig(
-    iterations=4, batch_size=4, tokens_per_image=6, warmup=1, decay=2, save_every=2, log_every=1, autocast=False
+    updates=4, batch_size=4, tokens_per_image=6, warmup=1, decay=2, save_every=2, log_every=1, autocast=False
 )
 DISTILL = DistillConfig(
-    iterations=4, batch_size=4, tokens_per_image=6, warmup=1, save_every=2, log_every=1, autocast=False, guidance=1.5,
+    updates=4, batch_size=4, tokens_per_image=6, warmup=1, save_every=2, log_every=1, autocast=False, guidance=1.5,
     guidance_schedule="linear",
 )  # fmt: skip
-FINETUNE = FinetuneConfig(
-    iterations=4, sample_iterations=4, batch_size=4, learning_rate=1e-3, save_every=2, log_every=1, probe_every=50
+FINETUNE = TuneConfig(
+    updates=4, iterations=4, batch_size=4, learning_rate=1e-3, save_every=2, log_every=1, probe_every=50
 )
-VERBS = {"train": TrainConfig, "distill": DistillConfig, "finetune": FinetuneConfig}
+VERBS = {"train": TrainConfig, "distill": DistillConfig, "tune": TuneConfig}
 ZERO_IS_FINE = {
     "seed", "warmup", "decay", "anchor_warmup", "timestep", "guidance", "anchor", "weight_decay", "label_drop",
     "mask_ratio_min", "ema_decay", "hinge", "min_diversity_ratio",
@@ -97,9 +88,9 @@ def steady_probe(pipeline):
     return {"fd": 1.0, "diversity": 1.0, "log_probability": -1.0}
 
 
-def run_finetune(out, *, resume=False, settings=FINETUNE, reward=brightness, student=0, anchor=None):
+def run_tune(out, *, resume=False, settings=FINETUNE, reward=brightness, student=0, anchor=None):
     config = dataclasses.replace(tiny_config(), draw=OneStep())
-    return finetune_module.finetune(
+    return tuning.tune(
         tiny_model(student), config, reward, settings, out, probe=steady_probe, anchor=anchor, resume=resume, quiet=True
     )
 
@@ -139,7 +130,7 @@ def test_every_numeric_setting_refuses_values_out_of_its_range(verb, name):
 @pytest.mark.parametrize(("verb", "name"), [flag for flag in FLAGS if flag[1] != "seed"])
 def test_every_numeric_flag_is_refused_in_one_line(verb, name, capsys, monkeypatch):
     value = bad_values(VERBS[verb], name)[0]
-    model = {"train": [], "distill": ["fashion-teacher"], "finetune": ["fashion-student"]}[verb]
+    model = {"train": [], "distill": ["fashion-teacher"], "tune": ["fashion-student"]}[verb]
     flag = f"--{name.replace('_', '-')}"
     code, told = marval(capsys, monkeypatch, verb, *model, f"{flag}={value}")
     assert code == 2
@@ -150,13 +141,13 @@ def test_every_numeric_flag_is_refused_in_one_line(verb, name, capsys, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["distill", "fashion-teacher", "--iterations", "50"], ("--iterations 50", "100")),
-        (["train", "--iterations", "50", "--warmup", "51"], ("--warmup 51", "50 iterations")),
+        (["distill", "fashion-teacher", "--updates", "50"], ("--updates 50", "100")),
+        (["train", "--updates", "50", "--warmup", "51"], ("--warmup 51", "50 updates")),
         (["distill", "fashion-teacher", "--probe-samples", "1"], ("--probe-samples 1",)),
-        (["finetune", "fashion-student", "--probe-samples", "0"], ("--probe-samples 0",)),
-        (["finetune", "fashion-student", "--backprop-iterations", "9"], ("--backprop-iterations 9", "8")),
-        (["finetune", "fashion-student", "--prompt", "{x}"], ("--prompt '{x}'", "exactly one {}")),
-        (["finetune", "fashion-student", "--name", "../elsewhere"], ("--name '../elsewhere'", "plain name")),
+        (["tune", "fashion-student", "--probe-samples", "0"], ("--probe-samples 0",)),
+        (["tune", "fashion-student", "--gradient-iterations", "9"], ("--gradient-iterations 9", "8")),
+        (["tune", "fashion-student", "--prompt", "{x}"], ("--prompt '{x}'", "exactly one {}")),
+        (["tune", "fashion-student", "--name", "../elsewhere"], ("--name '../elsewhere'", "plain name")),
         (["train", "--name", "a/b"], ("--name 'a/b'", "plain name")),
         (["train-classifier", "--epochs", "0"], ("--epochs 0",)),
     ],
@@ -178,9 +169,9 @@ def test_settings_that_do_not_fit_are_refused_in_one_line_before_anything_is_rea
 
 
 def test_a_usage_error_still_names_its_argument_and_help_is_help(capsys, monkeypatch):
-    code, told = marval(capsys, monkeypatch, "train", "--iterations", "abc")
+    code, told = marval(capsys, monkeypatch, "train", "--updates", "abc")
     assert code == 2
-    assert "--iterations" in told
+    assert "--updates" in told
     monkeypatch.setattr(sys, "argv", ["marval", "distill", "--help"])
     with pytest.raises(SystemExit) as end:
         cli.main()
@@ -191,15 +182,15 @@ def test_a_usage_error_still_names_its_argument_and_help_is_help(capsys, monkeyp
 
 
 def test_short_runs_have_a_short_warm_up_and_presets_are_sound():
-    assert [TrainConfig(iterations=n).warmup_iterations for n in (1, 3, 800, 10_000)] == [0, 1, 400, 500]
-    assert TrainConfig(iterations=800, warmup=700).warmup_iterations == 700
+    assert [TrainConfig(updates=n).warmup_updates for n in (1, 3, 800, 10_000)] == [0, 1, 400, 500]
+    assert TrainConfig(updates=800, warmup=700).warmup_updates == 700
     for size in ("base", "large", "huge"):
         assert DistillConfig.imagenet256(size).warmup == 200
-        assert FinetuneConfig.imagenet256(size).backprop_iterations == 4
-    FinetuneConfig(iterations=50)  # without an anchor its warm-up is not used
-    with pytest.raises(ValueError, match="iterations 100: expected more than the 100 of the warm-up"):
-        FinetuneConfig(iterations=100, anchor=0.5)
-    FinetuneConfig(max_distance_ratio=math.inf, min_diversity_ratio=0.0, patience=10**9)  # never stop
+        assert TuneConfig.imagenet256(size).gradient_iterations == 4
+    TuneConfig(updates=50)  # without an anchor its warm-up is not used
+    with pytest.raises(ValueError, match="updates 100: expected more than the 100 of the warm-up"):
+        TuneConfig(updates=100, anchor=0.5)
+    TuneConfig(max_distance_ratio=math.inf, min_diversity_ratio=0.0, patience=10**9)  # never stop
 
 
 @pytest.mark.parametrize("name", ["a/b", "a\\b", ".hidden", "..", "a\nb", "a\x00", "x" * 101, "/etc", "\ud800"])
@@ -254,7 +245,7 @@ def test_outputs_are_checked_before_anything_is_read(tmp_path, capsys, monkeypat
     monkeypatch.setattr("marval.cli.training.load_pipeline", never)
     monkeypatch.setattr("marval.data.load_data", never)
     monkeypatch.setattr("marval.data.load_images", never)
-    verbs = (["train"], ["distill", "fashion-teacher"], ["finetune", "fashion-student"])
+    verbs = (["train"], ["distill", "fashion-teacher"], ["tune", "fashion-student"])
     for verb in verbs:
         for out, flags, word in (
             ("file", [], "is a file"),
@@ -335,7 +326,7 @@ def test_a_new_run_begins_a_new_log(tmp_path):
 
 def anchor_of(seed=1, data=None, **changes):
     data = tiny_data() if data is None else data
-    return finetune_module.Anchor(tiny_model(seed), data, dataclasses.replace(DISTILL, **changes))
+    return tuning.Anchor(tiny_model(seed), data, dataclasses.replace(DISTILL, **changes))
 
 
 ANCHORED = dataclasses.replace(FINETUNE, anchor=0.5, anchor_warmup=1)
@@ -349,34 +340,34 @@ WITH_FACTORS = WeightedReward({"mine:brightness": (brightness, 1.0)})
         (run_train, {}, {"init": tiny_model()}, "init was fresh weights, now init"),
         (run_distill, {}, {"teacher": 1}, "teacher was tiny"),
         (run_distill, {}, {"data": other_data()}, "data_set was 64 images"),
-        (run_finetune, {}, {"reward": darkness}, "reward was brightness=1 .*, now darkness=1"),
+        (run_tune, {}, {"reward": darkness}, "reward was brightness=1 .*, now darkness=1"),
         (
-            run_finetune,
+            run_tune,
             {"reward": WITH_FACTORS},
             {"reward": WeightedReward({"mine:brightness": (brightness, -1.0)})},
             "reward was mine:brightness=1 .*, now mine:brightness=-1",
         ),
-        (run_finetune, {}, {"student": 1}, "student was tiny"),
+        (run_tune, {}, {"student": 1}, "student was tiny"),
         (
-            run_finetune,
+            run_tune,
             {},
             {"settings": dataclasses.replace(FINETUNE, prompt="one {}")},
             "prompt was a high-quality and harmonious picture of {}, now one {}",
         ),
         (
-            run_finetune,
+            run_tune,
             {"settings": ANCHORED, "anchor": anchor_of()},
             {"settings": ANCHORED, "anchor": anchor_of(2)},
             "teacher was teacher",
         ),
         (
-            run_finetune,
+            run_tune,
             {"settings": ANCHORED, "anchor": anchor_of()},
             {"settings": ANCHORED, "anchor": anchor_of(guidance=3.0)},
             "anchoring.guidance was 1.5, now 3.0",
         ),
         (
-            run_finetune,
+            run_tune,
             {"settings": ANCHORED, "anchor": anchor_of()},
             {"settings": ANCHORED, "anchor": anchor_of(data=other_data())},
             "anchor_data was 64 images",
@@ -386,7 +377,7 @@ WITH_FACTORS = WeightedReward({"mine:brightness": (brightness, 1.0)})
 def test_resuming_refuses_another_origin_and_names_both(run, first, second, words, tmp_path):
     run(tmp_path / "run", **first)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    with pytest.raises(ValueError, match=rf"holds another run: .*{words}.*--resume may change iterations, "):
+    with pytest.raises(ValueError, match=rf"holds another run: .*{words}.*--resume may change updates, "):
         run(tmp_path / "run", resume=True, **second)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
     run(tmp_path / "run", resume=True, **first)
@@ -394,7 +385,7 @@ def test_resuming_refuses_another_origin_and_names_both(run, first, second, word
 
 def test_resuming_may_change_what_it_lists(tmp_path):
     run_train(tmp_path / "run")
-    longer = dataclasses.replace(TRAIN, iterations=6, warmup=2, decay=1, learning_rate=2e-3, save_every=3, accumulate=2)
+    longer = dataclasses.replace(TRAIN, updates=6, warmup=2, decay=1, learning_rate=2e-3, save_every=3, accumulate=2)
     assert run_train(tmp_path / "run", resume=True, settings=longer) == 6
 
 
@@ -408,7 +399,7 @@ def test_a_state_of_an_earlier_version_is_resumed_with_a_word(tmp_path, capsys, 
         del run["settings"][name]
     run["settings"] |= {"source": "", "warmup": 500}
     told.write_text(json.dumps(run))
-    longer = dataclasses.replace(TRAIN, iterations=6)
+    longer = dataclasses.replace(TRAIN, updates=6)
     assert run_train(tmp_path / "run", resume=True, settings=longer) == 6
     assert "another version of marval, which did not say data_set, init" in capsys.readouterr().err
 
@@ -432,10 +423,10 @@ def test_a_resumed_log_counts_what_was_skipped_before(tmp_path, monkeypatch):
 def test_updates_in_a_row_are_counted_across_a_resume(tmp_path, monkeypatch):
     original = teacher_module.teacher_loss
     monkeypatch.setattr(teacher_module, "teacher_loss", lambda *arguments: original(*arguments) * math.nan)
-    settings = dataclasses.replace(TRAIN, iterations=2, max_skipped=3)
+    settings = dataclasses.replace(TRAIN, updates=2, max_skipped=3)
     run_train(tmp_path / "run", settings=settings)
     with pytest.raises(ValueError, match="3 updates in a row were skipped up to step 3"):
-        run_train(tmp_path / "run", resume=True, settings=dataclasses.replace(settings, iterations=4))
+        run_train(tmp_path / "run", resume=True, settings=dataclasses.replace(settings, updates=4))
 
 
 # Values that are not finite
@@ -482,7 +473,7 @@ def test_an_official_checkpoint_that_is_not_finite_is_not_converted(tmp_path):
 
 
 def test_a_reward_that_is_not_finite_on_one_process_ends_all_of_them_with_its_words(tmp_path):
-    script = command("parallel_run.py", 2, "finetune", tmp_path / "run", 20, "broken_rank=1")
+    script = command("parallel_run.py", 2, "tune", tmp_path / "run", 20, "broken_rank=1")
     done = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.count("ValueError: reward mine: not finite for the prompt") == 2
@@ -519,7 +510,7 @@ def test_ctrl_c_before_the_first_step_saves_nothing_and_says_so(capsys, monkeypa
         return lambda pipeline: os.kill(os.getpid(), signal.SIGINT) or time.sleep(9)
 
     monkeypatch.setattr("marval.evaluate.probe.probe", probe)
-    code, told = marval(capsys, monkeypatch, "finetune", "fashion-student", "--out", tmp_path / "run")
+    code, told = marval(capsys, monkeypatch, "tune", "fashion-student", "--out", tmp_path / "run")
     assert (code, told) == (130, "marval: interrupted: nothing was saved\n")
     assert not (tmp_path / "run").exists()
 
@@ -543,7 +534,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(processes, pictures, 
     out = tmp_path / "run"
     arguments = ["train", "--data", f"folder:{pictures}", "--batch-size", 4, "--no-autocast", "--out", out]
     process = subprocess.Popen(
-        python(processes, "-m", "marval", *arguments, "--iterations", 100_000, "--log-every", 1),
+        python(processes, "-m", "marval", *arguments, "--updates", 100_000, "--log-every", 1),
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     while not (out / "log.jsonl").is_file() and process.poll() is None:
@@ -553,13 +544,13 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(processes, pictures, 
     (state,) = out.glob("state-*")
     step = json.loads((state / "run.json").read_text())["step"]
     assert log_of(out)[-1]["step"] == step >= 1
-    assert f"{step} of 100000 iterations done" in said
+    assert f"{step} of 100000 updates done" in said
     assert "marval: interrupted: what it did is saved, go on with --resume" in errors
     if processes == 1:  # torchrun has an exit code of its own
         assert process.returncode == 130
         assert len(errors.splitlines()) == 1
     assert not (out / ".lock").exists()
     done = subprocess.run(
-        python(1, "-m", "marval", *arguments, "--iterations", step + 1, "--resume"), env=environment(), timeout=60
+        python(1, "-m", "marval", *arguments, "--updates", step + 1, "--resume"), env=environment(), timeout=60
     )
     assert done.returncode == 0

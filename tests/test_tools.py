@@ -13,7 +13,7 @@ import average
 from marval.config import OneStep
 from marval.io.checkpoint import load_model, save_model
 from marval.pipeline import Pipeline
-from marval.provenance import command_line
+from marval.runtime.provenance import command_line
 from tiny import tiny_config, tiny_model
 
 

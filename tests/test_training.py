@@ -8,14 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from marval.config import DistillConfig, FinetuneConfig, OneStep, TrainConfig
+from marval.config import OneStep
 from marval.data import batch_indices
 from marval.pipeline import Pipeline, load
+from marval.presets import DistillConfig, TrainConfig, TuneConfig
+from marval.runtime.optim import learning_rate_factor
+from marval.runtime.state import shard_files
 from marval.train import distill as distill_module
-from marval.train import finetune as finetune_module
 from marval.train import run as run_module
 from marval.train import teacher as teacher_module
-from marval.train.run import learning_rate_factor, shard_files
+from marval.train import tune as tuning
 from tiny import tiny_config, tiny_data, tiny_model
 
 
@@ -31,10 +33,10 @@ def data():
 
 CONFIG = tiny_config()
 TRAIN = TrainConfig(
-    iterations=12, batch_size=8, tokens_per_image=6, warmup=3, decay=4, save_every=5, log_every=1, autocast=False
+    updates=12, batch_size=8, tokens_per_image=6, warmup=3, decay=4, save_every=5, log_every=1, autocast=False
 )
 DISTILL = DistillConfig(
-    iterations=12,
+    updates=12,
     batch_size=8,
     tokens_per_image=6,
     warmup=2,
@@ -44,8 +46,8 @@ DISTILL = DistillConfig(
     guidance=1.5,
     guidance_schedule="linear",
 )
-FINETUNE = FinetuneConfig(
-    iterations=12, sample_iterations=4, backprop_iterations=4, batch_size=4, learning_rate=1e-3, save_every=5,
+FINETUNE = TuneConfig(
+    updates=12, iterations=4, gradient_iterations=4, batch_size=4, learning_rate=1e-3, save_every=5,
     log_every=1, probe_every=50,
 )  # fmt: skip
 
@@ -72,15 +74,13 @@ def run_distill(config, data, out, resume=False, settings=DISTILL):
     distill_module.distill(tiny_model(), config, settings, data, out, resume=resume, quiet=True)
 
 
-def run_finetune(config, data, out, resume=False, settings=FINETUNE, reward=brightness, probe=steady_probe):
+def run_tune(config, data, out, resume=False, settings=FINETUNE, reward=brightness, probe=steady_probe):
     student = dataclasses.replace(config, draw=OneStep())
-    return finetune_module.finetune(
-        tiny_model(), student, reward, settings, out, probe=probe, resume=resume, quiet=True
-    )
+    return tuning.tune(tiny_model(), student, reward, settings, out, probe=probe, resume=resume, quiet=True)
 
 
 def run_low_rank(config, data, out, resume=False):
-    run_finetune(config, data, out, resume, dataclasses.replace(FINETUNE, train="low-rank", rank=2, normalize=True))
+    run_tune(config, data, out, resume, dataclasses.replace(FINETUNE, train="low-rank", rank=2, normalize=True))
 
 
 def run_held_to_itself(config, data, out, resume=False):
@@ -90,8 +90,8 @@ def run_held_to_itself(config, data, out, resume=False):
 def run_anchored(config, data, out, resume=False, **changes):
     student = dataclasses.replace(config, draw=OneStep())
     settings = dataclasses.replace(FINETUNE, anchor=0.5, anchor_warmup=2, **changes)
-    anchor = finetune_module.Anchor(tiny_model(1), data, DISTILL)
-    finetune_module.finetune(
+    anchor = tuning.Anchor(tiny_model(1), data, DISTILL)
+    tuning.tune(
         tiny_model(), student, brightness, settings, out, probe=steady_probe, anchor=anchor, resume=resume,
         quiet=True,
     )  # fmt: skip
@@ -117,10 +117,10 @@ class KilledError(Exception):
     [
         (run_train, teacher_module, "teacher_loss"),
         (run_distill, distill_module, "hide_tokens"),
-        (run_finetune, finetune_module, "policy_loss"),
-        (run_anchored, finetune_module, "policy_loss"),
-        (run_held_to_itself, finetune_module, "policy_loss"),
-        (run_low_rank, finetune_module, "policy_loss"),
+        (run_tune, tuning, "policy_loss"),
+        (run_anchored, tuning, "policy_loss"),
+        (run_held_to_itself, tuning, "policy_loss"),
+        (run_low_rank, tuning, "policy_loss"),
     ],
 )
 def test_resumed_run_equals_uninterrupted_to_the_bit(run, module, inner, data, config, tmp_path, monkeypatch):
@@ -161,15 +161,15 @@ def test_distillation_moves_the_student_and_not_the_teacher(data, config, tmp_pa
 
 
 def test_teacher_learns(data, config, tmp_path):
-    settings = dataclasses.replace(TRAIN, iterations=150, learning_rate=3e-3, decay=50, save_every=150)
+    settings = dataclasses.replace(TRAIN, updates=150, learning_rate=3e-3, decay=50, save_every=150)
     run_train(config, data, tmp_path / "run", settings=settings)
     losses = [line["loss"] for line in log_of(tmp_path / "run")]
     assert sum(losses[-20:]) < 0.75 * sum(losses[:20])
 
 
 def test_tuning_raises_the_reward_and_trains_the_named_part_only(data, config, tmp_path):
-    settings = dataclasses.replace(FINETUNE, iterations=25, train="head", learning_rate=3e-3, patience=99)
-    run_finetune(config, data, tmp_path / "run", settings=settings)
+    settings = dataclasses.replace(FINETUNE, updates=25, train="head", learning_rate=3e-3, patience=99)
+    run_tune(config, data, tmp_path / "run", settings=settings)
     rewards = [line["reward"] for line in log_of(tmp_path / "run") if "reward" in line]
     assert sum(rewards[-5:]) > sum(rewards[:5])
     state = state_of(tmp_path / "run", 25)
@@ -178,9 +178,9 @@ def test_tuning_raises_the_reward_and_trains_the_named_part_only(data, config, t
 
 
 def test_low_rank_tuning_learns_factors_and_leaves_a_plain_model(data, config, tmp_path):
-    settings = dataclasses.replace(FINETUNE, iterations=25, train="low-rank", rank=2, learning_rate=1e-2)
-    ended = run_finetune(config, data, tmp_path / "run", settings=settings, probe=rising_probe())
-    assert ended == "25 of 25 iterations done"
+    settings = dataclasses.replace(FINETUNE, updates=25, train="low-rank", rank=2, learning_rate=1e-2)
+    ended = run_tune(config, data, tmp_path / "run", settings=settings, probe=rising_probe())
+    assert ended == "25 of 25 updates done"
     rewards = [line["reward"] for line in log_of(tmp_path / "run") if "reward" in line]
     assert sum(rewards[-5:]) > sum(rewards[:5])
     state, before = state_of(tmp_path / "run", 25), tiny_model().state_dict()
@@ -229,12 +229,10 @@ def test_an_anchor_to_the_student_begins_at_no_gap_and_holds_it(data, config, tm
         out = tmp_path / str(weight)
         student = dataclasses.replace(config, draw=OneStep())
         settings = dataclasses.replace(
-            FINETUNE, iterations=25, anchor=weight, anchor_to="student", anchor_warmup=4, learning_rate=3e-3
+            FINETUNE, updates=25, anchor=weight, anchor_to="student", anchor_warmup=4, learning_rate=3e-3
         )
-        anchor = finetune_module.Anchor(tiny_model(1), data, DISTILL)
-        finetune_module.finetune(
-            tiny_model(), student, brightness, settings, out, probe=rising_probe(), anchor=anchor, quiet=True
-        )
+        anchor = tuning.Anchor(tiny_model(1), data, DISTILL)
+        tuning.tune(tiny_model(), student, brightness, settings, out, probe=rising_probe(), anchor=anchor, quiet=True)
         log = [line for line in log_of(out) if "l2" in line]
         assert log[0]["step"] == 5
         assert log[0]["l1"] == log[0]["l2"] == 0  # phi and its frozen copy are one
@@ -251,7 +249,7 @@ def test_an_anchor_to_the_student_begins_at_no_gap_and_holds_it(data, config, tm
 
 
 def test_a_hinge_stops_good_images_from_pushing():
-    from marval.objectives.policy import policy_loss
+    from marval.losses.reward import policy_loss
 
     images = torch.tensor([0.2, 0.5, 0.9]).view(3, 1, 1, 1).requires_grad_(True)
     loss, rewards = policy_loss(lambda x, prompts: x.sum(dim=(1, 2, 3)), images, ["a"] * 3, hinge=0.6)
@@ -262,8 +260,8 @@ def test_a_hinge_stops_good_images_from_pushing():
 
 
 def test_normalized_rewards_have_mean_0_and_deviation_1_part_by_part():
-    from marval.randomness import generator
     from marval.rewards import WeightedReward, standardized
+    from marval.runtime.rng import generator
 
     images = torch.rand(50, 1, 4, 4, generator=generator("images"))
     both = WeightedReward({"mean": (brightness, 1.0), "big": (lambda x, prompts: 1000 * x[:, 0, 0, 0], 0.5)})
@@ -278,13 +276,13 @@ def test_normalized_rewards_have_mean_0_and_deviation_1_part_by_part():
 
 
 def test_low_rank_asks_for_one_process_and_a_rank():
-    from marval.parallel import Workers
+    from marval.runtime.distributed import Workers
 
     with pytest.raises(ValueError, match="rank 0"):
         dataclasses.replace(FINETUNE, train="low-rank", rank=0)
     settings = dataclasses.replace(FINETUNE, train="low-rank")
     with pytest.raises(ValueError, match="one process, not in 2"):
-        finetune_module.trainable(tiny_model(), settings, Workers(count=2))
+        tuning.trainable(tiny_model(), settings, Workers(count=2))
 
 
 def test_a_reward_that_becomes_nan_names_the_prompt_and_keeps_state_and_model(data, config, tmp_path):
@@ -299,7 +297,7 @@ def test_a_reward_that_becomes_nan_names_the_prompt_and_keeps_state_and_model(da
         return torch.where(broken, torch.nan, value) if len(calls) > 7 else value
 
     with pytest.raises(ValueError, match=r"reward mine: not finite for the prompt 'a high-quality .* square'"):
-        run_finetune(config, data, tmp_path / "run", reward=WeightedReward({"mine": (breaks, 1.0)}))
+        run_tune(config, data, tmp_path / "run", reward=WeightedReward({"mine": (breaks, 1.0)}))
     assert len(calls) >= 8
     assert all(value.isfinite().all() for value in state_of(tmp_path / "run", 5).values())
     assert load(tmp_path / "run").sample([0]).isfinite().all()
@@ -324,13 +322,13 @@ def test_tuning_stops_when_held_out_figures_turn_and_keeps_the_best(
         return figures | {name: next(seen)}
 
     out = tmp_path / "run"
-    settings = dataclasses.replace(FINETUNE, iterations=100, probe_every=2, patience=3)
-    ended = run_finetune(config, data, out, settings=settings, probe=probe)
+    settings = dataclasses.replace(FINETUNE, updates=100, probe_every=2, patience=3)
+    ended = run_tune(config, data, out, settings=settings, probe=probe)
     assert reason in ended
     assert log_of(out)[-1]["step"] == last_step
     best_step = 2  # in all three cases the first probe after the start is the last good one
     other = tmp_path / "until-best"
-    run_finetune(config, data, other, settings=dataclasses.replace(settings, iterations=best_step, probe_every=50))
+    run_tune(config, data, other, settings=dataclasses.replace(settings, updates=best_step, probe_every=50))
     expected = state_of(other, best_step)
     found = load_file(out / "model/model.safetensors")
     assert all(torch.equal(found[key], expected[f"ema.{key}"]) for key in found)
@@ -340,7 +338,7 @@ def test_a_student_is_refused_as_teacher_and_a_teacher_as_student(data, config, 
     with pytest.raises(ValueError, match="one-step student already"):
         run_distill(dataclasses.replace(config, draw=OneStep()), data, tmp_path)
     with pytest.raises(ValueError, match="distil it first"):
-        finetune_module.finetune(tiny_model(), config, brightness, FINETUNE, tmp_path, probe=steady_probe)
+        tuning.tune(tiny_model(), config, brightness, FINETUNE, tmp_path, probe=steady_probe)
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(data, config, tmp_path):
@@ -403,9 +401,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(data, config, tmp_path
 
 
 def test_a_skipped_step_changes_no_weight(data, config, tmp_path, monkeypatch):
-    run_train(config, data, tmp_path / "three", settings=dataclasses.replace(TRAIN, iterations=3, decay=1))
+    run_train(config, data, tmp_path / "three", settings=dataclasses.replace(TRAIN, updates=3, decay=1))
     break_losses(monkeypatch, {4})
-    run_train(config, data, tmp_path / "four", settings=dataclasses.replace(TRAIN, iterations=4, decay=1))
+    run_train(config, data, tmp_path / "four", settings=dataclasses.replace(TRAIN, updates=4, decay=1))
     before, after = state_of(tmp_path / "three", 3), state_of(tmp_path / "four", 4)
     for key in before:
         if key.startswith("model."):
@@ -414,7 +412,7 @@ def test_a_skipped_step_changes_no_weight(data, config, tmp_path, monkeypatch):
 
 def test_too_many_steps_that_are_not_finite_stop_the_run_and_keep_the_last_state(data, config, tmp_path, monkeypatch):
     break_losses(monkeypatch, set(range(8, 99)))
-    settings = dataclasses.replace(TRAIN, iterations=99, max_skipped=3)
+    settings = dataclasses.replace(TRAIN, updates=99, max_skipped=3)
     with pytest.raises(ValueError, match=r"3 updates in a row .* up to step 10.*learning_rate 0.001"):
         run_train(config, data, tmp_path / "run", settings=settings)
     state = state_of(tmp_path / "run", 5)
@@ -434,7 +432,7 @@ def test_a_bad_reward_is_named(reward, message, data, config, tmp_path):
     from marval.rewards import WeightedReward
 
     with pytest.raises(ValueError, match=message):
-        run_finetune(config, data, tmp_path / "run", reward=WeightedReward({"mine": (reward, 1.0)}))
+        run_tune(config, data, tmp_path / "run", reward=WeightedReward({"mine": (reward, 1.0)}))
     assert isinstance(load(tmp_path / "run"), Pipeline)  # the student that it started from
 
 

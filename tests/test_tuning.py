@@ -13,18 +13,19 @@ from PIL import Image
 
 from marval.cli import main
 from marval.cli.training import preset_settings
-from marval.config import DistillConfig, FinetuneConfig, LatentSpace, MARConfig, OneStep, TrainConfig
+from marval.config import LatentSpace, MARConfig, OneStep
 from marval.io.checkpoint import add_guidance, load_model, save_model
 from marval.model import MAR
 from marval.pipeline import Pipeline, load
-from marval.randomness import generator
+from marval.presets import DistillConfig, TrainConfig, TuneConfig
 from marval.rewards import ClassifierReward, Prompt, prompts_of
 from marval.rewards.classifier import Classifier
+from marval.runtime.optim import decayed
+from marval.runtime.rng import generator
 from marval.sampling import DrawInOneStep, draw_counts, guidance_at, sample
-from marval.train import finetune as finetune_module
+from marval.train import tune as finetune_module
 from marval.train.distill import distill, revealed_after
-from marval.train.finetune import Keeper, anchor_settings
-from marval.train.run import decayed
+from marval.train.tune import Keeper, anchor_settings
 from tiny import tiny_config, tiny_data, tiny_model
 
 BRIGHT = "def score(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n"
@@ -115,22 +116,22 @@ def test_tuning_starts_where_there_are_as_many_classes_as_probe_images(command, 
     write_pictures(tmp_path / "pictures", classes, 3)
     student_of(classes).save(tmp_path / "student")
     (tmp_path / "mine.py").write_text(BRIGHT)
-    settings = ["--iterations", 2, "--probe-every", 1, "--batch-size", 4, "--reward", "mine:score"]
-    shown = command("finetune", "student", *settings, "--probe-samples", 4, "--out", "a")
+    settings = ["--updates", 2, "--probe-every", 1, "--batch-size", 4, "--reward", "mine:score"]
+    shown = command("tune", "student", *settings, "--probe-samples", 4, "--out", "a")
     assert "no class has two" in shown
     assert "--probe-samples 8" in shown
     assert "no held-out classifier" in shown
     assert [line["step"] for line in log_of(tmp_path / "a")] == [0, 1, 2]
     assert all("fd" in line and "diversity" not in line for line in log_of(tmp_path / "a"))
     assert "learning rate" not in shown
-    shown = command("finetune", "student", *settings, "--probe-samples", 6, "--out", "b")
+    shown = command("tune", "student", *settings, "--probe-samples", 6, "--out", "b")
     assert "the mean over the 2 classes that have two" in shown
     assert all(line["diversity_classes"] == 2 and line["diversity"] > 0 for line in log_of(tmp_path / "b"))
-    shown = command("finetune", "student", *settings, "--probe-samples", 8, "--out", "c")
+    shown = command("tune", "student", *settings, "--probe-samples", 8, "--out", "c")
     assert "diversity is the mean" not in shown
     assert all("diversity_classes" not in line and line["diversity"] > 0 for line in log_of(tmp_path / "c"))
     assert "--probe-samples 1: expected a whole number from 2" in command(
-        "finetune", "student", *settings, "--probe-samples", 1, "--out", "d", refused=True
+        "tune", "student", *settings, "--probe-samples", 1, "--out", "d", refused=True
     )
 
 
@@ -139,7 +140,7 @@ def test_tuning_works_with_one_class_and_ten_images(command, tmp_path):
     student_of(["only"]).save(tmp_path / "student")
     (tmp_path / "mine.py").write_text(BRIGHT)
     shown = command(
-        "finetune", "student", "--iterations", 1, "--probe-samples", 4, "--batch-size", 2, "--reward", "mine:score"
+        "tune", "student", "--updates", 1, "--probe-samples", 4, "--batch-size", 2, "--reward", "mine:score"
     )
     assert "1 of 1 iterations done" in shown
     assert log_of(tmp_path / "runs/tuned")[0]["diversity"] > 0
@@ -148,18 +149,18 @@ def test_tuning_works_with_one_class_and_ten_images(command, tmp_path):
 def test_by_default_every_class_has_two_probe_images(command, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("marval.evaluate.probe.probe", lambda judge, samples, *a, **k: asked.append(samples))
-    monkeypatch.setattr("marval.train.finetune.finetune", lambda *a, **k: "done")
+    monkeypatch.setattr("marval.train.tune.tune", lambda *a, **k: "done")
     judge = type("Judge", (), {"classifier": None})()
     monkeypatch.setattr("marval.cli.training.training_judge", lambda *a: judge)
     (tmp_path / "mine.py").write_text(BRIGHT)
     for count in (3, 1000):
         student_of([f"class {i}" for i in range(count)]).save(tmp_path / "student")
-        command("finetune", "student", "--reward", "mine:score")
+        command("tune", "student", "--reward", "mine:score")
     assert asked == [1000, 2000]
 
 
 def test_the_stop_uses_the_figures_that_there_are():
-    settings = FinetuneConfig(patience=2)
+    settings = TuneConfig(patience=2)
 
     def ended(*figures):
         keeper = Keeper(settings)
@@ -178,7 +179,7 @@ def test_the_stop_uses_the_figures_that_there_are():
 
 
 def test_a_student_records_the_guidance_that_it_was_distilled_with(tmp_path):
-    settings = DistillConfig(iterations=2, warmup=1, batch_size=4, tokens_per_image=4, guidance=1.7, autocast=False)
+    settings = DistillConfig(updates=2, warmup=1, batch_size=4, tokens_per_image=4, guidance=1.7, autocast=False)
     config = tiny_config()
     distill(tiny_model(), config, settings, tiny_data(), tmp_path / "run", quiet=True)
     assert load(tmp_path / "run").config.draw == OneStep(755, True, 1.7, config.draw.guidance_schedule)
@@ -211,10 +212,10 @@ def test_older_students_load_and_their_config_json_may_say_it(tmp_path):
 
 def test_an_anchor_pulls_to_what_was_distilled_by_the_recipe_of_the_preset():
     student = dataclasses.replace(tiny_config(), draw=OneStep(guidance=1.2, guidance_schedule="constant"), iterations=5)
-    tuning = FinetuneConfig(batch_size=6, accumulate=2, autocast=False, seed=3)
+    tuning = TuneConfig(batch_size=6, accumulate=2, autocast=False, seed=3)
     recipe = DistillConfig.imagenet256("base")
     found = anchor_settings(recipe, student, tuning)
-    assert (found.guidance, found.guidance_schedule, found.sample_iterations) == (1.2, "constant", 5)
+    assert (found.guidance, found.guidance_schedule, found.iterations) == (1.2, "constant", 5)
     assert (found.batch_size, found.accumulate, found.autocast, found.seed) == (6, 2, False, 3)
     for name in ("tokens_per_image", "mask_ratio_min", "mask_ratio_std", "objective", "auxiliary_learning_rate"):
         assert getattr(found, name) == getattr(recipe, name)
@@ -259,17 +260,17 @@ def test_a_latent_student_is_tuned_as_the_readme_describes(command, tmp_path):
     (tmp_path / "mine.py").write_text(BRIGHT + "def dark(images, prompts):\n    return -score(images, prompts)\n")
 
     recipe = ["--preset", "imagenet256-base", "--data", "latents:cache", "--batch-size", 4, "--log-every", 1]
-    recipe += ["--sample-iterations", 4, "--probe-samples", 60, "--probe-every", 3, "--iterations", 3]
+    recipe += ["--iterations", 4, "--probe-samples", 60, "--probe-every", 3, "--updates", 3]
     assert "--judge-data folder:DIR" in command("distill", "teacher", *recipe, "--warmup", 1, refused=True)
     command("distill", "teacher", *recipe, "--warmup", 1, "--judge-data", "folder:pictures", "--out", "student")
     draw = load(tmp_path / "student").config.draw
     assert (draw.guidance, draw.guidance_schedule) == (1.2, "constant")  # the preset's, not the teacher's 3
     assert log_of(tmp_path / "student")[-1]["fd"] > 0
 
-    tuning = [*recipe, "--reward", "mine.py:score", "--backprop-iterations", 2, "--anchor-warmup", 1]
+    tuning = [*recipe, "--reward", "mine.py:score", "--gradient-iterations", 2, "--anchor-warmup", 1]
     tuning += ["--anchor", 0.5, "--teacher", "teacher", "--out", "tuned"]
-    assert "--judge-data folder:DIR" in command("finetune", "student", *tuning, refused=True)
-    shown = command("finetune", "student", *tuning, "--judge-data", "folder:pictures", "--held-out", "mine.py:dark")
+    assert "--judge-data folder:DIR" in command("tune", "student", *tuning, refused=True)
+    shown = command("tune", "student", *tuning, "--judge-data", "folder:pictures", "--held-out", "mine.py:dark")
     assert "w = 1.2, constant" in shown
     assert "no held-out classifier" not in shown
     first, *_, last = log_of(tmp_path / "tuned")
@@ -281,7 +282,7 @@ def test_a_latent_student_is_tuned_as_the_readme_describes(command, tmp_path):
     (tmp_path / "other").mkdir()
     Pipeline(tiny_model(), tiny_config()).save(tmp_path / "other")
     refused = command(
-        "finetune", "student", *tuning[:-3], "other", "--out", "never", "--judge-data", "folder:pictures", refused=True
+        "tune", "student", *tuning[:-3], "other", "--out", "never", "--judge-data", "folder:pictures", refused=True
     )
     assert "other sizes, tokens or classes" in refused
 
@@ -336,13 +337,13 @@ def test_tuning_hands_the_setting_on(tmp_path, monkeypatch):
     )
     student = dataclasses.replace(tiny_config(), draw=OneStep())
     for autocast in (True, False):
-        settings = FinetuneConfig(iterations=1, batch_size=2, sample_iterations=2, autocast=autocast)
-        finetune_module.finetune(
+        settings = TuneConfig(updates=1, batch_size=2, iterations=2, autocast=autocast)
+        finetune_module.tune(
             tiny_model(), student, lambda images, prompts: images.mean(dim=(1, 2, 3)), settings,
             tmp_path / str(autocast), probe=lambda pipeline: {"fd": 1.0}, quiet=True,
         )  # fmt: skip
     assert seen == [True, False]
-    assert FinetuneConfig().autocast
+    assert TuneConfig().autocast
 
 
 # --- MAR's recipe ---

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from marval.io.vae import convert_vae
-from marval.randomness import generator
+from marval.runtime.rng import generator
 
 WIDTHS, LATENT, BLOCKS = (32, 64), 4, 2  # two levels; attention in the encoder's last, as in KL-16
 

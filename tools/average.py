@@ -20,7 +20,7 @@ from marval.io.files import check_replace
 from marval.io.official import check_weights
 from marval.model import MAR
 from marval.pipeline import find_model
-from marval.provenance import command_line
+from marval.runtime.provenance import command_line
 
 
 def average_models(models: Sequence[tuple[MAR, ModelConfig]]) -> tuple[MAR, ModelConfig]:

@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from marval.config import Chain, TrainConfig
+from marval.config import Chain
 from marval.data.fashion import load_fashion_mnist
 from marval.model.blocks import Block
 from marval.model.head import ResBlock
-from marval.parallel import Workers
 from marval.pipeline import Pipeline, load
+from marval.presets import TrainConfig
+from marval.runtime.distributed import Workers
 from marval.sampling import draw_function, sample
 from marval.train.teacher import teacher_config, train_teacher
 
@@ -68,7 +69,7 @@ def main() -> None:
     )  # fmt: skip
     config = dataclasses.replace(config, mar=mar, draw=Chain(guidance=2.0, clip=True))
     settings = TrainConfig(
-        iterations=given.steady, decay=1, warmup=1000, batch_size=given.batch_size, learning_rate=given.learning_rate,
+        updates=given.steady, decay=1, warmup=1000, batch_size=given.batch_size, learning_rate=given.learning_rate,
         ema_decay=0.9995, log_every=100, save_every=5000,
     )  # fmt: skip
     workers = Workers(device=torch.device(given.device))
@@ -76,7 +77,7 @@ def main() -> None:
     train_teacher(config, settings, data, given.out, workers=workers)
     print(f"steady: {given.steady} updates in {time.perf_counter() - began:.0f} s", flush=True)
     shutil.copytree(given.out / f"state-{given.steady:08d}", given.out / "steady", dirs_exist_ok=True)
-    longer = dataclasses.replace(settings, iterations=given.steady + given.cooldown, decay=given.cooldown)
+    longer = dataclasses.replace(settings, updates=given.steady + given.cooldown, decay=given.cooldown)
     if given.cooldown:
         train_teacher(config, longer, data, given.out, workers=workers, resume=True)
     print(f"trained in {time.perf_counter() - began:.0f} s", flush=True)

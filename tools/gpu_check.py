@@ -26,31 +26,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import marval
-from marval.config import (
-    Chain,
-    DistillConfig,
-    FinetuneConfig,
-    LatentSpace,
-    MARConfig,
-    ModelConfig,
-    OneStep,
-    TrainConfig,
-)
+from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep
 from marval.data import ImageData
+from marval.evaluate.flops import model_flops
 from marval.evaluate.timing import synchronize
-from marval.flops import model_flops
 from marval.model import MAR, NoiseSchedule
-from marval.parallel import Workers
-from marval.provenance import provenance
-from marval.randomness import generator
+from marval.presets import DistillConfig, TrainConfig, TuneConfig
+from marval.runtime.distributed import Workers
+from marval.runtime.provenance import provenance
+from marval.runtime.rng import generator
 from marval.sampling import DrawByChain, DrawInOneStep, draw_counts, draw_function, model_contexts, sample
 from marval.train.distill import GSIM, distill
-from marval.train.finetune import finetune
 from marval.train.teacher import train_teacher
+from marval.train.tune import tune
 
 ROOT = Path(__file__).parent.parent
 READ_BYTES_PER_SECOND = 3.35e12  # H100's memory; only used for the share of the read limit
-sys.path.insert(0, str(ROOT / "tests"))  # the official sampler's loop, rendered in plain PyTorch
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))  # the official sampler's loop, rendered in plain PyTorch
 
 
 class Check:
@@ -121,7 +113,7 @@ def parity(check: Check) -> dict[str, float]:
         with torch.autocast(check.device.type, torch.bfloat16, enabled=autocast):
             context = model.context(tokens, visible, everywhere, model.class_embedding(reference["labels"]))
             head = model.head(reference["head.x_t"], reference["head.t"].float(), reference["z"].flatten(0, 1))
-            chain = DrawByChain(Chain(guidance=3.0, steps=10))
+            chain = DrawByChain(Chain(guidance=3.0, diffusion_steps=10))
             contexts = reference["z"].flatten(0, 1), reference["z_uncond"].flatten(0, 1)
             drawn = chain(model.head, *contexts, 3.0, reference["chain.noise"][:-1])
         found[f"{name} context"] = difference(context, reference["z"])
@@ -192,7 +184,7 @@ def resume(check: Check) -> dict[str, Any]:
         if name == "train":
             train_teacher(
                 config,
-                TrainConfig(iterations=steps, warmup=2, decay=1, **every),
+                TrainConfig(updates=steps, warmup=2, decay=1, **every),
                 data,
                 out,
                 resume=resume,
@@ -200,12 +192,12 @@ def resume(check: Check) -> dict[str, Any]:
                 quiet=True,
             )
         elif name == "distill":
-            settings = DistillConfig(iterations=steps, warmup=2, decay=1, **every)
+            settings = DistillConfig(updates=steps, warmup=2, decay=1, **every)
             distill(copy.deepcopy(teacher), config, settings, data, out, resume=resume, workers=workers, quiet=True)
         else:
             student = dataclasses.replace(config, draw=OneStep(clip=True))
-            settings = FinetuneConfig(iterations=steps, sample_iterations=4, probe_every=100, **every)
-            finetune(
+            settings = TuneConfig(updates=steps, iterations=4, probe_every=100, **every)
+            tune(
                 copy.deepcopy(teacher),
                 student,
                 score,
@@ -218,7 +210,7 @@ def resume(check: Check) -> dict[str, Any]:
             )
 
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("train", "distill", "finetune"):
+        for name in ("train", "distill", "tune"):
             whole, parts = Path(folder) / f"{name}-whole", Path(folder) / f"{name}-parts"
             stage(name, whole, 8, False)
             stage(name, parts, 4, False)
@@ -234,7 +226,7 @@ def one_rank(check: Check) -> dict[str, float]:
     from torch.distributed.device_mesh import init_device_mesh
 
     _, config, data = tiny()
-    settings = TrainConfig(iterations=2, batch_size=8, warmup=1, decay=1, autocast=False)
+    settings = TrainConfig(updates=2, batch_size=8, warmup=1, decay=1, autocast=False)
     with tempfile.TemporaryDirectory() as folder:
         train_teacher(config, settings, data, Path(folder) / "alone", workers=Workers(device=check.device), quiet=True)
         kind = check.device.type
@@ -436,7 +428,7 @@ def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> 
     student = copy.deepcopy(model).requires_grad_(True)
     student.checkpoint_blocks = checkpoint_blocks
     gsim = GSIM(model, config, settings, RandomLatents(model.config, check.device), Workers(device=check.device))  # type: ignore[arg-type]
-    from marval.train.run import Updates
+    from marval.runtime.optim import Updates
 
     update = Updates(student, settings, (0.0, 0.999))
     if not check.dry_run:

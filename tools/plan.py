@@ -4,7 +4,7 @@
     python tools/plan.py imagenet256-base --gpus 4 --gpu-memory 24 --tflops 165 --efficiency 0.3
 
 Memory comes from running the very steps of training on fake tensors, which have shapes but no storage, and adding up
-what is alive; floating-point operations come from formulas (`marval.flops`).
+what is alive; floating-point operations come from formulas (`marval.evaluate.flops`).
 """
 
 import dataclasses
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tyro.conf import Positional
 
-from marval.config import IMAGENET_IMAGES, DistillConfig, FinetuneConfig, MARConfig, Size
+from marval.config import MARConfig, Size
+from marval.evaluate.flops import Flops, context_flops, embedding_flops, head_flops, iteration_flops
+from marval.evaluate.memory import LiveMemory
 from marval.evaluate.results import write_results
-from marval.flops import Flops, context_flops, embedding_flops, head_flops, iteration_flops
-from marval.memory import LiveMemory
 from marval.model import MAR, NoiseSchedule, TokenHead
 from marval.model.blocks import Block
-from marval.provenance import made_by
+from marval.presets import IMAGENET_IMAGES, DistillConfig, TuneConfig
+from marval.runtime.provenance import made_by
 from marval.sampling import DrawInOneStep, draw_counts, model_contexts
 from marval.train.distill import Batch, Masking, auxiliary_step_loss, guide, student_step_loss, student_tokens
 
@@ -97,20 +98,20 @@ def plan_distill(config: MARConfig, settings: DistillConfig, gpus: int) -> Plan:
     )  # fmt: skip
 
 
-def plan_finetune(config: MARConfig, settings: FinetuneConfig, gpus: int) -> Plan:
+def plan_tune(config: MARConfig, settings: TuneConfig, gpus: int) -> Plan:
     """Stage 2: student and its EMA. The VAE's decoder and the reward, which are the user's choice, come on top."""
     sizes = network_sizes(config)
     networks = {"student": sizes["MAR"], "EMA": sizes["MAR"]}
-    counts, contexts, heads = draw_counts(config.num_tokens, settings.sample_iterations), 0, 0
+    counts, contexts, heads = draw_counts(config.num_tokens, settings.updates), 0, 0
     for k, count in enumerate(counts):
         once = iteration_flops(config, sum(counts[:k]), count, 1, guided=False)
-        learnt = k >= settings.sample_iterations - settings.backprop_iterations
+        learnt = k >= settings.updates - settings.gradient_iterations
         contexts += once.context * (4 if learnt else 1)  # forward, recomputed, and twice that for the gradients
         heads += once.head * (1 if not learnt else 3 if settings.checkpoint_blocks else 4)  # blocks alone recompute
     flops = Flops(settings.batch_size * contexts, settings.batch_size * heads)
     return _plan(
         networks, sizes, ("student",), gpus, flops, settings,
-        lambda images, recompute: finetune_memory(config, settings, images, recompute),
+        lambda images, recompute: tune_memory(config, settings, images, recompute),
     )  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def _plan(
     trained: tuple[str, ...],
     gpus: int,
     flops: Flops,
-    settings: DistillConfig | FinetuneConfig,
+    settings: DistillConfig | TuneConfig,
     memory: Callable[[int, bool], int],
 ) -> Plan:
     activations = {}
@@ -137,7 +138,7 @@ def _plan(
         activations=activations,
         bf16_flops=flops.context if settings.autocast else 0,
         float32_flops=flops.head if settings.autocast else flops.total,
-        steps=settings.iterations,
+        steps=settings.updates,
         batch=settings.batch_size,
     )
 
@@ -209,15 +210,15 @@ def distill_memory(
     return live.peak
 
 
-def finetune_memory(config: MARConfig, settings: FinetuneConfig, images: int, recompute: bool) -> int:
+def tune_memory(config: MARConfig, settings: TuneConfig, images: int, recompute: bool) -> int:
     """As `distill_memory`, for the backward pass of a tuning step.
 
     Without `recompute` that is one AR iteration, the largest: the others keep their tokens only. With it the last M
     iterations are all kept, but for what is inside their blocks.
     """
-    counts = draw_counts(config.num_tokens, settings.sample_iterations)
+    counts = draw_counts(config.num_tokens, settings.updates)
     draw, largest = DrawInOneStep(), max(counts)
-    starts = [(sum(counts[:k]), count) for k, count in enumerate(counts)][-settings.backprop_iterations :]
+    starts = [(sum(counts[:k]), count) for k, count in enumerate(counts)][-settings.gradient_iterations :]
     shown_and_drawn = starts if recompute else [(config.num_tokens - largest, largest)]
     with fake_tensors():
         student = MAR(config).eval()
@@ -227,7 +228,7 @@ def finetune_memory(config: MARConfig, settings: FinetuneConfig, images: int, re
         labels = torch.zeros(images, dtype=torch.long)
         with LiveMemory() as live:
             tokens = torch.randn(images, config.num_tokens, config.token_dim, requires_grad=True)
-            kept = [tokens * 1.0 for _ in range(settings.backprop_iterations)]
+            kept = [tokens * 1.0 for _ in range(settings.gradient_iterations)]
             total = kept[0].sum() * 0
             for shown, drawn in shown_and_drawn:
                 positions = places[:, shown : shown + drawn]
@@ -265,7 +266,7 @@ def plan_rows(
     config, rows = MARConfig.imagenet256(size), []
     plans = {
         "distill": plan_distill(config, DistillConfig.imagenet256(size), gpus),
-        "finetune": plan_finetune(config, FinetuneConfig.imagenet256(size), gpus),
+        "tune": plan_tune(config, TuneConfig.imagenet256(size), gpus),
     }
     for stage, plan in plans.items():
         row: dict[str, Any] = {"preset": f"imagenet256-{size}", "stage": stage, "gpus": gpus, "gpu_gib": memory / GIB}
@@ -310,7 +311,7 @@ def report(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"float32; {row['days']:.2f} days at {row['efficiency']:.0%} of {row['tflops']:.0f} TFLOP/s in bf16 and "
             f"{FLOAT32_EFFICIENCY:.0%} of {row['float32_tflops']:g} in float32 a GPU"
         )
-    lines += ["", "finetune: the VAE's decoder and the reward are not counted."]
+    lines += ["", "tune: the VAE's decoder and the reward are not counted."]
     return lines
 
 

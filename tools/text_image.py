@@ -17,13 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from marval.data import ImageData, batch_indices, load_images, split_data
-from marval.efficientnet import EfficientNetFeatures
 from marval.io.files import check_output, write_text
-from marval.parallel import Workers
-from marval.provenance import provenance
-from marval.randomness import generator
+from marval.rewards.efficientnet import EfficientNetFeatures
 from marval.rewards.text_image import TextImageHead, save_head, sentence_encoder
-from marval.train.run import Log
+from marval.runtime.distributed import Workers
+from marval.runtime.log import Log
+from marval.runtime.provenance import provenance
+from marval.runtime.rng import generator
 
 TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "a high-quality and harmonious picture of {}")
 TEMPERATURE = 0.07
@@ -190,7 +190,7 @@ def main(
     for file in (out, report):
         check_output(file, folder=False)
     if images < 1 or steps < 1:
-        raise ValueError(f"--images {images} --steps {steps}: expected at least 1 of each")
+        raise ValueError(f"--images {images} --diffusion-steps {steps}: expected at least 1 of each")
     pictures = load_images(data)
     said = Phrases.read(phrases, pictures.class_names)
     if data.startswith("fashion-mnist"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from marval.pipeline import Pipeline, bundled_models, load
-    from marval.sampling import sample
+    from marval.sampling.loop import sample
 
 __all__ = ["Pipeline", "bundled_models", "load", "sample"]
 __version__ = "0.1.0"
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(pipeline, name)
     if name == "sample":
-        from marval.sampling import sample
+        from marval.sampling.loop import sample
 
         return sample
     raise AttributeError(f"module 'marval' has no attribute {name!r}")

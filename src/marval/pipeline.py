@@ -17,7 +17,7 @@ from torch import Tensor
 from marval.config import Chain, ModelConfig, Schedule
 from marval.io.checkpoint import WEIGHTS, load_model, save_model
 from marval.model import MAR
-from marval.randomness import Seeds, image_seeds, whole_number
+from marval.runtime.rng import Seeds, image_seeds, whole_number
 from marval.sampling import Orders, check_finite, draw_function, drawing_orders, sample
 from marval.spaces import TokenSpace, token_space, vae_beside
 
@@ -86,7 +86,7 @@ class Pipeline:
     def with_chain(
         self,
         *,
-        steps: int | None = None,
+        diffusion_steps: int | None = None,
         guidance: float | None = None,
         guidance_schedule: Schedule | None = None,
         temperature: float | None = None,
@@ -97,7 +97,8 @@ class Pipeline:
             ValueError: the model is a student, or a value is out of range.
         """
         given: dict[str, Any] = {
-            "steps": steps, "guidance": guidance, "guidance_schedule": guidance_schedule, "temperature": temperature,
+            "diffusion_steps": diffusion_steps, "guidance": guidance, "guidance_schedule": guidance_schedule,
+            "temperature": temperature,
         }  # fmt: skip
         changes = {name: value for name, value in given.items() if value is not None}
         if not changes:

@@ -136,7 +136,7 @@ def make_recipe(
     if not isinstance(draw, Chain):
         return recipe
     return dataclasses.replace(
-        recipe, guidance=draw.guidance, guidance_schedule=draw.guidance_schedule, steps=draw.steps,
+        recipe, guidance=draw.guidance, guidance_schedule=draw.guidance_schedule, steps=draw.diffusion_steps,
         temperature=draw.temperature,
     )  # fmt: skip
 
@@ -220,7 +220,7 @@ def draw_recipe(
         ValueError: a class, position or number out of range for the model.
     """
     pipeline = pipeline.with_chain(
-        steps=recipe.steps,
+        diffusion_steps=recipe.steps,
         guidance=recipe.guidance,
         guidance_schedule=recipe.guidance_schedule,
         temperature=recipe.temperature,
@@ -230,7 +230,10 @@ def draw_recipe(
         raise ValueError(f"row {recipe.row} of a batch of {len(pairs)} is not class {recipe.label}, seed {recipe.seed}")
     labels = pipeline.labels([label for label, _ in pairs])
     mar, draw = pipeline.config.mar, pipeline.config.draw
-    if len(pairs) * (draw.steps if isinstance(draw, Chain) else 1) * mar.num_tokens * mar.token_dim > MOST_NOISE:
+    if (
+        len(pairs) * (draw.diffusion_steps if isinstance(draw, Chain) else 1) * mar.num_tokens * mar.token_dim
+        > MOST_NOISE
+    ):
         raise ValueError(f"a batch of {len(pairs)} pictures of this model needs more than 1 GiB of noise")
     known = None
     if before is not None and recipe.redrawn is not None:

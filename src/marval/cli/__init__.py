@@ -13,13 +13,13 @@ import marval
 from marval.cli.converting import cache_latents, convert
 from marval.cli.drawing import demo, sample, serve
 from marval.cli.measuring import bench, compare, evaluate, sweep
-from marval.cli.training import distill, finetune, preset_settings, train, train_classifier
-from marval.refusal import announce, watch
+from marval.cli.training import distill, preset_settings, train, train_classifier, tune
+from marval.runtime.refusal import announce, watch
 
 VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "distill": distill,
-    "finetune": finetune,
+    "tune": tune,
     "sample": sample,
     "evaluate": evaluate,
     "compare": compare,
@@ -55,7 +55,7 @@ def main() -> None:
         told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         complain(told, 2)
     except KeyboardInterrupt as interrupt:
-        training = len(sys.argv) > 1 and sys.argv[1].startswith(("train", "distill", "finetune"))
+        training = len(sys.argv) > 1 and sys.argv[1].startswith(("train", "distill", "tune"))
         told = str(interrupt) or ("nothing was saved" if training else "")
         complain("interrupted" + (f": {told}" if told else ""), 130)
 

@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from marval.config import Chain, DistillConfig, FinetuneConfig
+from marval.config import Chain
+from marval.presets import DistillConfig, TuneConfig
 
 if TYPE_CHECKING:
     import torch
 
     from marval.data import ImageData, TrainingData
     from marval.evaluate.judge import Judge
-    from marval.parallel import Workers
     from marval.pipeline import Pipeline
-    from marval.train.finetune import Anchor
+    from marval.runtime.distributed import Workers
+    from marval.train.tune import Anchor
 
 JUDGED = 10_000  # real images that a training run's judge reads at most
 
@@ -69,7 +70,7 @@ def data_of(pipeline: "Pipeline", data: str | None) -> "TrainingData":
 
 
 def load_models(
-    names: Sequence[str], device: str, steps: Sequence[int] = (), guidance: Sequence[float] = ()
+    names: Sequence[str], device: str, diffusion_steps: Sequence[int] = (), guidance: Sequence[float] = ()
 ) -> list[tuple[Path, "Pipeline"]]:
     """Models with their folders, each once; a teacher once for each T (the largest first) and w.
 
@@ -78,7 +79,7 @@ def load_models(
     """
     from marval.evaluate.results import model_hashes
     from marval.pipeline import find_model, load
-    from marval.provenance import commit
+    from marval.runtime.provenance import commit
 
     if not names:
         raise ValueError("name at least one model, for example fashion-student")
@@ -86,12 +87,14 @@ def load_models(
     for name in names:
         pipeline = load(name, device)
         if isinstance(pipeline.config.draw, Chain):
-            pairs = [(t, w) for t in sorted(steps, reverse=True) or (None,) for w in guidance or (None,)]
-            found += [(find_model(name), pipeline.with_chain(steps=t, guidance=w)) for t, w in pairs]
+            pairs = [(t, w) for t in sorted(diffusion_steps, reverse=True) or (None,) for w in guidance or (None,)]
+            found += [(find_model(name), pipeline.with_chain(diffusion_steps=t, guidance=w)) for t, w in pairs]
         else:
             found.append((find_model(name), pipeline))
-    if (steps or guidance) and not any(isinstance(p.config.draw, Chain) for _, p in found):
-        found[0][1].with_chain(steps=next(iter(steps), None), guidance=next(iter(guidance), None))  # says why not
+    if (diffusion_steps or guidance) and not any(isinstance(p.config.draw, Chain) for _, p in found):
+        found[0][1].with_chain(
+            diffusion_steps=next(iter(diffusion_steps), None), guidance=next(iter(guidance), None)
+        )  # says why not
     commit()  # as the code is now: the command may run for hours
     hashes = model_hashes(found)
     once = {
@@ -173,7 +176,7 @@ def training_judge(
 
 
 def anchor_for(
-    pipeline: "Pipeline", teacher: str, data: str | None, recipe: DistillConfig, settings: FinetuneConfig
+    pipeline: "Pipeline", teacher: str, data: str | None, recipe: DistillConfig, settings: TuneConfig
 ) -> "Anchor":
     """The anchor of tuning: the student's teacher, its training data, and the settings that it was distilled with.
 
@@ -181,7 +184,7 @@ def anchor_for(
         ValueError: the model is no student, `teacher` is another student or a model of other sizes, or the data do not
             fit.
     """
-    from marval.train.finetune import Anchor, anchor_settings
+    from marval.train.tune import Anchor, anchor_settings
 
     guide, student = load_pipeline(teacher, "cpu"), pipeline.config
     if not isinstance(guide.config.draw, Chain):

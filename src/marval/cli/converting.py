@@ -117,7 +117,7 @@ def cache_latents(
             f"--image-size {image_size} --batch-size {batch_size} --scale {scale}: expected numbers above 0"
         )
     from marval.data import cache_latents as run
-    from marval.parallel import start_workers
+    from marval.runtime.distributed import start_workers
     from marval.spaces import load_vae
 
     with start_workers(usable_device(device)) as workers:

@@ -27,7 +27,7 @@ def sample(
     iterations: int | None = None,
     seed: int = 0,
     order: Order | None = None,
-    steps: int | None = None,
+    diffusion_steps: int | None = None,
     guidance: float | None = None,
     temperature: float | None = None,
     batch_size: int | None = None,
@@ -51,7 +51,7 @@ def sample(
         iterations: K, the AR iterations; the model's default when left out.
         seed: the first image's seed; the next images count on from it.
         order: in which order tokens are drawn; the model's default when left out.
-        steps: T of a teacher's chain.
+        diffusion_steps: T of a teacher's chain.
         guidance: w of a teacher; 1 is no guidance.
         temperature: of a teacher's chain.
         batch_size: images drawn together, which their recipes record; 64, or 50 of latents, when left out.
@@ -66,8 +66,8 @@ def sample(
     from marval.io.checkpoint import model_hash
     from marval.io.images import grid, save_picture, square_rows, to_pil
     from marval.pipeline import find_model
-    from marval.progress import progress
     from marval.recipe import KEY, batch_recipes, plain_name
+    from marval.runtime.progress import progress
     from marval.sampling import draw_counts
 
     if like is not None:
@@ -77,7 +77,9 @@ def sample(
         raise ValueError("name a model, for example: marval sample fashion-student (or a picture with --like)")
     if count < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"--count {count} --batch-size {batch_size}: expected at least 1 of each")
-    pipeline = load_pipeline(model, device).with_chain(steps=steps, guidance=guidance, temperature=temperature)
+    pipeline = load_pipeline(model, device).with_chain(
+        diffusion_steps=diffusion_steps, guidance=guidance, temperature=temperature
+    )
     names = pipeline.config.class_names
     chosen = pipeline.listed_labels(classes) if classes else list(range(len(names)))
     labels = [chosen[i % len(chosen)] for i in range(count)]
@@ -163,7 +165,7 @@ def demo(*, out: Path = Path("demo-out"), device: str = "auto") -> None:
         out: a folder for the picture and the report.
         device: "auto", "cpu", "cuda", ...
     """
-    from marval.demo import run
+    from marval.cli.demo import run
 
     run(out, usable_device(device))
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 from tyro.conf import Positional
 
 from marval.cli.arguments import judge_for, load_models, usable_device
-from marval.config import FinetuneConfig, Size
+from marval.config import Size
+from marval.presets import TuneConfig
 
 if TYPE_CHECKING:
-    from marval.parallel import Workers
+    from marval.runtime.distributed import Workers
 
 REAL_SAMPLE = 10_000  # real images that KID, precision and recall are measured on
 
@@ -23,7 +24,7 @@ def measuring_workers(device: str) -> Iterator["Workers"]:
 
     Times are the main one's.
     """
-    from marval.parallel import start_workers
+    from marval.runtime.distributed import start_workers
 
     with start_workers(usable_device(device)) as workers:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -54,14 +55,14 @@ def evaluate(
     samples: int = 10_000,
     batches: tuple[int, ...] = (1, 64),
     repeats: int = 5,
-    steps: tuple[int, ...] = (),
+    diffusion_steps: tuple[int, ...] = (),
     guidance: tuple[float, ...] = (),
     data: str | None = None,
     judge: Path | None = None,
     features: str | None = None,
     reference: Path | None = None,
     rewards: str | None = None,
-    prompt: str = FinetuneConfig().prompt,
+    prompt: str = TuneConfig().prompt,
     seed: tuple[int, ...] = (0,),
     autocast: bool = False,
     batch_size: int | None = None,
@@ -86,7 +87,7 @@ def evaluate(
         samples: images for the figures of quality (the real set's training split is the reference).
         batches: batch sizes to time at, interleaved over all models; none: no timing.
         repeats: timed rounds.
-        steps: T of the teachers' chains, one or several.
+        diffusion_steps: T of the teachers' chains, one or several.
         guidance: w of the teachers, one or several; 1 is no guidance.
         data: the real images; those of the model when left out.
         judge: the held-out classifier; the bundled one for Fashion-MNIST when left out.
@@ -122,7 +123,7 @@ def evaluate(
     from marval.rewards import find_reward
 
     with measuring_workers(device) as workers:
-        loaded = load_models(models, str(workers.device), steps, guidance)
+        loaded = load_models(models, str(workers.device), diffusion_steps, guidance)
         keep = None if images is None else KeepImages(images, image_format)
         if rewards is not None:
             found = {name.strip(): find_reward(name.strip(), device=workers.device) for name in rewards.split(",")}
@@ -151,7 +152,7 @@ def bench(
     *,
     iterations: tuple[int, ...] = (),
     batches: tuple[int, ...] = (),
-    steps: tuple[int, ...] = (),
+    diffusion_steps: tuple[int, ...] = (),
     guidance: tuple[float, ...] = (),
     repeats: int = 3,
     samples: int = 0,
@@ -171,7 +172,7 @@ def bench(
 
     marval bench imagenet256-base
 
-    marval bench fashion-teacher fashion-student --iterations 4 8 --steps 100 50 25 10 --samples 2000 --plot curve.png
+    marval bench fashion-teacher fashion-student --diffusion-steps 100 50 25 10 --samples 2000 --plot curve.png
 
     Args:
         models: models' names or folders, a teacher first; or imagenet256-base, -large, -huge: a full-size teacher and
@@ -179,7 +180,7 @@ def bench(
         iterations: the numbers K of AR iterations; each model's default when left out (64 at full size).
         batches: batch sizes; 1 and the best of each model when left out (at full size 1 and 4 on a CPU, 1 and the
             largest that fits elsewhere).
-        steps: T of the teachers' chains, one or several: fewer steps are the plain way to be faster.
+        diffusion_steps: T of the teachers' chains, one or several: fewer steps are the plain way to be faster.
         guidance: w of the teachers, one or several.
         repeats: timed rounds after one that warms up; 0: only that one, for runs of many minutes.
         samples: images of each (model, K, T, w) for the quality; 0: none is measured.
@@ -195,8 +196,8 @@ def bench(
         out: the JSON file.
         device: "auto", "cpu", "cuda", ...
     """
-    from marval.bench import bench as run
-    from marval.bench import largest_batch, random_pair
+    from marval.evaluate.bench import bench as run
+    from marval.evaluate.bench import largest_batch, random_pair
     from marval.evaluate.evaluate import evaluate as measure
     from marval.evaluate.evaluate import iterations_of
     from marval.evaluate.results import measured_rows, model_hashes
@@ -212,15 +213,19 @@ def bench(
     check_results(out, plot)
     sizes = [name.removeprefix("imagenet256-") for name in models]
     full_size = [size for name, size in zip(models, sizes, strict=True) if size != name and size in get_args(Size)]
-    if full_size and (len(full_size) < len(models) or samples or guidance or len(steps) > 1):
+    if full_size and (len(full_size) < len(models) or samples or guidance or len(diffusion_steps) > 1):
         raise ValueError("imagenet256-* have random weights: bench them alone, without --samples and --guidance")
     with measuring_workers(device) as workers:
         on = str(workers.device)
-        loaded = [] if full_size else load_models(models, on, steps, guidance)
+        loaded = [] if full_size else load_models(models, on, diffusion_steps, guidance)
         pipelines = [pipeline for _, pipeline in loaded]
         for size in full_size:
             for p in random_pair(cast(Size, size), on):
-                pipelines.append(p.with_chain(steps=next(iter(steps), None)) if p.config.draw.kind == "chain" else p)
+                pipelines.append(
+                    p.with_chain(diffusion_steps=next(iter(diffusion_steps), None))
+                    if p.config.draw.kind == "chain"
+                    else p
+                )
         hashes = model_hashes(loaded, measured_rows(out), out)  # before anything is measured
         smallest = [min(iterations_of(pipeline, iterations)) for pipeline in pipelines]
         if samples:
@@ -279,7 +284,7 @@ def sweep(
     *,
     iterations: tuple[int, ...] = (),
     guidance: tuple[float, ...] = (),
-    steps: tuple[int, ...] = (),
+    diffusion_steps: tuple[int, ...] = (),
     samples: int = 1000,
     seed: tuple[int, ...] = (0,),
     budget: float | None = None,
@@ -299,13 +304,13 @@ def sweep(
 
     marval sweep fashion-student --budget 0.03 --plot student.png
 
-    marval sweep fashion-teacher --iterations 8 16 --guidance 1.5 3 4.5 --steps 25 --samples 500
+    marval sweep fashion-teacher --iterations 8 16 --guidance 1.5 3 4.5 --diffusion-steps 25 --samples 500
 
     Args:
         model: a bundled model's name, or a model's or run's folder.
         iterations: the numbers K of AR iterations; powers of two up to the number of tokens when left out.
         guidance: w of a teacher; its own when left out. A student has none: its guidance is baked in.
-        steps: T of a teacher; its own when left out.
+        diffusion_steps: T of a teacher; its own when left out.
         samples: images for each figure.
         seed: of the samples; several: their mean.
         budget: seconds per image; the best setting within it is named.
@@ -329,7 +334,7 @@ def sweep(
         raise ValueError(f"--batch {batch} --repeats {repeats} --budget {budget}: expected at least 1, above 0")
     check_results(out, plot)
     with measuring_workers(device) as workers:
-        loaded = load_models((model,), str(workers.device), steps, guidance)
+        loaded = load_models((model,), str(workers.device), diffusion_steps, guidance)
         tokens = loaded[0][1].config.mar.num_tokens
         iterations = iterations or tuple(2**i for i in range(tokens.bit_length()) if 2**i <= tokens)
         judged = judge_for(loaded[0][1], data, judge, features=features, reference=reference, main=workers.main)

@@ -1,4 +1,4 @@
-"""The verbs that make models: train, distill, finetune and train-classifier."""
+"""The verbs that make models: train, distill, tune and train-classifier."""
 
 import argparse
 import dataclasses
@@ -9,35 +9,24 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 from tyro.conf import OmitArgPrefixes, Positional
 
 from marval.cli.arguments import anchor_for, data_of, load_pipeline, training_judge, usable_device
-from marval.config import (
-    Chain,
-    Count,
-    DistillConfig,
-    FinetuneConfig,
-    ModelConfig,
-    Name,
-    OneStep,
-    Pairs,
-    Size,
-    TrainConfig,
-    check,
-)
-from marval.provenance import command_line
+from marval.config import Chain, Count, ModelConfig, Name, OneStep, Pairs, Size, check
+from marval.presets import DistillConfig, TrainConfig, TuneConfig
+from marval.runtime.provenance import command_line
 
 if TYPE_CHECKING:
-    from marval.parallel import Workers
     from marval.pipeline import Pipeline
-    from marval.train.finetune import Anchor
+    from marval.runtime.distributed import Workers
+    from marval.train.tune import Anchor
 
-Settings = TypeVar("Settings", DistillConfig, FinetuneConfig)
+Settings = TypeVar("Settings", DistillConfig, TuneConfig)
 Preset = Literal["fashion-mnist", "imagenet256-base", "imagenet256-large", "imagenet256-huge"]
-RECIPES: dict[str, type[TrainConfig] | type[DistillConfig] | type[FinetuneConfig]] = {
-    "train": TrainConfig, "distill": DistillConfig, "finetune": FinetuneConfig,
+RECIPES: dict[str, type[TrainConfig] | type[DistillConfig] | type[TuneConfig]] = {
+    "train": TrainConfig, "distill": DistillConfig, "tune": TuneConfig,
 }  # fmt: skip
 
 
-def preset_settings(verb: str, arguments: Sequence[str]) -> TrainConfig | DistillConfig | FinetuneConfig | None:
-    """The defaults of `train`, `distill` or `finetune` for the preset among its arguments; None for other verbs.
+def preset_settings(verb: str, arguments: Sequence[str]) -> TrainConfig | DistillConfig | TuneConfig | None:
+    """The defaults of `train`, `distill` or `tune` for the preset among its arguments; None for other verbs.
 
     Raises:
         ValueError: an unknown preset.
@@ -88,8 +77,8 @@ def with_few_tokens(settings: Settings, pipeline: "Pipeline") -> Settings:
     """The settings for a model that may have fewer tokens than the default K, and a line that says so."""
     fitting = settings.within(pipeline.config.mar.num_tokens)
     if fitting != settings:
-        name, count = pipeline.config.name, fitting.sample_iterations
-        print(f"{name} has {count} tokens: K is {count}, not {settings.sample_iterations}")
+        name, count = pipeline.config.name, fitting.iterations
+        print(f"{name} has {count} tokens: K is {count}, not {settings.iterations}")
     return fitting
 
 
@@ -109,7 +98,7 @@ def train(
 
     marval train fashion-mnist --out runs/teacher
 
-    marval train --data folder:my-images --iterations 5000 --out runs/mine
+    marval train --data folder:my-images --updates 5000 --out runs/mine
 
     Args:
         preset: the recipe whose settings are the defaults below; imagenet256-* are MAR's, on a cache of latents.
@@ -119,13 +108,13 @@ def train(
         out: the run's folder; the model is left in its sub-folder `model`.
         name: the model's name.
         init: a model of the same sizes to start from, instead of fresh weights.
-        resume: go on from the run's last saved state, which must be there. What may differ: iterations, learning rates,
+        resume: go on from the run's last saved state, which must be there. What may differ: updates, learning rates,
             warmup, decay, save-every, log-every, accumulate, checkpoint-blocks, max-skipped and device.
         device: "auto", "cpu", "cuda", "mps", ...
     """
     from marval.data import LatentData, load_data
-    from marval.parallel import start_workers
-    from marval.train.folder import check_resume
+    from marval.runtime.distributed import start_workers
+    from marval.runtime.folder import check_resume
     from marval.train.teacher import latent_teacher_config, teacher_config, train_teacher
 
     check_resume(out, resume)
@@ -141,7 +130,7 @@ def train(
     start = load_pipeline(init, "cpu").model if init is not None else None
     with start_workers(device) as workers:
         done = train_teacher(config, settings, images, out, init=start, resume=resume, workers=workers)
-        say_where(out, done, settings.iterations, workers)
+        say_where(out, done, settings.updates, workers)
 
 
 def distill(
@@ -160,7 +149,7 @@ def distill(
 
     marval distill fashion-teacher --out runs/student
 
-    marval distill runs/mine --objective gsim --iterations 2000 --out runs/my-student
+    marval distill runs/mine --objective gsim --updates 2000 --out runs/my-student
 
     Args:
         teacher: a bundled model's name, or a model's or run's folder.
@@ -169,14 +158,14 @@ def distill(
         judge_data: the real images of the logged Frechet distance, where `data` are latents: "folder:DIR".
         out: the run's folder; the model is left in its sub-folder `model`.
         probe_samples: images of the small Fréchet distance that is logged (0: none).
-        resume: go on from the run's last saved state, which must be there. What may differ: iterations, learning rates,
+        resume: go on from the run's last saved state, which must be there. What may differ: updates, learning rates,
             warmup, decay, save-every, log-every, accumulate, checkpoint-blocks, max-skipped and device.
         device: "auto", "cpu", "cuda", "mps", ...
     """
     from marval.evaluate.probe import probe
-    from marval.parallel import start_workers
+    from marval.runtime.distributed import start_workers
+    from marval.runtime.folder import check_resume
     from marval.train.distill import distill as run
-    from marval.train.folder import check_resume
 
     check_resume(out, resume)
     if probe_samples:
@@ -199,13 +188,13 @@ def distill(
             images,
             out,
             resume=resume,
-            probe=probe(judge, probe_samples, settings.sample_iterations, workers=workers) if judge else None,
+            probe=probe(judge, probe_samples, settings.iterations, workers=workers) if judge else None,
             workers=workers,
         )
-        say_where(out, done, settings.iterations, workers)
+        say_where(out, done, settings.updates, workers)
 
 
-def finetune(
+def tune(
     student: Positional[str],
     *,
     preset: Preset = "fashion-mnist",
@@ -217,16 +206,16 @@ def finetune(
     judge: Path | None = None,
     judge_data: str | None = None,
     out: Path = Path("runs/tuned"),
-    settings: OmitArgPrefixes[FinetuneConfig] = FinetuneConfig(),
+    settings: OmitArgPrefixes[TuneConfig] = TuneConfig(),
     probe_samples: int | None = None,
     resume: bool = False,
     device: str = "auto",
 ) -> None:
     """Tune a student with a differentiable reward (MARVAL-RL).
 
-    marval finetune fashion-student --reward classifier --out runs/tuned
+    marval tune fashion-student --reward classifier --out runs/tuned
 
-    marval finetune runs/my-student --reward my_rewards.py:score=1,classifier=0.5 --classifier c.safetensors
+    marval tune runs/my-student --reward my_rewards.py:score=1,classifier=0.5 --classifier c.safetensors
 
     Args:
         student: a bundled model's name, or a model's or run's folder.
@@ -243,15 +232,15 @@ def finetune(
         judge_data: the real images that drawn ones are compared with, where `data` are latents: "folder:DIR".
         out: the run's folder; the best model is left in its sub-folder `model`.
         probe_samples: images of the held-out figures; 1000, or two of each class where these are more, when left out.
-        resume: go on from the run's last saved state, which must be there. What may differ: iterations, learning rates,
+        resume: go on from the run's last saved state, which must be there. What may differ: updates, learning rates,
             warmup, decay, save-every, log-every, accumulate, checkpoint-blocks, max-skipped and device.
         device: "auto", "cpu", "cuda", "mps", ...
     """
     from marval.evaluate.probe import probe
-    from marval.parallel import start_workers
     from marval.rewards import WeightedReward, parse_rewards
-    from marval.train.finetune import finetune as run
-    from marval.train.folder import check_resume
+    from marval.runtime.distributed import start_workers
+    from marval.runtime.folder import check_resume
+    from marval.train.tune import tune as run
 
     check_resume(out, resume)
     if probe_samples is not None:
@@ -280,7 +269,7 @@ def finetune(
             settings,
             out,
             probe=probe(
-                judged, samples, settings.sample_iterations, workers=workers, held_out=watched, prompt=settings.prompt
+                judged, samples, settings.iterations, workers=workers, held_out=watched, prompt=settings.prompt
             ),
             anchor=anchor,
             resume=resume,
@@ -320,7 +309,7 @@ def watching(
 def say_where(out: Path, done: int, total: int, workers: "Workers") -> None:
     """The last line of a training run."""
     if workers.main:
-        print(f"{out / 'model'}: {done} of {total} iterations done" + ("; go on with --resume" if done < total else ""))
+        print(f"{out / 'model'}: {done} of {total} updates done" + ("; go on with --resume" if done < total else ""))
 
 
 def train_classifier(

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from marval.data.imagenet import imagenet_classes
 from marval.data.images import ImageData
 from marval.data.reading import in_threads
 from marval.data.sizes import infer_size
-from marval.imagenet import imagenet_classes
 from marval.io.images import pixels, printable, read_image, readable_suffixes
-from marval.progress import progress
-from marval.randomness import generator
+from marval.runtime.progress import progress
+from marval.runtime.rng import generator
 
 MOST_CORRUPT = 0.01  # a larger share of images that cannot be read stops a run,
 FEW_CORRUPT = 3  # but not so few

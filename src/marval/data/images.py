@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from marval.randomness import generator
+from marval.runtime.rng import generator
 from marval.spaces import TokenSpace
 
 

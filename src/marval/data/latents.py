@@ -25,8 +25,8 @@ from marval.data.folder import Labelled, check_corrupt, list_folder, listing_has
 from marval.data.reading import in_threads
 from marval.io.files import write_tensors, write_text
 from marval.io.images import read_image
-from marval.parallel import Workers
-from marval.randomness import generator
+from marval.runtime.distributed import Workers
+from marval.runtime.rng import generator
 from marval.spaces import Latents, TokenSpace, vae_hash, vae_place
 
 PLAN, INDEX = "plan.json", "index.json"

@@ -11,6 +11,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from marval.evaluate.fidelity import Columns
+from marval.evaluate.flops import model_flops
 from marval.evaluate.images import (
     PLAN,
     SEEDS,
@@ -39,11 +40,10 @@ from marval.evaluate.results import (
     version_of,
 )
 from marval.evaluate.timing import drawing, in_turns, timed_row
-from marval.flops import model_flops
 from marval.io.files import check_output
-from marval.parallel import Workers
 from marval.pipeline import Pipeline
-from marval.provenance import made_by
+from marval.runtime.distributed import Workers
+from marval.runtime.provenance import made_by
 from marval.sampling import draw_counts
 
 
@@ -62,7 +62,7 @@ class KeepImages:
     def place(self, key: Row) -> Path:
         """The folder of a row's images."""
         draw = key["draw"]
-        chain = f"-T{draw['steps']}-w{draw['guidance']:g}" if key["teacher"] else ""
+        chain = f"-T{draw['diffusion_steps']}-w{draw['guidance']:g}" if key["teacher"] else ""
         name = f"{key['model'] or 'model'}-K{key['iterations']}{chain}-seed{key['seed']}-{key['samples']}"
         return self.folder / name
 

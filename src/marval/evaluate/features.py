@@ -14,9 +14,9 @@ from jaxtyping import Float, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from marval.efficientnet import FEATURES, EfficientNetFeatures
 from marval.io.files import write_tensors
 from marval.io.own_code import OwnCode
+from marval.rewards.efficientnet import FEATURES, EfficientNetFeatures
 
 ROWS = 1000  # of a matrix of distances at a time
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from marval.io.files import atomic_path, write_tensors, write_text
 from marval.io.images import save_picture
-from marval.parallel import Workers
 from marval.pipeline import Pipeline
-from marval.progress import progress
+from marval.runtime.distributed import Workers
+from marval.runtime.progress import progress
 
 PLAN = "plan.json"
 SHARD = 250  # images

@@ -27,8 +27,8 @@ from marval.evaluate.features import (
 from marval.evaluate.fidelity import SPLITS, Columns, Reference
 from marval.evaluate.metrics import FEWEST, METRICS, MOST, RealSample, compute_device, expected_bias, sample_figures
 from marval.io.files import cache_folder, sha256_of, write_tensors
-from marval.progress import progress
 from marval.rewards import Classifier, classifier_file, load_classifier
+from marval.runtime.progress import progress
 
 CLASSIFIED = 500  # images at a time
 REAL_SAMPLE = tuple(field.name for field in dataclasses.fields(RealSample))

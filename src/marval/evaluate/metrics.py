@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from marval.evaluate.features import ROWS, Statistics, frechet_distance
-from marval.randomness import generator
+from marval.runtime.rng import generator
 
 METRICS = 2  # the version of the figures' definitions: raise it when one changes, and say below what it was before
 BEFORE = {2: {"diversity": "of the first 200 images of a class"}}  # version: what it changed, as it was until then

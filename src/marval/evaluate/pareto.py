@@ -80,8 +80,9 @@ def points_of(
             continue
         accuracies = [r["accuracy"] for r in rows if "accuracy" in r]
         point = Point(
-            row["model"], row["teacher"], row["iterations"], curve_of(row), named(row), row["draw"].get("steps"),
-            row["draw"].get("guidance"), time, statistics.mean(r[distance] for r in rows), title_of(distance, rows),
+            row["model"], row["teacher"], row["iterations"], curve_of(row), named(row),
+            row["draw"].get("diffusion_steps"), row["draw"].get("guidance"),
+            time, statistics.mean(r[distance] for r in rows), title_of(distance, rows),
             statistics.mean(accuracies) if accuracies else None, row["samples"], len(rows),
         )  # fmt: skip
         found.setdefault((row["samples"], bool(row.get("autocast")), distance, version_of(row)), []).append(point)
@@ -103,7 +104,7 @@ def _runs_as(timed: Row, row: Row) -> bool:
 
 def _chain(row: Row) -> tuple[Any, ...]:
     draw = row["draw"]
-    return row["model"], draw.get("steps"), draw.get("guidance"), row["iterations"]
+    return row["model"], draw.get("diffusion_steps"), draw.get("guidance"), row["iterations"]
 
 
 def _same_weights(timed: Row, row: Row) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from marval.evaluate.images import draw_bytes
 from marval.evaluate.judge import Judge
 from marval.evaluate.rewards import reward_values
-from marval.parallel import Workers
 from marval.pipeline import Pipeline
 from marval.rewards import Reward
+from marval.runtime.distributed import Workers
 
 
 def probe(

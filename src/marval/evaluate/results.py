@@ -12,7 +12,7 @@ from marval.evaluate.features import FEATURES
 from marval.io.checkpoint import model_hash
 from marval.io.files import locked, write_text
 from marval.pipeline import Pipeline
-from marval.provenance import provenance
+from marval.runtime.provenance import provenance
 
 PARTS = ("quality", "timing", "bench", "rewards", "study", "full-size", "plan")
 
@@ -120,6 +120,9 @@ def _check_form(found: Any) -> None:
 
 
 def _today(row: Row, part: str) -> Row:
+    draw = row.get("draw")
+    if isinstance(draw, dict) and "steps" in draw:
+        row = {**row, "draw": {"diffusion_steps" if name == "steps" else name: value for name, value in draw.items()}}
     if part in ("timing", "bench"):  # evaluate timed whole pictures, bench tokens
         return {"decoded": part == "timing", **row}
     if part != "quality":
@@ -195,7 +198,7 @@ def setting(row: Row) -> tuple[Any, ...]:
     """What a row was measured at, but for its seed: model, T and w (None for a student), K, samples, bf16."""
     draw = row["draw"]
     return (
-        row["model"], draw.get("steps"), draw.get("guidance"), row["iterations"], row.get("samples"),
+        row["model"], draw.get("diffusion_steps"), draw.get("guidance"), row["iterations"], row.get("samples"),
         bool(row.get("autocast")),
     )  # fmt: skip
 
@@ -204,7 +207,7 @@ def timed_setting(row: Row) -> tuple[Any, ...]:
     """What a row of timing or bench was measured at: model, T, w, K, batch size, bf16, compiled."""
     draw = row["draw"]
     return (
-        row["model"], draw.get("steps"), draw.get("guidance"), row["iterations"], row["batch"],
+        row["model"], draw.get("diffusion_steps"), draw.get("guidance"), row["iterations"], row["batch"],
         bool(row.get("autocast")), bool(row.get("compiled")),
     )  # fmt: skip
 
@@ -221,7 +224,7 @@ def curve_of(row: Row) -> str:
 
 def _chain(row: Row) -> str:
     draw = row["draw"]
-    return f", T={draw['steps']}, w={draw['guidance']:g}" if "steps" in draw else ""
+    return f", T={draw['diffusion_steps']}, w={draw['guidance']:g}" if "diffusion_steps" in draw else ""
 
 
 def by_setting(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:

@@ -22,9 +22,9 @@ from marval.evaluate.results import (
     standard_error,
     version_of,
 )
-from marval.parallel import Workers
-from marval.provenance import made_by
 from marval.rewards import Prompt, Reward, checked, prompts_of, reward_hash
+from marval.runtime.distributed import Workers
+from marval.runtime.provenance import made_by
 
 
 @torch.no_grad()

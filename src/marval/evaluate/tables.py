@@ -56,7 +56,7 @@ def table_of(file: Path, without: Collection[str] = ()) -> tuple[list[str], list
     quality = results.get("quality", {}).get("rows", [])
     measured = [name for name in COLUMNS if name not in without and any(name in row for row in quality)]
     columns = {name: title_of(name, quality) for name in measured}
-    chains = {(r["model"], r["draw"].get("steps"), r["draw"].get("guidance")) for r in quality}
+    chains = {(r["model"], r["draw"].get("diffusion_steps"), r["draw"].get("guidance")) for r in quality}
     several = len(chains) > len({model for model, _, _ in chains})
     header = ["model", "K", *(("T", "w") if several else ()), "samples", *columns.values()]
     header += [f"ms / image, batch {b}" for b in batches]
@@ -64,7 +64,11 @@ def table_of(file: Path, without: Collection[str] = ()) -> tuple[list[str], list
     rows = []
     for group in sorted(by_setting(quality).values(), key=lambda group: _place(group[0], models)):
         row, draw = group[0], group[0]["draw"]
-        chain = [str(draw.get("steps", "")), f"{draw['guidance']:g}" if "guidance" in draw else ""] if several else []
+        chain = (
+            [str(draw.get("diffusion_steps", "")), f"{draw['guidance']:g}" if "guidance" in draw else ""]
+            if several
+            else []
+        )
         cells = [row["model"], str(row["iterations"]), *chain, str(row["samples"])]
         cells += [_cell([r[name] for r in group if name in r], name) for name in columns]
         cells += [_milliseconds(timing, row, batch) for batch in batches]
@@ -85,7 +89,7 @@ def models_of(rows: Sequence[Row]) -> list[str]:
 
 def _place(row: Row, models: list[str]) -> tuple[Any, ...]:
     draw = row["draw"]
-    chain = -draw.get("steps", 0), draw.get("guidance", 0)
+    chain = -draw.get("diffusion_steps", 0), draw.get("guidance", 0)
     return models.index(row["model"]), *chain, row["iterations"], row["samples"]
 
 

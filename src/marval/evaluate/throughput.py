@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from marval.evaluate.memory import LiveMemory
 from marval.evaluate.results import Row, markdown
 from marval.evaluate.timing import drawing, seconds_of
-from marval.memory import LiveMemory
 from marval.pipeline import Pipeline
 
 LONGEST = 20.0  # seconds that a run may take while the best batch is sought
@@ -67,7 +67,12 @@ def summary(rows: Sequence[Row]) -> str:
     settings: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         chain = row["draw"]
-        key: tuple[object, ...] = (row["model"], chain.get("steps", ""), chain.get("guidance", ""), row["iterations"])
+        key: tuple[object, ...] = (
+            row["model"],
+            chain.get("diffusion_steps", ""),
+            chain.get("guidance", ""),
+            row["iterations"],
+        )
         settings.setdefault(key, []).append(row)
     smallest = min(row["batch"] for row in rows)
     header = ["model", "T", "w", "K", f"ms / image, batch {smallest}", "images / s (batch)", "GFLOP / image", "MiB"]

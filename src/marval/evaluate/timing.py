@@ -10,8 +10,8 @@ import torch
 from marval.evaluate.images import balanced_labels
 from marval.evaluate.results import Row, describe
 from marval.pipeline import Pipeline
-from marval.progress import progress
-from marval.provenance import made_by
+from marval.runtime.progress import progress
+from marval.runtime.provenance import made_by
 from marval.sampling import DrawTokens, sample
 
 SHORTEST = 0.3  # seconds that a timing lasts at least

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig
-from marval.imagenet import imagenet_classes
+from marval.data.imagenet import imagenet_classes
 from marval.io.checkpoint import check_tensors
 from marval.io.files import atomic_path, sha256_of
 from marval.model import MAR

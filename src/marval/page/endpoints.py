@@ -30,7 +30,7 @@ class Endpoints:
                 "iterations": served.pipeline.config.iterations,
                 "order": served.pipeline.config.order,
                 "guidance": None if served.chain is None else served.chain.guidance,
-                "steps": None if served.chain is None else served.chain.steps,
+                "steps": None if served.chain is None else served.chain.diffusion_steps,
             }
             for served in self.studio.models.values()
         ]

@@ -24,8 +24,8 @@ from marval.io.checkpoint import model_hash
 from marval.io.images import png_bytes, to_pil
 from marval.page.uploads import DECODER, read_upload
 from marval.pipeline import find_model, load
-from marval.randomness import generator
 from marval.recipe import KEY, LONGEST, Recipe, draw_recipe, encode_picture, make_recipe, pack_upload
+from marval.runtime.rng import generator
 
 MOST_PICTURES = 8  # of one model, in one request
 LAST_SEED = 999_999

@@ -240,7 +240,7 @@ def loops(served: Served, colour: str, frame: Frame | None, iterations: int) -> 
     """The two nested loops of a model with the calls of its networks so far, and the picture beside them."""
     calls, k = (Calls(), 0) if frame is None else (frame.calls, frame.iteration)
     chain = served.chain
-    inner = f"inner loop: {chain.steps} steps" if chain else "no inner loop: one call"
+    inner = f"inner loop: {chain.diffusion_steps} steps" if chain else "no inner loop: one call"
     around = '<path class="mv-arrow mv-live" d="M 377 146 h 14 l -7 13 z M 183 159 h 14 l -7 -13 z"/>' if chain else ""
     done = k / iterations
 

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from marval.efficientnet import FEATURES, EfficientNetFeatures
 from marval.io.checkpoint import check_tensors
 from marval.io.files import write_tensors
+from marval.rewards.efficientnet import FEATURES, EfficientNetFeatures
 from marval.rewards.prompts import Prompts
 
 TEXT_WIDTH = 384

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from marval.data import ImageData, batch_indices
 from marval.io.files import check_output
-from marval.parallel import Workers
-from marval.randomness import generator
 from marval.rewards.classifier import Architecture, Classifier, save_classifier
-from marval.train.run import Log
+from marval.runtime.distributed import Workers
+from marval.runtime.log import Log
+from marval.runtime.rng import generator
 
 
 def shift(images: Float[Tensor, "b c h w"], rng: torch.Generator, most: int = 1) -> Float[Tensor, "b c h w"]:

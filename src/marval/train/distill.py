@@ -11,30 +11,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from marval.config import Chain, DistillConfig, MARConfig, ModelConfig, OneStep, Schedule
+from marval.config import Chain, MARConfig, ModelConfig, OneStep, Schedule
 from marval.data import TrainingData, batch_indices
+from marval.losses.gsim import Objective, Terms, auxiliary_loss, generator_loss
 from marval.model import MAR, NoiseSchedule, TokenHead
-from marval.model.schedule import NUM_TIMESTEPS
-from marval.objectives.gsim import Objective, Terms, auxiliary_loss, generator_loss
-from marval.parallel import Workers
+from marval.model.diffusion import NUM_TIMESTEPS
 from marval.pipeline import Pipeline
-from marval.randomness import generator
+from marval.presets import DistillConfig
+from marval.runtime.distributed import Workers
+from marval.runtime.folder import claims_folder, data_identity, model_identity
+from marval.runtime.log import LOG, Log
+from marval.runtime.optim import Updates, fast_attention, learning_rate_factor, update_ema
+from marval.runtime.rng import generator
+from marval.runtime.state import load_state, save_network, save_state, state_tensors
 from marval.sampling import DrawTokens, draw_function, guidance_at, guided_eps, model_contexts
 from marval.spaces import token_space
 from marval.train.draws import hidden_positions, noise_levels
-from marval.train.folder import claims_folder, data_identity, model_identity
-from marval.train.run import (
-    LOG,
-    Log,
-    Updates,
-    fast_attention,
-    learning_rate_factor,
-    load_state,
-    save_network,
-    save_state,
-    state_tensors,
-    update_ema,
-)
 
 THETA_LEVELS = (20, 980)
 PHI_LEVELS = (0, NUM_TIMESTEPS - 1)
@@ -114,7 +106,7 @@ def guidance_of(settings: DistillConfig) -> tuple[float, Schedule]:
 @torch.no_grad()
 def guide(teacher: MAR, batch: Batch, settings: DistillConfig) -> Guided:
     """The teacher's contexts for a batch and its guidance there."""
-    revealed = revealed_after(batch.masking.visible.shape[1], batch.tokens.shape[1], settings.sample_iterations)
+    revealed = revealed_after(batch.masking.visible.shape[1], batch.tokens.shape[1], settings.iterations)
     guidance = guidance_at(*guidance_of(settings), revealed)
     with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=settings.autocast):
         contexts = model_contexts(teacher, *batch.context_inputs, guided=guidance != 1.0)
@@ -280,7 +272,7 @@ def distill(
     """Distil `teacher` into a one-step student, leave its EMA in `out/model`, and return the last step.
 
     Args:
-        probe: figures of a model, logged every `settings.probe_every` iterations (a small Fréchet distance).
+        probe: figures of a model, logged every `settings.probe_every` updates (a small Fréchet distance).
         workers: the processes that share the work; this one alone when None.
 
     Raises:
@@ -293,8 +285,8 @@ def distill(
     settings = settings.with_guidance_of(teacher_config.draw).within(teacher_config.mar.num_tokens)
     one_step = OneStep(settings.timestep, teacher_config.draw.clip, *guidance_of(settings))
     config = dataclasses.replace(
-        teacher_config, draw=one_step, name=settings.name, iterations=settings.sample_iterations,
-        order=settings.sample_order,
+        teacher_config, draw=one_step, name=settings.name, iterations=settings.iterations,
+        order=settings.order,
     )  # fmt: skip
     described = {
         **config.to_dict(), "images": len(data), **dataclasses.asdict(settings), "data_set": data_identity(data),
@@ -309,12 +301,12 @@ def distill(
         {"student": student, "auxiliary": gsim.auxiliary, "ema": ema}, {"student": update, "auxiliary": gsim.update}
     )
     start, _ = load_state(out, described, state, workers) if resume else (0, None)
-    log = Log(out / LOG, start, settings.iterations, settings.batch_size, quiet=quiet, workers=workers)
+    log = Log(out / LOG, start, settings.updates, settings.batch_size, quiet=quiet, workers=workers)
 
-    for step in workers.steps(start, settings.iterations):
+    for step in workers.steps(start, settings.updates):
         rng = generator(settings.seed, "distill", step)
         learnt = step - settings.warmup  # until then only phi learns
-        factor = learning_rate_factor(max(learnt, 0), 1, settings.decay, settings.iterations - settings.warmup)
+        factor = learning_rate_factor(max(learnt, 0), 1, settings.decay, settings.updates - settings.warmup)
         with fast_attention(workers.device):
             figures = gsim.backward(student, step, rng, learning=learnt >= 0)
             if learnt >= 0:
@@ -323,9 +315,9 @@ def distill(
             figures |= gsim.update_auxiliary(rng, factor)
 
         done = step + 1
-        last = done == settings.iterations or workers.stopping()
+        last = done == settings.updates or workers.stopping()
         saving = last or done % settings.save_every == 0
-        probing = probe is not None and (done % settings.probe_every == 0 or done == settings.iterations)
+        probing = probe is not None and (done % settings.probe_every == 0 or done == settings.updates)
         if saving or probing or done % settings.log_every == 0:  # figures are checked before anything is saved
             if probe is not None and probing:
                 figures |= probe(Pipeline(ema, config, gsim.space))

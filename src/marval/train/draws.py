@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from marval.config import DistillConfig, TrainConfig
+from marval.presets import DistillConfig, TrainConfig
 
 
 def masked_count(num_tokens: int, ratio_min: float, ratio_std: float, rng: torch.Generator) -> int:

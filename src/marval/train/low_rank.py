@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from marval.model import MAR
-from marval.randomness import generator
+from marval.runtime.rng import generator
 
 
 class LowRank(nn.Module):

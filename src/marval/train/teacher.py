@@ -11,29 +11,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, PixelSpace, TrainConfig
+from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, PixelSpace
 from marval.data import ImageData, LatentData, TrainingData, batch_indices, patch_size
+from marval.losses.denoising import denoising_loss
 from marval.model import MAR, NoiseSchedule
+from marval.model.diffusion import NUM_TIMESTEPS
 from marval.model.mar import gather_rows
-from marval.model.schedule import NUM_TIMESTEPS
-from marval.objectives.denoising import denoising_loss
-from marval.parallel import Workers
-from marval.randomness import generator
+from marval.presets import TrainConfig
+from marval.runtime.distributed import Workers
+from marval.runtime.folder import claims_folder, data_identity, model_identity
+from marval.runtime.log import LOG, Log
+from marval.runtime.optim import Updates, fast_attention, learning_rate_factor, update_ema
+from marval.runtime.rng import generator
+from marval.runtime.state import load_state, save_network, save_state, state_tensors
 from marval.spaces import token_space
 from marval.train.draws import hidden_positions, noise_levels
-from marval.train.folder import claims_folder, data_identity, model_identity
-from marval.train.run import (
-    LOG,
-    Log,
-    Updates,
-    fast_attention,
-    learning_rate_factor,
-    load_state,
-    save_network,
-    save_state,
-    state_tensors,
-    update_ema,
-)
 
 
 def teacher_config(name: str, data: ImageData, data_spec: str, source: str = "") -> ModelConfig:
@@ -163,10 +155,10 @@ def train_teacher(
     state = state_tensors({"model": model, "ema": ema}, {"model": update})
     start, _ = load_state(out, described, state, workers) if resume else (0, None)
     schedule = NoiseSchedule.full(device)
-    log = Log(out / LOG, start, settings.iterations, settings.batch_size, quiet=quiet, workers=workers)
+    log = Log(out / LOG, start, settings.updates, settings.batch_size, quiet=quiet, workers=workers)
     parts = workers.parts(settings.batch_size, settings.accumulate)
 
-    for step in workers.steps(start, settings.iterations):
+    for step in workers.steps(start, settings.updates):
         indices = batch_indices(len(data), settings.batch_size, step, settings.seed)
         draws = draw(config.mar, settings, generator(settings.seed, "noise", step))
         loss = torch.zeros((), device=device)
@@ -180,12 +172,12 @@ def train_teacher(
                 ) * workers.share(rows, settings.batch_size)
                 part.backward()
             loss += part.detach()
-        factor = learning_rate_factor(step, settings.warmup_iterations, settings.decay, settings.iterations)
+        factor = learning_rate_factor(step, settings.warmup_updates, settings.decay, settings.updates)
         norm = update(settings.learning_rate * factor)
         update_ema(ema, model, step, settings.ema_decay)
 
         done = step + 1
-        last = done == settings.iterations or workers.stopping()
+        last = done == settings.updates or workers.stopping()
         saving = last or done % settings.save_every == 0
         if saving or done % settings.log_every == 0:  # figures are checked before anything is saved
             rate = settings.learning_rate * factor

@@ -9,30 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marval.config import DistillConfig, FinetuneConfig, ModelConfig, OneStep
+from marval.config import ModelConfig, OneStep
 from marval.data import TrainingData
+from marval.losses.reward import policy_loss
 from marval.model import MAR
-from marval.objectives.policy import policy_loss
-from marval.parallel import Workers
 from marval.pipeline import Pipeline
-from marval.randomness import generator
+from marval.presets import DistillConfig, TuneConfig
 from marval.rewards import Prompt, Reward, prompts_of, reward_identity, standardized
+from marval.runtime.distributed import Workers
+from marval.runtime.folder import claims_folder, data_identity, model_identity
+from marval.runtime.log import LOG, Log
+from marval.runtime.optim import Updates, fast_attention, update_ema
+from marval.runtime.rng import generator
+from marval.runtime.state import load_state, save_network, save_state, state_tensors
 from marval.sampling import draw_function, sample
 from marval.spaces import TokenSpace, token_space
 from marval.train.distill import GSIM
-from marval.train.folder import claims_folder, data_identity, model_identity
 from marval.train.low_rank import add_low_rank, merged
-from marval.train.run import (
-    LOG,
-    Log,
-    Updates,
-    fast_attention,
-    load_state,
-    save_network,
-    save_state,
-    state_tensors,
-    update_ema,
-)
 
 HELD_OUT = ("held_out", "log_probability")  # figures of which the best model has the highest; the first that is there
 
@@ -46,7 +39,7 @@ class Keeper:
     (no class with two images has no diversity) decides nothing.
     """
 
-    def __init__(self, settings: FinetuneConfig):
+    def __init__(self, settings: TuneConfig):
         self.settings = settings
         self.first: dict[str, float] = {}
         self.best, self.stale, self.stopped = float("-inf"), 0, ""
@@ -91,7 +84,7 @@ class Anchor:
     settings: DistillConfig
 
 
-def anchor_settings(recipe: DistillConfig, student: ModelConfig, settings: FinetuneConfig) -> DistillConfig:
+def anchor_settings(recipe: DistillConfig, student: ModelConfig, settings: TuneConfig) -> DistillConfig:
     """The anchor's settings: masks, tokens and phi as in the recipe of distillation; w and K the student's own.
 
     It pulls to where the student was distilled to, in batches, parts and precision of the tuning that it is part of.
@@ -103,12 +96,12 @@ def anchor_settings(recipe: DistillConfig, student: ModelConfig, settings: Finet
         raise ValueError(f"{student.name or 'this model'} is a teacher: distil it first (marval distill)")
     return dataclasses.replace(
         recipe, guidance=student.draw.guidance, guidance_schedule=student.draw.guidance_schedule,
-        sample_iterations=student.iterations, batch_size=settings.batch_size, accumulate=settings.accumulate,
+        iterations=student.iterations, batch_size=settings.batch_size, accumulate=settings.accumulate,
         gradient_clip=settings.gradient_clip, autocast=settings.autocast, seed=settings.seed,
     )  # fmt: skip
 
 
-def trainable(student: MAR, settings: FinetuneConfig, workers: Workers) -> MAR:
+def trainable(student: MAR, settings: TuneConfig, workers: Workers) -> MAR:
     """A student of which the part `settings.train` learns.
 
     Raises:
@@ -126,7 +119,7 @@ def trainable(student: MAR, settings: FinetuneConfig, workers: Workers) -> MAR:
 
 
 def first_images(
-    student: MAR, config: ModelConfig, space: TokenSpace, settings: FinetuneConfig, device: torch.device
+    student: MAR, config: ModelConfig, space: TokenSpace, settings: TuneConfig, device: torch.device
 ) -> tuple[Tensor, list[Prompt]]:
     """Images of the untouched student, four batches of all classes in turn, and their prompts."""
     labels = [i % len(config.class_names) for i in range(4 * settings.batch_size)]
@@ -136,11 +129,11 @@ def first_images(
 
 
 @claims_folder
-def finetune(
+def tune(
     student: MAR,
     student_config: ModelConfig,
     reward: Reward,
-    settings: FinetuneConfig,
+    settings: TuneConfig,
     out: Path,
     *,
     probe: Callable[[Pipeline], dict[str, float]],
@@ -167,7 +160,7 @@ def finetune(
     device = workers.device
     settings = settings.within(student_config.mar.num_tokens)
     Prompt.of(settings.prompt, "")
-    config = dataclasses.replace(student_config, name=settings.name, iterations=settings.sample_iterations)
+    config = dataclasses.replace(student_config, name=settings.name, iterations=settings.iterations)
     described = {
         **config.to_dict(), **dataclasses.asdict(settings), "reward": reward_identity(reward),
         "student": model_identity(student_config.name, student),
@@ -198,17 +191,17 @@ def finetune(
     if resume:
         start, kept = load_state(out, described, state, workers)
         keeper.load_state_dict(kept)
-    log = Log(out / LOG, start, settings.iterations, settings.batch_size, quiet=quiet, workers=workers)
+    log = Log(out / LOG, start, settings.updates, settings.batch_size, quiet=quiet, workers=workers)
     if start == 0:
         keeper.see(probe(Pipeline(ema, config, space)))
         save_network(out / "model", merged(ema), config, workers)
         log(0, dict(keeper.first))
     done = start
 
-    for step in workers.steps(start, settings.iterations):
+    for step in workers.steps(start, settings.updates):
         if keeper.stopped:
             break
-        rng = generator(settings.seed, "finetune", step)
+        rng = generator(settings.seed, "tune", step)
         labels = torch.randint(len(config.class_names), (settings.batch_size,), generator=rng)
         seeds = torch.randint(2**62, (settings.batch_size,), generator=rng).tolist()
         learnt = step - (settings.anchor_warmup if gsim is not None else 0)  # until then only phi learns
@@ -223,8 +216,8 @@ def finetune(
                 figures["reward"] = torch.zeros((), device=device)
                 for rows in parts:
                     tokens = sample(
-                        student, draw, labels[rows].to(device), iterations=settings.sample_iterations,
-                        seeds=seeds[rows], orders=config.order, gradient_iterations=settings.backprop_iterations,
+                        student, draw, labels[rows].to(device), iterations=settings.iterations,
+                        seeds=seeds[rows], orders=config.order, gradient_iterations=settings.gradient_iterations,
                         autocast=settings.autocast,
                     )  # fmt: skip
                     prompts = prompts_of(settings.prompt, config.class_names, labels[rows].tolist())
@@ -236,9 +229,9 @@ def finetune(
                 update_ema(ema, student, learnt, settings.ema_decay)
 
         done = step + 1
-        last = done == settings.iterations or workers.stopping()
+        last = done == settings.updates or workers.stopping()
         saving = last or done % settings.save_every == 0
-        probing = learnt >= 0 and (done % settings.probe_every == 0 or done == settings.iterations)
+        probing = learnt >= 0 and (done % settings.probe_every == 0 or done == settings.updates)
         if saving or probing or done % settings.log_every == 0:  # figures are checked before anything is saved
             held_out = probe(Pipeline(ema, config, space)) if probing else {}
             log(done, {**figures, **held_out}, list(updates.values()))
@@ -248,4 +241,4 @@ def finetune(
             save_state(out, done, described, state, keeper.state_dict(), workers)
         if last:
             break
-    return keeper.stopped or f"{done} of {settings.iterations} iterations done"
+    return keeper.stopped or f"{done} of {settings.updates} updates done"

@@ -11,7 +11,9 @@ def quality(model="s", k=8, seed=0, fd=10.0, **changes):
 
 
 def teacher(k, t, fd, **changes):
-    return quality("t", k, fd=fd, teacher=True, draw={"kind": "chain", "steps": t, "guidance": 3.0}, **changes)
+    return quality(
+        "t", k, fd=fd, teacher=True, draw={"kind": "chain", "diffusion_steps": t, "guidance": 3.0}, **changes
+    )
 
 
 def timed(row, seconds, batch=1):

@@ -74,5 +74,5 @@ def image_flops(config: MARConfig, counts: list[int], steps: int, guided: bool) 
 def model_flops(config: ModelConfig, counts: list[int]) -> Flops:
     """As `image_flops`, for the way in which a model draws its tokens."""
     if isinstance(config.draw, Chain):
-        return image_flops(config.mar, counts, config.draw.steps, guided=config.draw.guidance != 1.0)
+        return image_flops(config.mar, counts, config.draw.diffusion_steps, guided=config.draw.guidance != 1.0)
     return image_flops(config.mar, counts, 1, guided=False)

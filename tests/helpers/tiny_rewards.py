@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from marval.randomness import generator
+from marval.runtime.rng import generator
 
 SIDE = 32
 WORDS = string.ascii_lowercase

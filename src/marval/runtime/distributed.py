@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from marval.model import MAR, TokenHead
 from marval.model.blocks import Block
-from marval.refusal import announce
+from marval.runtime.refusal import announce
 
 GLOO_SECONDS = 0.3  # for Gloo's threads to let go of their last tensors
 

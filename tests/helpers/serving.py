@@ -13,7 +13,7 @@ import pytest
 
 from test_cli import MARVAL
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
 SCREENSHOTS = ROOT / "build" / "screenshots"  # for people to look at
 MODELS = ("fashion-teacher", "fashion-student", "fashion-tuned")

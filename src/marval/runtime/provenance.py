@@ -28,15 +28,13 @@ def commit() -> str:
     """The commit of the code that runs, "-dirty" where the package's code differs from it."""
 
     def git(*arguments: str) -> str:
-        package = Path(__file__).parent
+        package = Path(__file__).parents[1]
         return subprocess.run(
             ["git", *arguments], cwd=package, capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", Path(__file__).name
-        )  # installed in somebody else's checkout, it is not of it
+        git("ls-files", "--error-unmatch", "config.py")  # installed in somebody else's checkout, it is not of it
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
     except (OSError, subprocess.CalledProcessError):
         return "not a checkout"

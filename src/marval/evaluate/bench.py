@@ -13,14 +13,14 @@ from torch import Tensor
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep, Schedule, Size
 from marval.evaluate.evaluate import iterations_of
+from marval.evaluate.flops import context_flops, head_flops, model_flops
 from marval.evaluate.results import merge_results, named
 from marval.evaluate.throughput import memory_of
 from marval.evaluate.timing import drawing, in_turns, seconds_of, timed_row
-from marval.flops import context_flops, head_flops, model_flops
 from marval.model import MAR, TokenHead
 from marval.model.linear import linear
 from marval.pipeline import Pipeline
-from marval.randomness import generator
+from marval.runtime.rng import generator
 from marval.sampling import draw_counts, draw_function
 
 PEAK_SIDE = 2048  # of the square matrices whose product is the machine's peak

@@ -4,11 +4,11 @@ import sys
 from pathlib import Path
 
 import torch
+from tiny import tiny_config, tiny_model
 
 from marval.evaluate.evaluate import KeepImages, evaluations_of
-from marval.parallel import start_workers
 from marval.pipeline import Pipeline
-from tiny import tiny_config, tiny_model
+from marval.runtime.distributed import start_workers
 
 
 def main(count, folder, out):

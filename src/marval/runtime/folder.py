@@ -15,13 +15,13 @@ from marval.data import LatentData, TrainingData
 from marval.data.latents import PLAN
 from marval.io.checkpoint import weights_hash
 from marval.io.files import check_output, locked
-from marval.parallel import Workers
+from marval.runtime.distributed import Workers
 
 RUN = "run.json"  # beside the tensors of a saved state
 LOCK = ".lock"  # in the run's folder, while it runs
 # Settings that a resumed run may have different: how long and how fast it learns, and what changes no result.
 MAY_CHANGE = (
-    "iterations", "learning_rate", "auxiliary_learning_rate", "warmup", "decay",
+    "updates", "learning_rate", "auxiliary_learning_rate", "warmup", "decay",
     "save_every", "log_every", "accumulate", "checkpoint_blocks", "max_skipped",
 )  # fmt: skip
 LABELS = ("source", "data")  # of a model's configuration: the command and --data as typed; a folder may have moved

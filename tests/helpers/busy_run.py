@@ -12,13 +12,13 @@ wait_passively()  # as the command line does, before torch is there
 
 import torch  # noqa: E402
 
-from marval.config import TrainConfig  # noqa: E402
 from marval.data import load_fashion_sample  # noqa: E402
 from marval.model import MAR, NoiseSchedule  # noqa: E402
 from marval.pipeline import load  # noqa: E402
-from marval.randomness import generator  # noqa: E402
+from marval.presets import TrainConfig  # noqa: E402
+from marval.runtime.optim import Updates  # noqa: E402
+from marval.runtime.rng import generator  # noqa: E402
 from marval.spaces import token_space  # noqa: E402
-from marval.train.run import Updates  # noqa: E402
 from marval.train.teacher import draw, teacher_config, teacher_loss  # noqa: E402
 
 SECONDS = 6.0  # that each is measured for

@@ -5,7 +5,7 @@ import torch
 from marval.config import Chain, MARConfig, ModelConfig, PixelSpace
 from marval.data import ImageData
 from marval.model import MAR
-from marval.randomness import generator
+from marval.runtime.rng import generator
 
 
 def tiny_config():
@@ -16,7 +16,7 @@ def tiny_config():
         encoder_dim=16, encoder_depth=1, encoder_heads=2, decoder_dim=16, decoder_depth=2, decoder_heads=2,
         head_width=16, head_depth=2, buffer_size=2, learn_variance=False,
     )  # fmt: skip
-    return ModelConfig(mar, space, Chain(guidance=1.5, steps=8, clip=True), ("cross", "square"), 4, "tiny")
+    return ModelConfig(mar, space, Chain(guidance=1.5, diffusion_steps=8, clip=True), ("cross", "square"), 4, "tiny")
 
 
 def tiny_model(seed=0):

@@ -4,10 +4,11 @@ import sys
 import time
 from pathlib import Path
 
-from marval.evaluate import images
-from marval.parallel import start_workers
-from marval.pipeline import Pipeline
 from tiny import tiny_config, tiny_model
+
+from marval.evaluate import images
+from marval.pipeline import Pipeline
+from marval.runtime.distributed import start_workers
 
 
 def main(folder, count, pause):

@@ -5,15 +5,17 @@ import sys
 from math import nan
 from pathlib import Path
 
-from marval.config import DistillConfig, FinetuneConfig, OneStep, TrainConfig
+from tiny import tiny_config, tiny_data, tiny_model
+
+from marval.config import OneStep
 from marval.evaluate.images import draw_bytes
-from marval.parallel import start_workers
+from marval.presets import DistillConfig, TrainConfig, TuneConfig
 from marval.rewards import WeightedReward
+from marval.runtime.distributed import start_workers
 from marval.train import run
 from marval.train.distill import distill
-from marval.train.finetune import Anchor, finetune
 from marval.train.teacher import train_teacher
-from tiny import tiny_config, tiny_data, tiny_model
+from marval.train.tune import Anchor, tune
 
 run.FILE_BYTES = 20_000  # states in several files, as those of large networks
 COMMON = {"batch_size": 8, "log_every": 1, "save_every": 4}  # of three processes, two have 3 images and one has 2
@@ -21,8 +23,8 @@ TRAIN = TrainConfig(**COMMON, tokens_per_image=6, warmup=3, decay=4, autocast=Fa
 DISTILL = DistillConfig(
     **COMMON, tokens_per_image=6, warmup=2, decay=1, autocast=False, guidance=1.5, probe_every=10
 )  # fmt: skip
-FINETUNE = FinetuneConfig(
-    **COMMON, sample_iterations=4, backprop_iterations=3, learning_rate=1e-3, probe_every=10, max_distance_ratio=1e9,
+FINETUNE = TuneConfig(
+    **COMMON, iterations=4, gradient_iterations=3, learning_rate=1e-3, probe_every=10, max_distance_ratio=1e9,
     min_diversity_ratio=0.0, patience=99, autocast=False,
 )  # fmt: skip
 
@@ -58,7 +60,7 @@ def main(stage, out, steps, resume, **changes):
             if changes.pop("broken_rank", None) == workers.rank:
                 reward = WeightedReward({"mine": (lambda images, prompts: brightness(images, prompts) * nan, 1.0)})
             settings = dataclasses.replace(FINETUNE, **changes)
-            finetune(tiny_model(), student, reward, settings, out, probe=probe, anchor=anchor, **options)
+            tune(tiny_model(), student, reward, settings, out, probe=probe, anchor=anchor, **options)
 
 
 if __name__ == "__main__":

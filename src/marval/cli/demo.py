@@ -15,15 +15,16 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from marval.config import DistillConfig, OneStep
+from marval.config import OneStep
 from marval.data import load_fashion_sample
 from marval.evaluate.images import draw_bytes
 from marval.evaluate.timing import in_turns
 from marval.io.files import check_output, write_text
 from marval.io.images import grid, save_picture
 from marval.pipeline import Pipeline, load
-from marval.provenance import provenance
+from marval.presets import DistillConfig
 from marval.rewards import Classifier, load_classifier
+from marval.runtime.provenance import provenance
 from marval.train.distill import distill
 
 SAMPLES = 100  # images that each model is scored on
@@ -33,8 +34,8 @@ DRAWN = (  # model, K
     ("fashion-tuned", 6),
 )  # fmt: skip
 LIVE = DistillConfig(
-    iterations=130, warmup=30, ema_decay=0.95, learning_rate=6e-5, auxiliary_learning_rate=4e-4,
-    sample_iterations=8, probe_every=40, save_every=10_000, name="live student",
+    updates=130, warmup=30, ema_decay=0.95, learning_rate=6e-5, auxiliary_learning_rate=4e-4,
+    iterations=8, probe_every=40, save_every=10_000, name="live student",
 )  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def run(out: Path, device: str) -> None:
     )
     print(f"\nNext:  {marval} sample fashion-student --classes sneaker,bag --count 16 --out samples")
     print(f"       {marval} evaluate fashion-student --iterations 4 8 16 --samples 2000 --out results/mine.json")
-    print(f"       {marval} train --data folder:DIR --out runs/mine      (then distill, finetune: see README)")
+    print(f"       {marval} train --data folder:DIR --out runs/mine      (then distill, tune: see README)")
     print(f"       {marval} serve                                        (see it all in a browser)")
 
 
@@ -122,20 +123,20 @@ def distil_live(out: Path, device: str, judge: Classifier) -> list[dict[str, flo
     pictures: list[Tensor] = []
 
     def watch(pipeline: Pipeline) -> dict[str, float]:
-        images, labels = draw_bytes(pipeline, SAMPLES * 2, LIVE.sample_iterations, seed=0)
+        images, labels = draw_bytes(pipeline, SAMPLES * 2, LIVE.iterations, seed=0)
         curve.append(score(judge, images.float() / 255, labels))
         pictures.append(images[:10].float() / 255)
         return curve[-1]
 
     print("\nLive distillation of the bundled teacher (GSIM), from the teacher's own weights called once:")
     one_step = OneStep(clip=teacher.config.draw.clip)
-    untrained = dataclasses.replace(teacher.config, draw=one_step, iterations=LIVE.sample_iterations)
+    untrained = dataclasses.replace(teacher.config, draw=one_step, iterations=LIVE.iterations)
     before = watch(Pipeline(teacher.model, untrained))
     print(f"before: accuracy {before['accuracy']:.2f} ({SAMPLES * 2} images)", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         distill(teacher.model, teacher.config, LIVE, load_fashion_sample(), Path(folder) / "live", probe=watch)
     updates = [max(0, min(i * LIVE.probe_every, LIVE.iterations) - LIVE.warmup) for i in range(len(curve))]
     labels = [f"{n} updates\naccuracy {figures['accuracy']:.2f}" for n, figures in zip(updates, curve, strict=True)]
-    title = f"One call per iteration, K={LIVE.sample_iterations}, while it learns"
+    title = f"One call per iteration, K={LIVE.iterations}, while it learns"
     save_picture(out / "distillation.png", grid(pictures, labels, title=title))
     return curve

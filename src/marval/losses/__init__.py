@@ -1,0 +1,1 @@
+"""The losses: pure functions, each beside its formula."""

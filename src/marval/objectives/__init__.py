@@ -1,1 +1,0 @@
-"""Losses: pure functions beside their formulas, tensors in, losses and diagnostics out."""

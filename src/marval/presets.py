@@ -1,0 +1,212 @@
+"""How each stage is trained: its settings, and the presets for full size. Imports no torch."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from marval.config import (
+    Chain,
+    Checked,
+    Count,
+    Decay,
+    Finite,
+    Guidance,
+    Limit,
+    Name,
+    NotNegative,
+    Order,
+    Positive,
+    Schedule,
+    Share,
+    Size,
+    Template,
+    Timestep,
+    Whole,
+)
+
+IMAGENET_IMAGES = 1_281_167
+
+
+@dataclass(frozen=True)
+class RunConfig(Checked):
+    """What every training run has."""
+
+    seed: int = 0
+    gradient_clip: Positive = 1.0
+    accumulate: Count = 1  # parts that a process's rows of a batch are computed in, to save memory
+    checkpoint_blocks: bool = False  # recompute the transformer's activations in the backward pass, to save memory
+    max_skipped: Count = 10  # updates in a row with gradients that are not finite, before the run stops
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """How a teacher is trained. Training state is saved every `save_every` updates."""
+
+    updates: Count = 10_000
+    batch_size: Count = 128
+    tokens_per_image: Count = 24  # masked tokens of an image that enter the loss
+    learning_rate: Positive = 1e-3
+    warmup: Whole | None = None  # updates of linear warm-up; 500, or half of a shorter run, when left out
+    decay: Whole = 3000  # updates of linear decay to 0, at the end
+    weight_decay: NotNegative = 0.02  # of the transformer's matrices only, as in MAR
+    ema_decay: Decay = 0.9995
+    label_drop: Share = 0.1
+    mask_ratio_min: Share = 0.0  # MAR: 0.7; low ratios teach the last iterations, which few tokens need
+    mask_ratio_std: Positive = 0.6  # MAR: 0.25
+    autocast: bool = True  # bf16 for the transformer and the inner layers of the head
+    save_every: Count = 250
+    log_every: Count = 10
+
+    @property
+    def warmup_updates(self) -> int:
+        """The length of the warm-up in this run."""
+        return min(500, self.updates // 2) if self.warmup is None else self.warmup
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup_updates > self.updates:
+            raise ValueError(f"warmup {self.warmup}: expected at most the {self.updates} updates of the run")
+
+    @classmethod
+    def imagenet256(cls, size: Size) -> "TrainConfig":
+        """MAR's recipe, the same for all sizes: 400 epochs (its released models: 800, `updates` twice this).
+
+        Batches of 2048 at a constant rate of 1e-4 x batch / 256 after 100 epochs of warm-up, all masked tokens in the
+        loss. One thing differs: MAR draws 4 noise levels for each token of a batch (`diffusion_batch_mul`), here it
+        is one.
+        """
+        batch = 2048
+        epoch = IMAGENET_IMAGES // batch
+        return cls(
+            updates=400 * epoch, batch_size=batch, tokens_per_image=256, learning_rate=1e-4 * batch / 256,
+            warmup=100 * epoch, decay=0, weight_decay=0.02, ema_decay=0.9999, label_drop=0.1, mask_ratio_min=0.7,
+            mask_ratio_std=0.25, gradient_clip=3.0, checkpoint_blocks=True, save_every=500, log_every=50,
+        )  # fmt: skip
+
+
+def check_warmup(name: str, warmup: int, updates: int) -> None:
+    """Whether a run goes on after its warm-up.
+
+    Raises:
+        ValueError: it ends within it.
+    """
+    if warmup >= updates:
+        raise ValueError(
+            f"updates {updates}: expected more than the {warmup} of the warm-up ({name}), or a shorter warm-up"
+        )
+
+
+@dataclass(frozen=True)
+class DistillConfig(RunConfig):
+    """How a student is distilled (GSIM). Where the paper is silent the values are ours, chosen by measurement."""
+
+    updates: Count = 3000
+    objective: Literal["gsim", "sim", "sid", "dmd"] = "sim"
+    guidance: Guidance | None = None  # w of the teacher; its own when None
+    guidance_schedule: Schedule | None = None  # the teacher's own when None
+    timestep: Timestep = 755  # t*, the level at which the student is called
+    batch_size: Count = 64
+    tokens_per_image: Count = 16
+    mask_ratio_min: Share = 0.0
+    mask_ratio_std: Positive = 0.6
+    learning_rate: Positive = 1e-4  # theta
+    auxiliary_learning_rate: Positive = 1e-4  # phi
+    auxiliary_steps: Count = 2  # updates of phi for one of theta
+    warmup: Whole = 100  # first updates, in which only phi learns
+    decay: Whole = 2000  # last updates, in which both learning rates fall to 0
+    ema_decay: Decay = 0.998
+    autocast: bool = True  # bf16 for the transformers; heads and score arithmetic stay float32
+    iterations: Count = 8  # the student's default K
+    order: Order = "spread"  # the student's default order: at a small K neighbours must not be drawn at once
+    name: Name = "student"
+    save_every: Count = 250
+    log_every: Count = 10
+    probe_every: Count = 250
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_warmup("warmup", self.warmup, self.updates)
+
+    @classmethod
+    def imagenet256(cls, size: Size) -> "DistillConfig":
+        """The paper's stage 1: GSIM with lambda = 1 and w = 1.2 for 30 epochs, all masked tokens in the loss.
+
+        Ours, where the paper is silent: batches of 2048, constant w, learning rates (published practice of score
+        distillation at this scale: smaller for larger models), one update of phi for one of theta, EMA 0.9999.
+        """
+        batch = 2048
+        rate = {"base": 1e-5, "large": 4e-6, "huge": 2e-6}[size]
+        return cls(
+            updates=30 * IMAGENET_IMAGES // batch, objective="gsim", guidance=1.2, guidance_schedule="constant",
+            batch_size=batch, tokens_per_image=256, mask_ratio_min=0.7, mask_ratio_std=0.25,
+            learning_rate=rate, auxiliary_learning_rate=rate, auxiliary_steps=1, warmup=200, decay=2000,
+            ema_decay=0.9999, checkpoint_blocks=True, iterations=64, save_every=500, probe_every=1000,
+        )  # fmt: skip
+
+    def within(self, tokens: int) -> "DistillConfig":
+        """The same settings with K of at most the number of tokens, of which small images have few."""
+        return dataclasses.replace(self, iterations=min(self.iterations, tokens))
+
+    def with_guidance_of(self, teacher: Chain) -> "DistillConfig":
+        """The same settings, with the teacher's guidance where none is given."""
+        return dataclasses.replace(
+            self,
+            guidance=teacher.guidance if self.guidance is None else self.guidance,
+            guidance_schedule=self.guidance_schedule or teacher.guidance_schedule,
+        )
+
+
+@dataclass(frozen=True)
+class TuneConfig(RunConfig):
+    """How a student is tuned with a reward (MARVAL-RL)."""
+
+    updates: Count = 200
+    iterations: Count = 8  # K
+    gradient_iterations: Count = 1  # M, the last iterations that gradients flow through (docs/tuning.md)
+    batch_size: Count = 32
+    learning_rate: Positive = 5e-6
+    hinge: Finite | None = None  # images with a reward above this push no further
+    autocast: bool = True  # bf16 for the transformer; head, decoder and rewards stay float32
+    normalize: bool = False  # rewards minus their mean, over their deviation, on the untouched student's images
+    anchor: NotNegative = 0.0  # weight of the anchor's loss
+    anchor_to: Literal["teacher", "student"] = "teacher"  # GSIM to the guided teacher, or to the frozen student's score
+    anchor_warmup: Whole = 100  # updates of phi alone, before the student's first
+    train: Literal["all", "head", "low-rank"] = "all"
+    rank: Count = 8  # of low-rank training
+    prompt: Template = "a high-quality and harmonious picture of {}"
+    ema_decay: Decay = 0.99
+    max_distance_ratio: Limit = 1.10  # stop when the Fréchet distance exceeds this times the student's
+    min_diversity_ratio: NotNegative = 0.95  # stop when the diversity falls below this times the student's
+    patience: Count = 3  # probes without a better held-out reward before stopping
+    name: Name = "tuned"
+    save_every: Count = 25
+    log_every: Count = 5
+    probe_every: Count = 25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradient_iterations > self.iterations:
+            raise ValueError(
+                f"gradient_iterations {self.gradient_iterations}: expected at most the {self.iterations} of iterations"
+            )
+        if self.anchor:
+            check_warmup("anchor_warmup", self.anchor_warmup, self.updates)
+
+    def within(self, tokens: int) -> "TuneConfig":
+        """The same settings with K (and M) of at most the number of tokens, of which small images have few."""
+        if self.iterations <= tokens:
+            return self
+        return dataclasses.replace(self, iterations=tokens, gradient_iterations=min(self.gradient_iterations, tokens))
+
+    @classmethod
+    def imagenet256(cls, size: Size) -> "TuneConfig":
+        """The paper's stage 2: 5 epochs of images drawn for ImageNet's classes.
+
+        Ours, where the paper is silent: batches of 256, K = 16 with gradients through the last 4 iterations.
+        """
+        batch = 256
+        rate = {"base": 2e-6, "large": 1e-6, "huge": 5e-7}[size]
+        return cls(
+            updates=5 * IMAGENET_IMAGES // batch, iterations=16, gradient_iterations=4, batch_size=batch,
+            learning_rate=rate, ema_decay=0.999, checkpoint_blocks=True, save_every=250, probe_every=500,
+        )  # fmt: skip
