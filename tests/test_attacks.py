@@ -24,8 +24,6 @@ from gradio_client import Client
 from PIL import Image, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
-from serving import free_port, serving
-from tiny import tiny_config, tiny_model
 
 import marval.page.studio as studio_module
 from marval.cli import main
@@ -39,7 +37,9 @@ from marval.page.studio import Picture, Studio
 from marval.page.uploads import read_upload
 from marval.pipeline import Pipeline, load
 from marval.recipe import KEY, make_recipe
+from serving import free_port, serving
 from test_forged import Forger
+from tiny import tiny_config, tiny_model
 
 SOURCE = Path(__file__).parents[1] / "src" / "marval"
 

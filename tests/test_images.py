@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import command, environment, launch
-from tiny import tiny_config, tiny_model
 
 from marval.evaluate.images import SHARD, DrawnImages, claim_folder, draw_bytes, draw_shards, read_shard, write_npz
 from marval.pipeline import Pipeline
+from processes import command, environment, launch
+from tiny import tiny_config, tiny_model
 
 SCRIPT = "images_run.py"
 COUNT = 18  # four shards of 4 and one of 2

@@ -21,9 +21,10 @@ from marval.data import LatentData, cache_latents, check_data, load_data, load_f
 from marval.data.imagenet import imagenet_classes
 from marval.data.latents import centre_crop, read_square
 from marval.io.checkpoint import load_model
+from marval.io.vae import vae_hash, vae_place
 from marval.presets import TrainConfig
 from marval.runtime.distributed import Workers
-from marval.spaces import Latents, vae_hash, vae_place
+from marval.spaces import Latents
 from marval.train.teacher import latent_teacher_config, train_teacher
 from tiny import tiny_config
 

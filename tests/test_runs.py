@@ -12,9 +12,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from processes import command, environment, python
 from safetensors.torch import load_file
-from tiny import tiny_config, tiny_data, tiny_model
 
 from marval import cli
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep, PixelSpace
@@ -30,6 +28,8 @@ from marval.train import distill as distill_module
 from marval.train import run as run_module
 from marval.train import teacher as teacher_module
 from marval.train import tune as tuning
+from processes import command, environment, python
+from tiny import tiny_config, tiny_data, tiny_model
 
 TRAIN = TrainConfig(
     updates=4, batch_size=4, tokens_per_image=6, warmup=1, decay=2, save_every=2, log_every=1, autocast=False

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from marval.config import Chain, ModelConfig, Schedule
 from marval.io.checkpoint import WEIGHTS, load_model, save_model
+from marval.io.vae import vae_beside
 from marval.model import MAR
 from marval.runtime.rng import Seeds, image_seeds, whole_number
 from marval.sampling import Orders, check_finite, draw_function, drawing_orders, sample
-from marval.spaces import TokenSpace, token_space, vae_beside
+from marval.spaces import TokenSpace, token_space
 
 ONE_THREAD = 2**16  # numbers in a batch of the decoder, up to which one thread draws it faster than two
 ImageHook = Callable[[int, Float[Tensor, "b c h w"], Bool[Tensor, "b l"]], None]

@@ -4,11 +4,11 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import tiny_config, tiny_model
 
 from marval.evaluate.evaluate import KeepImages, evaluations_of
 from marval.pipeline import Pipeline
 from marval.runtime.distributed import start_workers
+from tiny import tiny_config, tiny_model
 
 
 def main(count, folder, out):

@@ -4,11 +4,10 @@ import sys
 import time
 from pathlib import Path
 
-from tiny import tiny_config, tiny_model
-
 from marval.evaluate import images
 from marval.pipeline import Pipeline
 from marval.runtime.distributed import start_workers
+from tiny import tiny_config, tiny_model
 
 
 def main(folder, count, pause):

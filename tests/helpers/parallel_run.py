@@ -5,8 +5,6 @@ import sys
 from math import nan
 from pathlib import Path
 
-from tiny import tiny_config, tiny_data, tiny_model
-
 from marval.config import OneStep
 from marval.evaluate.images import draw_bytes
 from marval.presets import DistillConfig, TrainConfig, TuneConfig
@@ -16,6 +14,7 @@ from marval.train import run
 from marval.train.distill import distill
 from marval.train.teacher import train_teacher
 from marval.train.tune import Anchor, tune
+from tiny import tiny_config, tiny_data, tiny_model
 
 run.FILE_BYTES = 20_000  # states in several files, as those of large networks
 COMMON = {"batch_size": 8, "log_every": 1, "save_every": 4}  # of three processes, two have 3 images and one has 2

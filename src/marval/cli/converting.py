@@ -48,9 +48,8 @@ def convert(
     from marval.io.checkpoint import WEIGHTS, load_model
     from marval.io.files import check_replace
     from marval.io.official import Given, find_file, official_model, save_official
-    from marval.io.vae import convert_vae
+    from marval.io.vae import convert_vae, vae_hash, vae_place
     from marval.pipeline import find_model
-    from marval.spaces import vae_hash, vae_place
 
     given = Given(heads, image_size, vae_stride, patch_size)
     if kind != "mar" and given != Given():
@@ -117,8 +116,8 @@ def cache_latents(
             f"--image-size {image_size} --batch-size {batch_size} --scale {scale}: expected numbers above 0"
         )
     from marval.data import cache_latents as run
+    from marval.io.vae import load_vae
     from marval.runtime.distributed import start_workers
-    from marval.spaces import load_vae
 
     with start_workers(usable_device(device)) as workers:
         done = run(

@@ -25,9 +25,10 @@ from marval.data.folder import Labelled, check_corrupt, list_folder, listing_has
 from marval.data.reading import in_threads
 from marval.io.files import write_tensors, write_text
 from marval.io.images import read_image
+from marval.io.vae import vae_hash, vae_place
 from marval.runtime.distributed import Workers
 from marval.runtime.rng import generator
-from marval.spaces import Latents, TokenSpace, vae_hash, vae_place
+from marval.spaces import Latents, TokenSpace
 
 PLAN, INDEX = "plan.json", "index.json"
 SAID = {"listing": "other pictures, or changed ones", "vae_sha256": "a VAE of other weights"}  # of the plan's hashes

@@ -8,7 +8,7 @@ from marval.data.fashion import load_fashion_mnist
 from marval.data.folder import load_folder
 from marval.data.images import ImageData
 from marval.data.latents import LatentData
-from marval.spaces import same_vae
+from marval.io.vae import same_vae
 
 TrainingData = ImageData | LatentData
 
