@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig
-from marval.data.imagenet import imagenet_classes
 from marval.io.checkpoint import check_tensors
 from marval.io.files import atomic_path, sha256_of
 from marval.model import MAR
@@ -243,6 +242,8 @@ def official_model(
     check_tensors(path, tensors, model.state_dict())
     check_weights(path, tensors)
     model.load_state_dict(tensors, strict=True, assign=True)
+    from marval.data.imagenet import imagenet_classes  # here: the data read token spaces, which read this room
+
     imagenet = tuple(imagenet_classes().values())
     names = imagenet if mar.num_classes == len(imagenet) else tuple(str(i) for i in range(mar.num_classes))
     config = ModelConfig(mar, space, draw, names, 64, Path(path).stem, source=f"{path} sha256 {file_hash(path)}")
