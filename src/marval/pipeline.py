@@ -16,6 +16,7 @@ from torch import Tensor
 
 from marval.config import Chain, ModelConfig, Schedule
 from marval.io.checkpoint import WEIGHTS, load_model, save_model
+from marval.io.hub import HUB_ID, fetch_model, push_model
 from marval.io.vae import vae_beside
 from marval.model import MAR
 from marval.runtime.rng import Seeds, image_seeds, whole_number
@@ -32,11 +33,11 @@ def bundled_models() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(root.glob("*/model.safetensors"))}
 
 
-def find_model(name: str | Path) -> Path:
-    """The folder of a bundled model, or `name` itself where it is a path.
+def find_model(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model that a person named: a path, a bundled model, or "user/repo" on the Hugging Face hub.
 
     Raises:
-        ValueError: neither; the nearest names are suggested.
+        ValueError: none of these; the nearest names are suggested.
     """
     if Path(name).exists():
         in_run = Path(name) / "model"  # a training run's folder
@@ -50,18 +51,25 @@ def find_model(name: str | Path) -> Path:
             f"then --preset {name}"
         )
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or list(known)
-    raise ValueError(
-        f"no model {str(name)!r}: expected a folder, or a bundled model such as {', '.join(near) or 'none'}"
-    )
+    missing = f"no model {str(name)!r}: expected a folder, or a bundled model such as {', '.join(near) or 'none'}"
+    if HUB_ID.fullmatch(str(name)) and not Path(name).parent.is_dir():  # runs/student is a path where runs/ is here
+        try:
+            return fetch_model(str(name), revision)
+        except ValueError as error:
+            raise ValueError(f"{missing}; {error}") from error
+    raise ValueError(missing)
 
 
-def load(name: str | Path, device: torch.device | str = "cpu") -> "Pipeline":
-    """Load a bundled model by name, or a model folder.
+def load(name: str | Path, device: torch.device | str = "cpu", *, revision: str | None = None) -> "Pipeline":
+    """Load a model: a folder, a bundled one by name, or "user/repo" from the Hugging Face hub.
+
+    Args:
+        revision: of a hub repository: a branch, tag or commit.
 
     Raises:
         ValueError: no such model, or damaged files.
     """
-    found = find_model(name)
+    found = find_model(name, revision)
     model, config = load_model(found, device)
     folder = found if found.is_dir() else found.parent
     return Pipeline(model, dataclasses.replace(config, space=vae_beside(config.space, folder)))
@@ -296,6 +304,10 @@ class Pipeline:
     def save(self, folder: Path | str, dtype: torch.dtype = torch.float32) -> None:
         """Write the model; see `marval.io.checkpoint.save_model`."""
         save_model(folder, self.model, self.config, dtype)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, license: str | None = None) -> str:
+        """Upload the model with a card to the Hugging Face hub, and return its address; see `marval.io.hub`."""
+        return push_model(repo_id, self.model, self.config, private=private, license=license)
 
 
 def normalized(name: str) -> str:

@@ -14,9 +14,9 @@ from torch import Tensor
 from marval.config import LatentSpace, PixelSpace
 from marval.io.checkpoint import check_tensors
 from marval.io.files import atomic_folder, check_replace, sha256_of
+from marval.io.hub import HUB_ID
 from marval.io.official import check_weights, find_file, read_checkpoint
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 ELSEWHERE = re.compile(r"[\\/]{2}")  # at the start of a path: another machine, which Windows would log in to
 FILES = ("config.json", "diffusion_pytorch_model.safetensors", "source.json")
 

@@ -1,0 +1,138 @@
+"""Models and weights on the Hugging Face hub: fetch them, and publish a model with its card."""
+
+import functools
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+from marval.config import LatentSpace, ModelConfig
+from marval.io.checkpoint import WEIGHTS, save_model
+from marval.io.files import write_text
+from marval.model import MAR
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+REASONS = {
+    "RepositoryNotFoundError": "it has no such repository, or a private one: log in with `hf auth login`",
+    "GatedRepoError": "its owner must let you in: ask on its page, then log in with `hf auth login`",
+    "RevisionNotFoundError": "it has no such revision",
+    "LocalEntryNotFoundError": "it cannot be reached, and nothing is in the local cache",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, and nothing is in the local cache",
+}
+
+
+def hub() -> ModuleType:
+    """The library of the hub.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ValueError("the Hugging Face hub needs its package: pip install huggingface_hub") from error
+    return huggingface_hub
+
+
+def reason_of(error: Exception) -> str:
+    """Why the hub did not answer as it should, in a few words."""
+    line = next(iter(str(error).splitlines()), "")[:200]
+    return REASONS.get(type(error).__name__, f"{type(error).__name__}: {line}".rstrip(": "))
+
+
+def fetch(repo_id: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """The folder of a repository's files that match `patterns`, from the network or, without one, from the cache.
+
+    Call it with names that a person typed, never with names that a file holds.
+
+    Raises:
+        ValueError: huggingface_hub is not installed, or the hub does not give them.
+    """
+    download = hub().snapshot_download
+    try:
+        return Path(download(repo_id, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:  # no network, no such repository, no right to read it: many kinds
+        raise ValueError(f"the Hugging Face hub did not give {repo_id}: {reason_of(error)}") from error
+
+
+@functools.cache  # so that a process sees one version of a repository
+def fetch_model(repo_id: str, revision: str | None = None) -> Path:
+    """The folder of a model on the hub; nothing but its weights (safetensors) and configuration is fetched.
+
+    Raises:
+        ValueError: as `fetch`, or the repository holds no model of marval.
+    """
+    folder = fetch(repo_id, (WEIGHTS, "config.json"), revision)
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{repo_id} on the Hugging Face hub has no {WEIGHTS}: it is no model of marval")
+    return folder
+
+
+def push_model(
+    repo_id: str, model: MAR, config: ModelConfig, *, private: bool = False, license: str | None = None
+) -> str:
+    """Upload weights, configuration and model card to a repository, which is made first; its address is returned.
+
+    Args:
+        license: the hub's name of the weights' licence, such as "apache-2.0"; the card names none when None.
+
+    Raises:
+        ValueError: huggingface_hub is not installed, or the hub refuses.
+    """
+    api = hub().HfApi()
+    config = published(config)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(folder, model, config)
+        write_text(Path(folder) / "README.md", model_card(repo_id, config, license))
+        try:
+            address = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Add {config.name or 'a model'}")
+        except Exception as error:  # no network, no token, no right to write, a bad name: many kinds
+            raise ValueError(f"the Hugging Face hub did not take {repo_id}: {reason_of(error)}") from error
+    return str(address)
+
+
+def published(config: ModelConfig) -> ModelConfig:
+    """The configuration for other machines: a VAE's folder goes by its name, to be put beside the model's files."""
+    if not isinstance(config.space, LatentSpace) or not os.path.isabs(config.space.vae):
+        return config
+    return replace(config, space=replace(config.space, vae=Path(config.space.vae).name))
+
+
+def model_card(repo_id: str, config: ModelConfig, license: str | None = None) -> str:
+    """The README.md of a model's repository: metadata for the hub, and how to use the model."""
+    kind = "one-step student" if config.draw.kind == "one_step" else "teacher"
+    tags = ["marval", "image-generation", "class-conditional", "masked-autoregressive-diffusion"]
+    header = hub().ModelCardData(library_name="marval", license=license, tags=tags).to_yaml()
+    height, width = config.space.image_size
+    vae = ""
+    if isinstance(config.space, LatentSpace):
+        vae = f"It needs the VAE `{config.space.vae}` (SHA-256 `{config.space.vae_sha256 or 'unknown'}`).\n"
+    names = "\n".join(f"{number} {name}" for number, name in enumerate(config.class_names))
+    return f"""---
+{header}
+---
+
+# {config.name or repo_id}
+
+A MARVAL {kind}: class-conditional images of {width}x{height} pixels in K = {config.iterations} iterations.
+{vae}
+```python
+import marval
+
+images = marval.load("{repo_id}").sample([0], seed=0)  # (1, channels, {height}, {width}), in [0, 1]
+```
+
+Made with: `{config.source or "unknown"}`
+
+Trained on: `{config.data or "unknown"}`
+
+## Classes
+
+```
+{names}
+```
+"""
