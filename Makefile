@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-system test-slow lint format tables clean
+.PHONY: demo test test-system test-slow lint format tables docs clean
 
 demo: .venv/installed  ## the main job on the bundled models, in minutes
 	$(BIN)/python -m marval demo --out demo-out
@@ -21,17 +21,20 @@ test-slow: .venv/installed-dev  ## the checks that take minutes
 	$(BIN)/python -m pytest -m slow -q
 
 lint: .venv/installed-dev  ## format, lint and types, changing nothing
-	$(BIN)/ruff format --check src tests tools
-	$(BIN)/ruff check src tests tools
+	$(BIN)/ruff format --check src tests tools examples
+	$(BIN)/ruff check src tests tools examples
 	$(BIN)/python -m mypy
 
 format: .venv/installed-dev
-	$(BIN)/ruff format src tests tools
-	$(BIN)/ruff check --fix src tests tools
+	$(BIN)/ruff format src tests tools examples
+	$(BIN)/ruff check --fix src tests tools examples
 
 tables: .venv/installed  ## fill the tables of docs/ from results/
 	$(BIN)/python tools/tables.py docs/results.md docs/full-size.md
 	cp results/fashion-sweep.json results/fashion-reward.json src/marval/assets/
+
+docs: .venv/installed-docs  ## the documentation as a site in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # pip's words go to a file: of an index that it cannot reach it says fifty lines. The path to src, which pip writes down,
 # is then made relative: in a C locale Python 3.11 could not start if it held letters beyond ASCII.
@@ -59,6 +62,10 @@ endef
 
 .venv/installed-dev: .venv/installed
 	$(call install,what the tests need,-e '.[dev]')
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	$(call install,what the documentation needs,-e '.[docs]')
 	@touch $@
 
 clean:

@@ -107,7 +107,7 @@ def rewards(file: Path) -> str:
 def plan(file: Path) -> str:
     """Return the plan of full-size runs, a column for each preset."""
     rows = read_results(file)["plan"]["rows"]
-    distill, tune = ([row for row in rows if row["stage"] == stage] for stage in ("distill", "tune"))
+    distill, tune = ([row for row in rows if row["stage"] in stage] for stage in (("distill",), ("tune", "finetune")))
     memory = [f"{name}_gib" for name in ("weights", "gradients", "optimiser", "gathered")]
 
     def work(row: Row) -> str:
