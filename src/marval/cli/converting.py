@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def convert(
-    kind: Positional[Literal["mar", "to-mar", "vae"]],
+    kind: Positional[Literal["mar", "to-mar", "vae", "onnx"]],
     source: Positional[str],
     out: Positional[Path],
     *,
@@ -24,9 +24,10 @@ def convert(
     patch_size: int | None = None,
     vae: str = "kl16",
     ema: bool = True,
+    iterations: int | None = None,
     force: bool = False,
 ) -> None:
-    """Bring official MAR checkpoints into marval's form, or back.
+    """Bring official MAR checkpoints into marval's form, or back; or a student into ONNX.
 
     marval convert mar mar_base/checkpoint-last.pth models/mar-base --vae models/kl16
 
@@ -34,15 +35,16 @@ def convert(
 
     Args:
         kind: "mar": an official .pth, flat safetensors or a folder with one, to a model folder; "to-mar": back;
-            "vae": the official kl16.ckpt to a diffusers folder.
+            "vae": the official kl16.ckpt to a diffusers folder; "onnx": a student to an ONNX file.
         source: the checkpoint, or the model to write back.
-        out: the model folder, or the .pth to write.
+        out: the model folder, or the .pth or .onnx to write.
         heads: attention heads, where the widths are not MAR-B's, -L's or -H's.
         image_size: pixels a side; checked against the tensors.
         vae_stride: pixels a latent; the checkpoint's args or 16 when left out.
         patch_size: latents a token's side; the checkpoint's args or 1 when left out.
         vae: the VAE's folder or hub id, for the configuration.
         ema: take the averaged weights.
+        iterations: K of the ONNX file; the model's own when left out.
         force: write over what is there.
     """
     from marval.io.checkpoint import WEIGHTS, load_model
@@ -54,6 +56,11 @@ def convert(
     given = Given(heads, image_size, vae_stride, patch_size)
     if kind != "mar" and given != Given():
         raise ValueError("--heads, --image-size, --vae-stride and --patch-size are for marval convert mar alone")
+    if kind != "onnx" and iterations is not None:
+        raise ValueError("--iterations is for marval convert onnx alone: other models draw in any number of them")
+    if kind == "onnx":
+        convert_onnx(source, out, iterations, force)
+        return
     if kind == "vae":
         convert_vae(source, out, force)
     elif kind == "to-mar":
@@ -66,6 +73,20 @@ def convert(
         check_replace(out, model_files(out), read=find_file(Path(source)), force=force)
         write_model(out, *official_model(source, given, ema=ema, vae=vae_place(vae), vae_sha256=vae_hash(vae)))
     print(f"{source} -> {out}")
+
+
+def convert_onnx(source: str, out: Path, iterations: int | None, force: bool) -> None:
+    """Write a student as ONNX, checked with onnxruntime."""
+    from marval.io.checkpoint import weights_file
+    from marval.io.files import check_replace
+    from marval.io.onnx import export_onnx
+    from marval.pipeline import find_model, load
+
+    check_replace(out, [out], read=weights_file(find_model(source)), force=force)
+    pipeline = load(source)
+    iterations = pipeline.default_iterations if iterations is None else iterations
+    difference = export_onnx(pipeline.model, pipeline.config, iterations, out)
+    print(f"{source} -> {out}: K = {iterations}; onnxruntime's pictures differ from PyTorch's by {difference:.1g}")
 
 
 def model_files(folder: Path) -> list[Path]:

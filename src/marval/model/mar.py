@@ -102,7 +102,7 @@ class MAR(nn.Module):
     ) -> Float[Tensor, "b n d"]:
         """Encode the buffer and the visible tokens; hidden tokens are neither read nor computed."""
         buffer = self.config.buffer_size
-        places = self.encoder_pos_embed_learned.expand(len(tokens), -1, -1)
+        places = self.encoder_pos_embed_learned.expand(tokens.shape[0], -1, -1)
         given = gather_rows(tokens, visible).to(self.z_proj.weight.dtype)  # tokens are float32 whatever the weights are
         x = torch.cat(
             [
@@ -123,7 +123,7 @@ class MAR(nn.Module):
         positions: Int[Tensor, "b q"],
     ) -> Float[Tensor, "b q e"]:
         """The context of the tokens at `positions`; the last block is computed there and nowhere else."""
-        buffer, batch = self.config.buffer_size, len(encoded)
+        buffer, batch = self.config.buffer_size, encoded.shape[0]
         x = self.decoder_embed(encoded)
         hidden = self.mask_token.to(x.dtype).expand(batch, self.config.num_tokens, -1)
         index = visible[..., None].expand(-1, -1, x.shape[-1])

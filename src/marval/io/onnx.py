@@ -1,0 +1,131 @@
+"""Students as ONNX: the whole draw of K iterations as one graph, for programs without PyTorch."""
+
+import contextlib
+import io
+import json
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from marval.config import Chain, ModelConfig, PixelSpace
+from marval.io.files import check_output
+from marval.model import MAR
+from marval.runtime.rng import generator
+from marval.sampling import draw_counts, draw_function, sample
+from marval.sampling.loop import Start, run
+from marval.sampling.orders import random_order
+from marval.spaces import Pixels, unpatchify
+
+TOLERANCE = 1e-4  # of the largest value, between the two programs
+LARGEST = 1.5e9  # bytes of weights in one file; ONNX allows 2 GiB, beyond this they lie beside it
+
+
+class Student(nn.Module):
+    """A student's draw as a function of its class, noise and order."""
+
+    def __init__(self, model: MAR, config: ModelConfig, iterations: int):
+        super().__init__()
+        self.model, self.config = model, config
+        self.draw, self.counts = draw_function(config), draw_counts(config.mar.num_tokens, iterations)
+
+    def forward(
+        self, labels: Int[Tensor, " b"], noise: Float[Tensor, "b l c"], order: Int[Tensor, "b l"]
+    ) -> Float[Tensor, "b c2 h w"]:
+        """Images in [0, 1] where tokens are pixels, else the VAE's latents."""
+        start = Start(torch.zeros_like(noise), order, 0, self.counts, noise[None])
+        *_, (tokens, _) = run(self.model, self.draw, labels, start)
+        return self.picture(tokens)
+
+    def picture(self, tokens: Float[Tensor, "b l c"]) -> Float[Tensor, "b c2 h w"]:
+        """What the graph returns for drawn tokens."""
+        space = self.config.space
+        if isinstance(space, PixelSpace):
+            return Pixels(space).decode(tokens)
+        return unpatchify(tokens, space.token_grid, space.patch) / space.scale + space.shift
+
+
+def packages() -> ModuleType:
+    """onnxruntime.
+
+    Raises:
+        ValueError: a package that exporting needs is not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"ONNX needs {error.name}: pip install onnx onnxscript onnxruntime") from error
+    return onnxruntime
+
+
+def export_onnx(model: MAR, config: ModelConfig, iterations: int, file: Path) -> float:
+    """Write a student with K = `iterations` to an ONNX file, and compare it with `sample` on the same noise.
+
+    Inputs: `labels` (b,) int64, `noise` (b, L, C) float32, `order` (b, L) int64, the positions in the order in which
+    they are drawn. Output: `images` (b, channels, height, width) in [0, 1], or `latents` for the VAE.
+
+    Returns:
+        The largest difference, relative to the largest value.
+
+    Raises:
+        ValueError: a teacher, a bad K, packages that are missing, or a graph that draws something else.
+    """
+    if isinstance(config.draw, Chain):
+        raise ValueError(
+            f"{config.name or 'this model'} is a teacher, which calls its head {config.draw.diffusion_steps} times for "
+            "each token: an ONNX graph would hold every call; distil it, and export the student"
+        )
+    runtime, student = packages(), Student(model, config, iterations).eval()
+    check_output(file, folder=False)
+    given, expected = trial(student)
+    program = exported(student, given)
+    program.model.metadata_props.update(
+        model=config.name, iterations=str(iterations), class_names=json.dumps(config.class_names)
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
+        partial = Path(folder) / file.name  # large weights lie beside it, in a file whose name it holds
+        program.save(partial, external_data=sum(p.nbytes for p in model.parameters()) > LARGEST)
+        session = runtime.InferenceSession(partial, providers=["CPUExecutionProvider"])
+        images = torch.from_numpy(session.run(None, {name: t.numpy() for name, t in given.items()})[0])
+        difference = float((images - expected).abs().max() / expected.abs().max())
+        if not difference <= TOLERANCE:
+            raise ValueError(f"{file}: onnxruntime draws other images than PyTorch (by {difference:.1g}): not written")
+        for part in Path(folder).iterdir():
+            part.replace(file.parent / part.name)
+    return difference
+
+
+@torch.no_grad()
+def trial(student: Student, batch: int = 3) -> tuple[dict[str, Tensor], Tensor]:
+    """Labels, noise and orders to try a student with, and what `sample` draws of them."""
+    rng, mar = generator("onnx"), student.config.mar
+    labels = torch.randint(mar.num_classes, (batch,), generator=rng)
+    noise = torch.randn(batch, mar.num_tokens, mar.token_dim, generator=rng)
+    order = torch.stack([random_order(mar.token_grid, seed) for seed in range(batch)])
+    tokens = sample(
+        student.model, student.draw, labels, iterations=len(student.counts), seeds=range(batch), orders=order,
+        noise=noise[None],
+    )  # fmt: skip
+    return {"labels": labels, "noise": noise, "order": order}, student.picture(tokens)
+
+
+def exported(student: Student, given: dict[str, Tensor]) -> torch.onnx.ONNXProgram:
+    """The ONNX program of a student, for batches of any size."""
+    name = "images" if student.config.space.kind == "pixels" else "latents"
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of a torchvision that is not needed
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        warnings.simplefilter("ignore")  # of deprecations inside torch
+        program = torch.onnx.export(
+            student, kwargs=given, dynamo=True, dynamic_shapes={each: {0: "batch"} for each in given}, verbose=False,
+            input_names=list(given), output_names=[name],
+        )  # fmt: skip
+    assert program is not None  # with dynamo=True it never is
+    return program

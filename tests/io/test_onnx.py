@@ -1,0 +1,72 @@
+"""Students as ONNX files: onnxruntime draws what PyTorch draws."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from marval.cli import main
+from marval.config import LatentSpace, OneStep
+from marval.io.onnx import export_onnx
+from marval.pipeline import Pipeline
+from marval.runtime.rng import generator
+from marval.sampling import draw_function, sample
+from marval.spaces import token_space
+from tiny import tiny_config, tiny_model
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+STUDENT = dataclasses.replace(tiny_config(), draw=OneStep(clip=True))
+
+
+def session(file):
+    return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+
+
+def test_the_command_writes_a_student_that_draws_the_same_images_in_onnxruntime(tmp_path, monkeypatch, capsys):
+    config, model, iterations = STUDENT, tiny_model(), 3
+    Pipeline(model, config).save(tmp_path / "student")
+    command = ["marval", "convert", "onnx", tmp_path / "student", tmp_path / "a/student.onnx", "--iterations", "3"]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    main()
+    assert "K = 3; onnxruntime's pictures differ from PyTorch's by" in capsys.readouterr().out
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["student.onnx"]
+    runner, rng = session(tmp_path / "a/student.onnx"), generator("inputs")
+    for batch in (1, 7):
+        noise = torch.randn(batch, 16, 4, generator=rng)
+        order = torch.stack([torch.randperm(16, generator=rng) for _ in range(batch)])
+        labels = torch.arange(batch) % 2
+        (images,) = runner.run(["images"], {"labels": labels.numpy(), "noise": noise.numpy(), "order": order.numpy()})
+        tokens = sample(
+            model, draw_function(config), labels, iterations=iterations, seeds=range(batch), orders=order,
+            noise=noise[None],
+        )  # fmt: skip
+        np.testing.assert_allclose(images, token_space(config.space).decode(tokens), atol=1e-4)
+    about = runner.get_modelmeta().custom_metadata_map
+    assert (about["iterations"], json.loads(about["class_names"])) == (str(iterations), ["cross", "square"])
+
+
+def test_latents_come_out_ready_for_the_vae(tmp_path):
+    space = LatentSpace((32, 32), "none", vae_stride=8, latent_channels=4, scale=0.5, shift=0.25)
+    mar = dataclasses.replace(tiny_config().mar, token_grid=(4, 4), token_dim=4)
+    config = dataclasses.replace(tiny_config(), mar=mar, space=space, draw=OneStep())
+    assert export_onnx(tiny_model(), config, 1, tmp_path / "student.onnx") < 1e-5
+    (output,) = session(tmp_path / "student.onnx").get_outputs()
+    assert (output.name, output.shape[1:]) == ("latents", [4, 4, 4])
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "student.onnx"
+    with pytest.raises(ValueError, match="tiny is a teacher, which calls its head 8 times for each token"):
+        export_onnx(tiny_model(), tiny_config(), 4, file)
+    with pytest.raises(ValueError, match="17 iterations for 16 tokens"):
+        export_onnx(tiny_model(), STUDENT, 17, file)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ValueError, match="pip install onnx onnxscript onnxruntime"):
+        export_onnx(tiny_model(), STUDENT, 4, file)
+    assert not list(tmp_path.iterdir())
