@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep
 from marval.evaluate.results import read_results, write_results
-from marval.model import MAR, linear
+from marval.model import MAR
 from marval.presets import DistillConfig, TuneConfig
 from marval.runtime.provenance import made_by
 from marval.runtime.rng import generator
@@ -131,13 +131,6 @@ def speed(iterations):
     model = MAR(mar).initialize(generator(0, "full size")).eval().requires_grad_(False)
     chain, labels = Chain(guidance=3.0), torch.tensor([0])
 
-    def plain():
-        linear.ONEDNN = False  # the official code's products are PyTorch's own
-        try:
-            return straightforward(model, chain, labels, iterations, [0])
-        finally:
-            linear.ONEDNN = True
-
     def ours(draw):
         with torch.inference_mode():
             return sample(model, draw, labels, iterations=iterations, seeds=[0])
@@ -145,7 +138,7 @@ def speed(iterations):
     jobs = {
         "student": lambda: ours(DrawInOneStep()),
         "teacher": lambda: ours(DrawByChain(chain)),
-        "straightforward": plain,
+        "straightforward": lambda: straightforward(model, chain, labels, iterations, [0]),  # plain PyTorch products
     }
     jobs["student"]()  # warms up
     seconds = {}

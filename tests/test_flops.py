@@ -19,7 +19,7 @@ from tiny import tiny_config, tiny_model
 def test_formulas_agree_with_the_counter(draw, iterations, monkeypatch):
     """The counter knows neither oneDNN's layers nor the CPU's flash attention, so both are off."""
     pipeline = Pipeline(tiny_model(), dataclasses.replace(tiny_config(), draw=draw))
-    monkeypatch.setattr("marval.model.linear.ONEDNN", False)
+    monkeypatch.setattr("marval.sampling.fast.ONEDNN", False)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         pipeline.sample([0], iterations=iterations)
     assert flops_per_image(pipeline, iterations) == counter.get_total_flops()

@@ -87,7 +87,7 @@ def test_a_tuning_step_costs_what_torch_counts(monkeypatch):
     config = tiny_config().mar
     settings = TuneConfig(iterations=1, gradient_iterations=1, batch_size=1)
     model = tiny_model().requires_grad_(True)
-    monkeypatch.setattr("marval.model.linear.ONEDNN", False)
+    monkeypatch.setattr("marval.sampling.fast.ONEDNN", False)
     places = torch.arange(16)[None]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         nothing = torch.zeros(1, 0, dtype=torch.long)

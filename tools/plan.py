@@ -25,7 +25,7 @@ from marval.evaluate.flops import Flops, context_flops, embedding_flops, head_fl
 from marval.evaluate.memory import LiveMemory
 from marval.evaluate.results import write_results
 from marval.model import MAR, NoiseSchedule, TokenHead
-from marval.model.blocks import Block
+from marval.model.mar import Block
 from marval.presets import IMAGENET_IMAGES, DistillConfig, TuneConfig
 from marval.runtime.provenance import made_by
 from marval.sampling import DrawInOneStep, draw_counts, model_contexts

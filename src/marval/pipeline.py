@@ -1,9 +1,7 @@
 """A loaded model that draws images: network, token space and the way its tokens are drawn."""
 
-import contextlib
 import dataclasses
 import difflib
-import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.resources import files
@@ -21,9 +19,9 @@ from marval.io.vae import vae_beside
 from marval.model import MAR
 from marval.runtime.rng import Seeds, image_seeds, whole_number
 from marval.sampling import Orders, check_finite, draw_function, drawing_orders, sample
+from marval.sampling.fast import few_threads
 from marval.spaces import TokenSpace, token_space
 
-ONE_THREAD = 2**16  # numbers in a batch of the decoder, up to which one thread draws it faster than two
 ImageHook = Callable[[int, Float[Tensor, "b c h w"], Bool[Tensor, "b l"]], None]
 
 
@@ -313,26 +311,6 @@ class Pipeline:
 def normalized(name: str) -> str:
     """A class's name as people type it: without spaces around it, letters with their accents composed."""
     return unicodedata.normalize("NFC", name.strip())
-
-
-@contextlib.contextmanager
-def few_threads(numbers: int, device: torch.device) -> Iterator[None]:
-    """Let one thread draw a small batch on a CPU whose threads wait passively: to wake the others takes longer.
-
-    One picture of fashion-student (K = 8) took 24 ms so, 49 ms with two threads; of 16, each 6.5 ms either way.
-
-    Args:
-        numbers: of the decoder's input.
-    """
-    threads, passive = torch.get_num_threads(), os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
-    small = passive and device.type == "cpu" and numbers <= ONE_THREAD
-    if small:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        if small:
-            torch.set_num_threads(threads)
 
 
 def batches(count: int, size: int) -> list[slice]:

@@ -18,10 +18,10 @@ from marval.evaluate.results import merge_results, named
 from marval.evaluate.throughput import memory_of
 from marval.evaluate.timing import drawing, in_turns, seconds_of, timed_row
 from marval.model import MAR, TokenHead
-from marval.model.linear import linear
 from marval.pipeline import Pipeline
 from marval.runtime.rng import generator
 from marval.sampling import draw_counts, draw_function
+from marval.sampling.fast import linear
 
 PEAK_SIDE = 2048  # of the square matrices whose product is the machine's peak
 

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from marval.model.linear import Linear, linear
-
 
 def timestep_features(t: Float[Tensor, " n"], dim: int = 256) -> Float[Tensor, "n dim"]:
     """Sinusoidal features of the time step: `[cos(t f_j), sin(t f_j)]`, `f_j` falling from 1 to 1e-4."""
@@ -26,21 +24,23 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int, features: int = 256):
         super().__init__()
         self.features = features
-        self.mlp = nn.Sequential(Linear(features, width), nn.SiLU(), Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Float[Tensor, " n"]) -> Float[Tensor, "n w"]:
         return self.mlp(timestep_features(t.float(), self.features).to(next(self.mlp.parameters()).dtype))
 
 
-def exact(layer: Linear, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n o"]:
-    """A layer in the precision of `x` or of its weights, whichever is higher, whatever autocast says.
+class ExactLinear(nn.Linear):
+    """A linear layer in the precision of its input or of its weights, whichever is higher, whatever autocast says.
 
-    Tokens enter and leave the head this way: at small t the noise to predict is smaller than bf16's rounding of the
+    Tokens enter and leave the head through it: at small t the noise to predict is smaller than bf16's rounding of the
     token.
     """
-    dtype = torch.promote_types(x.dtype, layer.weight.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        return linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+
+    def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n o"]:
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 class ResBlock(nn.Module):
@@ -49,8 +49,8 @@ class ResBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 3 * width))
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
     def forward(self, x: Float[Tensor, "*h n w"], m: Float[Tensor, "*g n w3"]) -> Float[Tensor, "*g n w"]:
         shift, scale, gate = m.chunk(3, dim=-1)
@@ -64,12 +64,12 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, out_channels: int):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = Linear(width, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
+        self.linear = ExactLinear(width, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Float[Tensor, "*g n w"], m: Float[Tensor, "*g n w2"]) -> Float[Tensor, "*g n o"]:
         shift, scale = m.chunk(2, dim=-1)
-        return exact(self.linear, torch.addcmul(shift, self.norm_final(x), 1 + scale))
+        return self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))
 
 
 class TokenHead(nn.Module):
@@ -84,8 +84,8 @@ class TokenHead(nn.Module):
         self.token_dim = token_dim
         out_channels = 2 * token_dim if learn_variance else token_dim
         self.time_embed = TimeEmbedding(width)
-        self.cond_embed = Linear(context_dim, width)
-        self.input_proj = Linear(token_dim, width)
+        self.cond_embed = nn.Linear(context_dim, width)
+        self.input_proj = ExactLinear(token_dim, width)
         self.res_blocks = nn.ModuleList([ResBlock(width) for _ in range(depth)])
         self.final_layer = FinalLayer(width, out_channels)
 
@@ -143,7 +143,7 @@ class TokenHead(nn.Module):
         self, x_t: Float[Tensor, "n c"], y: Float[Tensor, "*g n w"] | Sequence[Tensor]
     ) -> Float[Tensor, "*g n o"]:
         activated = F.silu(y) if isinstance(y, Tensor) else None
-        x = exact(self.input_proj, x_t)
+        x = self.input_proj(x_t)
         for i, layer in enumerate((*self.res_blocks, self.final_layer)):
             # Of an embedded condition one layer's modulation at a time: all of a large batch's would fill the memory.
             x = layer(x, y[i] if activated is None else layer.adaLN_modulation[1](activated))

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from marval.model import MAR, TokenHead
-from marval.model.blocks import Block
+from marval.model.mar import Block
 from marval.runtime.refusal import announce
 
 GLOO_SECONDS = 0.3  # for Gloo's threads to let go of their last tensors

@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from marval.model import MAR
-from marval.model.linear import packed
 from marval.runtime.rng import Seeds, generator, image_seeds
 from marval.sampling.draw import DrawTokens, guidance_at
+from marval.sampling.fast import prepare_for_drawing
 from marval.sampling.orders import Orders, draw_counts, drawing_orders
 
-FEWEST_CALLS = 25  # of the head, from which on `packed` saves more than it takes
 Hook = Callable[[int, Float[Tensor, "b l c"], Bool[Tensor, "b l"]], None]
 
 
@@ -87,8 +86,7 @@ def run(
     It copies nothing between devices and waits for none.
     """
     config, tokens, shown = model.config, start.tokens, start.known
-    calls = len(start.counts) * draw_tokens.noise_draws
-    head = packed(model.head) if calls >= FEWEST_CALLS else model.head
+    model = prepare_for_drawing(model, len(start.counts) * draw_tokens.noise_draws)
 
     def iterate(tokens: Tensor, visible: Tensor, positions: Tensor, guidance: float) -> Tensor:
         # A region of its own in every iteration: autocast's cache must not keep what was cast without gradients.
@@ -98,7 +96,7 @@ def run(
         index = positions[..., None].expand(-1, -1, config.token_dim)
         local_noise = start.noise.gather(2, index.expand(len(start.noise), -1, -1, -1)).flatten(1, 2)
         null = context[1] if len(context) > 1 else None
-        drawn = draw_tokens(head, context[0], null, guidance, local_noise)
+        drawn = draw_tokens(model.head, context[0], null, guidance, local_noise)
         return tokens.scatter(1, index, drawn.unflatten(0, positions.shape).to(tokens.dtype))
 
     for k, count in enumerate(start.counts):

@@ -7,7 +7,6 @@ from safetensors.torch import load_file, save_file
 from marval.config import Chain, MARConfig, ModelConfig, PixelSpace
 from marval.io.checkpoint import load_model, save_model
 from marval.model import MAR
-from marval.model.linear import Linear, linear, packed
 from marval.runtime.rng import generator
 
 GRID, CHANNELS, BATCH = (3, 4), 4, 2
@@ -176,35 +175,3 @@ def test_a_strict_load_rejects_missing_unknown_and_misshapen_tensors(tmp_path, c
     rewrite(file, change)
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path)
-
-
-@pytest.mark.parametrize("rows", [1, 15, 16, 53])
-def test_layers_give_the_same_in_inference_mode(rows):
-    """There a CPU asks oneDNN from 16 rows on, elsewhere torch's own product."""
-    layer = Linear(24, 40)
-    x = torch.randn(2, rows, 24, generator=generator("linear"))
-    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    with torch.inference_mode():
-        torch.testing.assert_close(layer(x), expected)
-        curved = linear(x, layer.weight, layer.bias, gelu=True)
-        torch.testing.assert_close(curved, torch.nn.functional.gelu(expected))
-        columns = torch.randn(24, 2 * rows, generator=generator("columns")).T  # not contiguous
-        torch.testing.assert_close(layer(columns), layer(columns.contiguous()))
-        part = linear(x, layer.weight[8:], layer.bias[8:])
-        torch.testing.assert_close(part, expected[..., 8:])
-
-
-def test_a_packed_copy_gives_the_same_and_shares_the_weights():
-    layer = Linear(1024, 512)
-    module = torch.nn.Sequential(layer, torch.nn.SiLU(), Linear(512, 8))
-    assert packed(module) is module, "outside inference mode there is nothing to gain"
-    x = torch.randn(3, 7, 1024, generator=generator("packed"))
-    with torch.inference_mode():
-        copied = packed(module)
-        assert copied is not module
-        assert layer.packed is None
-        assert all(a is b for a, b in zip(copied.parameters(), module.parameters(), strict=True))
-        torch.testing.assert_close(copied(x), module(x))
-        layer.weight.zero_()
-        assert copied(x).ne(module(x)).any(), "the large weight lies in the copy as it was"
-    assert packed(module) is module

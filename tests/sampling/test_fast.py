@@ -1,0 +1,63 @@
+"""A model prepared for a CPU draws the same, shares its weights, and follows them."""
+
+import pytest
+import torch
+
+from marval.config import MARConfig
+from marval.model import MAR
+from marval.runtime.rng import generator
+from marval.sampling.fast import FastLinear, linear, prepare_for_drawing
+from tiny import tiny_model
+
+
+def randn(*shape):
+    return torch.randn(shape, generator=generator("fast"))
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 53])
+def test_products_are_the_same_in_inference_mode(rows):
+    """There oneDNN multiplies, from 16 rows on."""
+    layer = torch.nn.Linear(24, 40)
+    x = randn(2, rows, 24)
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    with torch.inference_mode():
+        torch.testing.assert_close(linear(x, layer.weight, layer.bias), expected)
+        curved = linear(x, layer.weight, layer.bias, gelu=True)
+        torch.testing.assert_close(curved, torch.nn.functional.gelu(expected))
+        columns = randn(24, 2 * rows).T  # not contiguous
+        torch.testing.assert_close(
+            linear(columns, layer.weight, layer.bias), linear(columns.contiguous(), layer.weight, layer.bias)
+        )
+        torch.testing.assert_close(linear(x, layer.weight[8:], layer.bias[8:]), expected[..., 8:])
+
+
+@pytest.mark.parametrize("head_calls", [1, 100])
+def test_a_prepared_model_computes_the_same_with_the_same_parameters(head_calls):
+    """With weights that are large enough to be packed."""
+    config = MARConfig(
+        (2, 2), 4, 2, encoder_dim=64, encoder_depth=1, encoder_heads=2, decoder_dim=64, decoder_depth=2,
+        decoder_heads=2, head_width=768, head_depth=1, buffer_size=20,
+    )  # fmt: skip
+    model = MAR(config).initialize(generator("fast")).eval().requires_grad_(False)
+    torch.nn.init.normal_(model.head.final_layer.linear.weight, std=0.1, generator=generator("final"))
+    tokens, visible, positions = randn(3, 4, 4), torch.tensor([[2, 1]] * 3), torch.tensor([[0, 3]] * 3)
+    with torch.inference_mode():
+        fast = prepare_for_drawing(model, head_calls)
+        assert fast is not model
+        assert all(a is b for a, b in zip(fast.parameters(), model.parameters(), strict=True))
+        packed = [layer for layer in fast.modules() if isinstance(layer, FastLinear) and layer.packed is not None]
+        assert bool(packed) == (head_calls == 100)
+        contexts = [m.context(tokens, visible, positions, model.class_emb.weight[[0, 1, 1]]) for m in (fast, model)]
+        torch.testing.assert_close(*contexts, rtol=1e-4, atol=1e-5)
+        outputs = [m.head(randn(6, 4), torch.arange(6.0), contexts[1].flatten(0, 1)) for m in (fast, model)]
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+        assert outputs[0].abs().max() > 0.1
+
+
+def test_nothing_is_prepared_where_onednn_is_of_no_use():
+    model = tiny_model()
+    assert prepare_for_drawing(model, 100) is model, "gradients may be asked for"
+    with torch.inference_mode():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert prepare_for_drawing(model, 100) is model
+        assert prepare_for_drawing(model.bfloat16(), 100) is model
