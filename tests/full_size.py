@@ -22,6 +22,7 @@ from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep
 from marval.evaluate.results import read_results, write_results
 from marval.model import MAR
 from marval.presets import DistillConfig, TuneConfig
+from marval.runtime.folder import open_run
 from marval.runtime.provenance import made_by
 from marval.runtime.rng import generator
 from marval.sampling import DrawByChain, DrawInOneStep, sample
@@ -105,7 +106,7 @@ def main(stage, images):
             os._exit(0)
         return {"fd": 1.0, "diversity": 1.0, "log_probability": 0.0}
 
-    once = {"iterations": 1, "batch_size": images, "save_every": 10_000}
+    once = {"updates": 1, "batch_size": images, "save_every": 10_000}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         if stage in ("distill", "save"):
@@ -114,7 +115,8 @@ def main(stage, images):
                 DistillConfig.imagenet256("base"), **once, warmup=0, checkpoint_blocks=False, tokens_per_image=256
             )
             settings = dataclasses.replace(settings, mask_ratio_min=0.999, mask_ratio_std=1.0, probe_every=1)
-            distill(model, config, settings, RandomLatents(mar), out, quiet=True, probe=stop)
+            with open_run(out) as run:
+                distill(model, config, settings, RandomLatents(mar), run, probe=stop)
             report({"seconds": time.perf_counter() - began, "bytes": memory("VmHWM") - before})
         else:
             save_vae(Path(folder) / "vae")
@@ -123,7 +125,8 @@ def main(stage, images):
             settings = dataclasses.replace(settings, iterations=4, gradient_iterations=1, probe_every=1)
             student = dataclasses.replace(config, draw=OneStep())
             reward = lambda pictures, prompts: pictures.mean(dim=(1, 2, 3))  # noqa: E731
-            tune(model, student, reward, settings, out, probe=stop, quiet=True)
+            with open_run(out) as run:
+                tune(model, student, reward, settings, run, probe=stop)
 
 
 def speed(iterations):

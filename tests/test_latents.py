@@ -24,6 +24,7 @@ from marval.io.checkpoint import load_model
 from marval.io.vae import vae_hash, vae_place
 from marval.presets import TrainConfig
 from marval.runtime.distributed import Workers
+from marval.runtime.folder import open_run
 from marval.spaces import Latents
 from marval.train.teacher import latent_teacher_config, train_teacher
 from tiny import tiny_config
@@ -357,7 +358,8 @@ def test_a_teacher_trains_on_a_cache(pictures, tmp_path):
     )
     check_data(data, config)
     settings = TrainConfig(updates=4, batch_size=4, tokens_per_image=6, warmup=1, log_every=1, autocast=False)
-    train_teacher(config, settings, data, tmp_path / "run", quiet=True)
+    with open_run(tmp_path / "run") as run:
+        train_teacher(config, settings, data, run)
     assert load_model(tmp_path / "run/model")[1] == config
     with pytest.raises(ValueError, match=r"latents are \(2, 4, 4\), the model's are \(2, 8, 8\)"):
         check_data(data, dataclasses.replace(config, space=dataclasses.replace(space, image_size=(32, 32))))

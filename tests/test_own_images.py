@@ -135,7 +135,7 @@ def test_a_classifier_learns_from_a_hundred_images(tmp_path):
     data = ImageData(images, labels, ("empty", "square"))
     for architecture in ("plain", "residual"):
         out = tmp_path / f"{architecture}.safetensors"
-        assert train_classifier(architecture, data, data, out, epochs=4, quiet=True) > 0.9
+        assert train_classifier(architecture, data, data, out, epochs=4) > 0.9
 
 
 def test_a_classifier_that_cannot_be_is_refused_before_anything_is_trained(marval, tmp_path):

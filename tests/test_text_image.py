@@ -101,7 +101,7 @@ def test_a_head_learns_own_classes_from_own_phrases(tmp_path):
     (tmp_path / "phrases.json").write_text(json.dumps(said))
     phrases = Phrases.read(tmp_path / "phrases.json", names)
     assert phrases.learned[0] == ("leg wear", "trousers", "pants")
-    figures = train_text_image(data, data, phrases, tmp_path / "head.safetensors", steps=60, batch_size=20, quiet=True)
+    figures = train_text_image(data, data, phrases, tmp_path / "head.safetensors", steps=60, batch_size=20)
     assert figures["held_out"]["phrases"] == 2
     assert figures["held_out"]["image_to_text"] > 0.9
     assert figures["held_out"]["chance"] == 0.5

@@ -23,6 +23,7 @@ from marval.model.mar import Block
 from marval.pipeline import Pipeline, load
 from marval.presets import TrainConfig
 from marval.runtime.distributed import Workers
+from marval.runtime.folder import open_run
 from marval.sampling import draw_function, sample
 from marval.train.teacher import teacher_config, train_teacher
 
@@ -74,12 +75,14 @@ def main() -> None:
     )  # fmt: skip
     workers = Workers(device=torch.device(given.device))
     began = time.perf_counter()
-    train_teacher(config, settings, data, given.out, workers=workers)
+    with open_run(given.out, workers=workers) as run:
+        train_teacher(config, settings, data, run)
     print(f"steady: {given.steady} updates in {time.perf_counter() - began:.0f} s", flush=True)
     shutil.copytree(given.out / f"state-{given.steady:08d}", given.out / "steady", dirs_exist_ok=True)
     longer = dataclasses.replace(settings, updates=given.steady + given.cooldown, decay=given.cooldown)
     if given.cooldown:
-        train_teacher(config, longer, data, given.out, workers=workers, resume=True)
+        with open_run(given.out, resume=True, workers=workers) as run:
+            train_teacher(config, longer, data, run)
     print(f"trained in {time.perf_counter() - began:.0f} s", flush=True)
     pipeline = load(given.out, given.device)
     pipeline.save(given.out / "half", torch.float16)

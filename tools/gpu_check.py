@@ -11,6 +11,7 @@ part that fails is reported with its error; the others run all the same, and the
 import argparse
 import copy
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
@@ -30,13 +31,18 @@ from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep
 from marval.data import ImageData
 from marval.evaluate.flops import model_flops
 from marval.evaluate.timing import synchronize
+from marval.losses.gsim import theta_loss
 from marval.model import MAR, NoiseSchedule
 from marval.presets import DistillConfig, TrainConfig, TuneConfig
 from marval.runtime.distributed import Workers
+from marval.runtime.folder import open_run
+from marval.runtime.optim import Optimizer
 from marval.runtime.provenance import provenance
-from marval.runtime.rng import generator
 from marval.sampling import DrawByChain, DrawInOneStep, draw_counts, draw_function, model_contexts, sample
-from marval.train.distill import GSIM, distill
+from marval.spaces import token_space
+from marval.train.anchor import Anchor, anchor_step, place_anchor
+from marval.train.distill import distill, predicted_eps, student_tokens, target_contexts
+from marval.train.draws import gsim_draws
 from marval.train.teacher import train_teacher
 from marval.train.tune import tune
 
@@ -151,12 +157,20 @@ def gsim_gradients(check: Check) -> dict[str, float]:
     def gradients(device: torch.device) -> dict[str, Tensor]:
         teacher, config, data = tiny()
         config = dataclasses.replace(config, draw=OneStep(clip=True))
-        settings = DistillConfig(
-            objective="gsim", guidance=1.5, guidance_schedule="constant", batch_size=8, autocast=False
-        )
+        settings = DistillConfig(objective="gsim", batch_size=8, autocast=False)
         student = copy.deepcopy(teacher).to(device).requires_grad_(True)
-        gsim = GSIM(teacher, config, settings, data, Workers(device=device))
-        gsim.backward(student, 0, generator(0), learning=True)
+        teacher, phi = teacher.to(device), copy.deepcopy(teacher.head).to(device)
+        part = gsim_draws(settings, config.mar, 0).part(slice(None))  # on the CPU: both devices get the same
+        space, schedule = token_space(config.space, device), NoiseSchedule.full(device)
+        tokens, labels = data.tokens(torch.arange(8), slice(None), space, device)
+        inputs = tokens, part.visible.to(device), part.targets.to(device), labels
+        z, t, eps = part.z.to(device), part.theta.t.to(device), part.theta.eps.to(device)
+        with torch.no_grad():
+            c = target_contexts(teacher, inputs, guided=True, autocast=False)
+        x_0 = student_tokens(student, draw_function(config), inputs, z, False)
+        x_t = schedule.add_noise(x_0, eps, t)
+        teacher_eps, phi_eps = predicted_eps(teacher.head, x_t, t, c, 1.5), predicted_eps(phi, x_t, t, c[:1])
+        theta_loss(settings.objective, teacher_eps, phi_eps, eps, x_t)[0].backward()
         return {name: p.grad.cpu() for name, p in student.named_parameters() if p.grad is not None}
 
     here, expected = gradients(check.device), gradients(torch.device("cpu"))
@@ -178,36 +192,17 @@ def resume(check: Check) -> dict[str, Any]:
     def no_probe(_: Any) -> dict[str, float]:
         return {"fd": 1.0, "diversity": 1.0, "log_probability": 0.0}
 
-    def stage(name: str, out: Path, steps: int, resume: bool) -> None:
-        workers = Workers(device=check.device)
-        every = {"save_every": 4, "log_every": 4, "batch_size": 8}
-        if name == "train":
-            train_teacher(
-                config,
-                TrainConfig(updates=steps, warmup=2, decay=1, **every),
-                data,
-                out,
-                resume=resume,
-                workers=workers,
-                quiet=True,
-            )
-        elif name == "distill":
-            settings = DistillConfig(updates=steps, warmup=2, decay=1, **every)
-            distill(copy.deepcopy(teacher), config, settings, data, out, resume=resume, workers=workers, quiet=True)
-        else:
-            student = dataclasses.replace(config, draw=OneStep(clip=True))
-            settings = TuneConfig(updates=steps, iterations=4, probe_every=100, **every)
-            tune(
-                copy.deepcopy(teacher),
-                student,
-                score,
-                settings,
-                out,
-                probe=no_probe,
-                resume=resume,
-                workers=workers,
-                quiet=True,
-            )
+    def stage(name: str, out: Path, updates: int, resume: bool) -> None:
+        every = {"updates": updates, "save_every": 4, "log_every": 4, "batch_size": 8}
+        with open_run(out, resume=resume, workers=Workers(device=check.device)) as run:
+            if name == "train":
+                train_teacher(config, TrainConfig(warmup=2, decay=1, **every), data, run)
+            elif name == "distill":
+                distill(copy.deepcopy(teacher), config, DistillConfig(warmup=2, decay=1, **every), data, run)
+            else:
+                student = dataclasses.replace(config, draw=OneStep(clip=True))
+                settings = TuneConfig(iterations=4, probe_every=100, **every)
+                tune(copy.deepcopy(teacher), student, score, settings, run, probe=no_probe)
 
     with tempfile.TemporaryDirectory() as folder:
         for name in ("train", "distill", "tune"):
@@ -228,7 +223,8 @@ def one_rank(check: Check) -> dict[str, float]:
     _, config, data = tiny()
     settings = TrainConfig(updates=2, batch_size=8, warmup=1, decay=1, autocast=False)
     with tempfile.TemporaryDirectory() as folder:
-        train_teacher(config, settings, data, Path(folder) / "alone", workers=Workers(device=check.device), quiet=True)
+        with open_run(Path(folder) / "alone", workers=Workers(device=check.device)) as run:
+            train_teacher(config, settings, data, run)
         kind = check.device.type
         dist.init_process_group(
             "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl",
@@ -239,7 +235,8 @@ def one_rank(check: Check) -> dict[str, float]:
         try:
             device = torch.device(kind, 0) if kind != "cpu" else check.device
             workers = Workers(0, 1, device, init_device_mesh(kind, (1,)))
-            train_teacher(config, settings, data, Path(folder) / "sharded", workers=workers, quiet=True)
+            with open_run(Path(folder) / "sharded", workers=workers) as run:
+                train_teacher(config, settings, data, run)
         finally:
             dist.destroy_process_group()
         a, b = (load_file(Path(folder) / name / "model" / "model.safetensors") for name in ("alone", "sharded"))
@@ -427,21 +424,17 @@ def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> 
     )
     student = copy.deepcopy(model).requires_grad_(True)
     student.checkpoint_blocks = checkpoint_blocks
-    gsim = GSIM(model, config, settings, RandomLatents(model.config, check.device), Workers(device=check.device))  # type: ignore[arg-type]
-    from marval.runtime.optim import Updates
-
-    update = Updates(student, settings, (0.0, 0.999))
+    anchor = Anchor(model, RandomLatents(model.config, check.device), settings)  # type: ignore[arg-type]
+    space, workers = token_space(config.space, check.device), Workers(device=check.device)
+    held = place_anchor(anchor, config, space, workers, to_student=False)
+    adam = Optimizer(student, settings.gradient_clip, (0.0, 0.999))
     if not check.dry_run:
         torch.cuda.reset_peak_memory_stats()
-    step = 0
+    updates = itertools.count()
 
     def one() -> None:
-        nonlocal step
-        rng = generator(0, "gpu check", step)
-        gsim.backward(student, step, rng, learning=True)
-        update(1e-6)
-        gsim.update_auxiliary(rng, 1.0)
-        step += 1
+        anchor_step(held, student, next(updates), 1.0, learning=True)  # what an update of distillation computes
+        adam.step(1e-6)
 
     taken = check.seconds(one, 4)
     memory = 0 if check.dry_run else torch.cuda.max_memory_allocated()

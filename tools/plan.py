@@ -24,12 +24,13 @@ from marval.config import MARConfig, Size
 from marval.evaluate.flops import Flops, context_flops, embedding_flops, head_flops, iteration_flops
 from marval.evaluate.memory import LiveMemory
 from marval.evaluate.results import write_results
+from marval.losses.gsim import phi_loss, theta_loss
 from marval.model import MAR, NoiseSchedule, TokenHead
 from marval.model.mar import Block
 from marval.presets import IMAGENET_IMAGES, DistillConfig, TuneConfig
 from marval.runtime.provenance import made_by
 from marval.sampling import DrawInOneStep, draw_counts, model_contexts
-from marval.train.distill import Batch, Masking, auxiliary_step_loss, guide, student_step_loss, student_tokens
+from marval.train.distill import predicted_eps, student_tokens, target_contexts
 
 GIB = 2**30
 FLOAT32 = 4
@@ -191,22 +192,26 @@ def distill_memory(
         student.checkpoint_blocks = recompute
         places = torch.arange(config.num_tokens).expand(images, -1)
         z = torch.randn(images, targets, config.token_dim)
-        masking = Masking(places[:, :shown], places[:, shown : shown + targets], z)
-        tokens = torch.randn(images, config.num_tokens, config.token_dim)
-        batch = Batch(tokens, torch.zeros(images, dtype=torch.long), masking)
+        inputs = (
+            torch.randn(images, config.num_tokens, config.token_dim), places[:, :shown],
+            places[:, shown : shown + targets], torch.zeros(images, dtype=torch.long),
+        )  # fmt: skip
         t, eps = torch.zeros(images * targets, dtype=torch.long), torch.randn(images * targets, config.token_dim)
         for network in (student, auxiliary):
             _free_gradients(network)
         with LiveMemory() as live:
-            guided = guide(teacher, batch, settings)
-            x_0 = student_tokens(student, draw, batch, settings)
+            w, autocast = settings.guidance or 2.0, settings.autocast
+            with torch.no_grad():
+                c = target_contexts(teacher, inputs, guided=w != 1.0, autocast=autocast)
+            x_0 = student_tokens(student, draw, inputs, z.flatten(0, 1), autocast)
             auxiliary.requires_grad_(False)
-            loss, _ = student_step_loss(x_0, guided, auxiliary, schedule, settings.objective, t, eps)
-            loss.backward()
+            x_t = schedule.add_noise(x_0, eps, t)
+            teacher_eps, phi_eps = predicted_eps(teacher.head, x_t, t, c, w), predicted_eps(auxiliary, x_t, t, c[:1])
+            theta_loss(settings.objective, teacher_eps, phi_eps, eps, x_t)[0].backward()
             auxiliary.requires_grad_(True)
             x_0 = x_0.detach()
-            del loss
-            auxiliary_step_loss(x_0, guided, auxiliary, schedule, t, eps).backward()
+            del x_t, teacher_eps, phi_eps
+            phi_loss(predicted_eps(auxiliary, schedule.add_noise(x_0, eps, t), t, c[:1]), eps).backward()
     return live.peak
 
 

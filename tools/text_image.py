@@ -72,7 +72,6 @@ def train_text_image(
     batch_size: int = 256,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    quiet: bool = False,
 ) -> dict[str, Any]:
     """Train a head, write it to `out`, and return its figures on `test` with the held-out phrases.
 
@@ -91,7 +90,7 @@ def train_text_image(
     optimizer = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     out.parent.mkdir(parents=True, exist_ok=True)
-    log = Log(out.with_suffix(".jsonl"), 0, steps, batch_size, quiet=quiet, workers=Workers())
+    log = Log(out.with_suffix(".jsonl"), Workers(), 0, steps, batch_size)
     for step in range(steps):
         rng = generator(seed, "step", step)
         rows = batch_indices(len(features), min(batch_size, len(features)), step, seed).to(device)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar, get_args
 
 from marval.config import (
     Chain,
@@ -14,6 +14,7 @@ from marval.config import (
     Limit,
     Name,
     NotNegative,
+    Objective,
     Order,
     Positive,
     Schedule,
@@ -25,25 +26,29 @@ from marval.config import (
 )
 
 IMAGENET_IMAGES = 1_281_167
+Preset = Literal["fashion-mnist", "imagenet256-base", "imagenet256-large", "imagenet256-huge"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)
 
 
 @dataclass(frozen=True)
 class RunConfig(Checked):
     """What every training run has."""
 
+    updates: Count = 10_000
+    batch_size: Count = 128
     seed: int = 0
     gradient_clip: Positive = 1.0
     accumulate: Count = 1  # parts that a process's rows of a batch are computed in, to save memory
     checkpoint_blocks: bool = False  # recompute the transformer's activations in the backward pass, to save memory
-    max_skipped: Count = 10  # updates in a row with gradients that are not finite, before the run stops
+    autocast: bool = True  # bf16 for the transformer; head, score arithmetic, decoder and rewards stay float32
+    save_every: Count = 250
+    log_every: Count = 10
 
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
     """How a teacher is trained. Training state is saved every `save_every` updates."""
 
-    updates: Count = 10_000
-    batch_size: Count = 128
     tokens_per_image: Count = 24  # masked tokens of an image that enter the loss
     learning_rate: Positive = 1e-3
     warmup: Whole | None = None  # updates of linear warm-up; 500, or half of a shorter run, when left out
@@ -53,9 +58,6 @@ class TrainConfig(RunConfig):
     label_drop: Share = 0.1
     mask_ratio_min: Share = 0.0  # MAR: 0.7; low ratios teach the last iterations, which few tokens need
     mask_ratio_std: Positive = 0.6  # MAR: 0.25
-    autocast: bool = True  # bf16 for the transformer and the inner layers of the head
-    save_every: Count = 250
-    log_every: Count = 10
 
     @property
     def warmup_updates(self) -> int:
@@ -101,7 +103,7 @@ class DistillConfig(RunConfig):
     """How a student is distilled (GSIM). Where the paper is silent the values are ours, chosen by measurement."""
 
     updates: Count = 3000
-    objective: Literal["gsim", "sim", "sid", "dmd"] = "sim"
+    objective: Objective = "sim"
     guidance: Guidance | None = None  # w of the teacher; its own when None
     guidance_schedule: Schedule | None = None  # the teacher's own when None
     timestep: Timestep = 755  # t*, the level at which the student is called
@@ -115,12 +117,9 @@ class DistillConfig(RunConfig):
     warmup: Whole = 100  # first updates, in which only phi learns
     decay: Whole = 2000  # last updates, in which both learning rates fall to 0
     ema_decay: Decay = 0.998
-    autocast: bool = True  # bf16 for the transformers; heads and score arithmetic stay float32
     iterations: Count = 8  # the student's default K
     order: Order = "spread"  # the student's default order: at a small K neighbours must not be drawn at once
     name: Name = "student"
-    save_every: Count = 250
-    log_every: Count = 10
     probe_every: Count = 250
 
     def __post_init__(self) -> None:
@@ -147,6 +146,17 @@ class DistillConfig(RunConfig):
         """The same settings with K of at most the number of tokens, of which small images have few."""
         return dataclasses.replace(self, iterations=min(self.iterations, tokens))
 
+    @property
+    def known_guidance(self) -> tuple[float, Schedule]:
+        """w and its schedule.
+
+        Raises:
+            ValueError: the settings leave them to a teacher.
+        """
+        if self.guidance is None or self.guidance_schedule is None:
+            raise ValueError("settings without guidance: take the teacher's with `with_guidance_of`")
+        return self.guidance, self.guidance_schedule
+
     def with_guidance_of(self, teacher: Chain) -> "DistillConfig":
         """The same settings, with the teacher's guidance where none is given."""
         return dataclasses.replace(
@@ -166,7 +176,6 @@ class TuneConfig(RunConfig):
     batch_size: Count = 32
     learning_rate: Positive = 5e-6
     hinge: Finite | None = None  # images with a reward above this push no further
-    autocast: bool = True  # bf16 for the transformer; head, decoder and rewards stay float32
     normalize: bool = False  # rewards minus their mean, over their deviation, on the untouched student's images
     anchor: NotNegative = 0.0  # weight of the anchor's loss
     anchor_to: Literal["teacher", "student"] = "teacher"  # GSIM to the guided teacher, or to the frozen student's score
@@ -210,3 +219,29 @@ class TuneConfig(RunConfig):
             updates=5 * IMAGENET_IMAGES // batch, iterations=16, gradient_iterations=4, batch_size=batch,
             learning_rate=rate, ema_decay=0.999, checkpoint_blocks=True, save_every=250, probe_every=500,
         )  # fmt: skip
+
+
+Settings = TypeVar("Settings", TrainConfig, DistillConfig, TuneConfig)
+
+
+def preset_size(preset: str) -> Size:
+    """The size of MAR that a preset of full size is for.
+
+    Raises:
+        ValueError: another preset.
+    """
+    sizes: dict[str, Size] = {"imagenet256-base": "base", "imagenet256-large": "large", "imagenet256-huge": "huge"}
+    if preset not in sizes:
+        raise ValueError(f"the preset {preset} trains on images; for latents name one of {', '.join(sizes)}")
+    return sizes[preset]
+
+
+def settings_of(kind: type[Settings], preset: str) -> Settings:
+    """The settings of a stage (`TrainConfig`, `DistillConfig` or `TuneConfig`) by a preset's name.
+
+    Raises:
+        ValueError: an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}: expected one of {', '.join(PRESETS)}")
+    return kind() if preset == "fashion-mnist" else kind.imagenet256(preset_size(preset))

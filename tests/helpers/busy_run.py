@@ -16,10 +16,11 @@ from marval.data import load_fashion_sample  # noqa: E402
 from marval.model import MAR, NoiseSchedule  # noqa: E402
 from marval.pipeline import load  # noqa: E402
 from marval.presets import TrainConfig  # noqa: E402
-from marval.runtime.optim import Updates  # noqa: E402
+from marval.runtime.optim import Optimizer  # noqa: E402
 from marval.runtime.rng import generator  # noqa: E402
 from marval.spaces import token_space  # noqa: E402
-from marval.train.teacher import draw, teacher_config, teacher_loss  # noqa: E402
+from marval.train.draws import teacher_draws  # noqa: E402
+from marval.train.teacher import teacher_config, teacher_loss  # noqa: E402
 
 SECONDS = 6.0  # that each is measured for
 
@@ -28,14 +29,18 @@ def training():
     data, settings = load_fashion_sample(), TrainConfig()
     config = teacher_config("busy", data, "fashion-mnist")
     model = MAR(config.mar).initialize(generator(0))
-    update, space, schedule = Updates(model, settings, (0.9, 0.95)), token_space(config.space), NoiseSchedule.full()
+    optimizer, space, schedule = (
+        Optimizer(model, settings.gradient_clip, (0.9, 0.95)),
+        token_space(config.space),
+        NoiseSchedule.full(),
+    )
     indices = torch.arange(settings.batch_size)
 
     def step():
         tokens, labels = data.tokens(indices, slice(None), space, torch.device("cpu"))
-        draws = draw(config.mar, settings, generator(0))
+        draws = teacher_draws(settings, config.mar, 0).part(slice(None))
         teacher_loss(model, schedule, tokens, labels, draws, settings.autocast).backward()
-        update(1e-4)
+        optimizer.step(1e-4)
 
     return step
 

@@ -9,14 +9,16 @@ from marval.config import OneStep
 from marval.evaluate.images import draw_bytes
 from marval.presets import DistillConfig, TrainConfig, TuneConfig
 from marval.rewards import WeightedReward
+from marval.runtime import state
 from marval.runtime.distributed import start_workers
-from marval.train import run
+from marval.runtime.folder import open_run
+from marval.train.anchor import Anchor
 from marval.train.distill import distill
 from marval.train.teacher import train_teacher
-from marval.train.tune import Anchor, tune
+from marval.train.tune import tune
 from tiny import tiny_config, tiny_data, tiny_model
 
-run.FILE_BYTES = 20_000  # states in several files, as those of large networks
+state.FILE_BYTES = 20_000  # states in several files, as those of large networks
 COMMON = {"batch_size": 8, "log_every": 1, "save_every": 4}  # of three processes, two have 3 images and one has 2
 TRAIN = TrainConfig(**COMMON, tokens_per_image=6, warmup=3, decay=4, autocast=False)
 DISTILL = DistillConfig(
@@ -35,21 +37,20 @@ def brightness(images, prompts):
 def main(stage, out, steps, resume, **changes):
     config, data = tiny_config(), tiny_data()
     student = dataclasses.replace(config, draw=OneStep())
-    with start_workers("cpu") as workers:
+    with start_workers("cpu") as workers, open_run(out, resume=resume, workers=workers) as run:
 
         def probe(pipeline):
             images, _ = draw_bytes(pipeline, 7, 4, seed=0, workers=workers)
             bright = float(images.float().mean())
             return {"fd": 1.0, "diversity": 1.0, "log_probability": bright}
 
-        options = {"resume": resume, "workers": workers, "quiet": True}
-        changes["iterations"] = steps
+        changes["updates"] = steps
         if "checkpoint_blocks" in changes:
             changes["checkpoint_blocks"] = bool(changes["checkpoint_blocks"])
         if stage == "train":
-            train_teacher(config, dataclasses.replace(TRAIN, **changes), data, out, **options)
+            train_teacher(config, dataclasses.replace(TRAIN, **changes), data, run)
         elif stage == "distill":
-            distill(tiny_model(), config, dataclasses.replace(DISTILL, **changes), data, out, probe=probe, **options)
+            distill(tiny_model(), config, dataclasses.replace(DISTILL, **changes), data, run, probe=probe)
         else:
             anchor = None
             if stage == "anchored":
@@ -59,7 +60,7 @@ def main(stage, out, steps, resume, **changes):
             if changes.pop("broken_rank", None) == workers.rank:
                 reward = WeightedReward({"mine": (lambda images, prompts: brightness(images, prompts) * nan, 1.0)})
             settings = dataclasses.replace(FINETUNE, **changes)
-            tune(tiny_model(), student, reward, settings, out, probe=probe, anchor=anchor, **options)
+            tune(tiny_model(), student, reward, settings, run, probe=probe, anchor=anchor)
 
 
 if __name__ == "__main__":

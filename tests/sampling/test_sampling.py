@@ -32,7 +32,7 @@ from marval.sampling import (
     sample,
 )
 from marval.spaces import Pixels
-from marval.train.teacher import draw as teacher_draw
+from marval.train.draws import teacher_draws
 from marval.train.teacher import teacher_loss
 from tiny import tiny_config, tiny_model
 
@@ -566,7 +566,7 @@ def sample_with_gradients(model):
 
 
 def compute_teacher_loss(model):
-    draws = teacher_draw(model.config, TrainConfig(batch_size=2), generator("loss"))
+    draws = teacher_draws(TrainConfig(batch_size=2), model.config, 0).part(slice(None))
     tokens = randn(2, TOKENS, CHANNELS)
     teacher_loss(model, NoiseSchedule.full(), tokens, torch.tensor([0, 1]), draws, autocast=False)
 
@@ -596,7 +596,7 @@ def test_the_global_random_state_changes_no_image_and_no_loss():
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             tokens = sample(model, DRAWS["chain"], labels, iterations=3, seeds=[0, 1])
-            draws = teacher_draw(model.config, settings, generator("loss"))
+            draws = teacher_draws(settings, model.config, 0).part(slice(None))
             loss = teacher_loss(model, NoiseSchedule.full(), tokens, labels, draws, autocast=False)
             results.append((tokens, loss))
     assert torch.equal(results[0][0], results[1][0])

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from marval.evaluate.judge import Judge
     from marval.pipeline import Pipeline
     from marval.runtime.distributed import Workers
-    from marval.train.tune import Anchor
+    from marval.train.anchor import Anchor
 
 JUDGED = 10_000  # real images that a training run's judge reads at most
 
@@ -184,18 +184,9 @@ def anchor_for(
         ValueError: the model is no student, `teacher` is another student or a model of other sizes, or the data do not
             fit.
     """
-    from marval.train.tune import Anchor, anchor_settings
+    from marval.train.anchor import anchor_of
 
-    guide, student = load_pipeline(teacher, "cpu"), pipeline.config
-    if not isinstance(guide.config.draw, Chain):
-        raise ValueError(f"--teacher {teacher}: this is a one-step student; expected the teacher it came from")
-    forms = [(c.mar, c.class_names, c.space.token_dim, c.space.shift, c.space.scale) for c in (guide.config, student)]
-    if forms[0] != forms[1]:
-        raise ValueError(
-            f"--teacher {teacher}: {student.name} has other sizes, tokens or classes; expected its teacher"
-        )
-    found = anchor_settings(recipe, student, settings)
-    return Anchor(guide.model, data_of(pipeline, data), found)
+    return anchor_of(load_pipeline(teacher, "cpu"), pipeline, data_of(pipeline, data), recipe, settings)
 
 
 def check_classifier(judge: "Judge", pipeline: "Pipeline") -> None:

@@ -24,6 +24,7 @@ from marval.io.images import grid, save_picture
 from marval.pipeline import Pipeline, load
 from marval.presets import DistillConfig
 from marval.rewards import Classifier, load_classifier
+from marval.runtime.folder import open_run
 from marval.runtime.provenance import provenance
 from marval.train.distill import distill
 
@@ -133,8 +134,8 @@ def distil_live(out: Path, device: str, judge: Classifier) -> list[dict[str, flo
     untrained = dataclasses.replace(teacher.config, draw=one_step, iterations=LIVE.iterations)
     before = watch(Pipeline(teacher.model, untrained))
     print(f"before: accuracy {before['accuracy']:.2f} ({SAMPLES * 2} images)", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        distill(teacher.model, teacher.config, LIVE, load_fashion_sample(), Path(folder) / "live", probe=watch)
+    with tempfile.TemporaryDirectory() as folder, open_run(Path(folder) / "live") as run:
+        distill(teacher.model, teacher.config, LIVE, load_fashion_sample(), run, probe=watch)
     updates = [max(0, min(i * LIVE.probe_every, LIVE.iterations) - LIVE.warmup) for i in range(len(curve))]
     labels = [f"{n} updates\naccuracy {figures['accuracy']:.2f}" for n, figures in zip(updates, curve, strict=True)]
     title = f"One call per iteration, K={LIVE.iterations}, while it learns"

@@ -4,19 +4,19 @@ import argparse
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from tyro.conf import OmitArgPrefixes, Positional
 
 from marval.cli.arguments import anchor_for, data_of, load_pipeline, training_judge, usable_device
-from marval.config import Chain, Count, ModelConfig, Name, OneStep, Pairs, Size, check
-from marval.presets import DistillConfig, TrainConfig, TuneConfig
+from marval.config import Chain, Count, ModelConfig, Name, OneStep, Pairs, check
+from marval.presets import DistillConfig, TrainConfig, TuneConfig, settings_of
 from marval.runtime.provenance import command_line
 
 if TYPE_CHECKING:
     from marval.pipeline import Pipeline
     from marval.runtime.distributed import Workers
-    from marval.train.tune import Anchor
+    from marval.train.anchor import Anchor
 
 Settings = TypeVar("Settings", DistillConfig, TuneConfig)
 Preset = Literal["fashion-mnist", "imagenet256-base", "imagenet256-large", "imagenet256-huge"]
@@ -54,10 +54,7 @@ def recipe(verb: str, preset: str) -> Any:
     Raises:
         ValueError: an unknown preset.
     """
-    if preset not in get_args(Preset):
-        raise ValueError(f"unknown preset {preset!r}: expected one of {', '.join(get_args(Preset))}")
-    kind = RECIPES[verb]
-    return kind() if preset == "fashion-mnist" else kind.imagenet256(cast(Size, preset.removeprefix("imagenet256-")))
+    return settings_of(RECIPES[verb], preset)  # type: ignore[type-var]
 
 
 def with_size(spec: str, size: str | None) -> tuple[int, int] | None:
@@ -109,12 +106,12 @@ def train(
         name: the model's name.
         init: a model of the same sizes to start from, instead of fresh weights.
         resume: go on from the run's last saved state, which must be there. What may differ: updates, learning rates,
-            warmup, decay, save-every, log-every, accumulate, checkpoint-blocks, max-skipped and device.
+            warmup, decay, save-every, log-every, accumulate, checkpoint-blocks and device.
         device: "auto", "cpu", "cuda", "mps", ...
     """
     from marval.data import LatentData, load_data
     from marval.runtime.distributed import start_workers
-    from marval.runtime.folder import check_resume
+    from marval.runtime.folder import check_resume, open_run
     from marval.train.teacher import latent_teacher_config, teacher_config, train_teacher
 
     check_resume(out, resume)
@@ -128,8 +125,8 @@ def train(
     else:
         config = teacher_config(name, images, spec, command_line())
     start = load_pipeline(init, "cpu").model if init is not None else None
-    with start_workers(device) as workers:
-        done = train_teacher(config, settings, images, out, init=start, resume=resume, workers=workers)
+    with start_workers(device) as workers, open_run(out, resume=resume, workers=workers) as run:
+        done = train_teacher(config, settings, images, run, init=start)
         say_where(out, done, settings.updates, workers)
 
 
@@ -159,13 +156,13 @@ def distill(
         out: the run's folder; the model is left in its sub-folder `model`.
         probe_samples: images of the small Fréchet distance that is logged (0: none).
         resume: go on from the run's last saved state, which must be there. What may differ: updates, learning rates,
-            warmup, decay, save-every, log-every, accumulate, checkpoint-blocks, max-skipped and device.
+            warmup, decay, save-every, log-every, accumulate, checkpoint-blocks and device.
         device: "auto", "cpu", "cuda", "mps", ...
     """
     from marval.evaluate.probe import probe
     from marval.runtime.distributed import start_workers
-    from marval.runtime.folder import check_resume
-    from marval.train.distill import distill as run
+    from marval.runtime.folder import check_resume, open_run
+    from marval.train.distill import distill as distill_teacher
 
     check_resume(out, resume)
     if probe_samples:
@@ -179,17 +176,15 @@ def distill(
     if probe_samples and len(images) < 2:
         print("one image has no Fréchet distance: none is logged")
         probe_samples = 0
-    with start_workers(device) as workers:
+    with start_workers(device) as workers, open_run(out, resume=resume, workers=workers) as run:
         judge = training_judge(pipeline, data, judge_data, None, workers) if probe_samples else None
-        done = run(
+        done = distill_teacher(
             pipeline.model,
             dataclasses.replace(pipeline.config, source=command_line()),
             settings,
             images,
-            out,
-            resume=resume,
+            run,
             probe=probe(judge, probe_samples, settings.iterations, workers=workers) if judge else None,
-            workers=workers,
         )
         say_where(out, done, settings.updates, workers)
 
@@ -233,14 +228,14 @@ def tune(
         out: the run's folder; the best model is left in its sub-folder `model`.
         probe_samples: images of the held-out figures; 1000, or two of each class where these are more, when left out.
         resume: go on from the run's last saved state, which must be there. What may differ: updates, learning rates,
-            warmup, decay, save-every, log-every, accumulate, checkpoint-blocks, max-skipped and device.
+            warmup, decay, save-every, log-every, accumulate, checkpoint-blocks and device.
         device: "auto", "cpu", "cuda", "mps", ...
     """
     from marval.evaluate.probe import probe
     from marval.rewards import WeightedReward, parse_rewards
     from marval.runtime.distributed import start_workers
-    from marval.runtime.folder import check_resume
-    from marval.train.tune import tune as run
+    from marval.runtime.folder import check_resume, open_run
+    from marval.train.tune import tune as tune_student
 
     check_resume(out, resume)
     if probe_samples is not None:
@@ -255,25 +250,23 @@ def tune(
     anchor = None
     if settings.anchor and teacher is not None:
         anchor = anchor_for(pipeline, teacher, data, recipe("distill", preset), settings)
-    with start_workers(device) as workers:
+    with start_workers(device) as workers, open_run(out, resume=resume, workers=workers) as run:
         tuned = WeightedReward(parse_rewards(reward, classifier, workers.device))
         watched = WeightedReward(parse_rewards(held_out, None, workers.device)) if held_out is not None else None
         judged = training_judge(pipeline, data, judge_data, judge, workers)
         if workers.main:
             for line in watching(config, samples, judged.classifier is not None, watched is not None, anchor):
                 print(line)
-        ended = run(
+        ended = tune_student(
             pipeline.model,
             dataclasses.replace(config, source=command_line()),
             tuned,
             settings,
-            out,
+            run,
             probe=probe(
                 judged, samples, settings.iterations, workers=workers, held_out=watched, prompt=settings.prompt
             ),
             anchor=anchor,
-            resume=resume,
-            workers=workers,
         )
         if workers.main:
             print(f"{out / 'model'}: {ended}")

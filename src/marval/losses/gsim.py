@@ -1,4 +1,4 @@
-"""Guided Score Implicit Matching: the losses of generator and auxiliary network (MARVAL, section "GSIM").
+"""Guided Score Implicit Matching: the losses of theta, the student, and phi, the auxiliary network (MARVAL, "GSIM").
 
 All of it works on noise predictions, that is on scores times `-sigma_t` (weight `w(t) = sigma_t`), in float32:
 
@@ -7,16 +7,15 @@ All of it works on noise predictions, that is on scores times `-sigma_t` (weight
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
+from marval.config import Objective
+
 HUBER_RADIUS = 1e-5  # r
 
-Objective = Literal["gsim", "sim", "sid", "dmd"]
-OBJECTIVES: tuple[Objective, ...] = ("gsim", "sim", "sid", "dmd")
+Distance = Callable[[Float[Tensor, "n c"]], tuple[Float[Tensor, " n"], Float[Tensor, "n c"]]]
 
 
 def pseudo_huber(y: Float[Tensor, "n c"], r: float = HUBER_RADIUS) -> tuple[Float[Tensor, " n"], Float[Tensor, "n c"]]:
@@ -30,68 +29,51 @@ def squared(y: Float[Tensor, "n c"]) -> tuple[Float[Tensor, " n"], Float[Tensor,
     return y.square().sum(dim=1), 2 * y
 
 
-Distance = Callable[[Float[Tensor, "n c"]], tuple[Float[Tensor, " n"], Float[Tensor, "n c"]]]
-
-
-@dataclass(frozen=True)
-class Terms:
-    """Per-token terms of the generator's loss."""
-
-    l1: Float[Tensor, " n"]  # its mean is 0 when phi is exact: how stale phi is
-    l2: Float[Tensor, " n"]  # d(y): how far the student is
-
-
 def gsim_terms(
     teacher_eps: Float[Tensor, "n c"],
-    auxiliary_eps: Float[Tensor, "n c"],
+    phi_eps: Float[Tensor, "n c"],
     eps: Float[Tensor, "n c"],
     distance: Distance = pseudo_huber,
-) -> Terms:
-    """`L1 = -d'(y)^T (s_phi - grad log p(x_t | x_0))` and `L2 = d(y)` (GSIM's loss is `L1 + lambda L2`).
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """`L1 = -d'(y)^T (s_phi - grad log p(x_t | x_0))` and `L2 = d(y)` of every token.
 
-    `teacher_eps` (guided) and `auxiliary_eps` are predictions at the same `x_t`, whose noise is `eps`. Gradients
-    must reach `x_t` through both predictions, so neither may be detached; their networks' weights are frozen.
+    `teacher_eps` (guided) and `phi_eps` are predictions at the same `x_t`, whose noise is `eps`. Gradients must reach
+    `x_t` through both, so neither may be detached; their networks' weights are frozen. The mean of L1 is 0 when phi is
+    exact: it says how stale phi is. L2 says how far the student is from the teacher.
     """
-    l2, direction = distance(teacher_eps - auxiliary_eps)
-    return Terms(-(direction * (eps - auxiliary_eps)).sum(dim=1), l2)
+    l2, direction = distance(teacher_eps - phi_eps)
+    return -(direction * (eps - phi_eps)).sum(dim=1), l2
 
 
 def distribution_matching_loss(
-    teacher_eps: Float[Tensor, "n c"], auxiliary_eps: Float[Tensor, "n c"], x_t: Float[Tensor, "n c"]
+    teacher_eps: Float[Tensor, "n c"], phi_eps: Float[Tensor, "n c"], x_t: Float[Tensor, "n c"]
 ) -> Float[Tensor, " n"]:
     """`stop_gradient(y / |y|)^T x_t`: descends the KL without a gradient through the scores (the DMD baseline)."""
-    y = (teacher_eps - auxiliary_eps).detach()
+    y = (teacher_eps - phi_eps).detach()
     return (pseudo_huber(y)[1] * x_t).sum(dim=1)
 
 
-def generator_loss(
+def theta_loss(
     objective: Objective,
     teacher_eps: Float[Tensor, "n c"],
-    auxiliary_eps: Float[Tensor, "n c"],
+    phi_eps: Float[Tensor, "n c"],
     eps: Float[Tensor, "n c"],
     x_t: Float[Tensor, "n c"],
-) -> tuple[Float[Tensor, ""], Terms]:
-    """The named objective, averaged over tokens, and the terms to log.
+) -> tuple[Float[Tensor, ""], Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """The student's loss `mean(L1 + lambda L2)` over tokens, and L1 and L2 to log.
 
     - `gsim`: pseudo-Huber, lambda = 1, the paper's.
     - `sim`: pseudo-Huber, lambda = 0 (Luo et al. 2024, Score Implicit Matching).
     - `sid`: squared distance, lambda = -0.2, that is SiD with alpha = 1.1 (Zhou et al. 2024).
     - `dmd`: `distribution_matching_loss` (Yin et al. 2024), a baseline.
-
-    Raises:
-        ValueError: an unknown objective.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {objective!r}: expected one of {', '.join(OBJECTIVES)}")
-    if objective == "sid":
-        terms = gsim_terms(teacher_eps, auxiliary_eps, eps, squared)
-        return (terms.l1 - 0.2 * terms.l2).mean(), terms
-    terms = gsim_terms(teacher_eps, auxiliary_eps, eps)
+    l1, l2 = gsim_terms(teacher_eps, phi_eps, eps, squared if objective == "sid" else pseudo_huber)
     if objective == "dmd":
-        return distribution_matching_loss(teacher_eps, auxiliary_eps, x_t).mean(), terms
-    return (terms.l1 + (1.0 if objective == "gsim" else 0.0) * terms.l2).mean(), terms
+        return distribution_matching_loss(teacher_eps, phi_eps, x_t).mean(), l1, l2
+    weight = {"gsim": 1.0, "sim": 0.0, "sid": -0.2}[objective]  # lambda
+    return (l1 + weight * l2).mean(), l1, l2
 
 
-def auxiliary_loss(auxiliary_eps: Float[Tensor, "n c"], eps: Float[Tensor, "n c"]) -> Float[Tensor, ""]:
-    """`|eps_phi(x_t) - eps|^2` on the student's samples: denoising score matching (MARVAL, the update of phi)."""
-    return (auxiliary_eps - eps).square().mean()
+def phi_loss(phi_eps: Float[Tensor, "n c"], eps: Float[Tensor, "n c"]) -> Float[Tensor, ""]:
+    """`|eps_phi(x_t) - eps|^2` on the student's tokens: denoising score matching (MARVAL, the update of phi)."""
+    return (phi_eps - eps).square().mean()

@@ -28,7 +28,6 @@ from marval.runtime.refusal import announce
 
 GLOO_SECONDS = 0.3  # for Gloo's threads to let go of their last tensors
 
-Network = TypeVar("Network", MAR, TokenHead)
 Value = TypeVar("Value")
 P = ParamSpec("P")
 
@@ -48,7 +47,7 @@ class Workers:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: DeviceMesh | None = None
     stop: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM and, in training, by Ctrl-C
-    training: threading.Event = field(default_factory=threading.Event)  # set from the first of the `steps` on
+    training: threading.Event = field(default_factory=threading.Event)  # set from the first of the `updates` on
 
     @property
     def main(self) -> bool:
@@ -74,15 +73,15 @@ class Workers:
         """The weight of a part's mean loss, for gradients that add up to the batch's (FSDP averages over processes)."""
         return (rows.stop - rows.start) * self.count / batch
 
-    def place(self, network: Network) -> Network:
+    def place(self, network: MAR | TokenHead) -> None:
         """Bring a network to the device and, among several processes, shard it (`fully_shard`, block by block)."""
         if self.mesh is None:
-            return network.to(self.device)
+            network.to(self.device)
+            return
         for module in list(network.modules()):
             if isinstance(module, Block | TokenHead) and module is not network:
                 self._shard(module)
         self._shard(network)
-        return network
 
     def _shard(self, module: nn.Module) -> None:
         # Resharding after every forward lets `requires_grad` take effect at the next one.
@@ -145,8 +144,8 @@ class Workers:
                 raise ValueError(next(text for text in problems if text))
         return found[0]
 
-    def steps(self, start: int, end: int) -> Iterator[int]:
-        """The steps of a training loop that asks `stopping` after each: from here on Ctrl-C lets it save first."""
+    def updates(self, start: int, end: int) -> Iterator[int]:
+        """The updates of a training loop that asks `stopping` after each: from here on Ctrl-C lets it save first."""
         self.training.set()
         yield from range(start, end)
 
@@ -178,7 +177,7 @@ def whole_state(network: nn.Module) -> dict[str, Tensor]:
 def start_workers(device: str) -> Iterator[Workers]:
     """This process's `Workers`: under torchrun they find each other, else there is one.
 
-    SIGTERM asks them to stop. So does Ctrl-C while they train (`Workers.steps`), and KeyboardInterrupt follows once
+    SIGTERM asks them to stop. So does Ctrl-C while they train (`Workers.updates`), and KeyboardInterrupt follows once
     that is done; a second Ctrl-C, or one before, interrupts at once.
 
     Args:

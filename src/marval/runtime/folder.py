@@ -1,13 +1,12 @@
 """A run's folder: who may have it, and whether what it holds comes from the same settings, models, data and reward."""
 
 import contextlib
-import functools
 import hashlib
-import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from torch import nn
 
@@ -19,13 +18,45 @@ from marval.runtime.distributed import Workers
 
 RUN = "run.json"  # beside the tensors of a saved state
 LOCK = ".lock"  # in the run's folder, while it runs
-# Settings that a resumed run may have different: how long and how fast it learns, and what changes no result.
+# Settings that a resumed run may change: how long and how fast it learns, and what changes no result.
 MAY_CHANGE = (
     "updates", "learning_rate", "auxiliary_learning_rate", "warmup", "decay",
-    "save_every", "log_every", "accumulate", "checkpoint_blocks", "max_skipped",
+    "save_every", "log_every", "accumulate", "checkpoint_blocks",
 )  # fmt: skip
 LABELS = ("source", "data")  # of a model's configuration: the command and --data as typed; a folder may have moved
-Run = TypeVar("Run", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: its folder, whether it goes on from the state saved there, and the processes that share it."""
+
+    folder: Path
+    resume: bool
+    workers: Workers
+
+
+@contextlib.contextmanager
+def open_run(folder: Path, *, resume: bool = False, workers: Workers | None = None) -> Iterator[Run]:
+    """Lock a run's folder, which is made where it is missing; remove it if it stays empty.
+
+    Args:
+        workers: the processes that share the work; this one alone when None.
+
+    Raises:
+        ValueError: as `check_resume`, or another run is at work there.
+    """
+    workers = workers or Workers()
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            if workers.main:
+                check_resume(folder, resume)
+                for place in [path for path in (*reversed(folder.parents), folder) if not path.exists()]:
+                    stack.callback(remove_empty, place)
+                stack.enter_context(locked(folder / LOCK, wait=False))
+
+        workers.together(lock)
+        yield Run(folder, resume, workers)
 
 
 def saved_states(folder: Path) -> list[Path]:
@@ -33,37 +64,17 @@ def saved_states(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("state-*") if (path / RUN).is_file())
 
 
-def check_resume(out: Path, resume: bool) -> None:
-    """Whether a run in the folder `out` can start, or with `resume` go on; nothing is made.
+def check_resume(folder: Path, resume: bool) -> None:
+    """Check that a run in `folder` can start, or with `resume` go on; nothing is made.
 
     Raises:
         ValueError: it holds a run and `resume` is off, or holds none and it is on, or cannot be written to.
     """
-    check_output(out, folder=True)
-    if saved_states(out) and not resume:
-        raise ValueError(f"{out} already holds a run: add --resume to continue it, or choose another --out")
-    if resume and not saved_states(out):
-        raise ValueError(f"nothing to resume in {out}: it has no saved state; start without --resume")
-
-
-@contextlib.contextmanager
-def claimed(out: Path, resume: bool, workers: Workers) -> Iterator[None]:
-    """Have the run's folder, which is made, to oneself; one that stays empty is removed.
-
-    Raises:
-        ValueError: as `check_resume`, or another run is at work there.
-    """
-    with contextlib.ExitStack() as held:
-
-        def claim() -> None:
-            if workers.main:
-                check_resume(out, resume)
-                for place in [path for path in (*reversed(out.parents), out) if not path.exists()]:
-                    held.callback(remove_empty, place)
-                held.enter_context(locked(out / LOCK, wait=False))
-
-        workers.together(claim)
-        yield
+    check_output(folder, folder=True)
+    if saved_states(folder) and not resume:
+        raise ValueError(f"{folder} already holds a run: add --resume to continue it, or choose another --out")
+    if resume and not saved_states(folder):
+        raise ValueError(f"nothing to resume in {folder}: it has no saved state; start without --resume")
 
 
 def remove_empty(folder: Path) -> None:
@@ -72,50 +83,34 @@ def remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def claims_folder(run: Run) -> Run:
-    """Let a training function have its folder, the argument `out`, to itself while it runs (see `claimed`)."""
-    signature = inspect.signature(run)
-
-    @functools.wraps(run)
-    def alone(*arguments: Any, **named: Any) -> Any:
-        given = signature.bind(*arguments, **named)
-        given.apply_defaults()
-        given.arguments["workers"] = workers = given.arguments["workers"] or Workers()
-        with claimed(given.arguments["out"], given.arguments["resume"], workers):
-            return run(*given.args, **given.kwargs)
-
-    return cast(Run, alone)
-
-
 def compare_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Whether a run may go on with the settings `now`; what cannot be compared, since only one side has it.
+    """Check that a run may go on with the settings `now`; return a warning about those that were not saved, or "".
 
     Raises:
         ValueError: names every setting that differs, both its values, and what may differ.
     """
-    first, second = (flat({k: v for k, v in side.items() if k not in LABELS}) for side in (before, now))
-    compared = [key for key in first if key in second and key.rpartition(".")[2] not in MAY_CHANGE]
-    changed = [key for key in compared if first[key] != second[key]]
+    old, new = (flat({k: v for k, v in side.items() if k not in LABELS}) for side in (before, now))
+    fixed = [key for key in old if key in new and key.rpartition(".")[2] not in MAY_CHANGE]
+    changed = [f"{key} was {old[key]}, now {new[key]}" for key in fixed if old[key] != new[key]]
     if changed:
         raise ValueError(
-            f"{folder} holds another run: "
-            + ", ".join(f"{key} was {first[key]}, now {second[key]}" for key in changed)
-            + f"; --resume may change {', '.join(MAY_CHANGE)}, nothing else: choose another --out"
+            f"{folder} holds another run: {', '.join(changed)}; --resume may change {', '.join(MAY_CHANGE)}, nothing "
+            "else: choose another --out"
         )
-    unknown = sorted(second.keys() - first.keys())
+    unknown = sorted(new.keys() - old.keys())
     return f"{folder} was saved by another version of marval, which did not say {', '.join(unknown)}" if unknown else ""
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted names."""
-    found: dict[str, Any] = {}
+    names: dict[str, Any] = {}
     for key, value in settings.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        names |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return names
 
 
 def data_identity(data: TrainingData) -> str:
-    """What tells one data set from another: how many images, and a hash of their bytes (of a cache: of its plan)."""
+    """Identify a data set: how many images, and a hash of their bytes (of a cache: of its plan)."""
     if isinstance(data, LatentData):
         plan = {"plan": (data.folder / PLAN).read_text(), "scale": data.scale}
         return identity(f"{len(data)} latents", hashlib.sha256(json.dumps(plan).encode()).hexdigest())
@@ -125,7 +120,7 @@ def data_identity(data: TrainingData) -> str:
 
 
 def model_identity(name: str, network: nn.Module) -> str:
-    """What tells one model from another: its name and a hash of its weights."""
+    """Identify a model: its name and a hash of its weights."""
     return identity(name, weights_hash(network))
 
 

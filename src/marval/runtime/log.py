@@ -6,82 +6,110 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from torch import Tensor
 
 from marval.io.files import write_text
+from marval.presets import RunConfig
 from marval.runtime.distributed import Workers
-from marval.runtime.optim import Updates
+from marval.runtime.optim import MOST_SKIPPED, Optimizer
 
 LOG = "log.jsonl"
+Figures = dict[str, Tensor | float]
 
 
-def cut_log(log: Path, step: int) -> None:
-    """Drop the lines after `step`, and a last line that a kill cut short."""
+def add_means(figures: Figures, share: float, **values: Tensor) -> None:
+    """Add a part's share of a batch's means to `figures`, on the device."""
+    for name, value in values.items():
+        figures[name] = figures.get(name, 0.0) + value.detach().mean() * share
+
+
+def cut_log(log: Path, update: int) -> None:
+    """Drop the lines after `update`, and a last line that a kill cut short."""
     if not log.is_file():
         return
-    kept = []
+    lines = []
     for line in log.read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    write_text(log, "".join(kept))
+            if json.loads(line)["update"] <= update:
+                lines.append(line + "\n")
+    write_text(log, "".join(lines))
 
 
-def spreads(figures: dict[str, float]) -> dict[str, float]:
-    """The same figures, with `NAME_square` and `NAME_mean` turned into a standard deviation `NAME_std`."""
-    found = {}
-    for name, value in figures.items():
-        stem = name.removesuffix("_square")
-        if stem == name:
-            found[name] = value
-        else:
-            found[f"{stem}_std"] = math.sqrt(max(0.0, value - figures[f"{stem}_mean"] ** 2))
-    return found
+class Due(NamedTuple):
+    """What is to be done after an update (counted from 1). Figures are logged, and so checked, before any saving."""
+
+    update: int
+    log: bool
+    probe: bool
+    save: bool
+    last: bool
+
+
+def due(update: int, settings: RunConfig, workers: Workers, probe_every: int = 0) -> Due:
+    """Look up what is due after so many updates; every process must ask. With `probe_every` 0 nothing is probed."""
+    end = update == settings.updates
+    last = end or workers.stopping()
+    save = last or update % settings.save_every == 0
+    probe = probe_every > 0 and (end or update % probe_every == 0)
+    return Due(update, save or probe or update % settings.log_every == 0, probe, save, last)
 
 
 class Log:
-    """Appends one JSON object per line to the run's log and prints the progress line."""
+    """Appends one JSON object per line to a run's log, and prints a progress line now and then."""
 
-    def __init__(
-        self, file: Path, start: int, total: int, images_per_step: int, *, quiet: bool = False, workers: Workers
-    ):
+    def __init__(self, file: Path, workers: Workers, start: int, total: int, batch_size: int):
         self.file, self.workers = file, workers
-        self.start, self.total, self.images_per_step = start, total, images_per_step
+        self.start, self.total, self.batch_size = start, total, batch_size
         self.began = self.printed = time.monotonic()
         if workers.main and start == 0:  # an earlier run's log, of which nothing was saved
             file.unlink(missing_ok=True)
-        self.console = Console(quiet=quiet or not workers.main)
+        self.console = Console(quiet=not workers.main)
         self.interval = 1.0 if self.console.is_terminal else 30.0
 
-    def __call__(self, step: int, figures: dict[str, Tensor | float], updates: Sequence[Updates] = ()) -> None:
-        """Record `figures` of step `step` (counted from 1), averaged over the processes.
+    def __call__(self, update: int, figures: Figures, optimizers: Sequence[Optimizer] = ()) -> None:
+        """Record the figures of an update (counted from 1), averaged over the processes.
 
         Raises:
-            ValueError: too many of the `updates` were skipped; or, where none are given, a figure is not finite.
+            ValueError: too many updates in a row were skipped; or, without optimizers, a figure is not finite.
         """
-        found = spreads(self.workers.mean(figures))
-        for update in updates:
-            update.check(step, found)
-        for name, value in found.items():
-            if not updates and not math.isfinite(value):
-                raise ValueError(f"{name} is {value} at step {step}: lower the learning rate, or look for broken data")
-        if updates:
-            found["skipped"] = sum(int(update.skipped) for update in updates)
+        values = self.workers.mean(figures)
+        self.check(update, values, optimizers)
+        if optimizers:
+            values["skipped"] = sum(int(optimizer.skipped) for optimizer in optimizers)
         if self.workers.main:
-            line = {name: float(f"{v:.6g}") if math.isfinite(v) else None for name, v in found.items()}
+            line = {name: float(f"{v:.6g}") if math.isfinite(v) else None for name, v in values.items()}
             with self.file.open("a") as out:
-                out.write(json.dumps({"step": step, **line}) + "\n")
+                out.write(json.dumps({"update": update, **line}) + "\n")
         now = time.monotonic()
-        if now - self.printed < self.interval and step < self.total:
+        if now - self.printed < self.interval and update < self.total:
             return
         self.printed = now
-        rate = (step - self.start) / max(now - self.began, 1e-9)
-        left = (self.total - step) / max(rate, 1e-9)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items() if name != "skipped" or value)
+        rate = (update - self.start) / max(now - self.began, 1e-9)
+        left = (self.total - update) / max(rate, 1e-9)
+        listed = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "skipped" or value)
         self.console.print(
-            f"step {step}/{self.total}  {shown}  {rate * self.images_per_step:.0f} images/s  "
+            f"update {update}/{self.total}  {listed}  {rate * self.batch_size:.0f} images/s  "
             f"{int(left // 60)} min {int(left % 60)} s left",
             soft_wrap=True,
         )
+
+    def check(self, update: int, values: dict[str, float], optimizers: Sequence[Optimizer]) -> None:
+        """Stop a run that gets nowhere.
+
+        Raises:
+            ValueError: as `__call__`.
+        """
+        advice = "lower the learning rate, or look for broken data"
+        skipped = max((int(optimizer.in_a_row) for optimizer in optimizers), default=0)
+        if skipped >= MOST_SKIPPED:
+            listed = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            raise ValueError(
+                f"{skipped} updates in a row were skipped up to update {update}: their gradients are not finite "
+                f"({listed}); {advice}; the last saved state is kept"
+            )
+        for name, value in values.items():
+            if not optimizers and not math.isfinite(value):
+                raise ValueError(f"{name} is {value} at update {update}: {advice}")

@@ -1,4 +1,4 @@
-"""Updates of a network's weights: clipping, Adam, the learning rate's course and the EMA."""
+"""How a network's weights are updated: clipping, Adam, the learning rate's course and the EMA."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from marval.model import TokenHead
-from marval.presets import RunConfig
 from marval.runtime.distributed import whole
+
+MOST_SKIPPED = 10  # updates in a row with gradients that are not finite, before a run stops
 
 
 @torch.no_grad()
@@ -19,9 +20,9 @@ def update_ema(ema: nn.Module, model: nn.Module, updates: int, decay: float) -> 
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), rate)
 
 
-def learning_rate_factor(step: int, warmup: int, decay: int, total: int) -> float:
-    """Linear warm-up over `warmup` steps, then 1, then linear decay to 0 over the last `decay` steps (or all)."""
-    return max(0.0, min(1.0, (step + 1) / max(warmup, 1), (total - step) / max(min(decay, total), 1)))
+def learning_rate_factor(update: int, warmup: int, decay: int, total: int) -> float:
+    """Linear warm-up over `warmup` updates, then 1, then linear decay to 0 over the last `decay` updates (or all)."""
+    return max(0.0, min(1.0, (update + 1) / max(warmup, 1), (total - update) / max(min(decay, total), 1)))
 
 
 def decayed(network: nn.Module) -> set[Tensor]:
@@ -34,58 +35,49 @@ def decayed(network: nn.Module) -> set[Tensor]:
     return {module.weight for module in linear}
 
 
-class Updates:
-    """Clipped updates of a network's trainable weights by Adam, with AdamW's weight decay where `decayed` says.
+class Optimizer:
+    """AdamW with clipped gradients; weight decay only on the weights that `decayed` names.
 
-    Those whose gradients are not finite are skipped, on the device, and counted.
+    An update whose gradients are not finite is skipped on the device, without waiting for it, and counted.
     """
 
-    def __init__(self, network: nn.Module, settings: RunConfig, betas: tuple[float, float], weight_decay: float = 0.0):
-        self.network, self.settings = network, settings
+    def __init__(self, network: nn.Module, clip: float, betas: tuple[float, float], weight_decay: float = 0.0):
+        self.network, self.clip = network, clip
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         matrices = decayed(network) if weight_decay else set()
         groups = [
             {"params": [p for p in parameters if p in matrices], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p not in matrices], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], 0.0, betas, fused=True)
+        self.adam = torch.optim.AdamW([group for group in groups if group["params"]], 0.0, betas, fused=True)
         for parameter in parameters:  # allocated from the start: a resumed run reads into it
             zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
+            self.adam.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
         self.skipped, self.in_a_row = (torch.zeros((), device=parameters[0].device) for _ in range(2))
 
-    def __call__(self, learning_rate: float) -> Tensor:
+    def step(self, learning_rate: float) -> Tensor:
         """Update the network with its gradients, clear them, and return their norm before clipping."""
-        for group in self.optimizer.param_groups:
+        for group in self.adam.param_groups:
             group["lr"] = learning_rate
-        norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.gradient_clip))
+        norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), self.clip))
         bad = (~norm.isfinite()).float()
-        self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused Adam then leaves everything as it was
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.adam.found_inf = bad  # type: ignore[attr-defined]  # fused Adam then leaves everything as it was
+        self.adam.step()
+        self.adam.zero_grad()
         self.skipped.add_(bad)
         self.in_a_row.add_(bad).mul_(bad)
         return norm
 
-    def check(self, step: int, figures: dict[str, float]) -> None:
-        """Stop a run that gets nowhere.
-
-        Raises:
-            ValueError: `settings.max_skipped` updates in a row, or more, were skipped.
-        """
-        if self.in_a_row >= self.settings.max_skipped:
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-            raise ValueError(
-                f"{int(self.in_a_row)} updates in a row were skipped up to step {step}: their gradients are not finite "
-                f"({shown}); lower the learning rate, or look for broken data; the last saved state is kept"
-            )
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, by name: views, so that reading into them restores it."""
+        tensors = {"skipped": self.skipped, "in_a_row": self.in_a_row}
+        for name, parameter in self.network.named_parameters():
+            tensors |= {f"{name}.{part}": value for part, value in self.adam.state.get(parameter, {}).items()}
+        return {name: value.view(1) if value.ndim == 0 else value for name, value in tensors.items()}
 
 
 @contextlib.contextmanager
-def fast_attention(device: torch.device | str) -> Iterator[None]:
+def fast_attention(device: torch.device) -> Iterator[None]:
     """On a CPU, short sequences train a third faster with the plain attention kernel (measured at 53 tokens)."""
-    if torch.device(device).type == "cpu":
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    else:
+    with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext():
         yield

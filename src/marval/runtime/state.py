@@ -1,4 +1,4 @@
-"""A run's state on disk: saved whole, read back on any number of processes."""
+"""A run's state on disk: saved whole, read back on any number of processes, never unpickled."""
 
 import contextlib
 import itertools
@@ -20,78 +20,112 @@ from marval.config import ModelConfig
 from marval.io.checkpoint import save_tensors
 from marval.model import MAR
 from marval.runtime.distributed import Workers, whole_state
-from marval.runtime.folder import RUN, check_resume, compare_settings, saved_states
+from marval.runtime.folder import RUN, Run, compare_settings, saved_states
 from marval.runtime.log import LOG, cut_log
-from marval.runtime.optim import Updates
+from marval.runtime.optim import Optimizer
 
 FILE_BYTES = 2**28  # of tensors in one file of a saved state
-COUNTERS = ("skipped", "in_a_row")  # of `Updates`; states of earlier versions have none
 
 
-def state_tensors(networks: dict[str, nn.Module], updates: dict[str, Updates]) -> dict[str, Tensor]:
-    """Every tensor of a run by name (views, so that reading into them restores it)."""
-    tensors = {f"{name}.{key}": t for name, network in networks.items() for key, t in network.state_dict().items()}
-    for name, update in updates.items():
-        for key, parameter in update.network.named_parameters():
-            for part, value in update.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{name}.{key}.{part}"] = value.view(1) if value.ndim == 0 else value
-        for counter in COUNTERS:
-            tensors[f"optimizer.{name}.{counter}"] = getattr(update, counter).view(1)
-    return tensors
+class State:
+    """Everything that a run goes on from: networks, optimizers, and the settings and origins that must stay the same.
+
+    torch's own `get_state_dict` is of no use here: it adds values that are no tensors, which safetensors cannot hold.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        settings: dict[str, Any],
+        networks: dict[str, nn.Module],
+        optimizers: dict[str, Optimizer],
+    ):
+        self.run, self.settings = run, json.loads(json.dumps(settings))
+        # Views: reading into them restores the networks and optimizers.
+        self.tensors = {f"{name}.{key}": t for name, net in networks.items() for key, t in net.state_dict().items()}
+        for name, optimizer in optimizers.items():
+            self.tensors |= {f"optimizer.{name}.{key}": t for key, t in optimizer.tensors().items()}
+
+    def save(self, update: int, extra: Mapping[str, Any] | None = None) -> None:
+        """Write the state after `update` updates in shards, atomically; earlier states are removed.
+
+        Raises:
+            ValueError: it cannot be written, or holds values that are not finite; the last good state stays.
+        """
+        folder, workers = self.run.folder, self.run.workers
+        check_finite(f"at update {update}", self.tensors, workers)
+        target = folder / f"state-{update:08d}"
+        partial = folder / f".{target.name}.partial"
+        if workers.main:
+            shutil.rmtree(partial, ignore_errors=True)
+        workers.barrier()
+        try:
+            writer = HuggingFaceStorageWriter(str(partial), shard_files(self.tensors), save_distributed=True)
+            with quiet_checkpoints():
+                dcp.save(self.tensors, storage_writer=writer, no_dist=workers.mesh is None)
+            if workers.main:
+                about = {"update": update, "settings": self.settings, "extra": extra or {}}
+                (partial / RUN).write_text(json.dumps(about))
+                old = list(folder.glob("state-*"))  # one that a kill left half deleted, too
+                shutil.rmtree(target, ignore_errors=True)
+                partial.rename(target)
+                for path in old:
+                    if path != target:
+                        shutil.rmtree(path, ignore_errors=True)
+        except (CheckpointException, OSError, RuntimeError) as error:  # torch hides the system's error in its own
+            if workers.main:
+                shutil.rmtree(partial, ignore_errors=True)
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(
+                f"cannot write {target}: {reason}; free some space, then --resume: the last good state is kept"
+            ) from error
+        workers.barrier()
+
+    def load(self) -> tuple[int, dict[str, Any]]:
+        """Restore what `save` wrote, on any number of processes, and cut the log back to it; its update and extra.
+
+        (0, {}) where the run starts anew.
+
+        Raises:
+            ValueError: a damaged state, or one of a run with other settings or made from something else.
+        """
+        folder, workers = self.run.folder, self.run.workers
+        if not self.run.resume:
+            return 0, {}
+        newest = saved_states(folder)[-1]
+        damaged = f"{newest} is damaged or not a training state"
+        try:
+            about = json.loads((newest / RUN).read_text())
+            before, update, extra = about["settings"], int(about["update"]), about["extra"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{damaged} ({type(error).__name__})") from error
+        warning = compare_settings(folder, before, self.settings)
+        if warning and workers.main:
+            print(f"marval: {warning}", file=sys.stderr)
+        try:
+            with quiet_checkpoints():
+                dcp.load(
+                    self.tensors, storage_reader=HuggingFaceStorageReader(str(newest)), no_dist=workers.mesh is None
+                )
+        except (CheckpointException, Exception) as error:  # safetensors and torch raise many kinds here
+            raise ValueError(f"{damaged} ({type(error).__name__})") from error
+        if workers.main:
+            cut_log(folder / LOG, update)
+        workers.barrier()
+        return update, extra
 
 
 def shard_files(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """The number of the file that each tensor is written to; the writer copies a file's tensors twice in memory."""
+    """Number the file that each tensor is written to; the writer copies a file's tensors twice in memory."""
     ends = itertools.accumulate(tensor.nbytes for tensor in tensors.values())
     numbers = [1 + (end - 1) // FILE_BYTES for end in ends]
     used = {number: i for i, number in enumerate(sorted(set(numbers)), start=1)}  # 1 ... N, without gaps
     return {name: used[number] for name, number in zip(tensors, numbers, strict=True)}
 
 
-def save_state(
-    folder: Path,
-    step: int,
-    settings: dict[str, Any],
-    tensors: dict[str, Tensor],
-    extra: dict[str, Any],
-    workers: Workers,
-) -> None:
-    """Write the whole training state of the run at `folder` in shards, atomically; earlier states are removed.
-
-    Raises:
-        ValueError: it cannot be written, or holds values that are not finite; the last good state stays.
-    """
-    check_finite(f"at step {step}", tensors, workers)
-    target = folder / f"state-{step:08d}"
-    partial = folder / f".{target.name}.partial"
-    if workers.main:
-        shutil.rmtree(partial, ignore_errors=True)
-    workers.barrier()
-    try:
-        writer = HuggingFaceStorageWriter(str(partial), shard_files(tensors), save_distributed=True)
-        with quiet_checkpoints():
-            dcp.save(tensors, storage_writer=writer, no_dist=workers.mesh is None)
-        if workers.main:
-            (partial / RUN).write_text(json.dumps({"step": step, "settings": settings, "extra": extra}))
-            old = list(folder.glob("state-*"))  # one that a kill left half deleted, too
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-            for path in old:
-                if path != target:
-                    shutil.rmtree(path, ignore_errors=True)
-    except (CheckpointException, OSError, RuntimeError) as error:  # torch hides the system's error in its own
-        if workers.main:
-            shutil.rmtree(partial, ignore_errors=True)
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(
-            f"cannot write {target}: {reason}; free some space, then --resume: the last good state is kept"
-        ) from error
-    workers.barrier()
-
-
 @contextlib.contextmanager
 def quiet_checkpoints() -> Iterator[None]:
-    """Without torch's warning that a single process saves alone: it is meant to."""
+    """Silence torch's warning that a single process saves alone: it is meant to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -105,42 +139,12 @@ def check_finite(where: str, tensors: Mapping[str, Tensor], workers: Workers) ->
     """
     parts = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
     bad = {name: part.isfinite().all().logical_not() for name, part in parts.items() if part.is_floating_point()}
-    for name, found in workers.mean(dict(bad)).items():
-        if found:
+    for name, share in workers.mean(dict(bad)).items():
+        if share:
             raise ValueError(
                 f"{name} holds values that are not finite {where}: lower the learning rate, or look for broken data; "
                 "they are not saved, what was saved before is kept"
             )
-
-
-def load_state(folder: Path, settings: dict[str, Any], tensors: dict[str, Tensor], workers: Workers) -> tuple[int, Any]:
-    """Restore what `save_state` wrote (on any number of processes), cut the log back to that step; step and extra.
-
-    Raises:
-        ValueError: no state there, a damaged one, or one of a run with other settings or made from something else.
-    """
-    check_resume(folder, True)
-    newest = saved_states(folder)[-1]
-    try:
-        run = json.loads((newest / RUN).read_text())
-        before, step, extra = run["settings"], int(run["step"]), run["extra"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{newest} is damaged or not a training state ({type(error).__name__})") from error
-    told = compare_settings(folder, before, json.loads(json.dumps(settings)))
-    if told and workers.main:
-        print(f"marval: {told}", file=sys.stderr)
-    try:
-        with quiet_checkpoints():
-            reader = HuggingFaceStorageReader(str(newest))
-            saved = reader.read_metadata().state_dict_metadata
-            wanted = {k: t for k, t in tensors.items() if k in saved or k.rpartition(".")[2] not in COUNTERS}
-            dcp.load(wanted, storage_reader=reader, no_dist=workers.mesh is None)
-    except (CheckpointException, Exception) as error:  # safetensors and torch raise many kinds here
-        raise ValueError(f"{newest} is damaged or not a training state ({type(error).__name__})") from error
-    if workers.main:
-        cut_log(folder / LOG, step)
-    workers.barrier()
-    return step, extra
 
 
 def save_network(folder: Path, network: MAR, config: ModelConfig, workers: Workers) -> None:

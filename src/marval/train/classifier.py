@@ -53,7 +53,6 @@ def train_classifier(
     epochs: int,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    quiet: bool = False,
 ) -> float:
     """Train a classifier, write it to `out` and return its accuracy on `test`.
 
@@ -75,7 +74,7 @@ def train_classifier(
     else:
         optimizer = torch.optim.SGD(classifier.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    log = Log(out.with_suffix(".jsonl"), 0, steps, batch_size, quiet=quiet, workers=Workers())
+    log = Log(out.with_suffix(".jsonl"), Workers(), 0, steps, batch_size)
     for step in range(steps):
         images, labels = data.batch(batch_indices(len(data), batch_size, step, seed))
         images, labels = images.to(device), labels.to(device)

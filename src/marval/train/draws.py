@@ -1,40 +1,124 @@
-"""The random draws of a training step. They are made for the whole batch, on the CPU; every process takes its rows."""
+"""The random draws of a training update.
+
+Every process makes them for the whole batch, on its own device, and takes its rows of them: N processes do what one
+does. They depend on the seed and the update alone, so a resumed run repeats them.
+"""
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from marval.presets import DistillConfig, TrainConfig
+from marval.config import MARConfig
+from marval.model.diffusion import NUM_TIMESTEPS
+from marval.presets import DistillConfig, TrainConfig, TuneConfig
+from marval.runtime.rng import generator
+
+ALL_LEVELS = (0, NUM_TIMESTEPS - 1)
+THETA_LEVELS = (20, 980)
 
 
 def masked_count(num_tokens: int, ratio_min: float, ratio_std: float, rng: torch.Generator) -> int:
-    """How many tokens to mask: the ratio is a normal around 1, cut to [ratio_min, 1] (MAR: 0.7 and std 0.25)."""
+    """Draw how many tokens to mask: the ratio is a normal around 1, cut to [ratio_min, 1] (MAR: 0.7 and std 0.25)."""
     low, high = torch.special.ndtr(torch.tensor([(ratio_min - 1) / ratio_std, 0.0], dtype=torch.float64))
     u = low + (high - low) * torch.rand((), generator=rng, dtype=torch.float64)
     ratio = 1 + ratio_std * torch.special.ndtri(u).clamp(max=0.0)
     return min(num_tokens, max(1, int(torch.ceil(num_tokens * ratio))))
 
 
-def split_tokens(
-    batch: int, num_tokens: int, masked: int, targets: int, rng: torch.Generator
+def masks(
+    settings: TrainConfig | DistillConfig, num_tokens: int, update: int, rng: torch.Generator
 ) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b q"]]:
-    """A random order per image: its visible positions, and `targets` (at most) of its `masked` hidden ones."""
-    order = torch.rand(batch, num_tokens, generator=rng).argsort(dim=1)
-    visible = num_tokens - masked
-    return order[:, :visible], order[:, visible : visible + min(targets, masked)]
+    """Draw every image's visible positions, and the hidden ones that enter the loss.
+
+    One ratio for the batch. It decides the shapes of tensors, so the host must know it: it has a CPU stream of its own.
+    """
+    host = generator(settings.seed, "mask ratio", update)
+    hidden = masked_count(num_tokens, settings.mask_ratio_min, settings.mask_ratio_std, host)
+    order = torch.rand(settings.batch_size, num_tokens, generator=rng, device=rng.device).argsort(dim=1)
+    visible = num_tokens - hidden
+    return order[:, :visible], order[:, visible : visible + settings.tokens_per_image]
 
 
-def hidden_positions(
-    num_tokens: int, settings: TrainConfig | DistillConfig, rng: torch.Generator
-) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b q"]]:
-    """Visible positions and target positions of every image of a batch; one mask ratio for all."""
-    masked = masked_count(num_tokens, settings.mask_ratio_min, settings.mask_ratio_std, rng)
-    return split_tokens(settings.batch_size, num_tokens, masked, settings.tokens_per_image, rng)
+def noise(shape: tuple[int, ...], rng: torch.Generator) -> Float[Tensor, "b q c"]:
+    """Draw Gaussian noise for every target."""
+    return torch.randn(shape, generator=rng, device=rng.device)
 
 
-def noise_levels(
-    shape: tuple[int, ...], low: int, high: int, rng: torch.Generator
-) -> tuple[Int[Tensor, "b q"], Float[Tensor, "b q c"]]:
-    """A level in [low, high] and Gaussian noise for each target token; `shape` is (images, targets, channels)."""
-    t = torch.randint(low, high + 1, shape[:2], generator=rng)
-    return t, torch.randn(shape, generator=rng)
+class NoiseLevels(NamedTuple):
+    """The level `t` of every target and the noise `eps` that is added to it."""
+
+    t: Tensor  # (b, q), or (n,) of a part
+    eps: Tensor  # (b, q, c), or (n, c) of a part
+
+    def part(self, rows: slice) -> "NoiseLevels":
+        """Those of some images, flattened over images and targets."""
+        return NoiseLevels(self.t[rows].flatten(), self.eps[rows].flatten(0, 1))
+
+
+def noise_levels(shape: tuple[int, ...], levels: tuple[int, int], rng: torch.Generator) -> NoiseLevels:
+    """Draw a level, uniform between two, and noise for every target; `shape` is (images, targets, channels)."""
+    t = torch.randint(levels[0], levels[1] + 1, shape[:2], generator=rng, device=rng.device)
+    return NoiseLevels(t, noise(shape, rng))
+
+
+class TeacherDraws(NamedTuple):
+    """The draws of an update of teacher training."""
+
+    visible: Int[Tensor, "b v"]
+    targets: Int[Tensor, "b q"]
+    drop: Float[Tensor, " b"]  # 1 where the class is dropped
+    levels: NoiseLevels
+
+    def part(self, rows: slice) -> "TeacherDraws":
+        """Those of some images."""
+        return TeacherDraws(self.visible[rows], self.targets[rows], self.drop[rows], self.levels.part(rows))
+
+
+def teacher_draws(
+    settings: TrainConfig, mar: MARConfig, update: int, device: torch.device | str = "cpu"
+) -> TeacherDraws:
+    """Draw masks, dropped classes and noise for a batch."""
+    rng = generator(settings.seed, "noise", update, device=device)
+    visible, targets = masks(settings, mar.num_tokens, update, rng)
+    drop = torch.rand(settings.batch_size, generator=rng, device=rng.device) < settings.label_drop
+    return TeacherDraws(visible, targets, drop.float(), noise_levels((*targets.shape, mar.token_dim), ALL_LEVELS, rng))
+
+
+class GSIMDraws(NamedTuple):
+    """The draws of an update of GSIM."""
+
+    visible: Int[Tensor, "b v"]
+    targets: Int[Tensor, "b q"]
+    z: Float[Tensor, "..."]  # the student's noise: (b, q, c), or (n, c) of a part
+    theta: NoiseLevels
+    phi: list[NoiseLevels]  # of each of its steps
+
+    def part(self, rows: slice) -> "GSIMDraws":
+        """Those of some images."""
+        z, theta, phi = self.z[rows].flatten(0, 1), self.theta.part(rows), [levels.part(rows) for levels in self.phi]
+        return GSIMDraws(self.visible[rows], self.targets[rows], z, theta, phi)
+
+
+def gsim_draws(settings: DistillConfig, mar: MARConfig, update: int, device: torch.device | str = "cpu") -> GSIMDraws:
+    """Draw masks, the student's noise, and levels for theta's step and phi's, for a batch."""
+    rng = generator(settings.seed, "distill", update, device=device)
+    visible, targets = masks(settings, mar.num_tokens, update, rng)
+    shape = (*targets.shape, mar.token_dim)
+    z, theta = noise(shape, rng), noise_levels(shape, THETA_LEVELS, rng)
+    return GSIMDraws(
+        visible, targets, z, theta, [noise_levels(shape, ALL_LEVELS, rng) for _ in range(settings.auxiliary_steps)]
+    )
+
+
+def tune_draws(
+    settings: TuneConfig, mar: MARConfig, update: int, device: torch.device | str = "cpu"
+) -> tuple[Int[Tensor, " b"], list[int], Float[Tensor, "1 b l c"]]:
+    """Draw a batch's classes and seeds (of orders), which the host must know, and the student's noise."""
+    host = generator(settings.seed, "tune", update)
+    labels = torch.randint(mar.num_classes, (settings.batch_size,), generator=host)
+    seeds = torch.randint(2**62, (settings.batch_size,), generator=host).tolist()
+    rng = generator(settings.seed, "tune noise", update, device=device)
+    shape = (1, settings.batch_size, mar.num_tokens, mar.token_dim)
+    return labels, seeds, torch.randn(shape, generator=rng, device=device)

@@ -12,10 +12,11 @@ from marval.config import OneStep
 from marval.data import batch_indices
 from marval.pipeline import Pipeline, load
 from marval.presets import DistillConfig, TrainConfig, TuneConfig
+from marval.runtime import state as state_module
+from marval.runtime.folder import open_run
 from marval.runtime.optim import learning_rate_factor
 from marval.runtime.state import shard_files
 from marval.train import distill as distill_module
-from marval.train import run as run_module
 from marval.train import teacher as teacher_module
 from marval.train import tune as tuning
 from tiny import tiny_config, tiny_data, tiny_model
@@ -67,16 +68,19 @@ def rising_probe():
 
 
 def run_train(config, data, out, resume=False, settings=TRAIN):
-    teacher_module.train_teacher(config, settings, data, out, resume=resume, quiet=True)
+    with open_run(out, resume=resume) as run:
+        teacher_module.train_teacher(config, settings, data, run)
 
 
 def run_distill(config, data, out, resume=False, settings=DISTILL):
-    distill_module.distill(tiny_model(), config, settings, data, out, resume=resume, quiet=True)
+    with open_run(out, resume=resume) as run:
+        distill_module.distill(tiny_model(), config, settings, data, run)
 
 
 def run_tune(config, data, out, resume=False, settings=FINETUNE, reward=brightness, probe=steady_probe):
     student = dataclasses.replace(config, draw=OneStep())
-    return tuning.tune(tiny_model(), student, reward, settings, out, probe=probe, resume=resume, quiet=True)
+    with open_run(out, resume=resume) as run:
+        return tuning.tune(tiny_model(), student, reward, settings, run, probe=probe)
 
 
 def run_low_rank(config, data, out, resume=False):
@@ -91,10 +95,8 @@ def run_anchored(config, data, out, resume=False, **changes):
     student = dataclasses.replace(config, draw=OneStep())
     settings = dataclasses.replace(FINETUNE, anchor=0.5, anchor_warmup=2, **changes)
     anchor = tuning.Anchor(tiny_model(1), data, DISTILL)
-    tuning.tune(
-        tiny_model(), student, brightness, settings, out, probe=steady_probe, anchor=anchor, resume=resume,
-        quiet=True,
-    )  # fmt: skip
+    with open_run(out, resume=resume) as run:
+        tuning.tune(tiny_model(), student, brightness, settings, run, probe=steady_probe, anchor=anchor)
 
 
 def log_of(out):
@@ -104,7 +106,7 @@ def log_of(out):
 def state_of(out, step):
     """The tensors of the only saved state of a run, which is of this step."""
     (state,) = out.glob("state-*")
-    assert json.loads((state / "run.json").read_text())["step"] == step
+    assert json.loads((state / "run.json").read_text())["update"] == step
     return {key: value for file in state.glob("*.safetensors") for key, value in load_file(file).items()}
 
 
@@ -116,7 +118,7 @@ class KilledError(Exception):
     ("run", "module", "inner"),
     [
         (run_train, teacher_module, "teacher_loss"),
-        (run_distill, distill_module, "hide_tokens"),
+        (run_distill, distill_module, "theta_loss"),
         (run_tune, tuning, "policy_loss"),
         (run_anchored, tuning, "policy_loss"),
         (run_held_to_itself, tuning, "policy_loss"),
@@ -152,7 +154,8 @@ def test_resumed_run_equals_uninterrupted_to_the_bit(run, module, inner, data, c
 def test_distillation_moves_the_student_and_not_the_teacher(data, config, tmp_path):
     teacher = tiny_model()
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    distill_module.distill(teacher, config, DISTILL, data, tmp_path / "run", quiet=True)
+    with open_run(tmp_path / "run") as run:
+        distill_module.distill(teacher, config, DISTILL, data, run)
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
     student = load(tmp_path / "run")
     assert student.config.draw == OneStep(755, config.draw.clip, DISTILL.guidance, DISTILL.guidance_schedule)
@@ -232,9 +235,10 @@ def test_an_anchor_to_the_student_begins_at_no_gap_and_holds_it(data, config, tm
             FINETUNE, updates=25, anchor=weight, anchor_to="student", anchor_warmup=4, learning_rate=3e-3
         )
         anchor = tuning.Anchor(tiny_model(1), data, DISTILL)
-        tuning.tune(tiny_model(), student, brightness, settings, out, probe=rising_probe(), anchor=anchor, quiet=True)
+        with open_run(out) as run:
+            tuning.tune(tiny_model(), student, brightness, settings, run, probe=rising_probe(), anchor=anchor)
         log = [line for line in log_of(out) if "l2" in line]
-        assert log[0]["step"] == 5
+        assert log[0]["update"] == 5
         assert log[0]["l1"] == log[0]["l2"] == 0  # phi and its frozen copy are one
         assert max(line["l2"] for line in log) > 0
         drift[weight] = log_of(out)[-1]["reward"] - log[0]["reward"]
@@ -325,7 +329,7 @@ def test_tuning_stops_when_held_out_figures_turn_and_keeps_the_best(
     settings = dataclasses.replace(FINETUNE, updates=100, probe_every=2, patience=3)
     ended = run_tune(config, data, out, settings=settings, probe=probe)
     assert reason in ended
-    assert log_of(out)[-1]["step"] == last_step
+    assert log_of(out)[-1]["update"] == last_step
     best_step = 2  # in all three cases the first probe after the start is the last good one
     other = tmp_path / "until-best"
     run_tune(config, data, other, settings=dataclasses.replace(settings, updates=best_step, probe_every=50))
@@ -337,8 +341,8 @@ def test_tuning_stops_when_held_out_figures_turn_and_keeps_the_best(
 def test_a_student_is_refused_as_teacher_and_a_teacher_as_student(data, config, tmp_path):
     with pytest.raises(ValueError, match="one-step student already"):
         run_distill(dataclasses.replace(config, draw=OneStep()), data, tmp_path)
-    with pytest.raises(ValueError, match="distil it first"):
-        tuning.tune(tiny_model(), config, brightness, FINETUNE, tmp_path, probe=steady_probe)
+    with pytest.raises(ValueError, match="distil it first"), open_run(tmp_path / "run") as run:
+        tuning.tune(tiny_model(), config, brightness, FINETUNE, run, probe=steady_probe)
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(data, config, tmp_path):
@@ -367,7 +371,7 @@ def test_a_damaged_state_is_one_clear_error(data, config, tmp_path):
 
 
 def test_a_large_state_is_written_in_files_of_bounded_size(data, config, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "FILE_BYTES", 20_000)
+    monkeypatch.setattr(state_module, "FILE_BYTES", 20_000)
     tensors = {"a": torch.zeros(5000), "b": torch.zeros(50_000), "c": torch.zeros(1), "d": torch.zeros(4000)}
     assert shard_files(tensors) == {"a": 1, "b": 2, "c": 3, "d": 3}
     run_train(config, data, tmp_path / "run")
@@ -411,9 +415,10 @@ def test_a_skipped_step_changes_no_weight(data, config, tmp_path, monkeypatch):
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run_and_keep_the_last_state(data, config, tmp_path, monkeypatch):
+    monkeypatch.setattr("marval.runtime.log.MOST_SKIPPED", 3)
     break_losses(monkeypatch, set(range(8, 99)))
-    settings = dataclasses.replace(TRAIN, updates=99, max_skipped=3)
-    with pytest.raises(ValueError, match=r"3 updates in a row .* up to step 10.*learning_rate 0.001"):
+    settings = dataclasses.replace(TRAIN, updates=99)
+    with pytest.raises(ValueError, match=r"3 updates in a row .* up to update 10.*learning_rate 0.001"):
         run_train(config, data, tmp_path / "run", settings=settings)
     state = state_of(tmp_path / "run", 5)
     assert all(value.isfinite().all() for value in state.values())

@@ -23,9 +23,9 @@ from marval.pipeline import load
 from marval.presets import DistillConfig, TrainConfig, TuneConfig
 from marval.rewards import WeightedReward
 from marval.runtime.distributed import start_workers
+from marval.runtime.folder import open_run
 from marval.runtime.rng import generator
 from marval.train import distill as distill_module
-from marval.train import run as run_module
 from marval.train import teacher as teacher_module
 from marval.train import tune as tuning
 from processes import command, environment, python
@@ -68,12 +68,14 @@ def bad_values(settings, name):
 
 def run_train(out, *, resume=False, settings=TRAIN, data=None, **options):
     data = tiny_data() if data is None else data
-    return teacher_module.train_teacher(tiny_config(), settings, data, out, resume=resume, quiet=True, **options)
+    with open_run(out, resume=resume) as run:
+        return teacher_module.train_teacher(tiny_config(), settings, data, run, **options)
 
 
 def run_distill(out, *, resume=False, settings=DISTILL, data=None, teacher=0):
     data = tiny_data() if data is None else data
-    return distill_module.distill(tiny_model(teacher), tiny_config(), settings, data, out, resume=resume, quiet=True)
+    with open_run(out, resume=resume) as run:
+        return distill_module.distill(tiny_model(teacher), tiny_config(), settings, data, run)
 
 
 def brightness(images, prompts):
@@ -90,9 +92,8 @@ def steady_probe(pipeline):
 
 def run_tune(out, *, resume=False, settings=FINETUNE, reward=brightness, student=0, anchor=None):
     config = dataclasses.replace(tiny_config(), draw=OneStep())
-    return tuning.tune(
-        tiny_model(student), config, reward, settings, out, probe=steady_probe, anchor=anchor, resume=resume, quiet=True
-    )
+    with open_run(out, resume=resume) as run:
+        return tuning.tune(tiny_model(student), config, reward, settings, run, probe=steady_probe, anchor=anchor)
 
 
 def other_data():
@@ -316,9 +317,9 @@ def test_a_refused_run_leaves_nothing_behind(tmp_path):
 
 
 def test_a_new_run_begins_a_new_log(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 99}\n')
+    (tmp_path / "log.jsonl").write_text('{"update": 99}\n')
     run_train(tmp_path)
-    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4]
+    assert [line["update"] for line in log_of(tmp_path)] == [1, 2, 3, 4]
 
 
 # Resuming
@@ -390,9 +391,7 @@ def test_resuming_may_change_what_it_lists(tmp_path):
 
 
 def test_a_state_of_an_earlier_version_is_resumed_with_a_word(tmp_path, capsys, monkeypatch):
-    with monkeypatch.context() as earlier:
-        earlier.setattr(run_module, "COUNTERS", ())
-        run_train(tmp_path / "run")
+    run_train(tmp_path / "run")
     (told,) = (tmp_path / "run").glob("state-*/run.json")
     run = json.loads(told.read_text())
     for name in ("data_set", "init"):
@@ -417,15 +416,16 @@ def test_a_resumed_log_counts_what_was_skipped_before(tmp_path, monkeypatch):
     with pytest.raises(KeyError):
         run_train(tmp_path / "run")
     run_train(tmp_path / "run", resume=True)
-    assert [(line["step"], line["skipped"]) for line in log_of(tmp_path / "run")] == [(1, 0), (2, 1), (3, 1), (4, 1)]
+    assert [(line["update"], line["skipped"]) for line in log_of(tmp_path / "run")] == [(1, 0), (2, 1), (3, 1), (4, 1)]
 
 
 def test_updates_in_a_row_are_counted_across_a_resume(tmp_path, monkeypatch):
     original = teacher_module.teacher_loss
     monkeypatch.setattr(teacher_module, "teacher_loss", lambda *arguments: original(*arguments) * math.nan)
-    settings = dataclasses.replace(TRAIN, updates=2, max_skipped=3)
+    monkeypatch.setattr("marval.runtime.log.MOST_SKIPPED", 3)
+    settings = dataclasses.replace(TRAIN, updates=2)
     run_train(tmp_path / "run", settings=settings)
-    with pytest.raises(ValueError, match="3 updates in a row were skipped up to step 3"):
+    with pytest.raises(ValueError, match="3 updates in a row were skipped up to update 3"):
         run_train(tmp_path / "run", resume=True, settings=dataclasses.replace(settings, updates=4))
 
 
@@ -486,7 +486,7 @@ def interrupted(steps, times):
     """How many of a loop's steps are done where Ctrl-C is pressed so many times in its first one."""
     done = 0
     with start_workers("cpu") as workers:
-        for _ in workers.steps(3, 3 + steps):
+        for _ in workers.updates(3, 3 + steps):
             for _ in range(times):
                 os.kill(os.getpid(), signal.SIGINT)
             done += 1
@@ -542,8 +542,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(processes, pictures, 
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate(timeout=60)
     (state,) = out.glob("state-*")
-    step = json.loads((state / "run.json").read_text())["step"]
-    assert log_of(out)[-1]["step"] == step >= 1
+    step = json.loads((state / "run.json").read_text())["update"]
+    assert log_of(out)[-1]["update"] == step >= 1
     assert f"{step} of 100000 updates done" in said
     assert "marval: interrupted: what it did is saved, go on with --resume" in errors
     if processes == 1:  # torchrun has an exit code of its own

@@ -20,12 +20,14 @@ from marval.pipeline import Pipeline, load
 from marval.presets import DistillConfig, TrainConfig, TuneConfig
 from marval.rewards import ClassifierReward, Prompt, prompts_of
 from marval.rewards.classifier import Classifier
+from marval.runtime.folder import open_run
 from marval.runtime.optim import decayed
 from marval.runtime.rng import generator
 from marval.sampling import DrawInOneStep, draw_counts, guidance_at, sample
 from marval.train import tune as finetune_module
+from marval.train.anchor import anchor_settings
 from marval.train.distill import distill, revealed_after
-from marval.train.tune import Keeper, anchor_settings
+from marval.train.keeper import Keeper
 from tiny import tiny_config, tiny_data, tiny_model
 
 BRIGHT = "def score(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n"
@@ -121,7 +123,7 @@ def test_tuning_starts_where_there_are_as_many_classes_as_probe_images(command, 
     assert "no class has two" in shown
     assert "--probe-samples 8" in shown
     assert "no held-out classifier" in shown
-    assert [line["step"] for line in log_of(tmp_path / "a")] == [0, 1, 2]
+    assert [line["update"] for line in log_of(tmp_path / "a")] == [0, 1, 2]
     assert all("fd" in line and "diversity" not in line for line in log_of(tmp_path / "a"))
     assert "learning rate" not in shown
     shown = command("tune", "student", *settings, "--probe-samples", 6, "--out", "b")
@@ -142,7 +144,7 @@ def test_tuning_works_with_one_class_and_ten_images(command, tmp_path):
     shown = command(
         "tune", "student", "--updates", 1, "--probe-samples", 4, "--batch-size", 2, "--reward", "mine:score"
     )
-    assert "1 of 1 iterations done" in shown
+    assert "1 of 1 updates done" in shown
     assert log_of(tmp_path / "runs/tuned")[0]["diversity"] > 0
 
 
@@ -181,10 +183,12 @@ def test_the_stop_uses_the_figures_that_there_are():
 def test_a_student_records_the_guidance_that_it_was_distilled_with(tmp_path):
     settings = DistillConfig(updates=2, warmup=1, batch_size=4, tokens_per_image=4, guidance=1.7, autocast=False)
     config = tiny_config()
-    distill(tiny_model(), config, settings, tiny_data(), tmp_path / "run", quiet=True)
+    with open_run(tmp_path / "run") as run:
+        distill(tiny_model(), config, settings, tiny_data(), run)
     assert load(tmp_path / "run").config.draw == OneStep(755, True, 1.7, config.draw.guidance_schedule)
     own = dataclasses.replace(settings, guidance=None)
-    distill(tiny_model(), config, own, tiny_data(), tmp_path / "own", quiet=True)
+    with open_run(tmp_path / "own") as run:
+        distill(tiny_model(), config, own, tiny_data(), run)
     assert load(tmp_path / "own").config.draw.guidance == config.draw.guidance == 1.5
 
 
@@ -338,10 +342,11 @@ def test_tuning_hands_the_setting_on(tmp_path, monkeypatch):
     student = dataclasses.replace(tiny_config(), draw=OneStep())
     for autocast in (True, False):
         settings = TuneConfig(updates=1, batch_size=2, iterations=2, autocast=autocast)
-        finetune_module.tune(
-            tiny_model(), student, lambda images, prompts: images.mean(dim=(1, 2, 3)), settings,
-            tmp_path / str(autocast), probe=lambda pipeline: {"fd": 1.0}, quiet=True,
-        )  # fmt: skip
+        with open_run(tmp_path / str(autocast)) as run:
+            finetune_module.tune(
+                tiny_model(), student, lambda images, prompts: images.mean(dim=(1, 2, 3)), settings, run,
+                probe=lambda pipeline: {"fd": 1.0},
+            )  # fmt: skip
     assert seen == [True, False]
     assert TuneConfig().autocast
 
@@ -365,7 +370,7 @@ def test_the_full_size_teacher_has_mars_recipe():
     settings = TrainConfig.imagenet256("large")
     assert settings.learning_rate == 1e-4 * settings.batch_size / 256
     epoch = 1_281_167 / settings.batch_size
-    assert settings.iterations / epoch == pytest.approx(400, rel=1e-3)
+    assert settings.updates / epoch == pytest.approx(400, rel=1e-3)
     assert settings.warmup / epoch == pytest.approx(100, rel=1e-3)
     assert (settings.mask_ratio_min, settings.mask_ratio_std, settings.label_drop) == (0.7, 0.25, 0.1)
     assert (settings.weight_decay, settings.ema_decay, settings.gradient_clip) == (0.02, 0.9999, 3.0)

@@ -75,7 +75,7 @@ def test_a_state_saved_by_two_is_resumed_by_one_and_by_three(alone, tmp_path):
         subprocess.run(["cp", "-r", tmp_path / "two", out], check=True)
         launch(SCRIPT, processes, "distill", out, 20, "--resume")
         assert_close(weights(alone("distill")), weights(out))
-        assert [line["step"] for line in log_of(out)] == list(range(1, 21))
+        assert [line["update"] for line in log_of(out)] == list(range(1, 21))
 
 
 def kill_at_random(stage, out, kills, rng):
@@ -117,8 +117,8 @@ def test_sigterm_saves_and_exits_cleanly(processes, alone, tmp_path):
     if processes == 1:  # torchrun's own exit code says that it was terminated
         assert process.returncode == 0, errors
     (state,) = out.glob("state-*")
-    step = json.loads((state / "run.json").read_text())["step"]
-    assert log_of(out)[-1]["step"] == step >= 1
+    step = json.loads((state / "run.json").read_text())["update"]
+    assert log_of(out)[-1]["update"] == step >= 1
     assert (out / "model/model.safetensors").is_file()
 
 

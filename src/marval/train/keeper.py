@@ -1,0 +1,52 @@
+"""Which tuned model is the best so far, and when to stop."""
+
+from typing import Any
+
+from marval.presets import TuneConfig
+
+SCORES = ("held_out", "log_probability")  # figures of which the best model has the highest; the first that is there
+
+
+class Keeper:
+    """Watches held-out figures: which model was best, and when to stop.
+
+    A model counts when its Fréchet distance and its diversity stay within the settings' ratios of the student's. The
+    best is the one with the highest held-out score: the mean of the held-out reward, else the log-probability that
+    the held-out classifier gives; where there is neither, the latest that counts. A figure that could not be measured
+    (no class with two images has no diversity) decides nothing.
+    """
+
+    def __init__(self, settings: TuneConfig):
+        self.settings = settings
+        self.first: dict[str, float] = {}
+        self.best, self.stale, self.stopped = float("-inf"), 0, ""
+
+    def see(self, figures: dict[str, float]) -> bool:
+        """Take a probe's figures; True when this model is the best so far."""
+        self.first = self.first or figures
+        fd, diversity = (self._ratio(name, figures) for name in ("fd", "diversity"))
+        score = next((figures[name] for name in SCORES if name in figures), None)
+        if fd is not None and fd > self.settings.max_distance_ratio:
+            self.stopped = f"the Fréchet distance rose to {fd:.2f} times the student's"
+        elif diversity is not None and diversity < self.settings.min_diversity_ratio:
+            self.stopped = f"the diversity fell to {diversity:.2f} times the student's"
+        elif score is None or score > self.best:
+            self.best, self.stale = self.best if score is None else score, 0
+            return True
+        else:
+            self.stale += 1
+            if self.stale >= self.settings.patience:
+                self.stopped = f"the held-out reward did not rise in {self.stale} probes"
+        return False
+
+    def _ratio(self, name: str, figures: dict[str, float]) -> float | None:
+        """A figure over the student's; None where one of them is missing."""
+        return figures[name] / self.first[name] if name in figures and self.first.get(name) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs."""
+        return {"first": self.first, "best": self.best, "stale": self.stale, "stopped": self.stopped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.__dict__.update(state)

@@ -1,0 +1,124 @@
+"""A step of distillation: where gradients flow, which levels are drawn, what is frozen when, which w is distilled."""
+
+import copy
+
+import pytest
+import torch
+
+from marval.config import OneStep
+from marval.data import ImageData
+from marval.losses.gsim import theta_loss
+from marval.model import NoiseSchedule, TokenHead
+from marval.pipeline import load
+from marval.presets import DistillConfig
+from marval.runtime.folder import open_run
+from marval.runtime.rng import generator
+from marval.sampling import draw_counts, guidance_at
+from marval.train import distill as distill_module
+from marval.train.distill import distill, predicted_eps, revealed_after
+from marval.train.draws import gsim_draws
+from tiny import tiny_config, tiny_data, tiny_model
+
+FULL = NoiseSchedule.full()
+SETTINGS = DistillConfig(updates=4, warmup=1, batch_size=4, tokens_per_image=4, autocast=False, guidance=1.7)
+
+
+def small_head(name, learn_variance):
+    """A head in which nothing is zero, so that it answers to all its inputs."""
+    head, rng = TokenHead(3, 6, 16, 2, learn_variance), generator("head", name)
+    head.initialize(rng)
+    with torch.no_grad():
+        for weight in head.parameters():
+            weight += 0.2 * torch.randn(weight.shape, generator=rng)
+    return head.requires_grad_(False)
+
+
+@pytest.mark.parametrize("learn_variance", [False, True])
+@pytest.mark.parametrize("objective", ["gsim", "sim", "sid"])
+def test_gradients_reach_x_t_through_teacher_and_phi(objective, learn_variance):
+    rng = generator("step")
+    x_0, contexts = torch.randn(16, 3, generator=rng).requires_grad_(True), torch.randn(2, 16, 6, generator=rng)
+    t, eps = torch.randint(20, 981, (16,), generator=rng), torch.randn(16, 3, generator=rng)
+    teacher, phi = (small_head(name, learn_variance) for name in ("teacher", "phi"))
+    x_t = FULL.add_noise(x_0, eps, t)
+    teacher_eps, phi_eps = predicted_eps(teacher, x_t, t, contexts, 1.7), predicted_eps(phi, x_t, t, contexts[:1])
+    conditional, null = (teacher(x_t, t.float(), context)[:, :3] for context in contexts)
+    torch.testing.assert_close(teacher_eps, null + 1.7 * (conditional - null))
+
+    def gradient(teacher_eps, phi_eps):
+        return torch.autograd.grad(theta_loss(objective, teacher_eps, phi_eps, eps, x_t)[0], x_0, retain_graph=True)[0]
+
+    both = gradient(teacher_eps, phi_eps)
+    for other in (gradient(teacher_eps.detach(), phi_eps), gradient(teacher_eps, phi_eps.detach())):
+        assert (both - other).abs().max() > 0.01 * both.abs().max()
+
+
+def test_levels_are_uniform_over_20_to_980_for_theta_and_over_all_for_phi():
+    settings = DistillConfig(batch_size=2000, tokens_per_image=16, mask_ratio_min=0.99)
+    draws = gsim_draws(settings, tiny_config().mar, 0)
+    for (low, high), levels in (((20, 980), draws.theta), ((0, 999), draws.phi[0]), ((0, 999), draws.phi[1])):
+        t = levels.t.flatten().float()
+        assert len(t) == 32_000
+        assert (t.min(), t.max()) == (low, high)
+        assert abs(t.mean() - (low + high) / 2) < 4 * (high - low) / (12 * len(t)) ** 0.5
+        assert abs(levels.eps.mean()) < 0.01
+
+
+def test_draws_depend_on_seed_and_update_alone_and_parts_are_their_rows():
+    mar = tiny_config().mar
+    draws, again, later = (gsim_draws(SETTINGS, mar, update) for update in (3, 3, 4))
+    assert torch.equal(draws.z, again.z)
+    assert draws.z.shape != later.z.shape or not torch.equal(draws.z, later.z)
+    part = draws.part(slice(1, 3))
+    assert torch.equal(part.visible, draws.visible[1:3])
+    assert torch.equal(part.z, draws.z[1:3].reshape(-1, mar.token_dim))
+    assert torch.equal(part.phi[1].t, draws.phi[1].t[1:3].reshape(-1))
+    positions = torch.cat([draws.visible, draws.targets], dim=1)
+    assert all(len(set(row)) == len(row) for row in positions.tolist())
+
+
+@pytest.mark.parametrize("objective", ["gsim", "sim", "sid", "dmd"])
+def test_the_teacher_is_frozen_always_and_phi_in_thetas_step(objective, tmp_path, monkeypatch):
+    teacher, config = tiny_model(), tiny_config()
+    before, jobs = copy.deepcopy(teacher.state_dict()), []
+
+    def spy(head, x_t, t, contexts, guidance=1.0):
+        (learns,) = {parameter.requires_grad for parameter in head.parameters()}
+        assert not contexts.requires_grad
+        jobs.append((x_t.requires_grad, learns))
+        return predicted_eps(head, x_t, t, contexts, guidance)
+
+    monkeypatch.setattr(distill_module, "predicted_eps", spy)
+    images = ImageData(tiny_data().images[:12], tiny_data().labels[:12], config.class_names)
+    settings = DistillConfig(
+        updates=4, warmup=1, batch_size=4, objective=objective, learning_rate=1e-3, autocast=False, guidance=1.7
+    )
+    with open_run(tmp_path) as run:
+        distill(teacher, config, settings, images, run)
+    theta, phi = [(True, False)] * 2, [(False, True)] * 2  # the teacher's and phi's eps; two steps of phi
+    assert jobs == phi + 3 * (theta + phi)  # the warm-up belongs to phi
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_student_records_the_guidance_that_it_was_distilled_with(tmp_path):
+    config = tiny_config()
+    for name, w in (("given", 1.7), ("own", None)):
+        settings = DistillConfig(updates=2, warmup=1, batch_size=4, tokens_per_image=4, guidance=w, autocast=False)
+        with open_run(tmp_path / name) as run:
+            distill(tiny_model(), config, settings, tiny_data(), run)
+        draw = load(tmp_path / name).config.draw
+        assert draw == OneStep(755, True, w or config.draw.guidance, config.draw.guidance_schedule)
+
+
+@pytest.mark.parametrize("iterations", [4, 16])
+@pytest.mark.parametrize("tokens", [49, 256])
+def test_the_mean_guidance_of_distillation_is_the_samplers(tokens, iterations):
+    """Over the tokens of an image, w = 3, linear: K = 4 gives 2.3, where counting before the draw gave 1.7."""
+    revealed = sampled = distilled = 0
+    for count in draw_counts(tokens, iterations):
+        after = min(revealed + count, tokens - 1) / tokens
+        sampled += guidance_at(3.0, "linear", after) * count / tokens
+        distilled += guidance_at(3.0, "linear", revealed_after(revealed, tokens, iterations)) * count / tokens
+        revealed += count
+    assert distilled == pytest.approx(sampled, rel=0.01)
+    assert sampled == pytest.approx({4: 2.3, 16: 2.08}[iterations], abs=0.02)
