@@ -18,7 +18,6 @@ LEVELS = {
     "runtime.progress": 0,
     "runtime.provenance": 0,
     "runtime.refusal": 0,
-    "data.imagenet": 0,
     "rewards.efficientnet": 0,
     "presets": 1,
     "model": 1,

@@ -13,11 +13,9 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from marval.cli.converting import model_files, write_model
 from marval.config import ModelConfig, Order
-from marval.io.checkpoint import WEIGHTS, load_model
+from marval.io.checkpoint import check_tensors, load_model, save_model, weights_file
 from marval.io.files import check_replace
-from marval.io.official import check_weights
 from marval.model import MAR
 from marval.pipeline import find_model
 from marval.runtime.provenance import command_line
@@ -62,12 +60,14 @@ def main(
         raise ValueError("name at least one model, for example runs/a")
     folders = [find_model(model) for model in models]
     for folder in folders:
-        check_replace(out, model_files(out), read=folder / WEIGHTS if folder.is_dir() else folder, force=force)
+        check_replace(out, source=weights_file(folder), folder=True, force=force)
     model, config = average_models([load_model(folder) for folder in folders])
-    check_weights(", ".join(models), {k: t.half() if half else t for k, t in model.state_dict().items()})
+    dtype = torch.float16 if half else torch.float32
+    state = model.state_dict()
+    check_tensors(", ".join(models), {k: t.to(dtype) for k, t in state.items()}, state)
     source = f"{config.source}; {command_line()}"
     config = dataclasses.replace(config, name=name or config.name, order=order or config.order, source=source)
-    write_model(out, model, config, half)
+    save_model(out, model, config, dtype)
     print(f"{', '.join(models)} -> {out}")
 
 

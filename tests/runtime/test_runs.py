@@ -462,14 +462,14 @@ def test_a_model_that_is_not_finite_is_refused_where_it_is_read(value, tmp_path)
 
 
 def test_an_official_checkpoint_that_is_not_finite_is_not_converted(tmp_path):
-    from marval.io.official import Given, official_model
+    from marval.io.official import Hints, official_model
 
     mar = MARConfig((4, 4), 16, 3, 16, 1, 2, 16, 1, 2, 16, 1, buffer_size=2)
     tensors = MAR(mar).initialize(generator(0)).state_dict()
     tensors["z_proj.weight"][0, 0] = math.nan
     torch.save({"model_ema": tensors}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"a\.pth: z_proj.weight holds values that are not finite"):
-        official_model(tmp_path / "a.pth", Given(heads=2))
+        official_model(tmp_path / "a.pth", Hints(heads=2))
 
 
 def test_a_reward_that_is_not_finite_on_one_process_ends_all_of_them_with_its_words(tmp_path):

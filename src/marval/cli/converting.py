@@ -1,16 +1,11 @@
 """The verbs that prepare a run or its models: convert and cache-latents."""
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from tyro.conf import Positional
 
 from marval.cli.arguments import usable_device
-
-if TYPE_CHECKING:
-    from marval.config import ModelConfig
-    from marval.model import MAR
 
 
 def convert(
@@ -47,14 +42,12 @@ def convert(
         iterations: K of the ONNX file; the model's own when left out.
         force: write over what is there.
     """
-    from marval.io.checkpoint import WEIGHTS, load_model
-    from marval.io.files import check_replace
-    from marval.io.official import Given, find_file, official_model, save_official
-    from marval.io.vae import convert_vae, vae_hash, vae_place
+    from marval.io.official import Hints, convert_mar, convert_to_mar
+    from marval.io.vae import convert_vae
     from marval.pipeline import find_model
 
-    given = Given(heads, image_size, vae_stride, patch_size)
-    if kind != "mar" and given != Given():
+    hints = Hints(heads, image_size, vae_stride, patch_size)
+    if kind != "mar" and hints != Hints():
         raise ValueError("--heads, --image-size, --vae-stride and --patch-size are for marval convert mar alone")
     if kind != "onnx" and iterations is not None:
         raise ValueError("--iterations is for marval convert onnx alone: other models draw in any number of them")
@@ -64,14 +57,9 @@ def convert(
     if kind == "vae":
         convert_vae(source, out, force)
     elif kind == "to-mar":
-        if out.suffix == ".safetensors":
-            raise ValueError(f"{out}: official checkpoints are pickles; choose a name that ends in .pth")
-        model = find_model(source)
-        check_replace(out, [out], read=model / WEIGHTS if model.is_dir() else model, force=force)
-        save_official(out, load_model(model)[0])
+        convert_to_mar(find_model(source), out, force=force)
     else:
-        check_replace(out, model_files(out), read=find_file(Path(source)), force=force)
-        write_model(out, *official_model(source, given, ema=ema, vae=vae_place(vae), vae_sha256=vae_hash(vae)))
+        convert_mar(source, out, hints, ema=ema, vae=vae, force=force)
     print(f"{source} -> {out}")
 
 
@@ -82,29 +70,11 @@ def convert_onnx(source: str, out: Path, iterations: int | None, force: bool) ->
     from marval.io.onnx import export_onnx
     from marval.pipeline import find_model, load
 
-    check_replace(out, [out], read=weights_file(find_model(source)), force=force)
+    check_replace(out, source=weights_file(find_model(source)), folder=False, force=force)
     pipeline = load(source)
     iterations = pipeline.default_iterations if iterations is None else iterations
     difference = export_onnx(pipeline.model, pipeline.config, iterations, out)
     print(f"{source} -> {out}: K = {iterations}; onnxruntime's pictures differ from PyTorch's by {difference:.1g}")
-
-
-def model_files(folder: Path) -> list[Path]:
-    """The files of a model's folder."""
-    from marval.io.checkpoint import WEIGHTS
-
-    return [folder / WEIGHTS, folder / "config.json"]
-
-
-def write_model(folder: Path, model: "MAR", config: "ModelConfig", half: bool = False) -> None:
-    """A model's folder, whole or not at all."""
-    import torch
-
-    from marval.io.checkpoint import save_model
-    from marval.io.files import atomic_folder
-
-    with atomic_folder(folder) as partial:
-        save_model(partial, model, config, torch.float16 if half else torch.float32)
 
 
 def cache_latents(
@@ -132,18 +102,10 @@ def cache_latents(
         batch_size: images encoded at a time (each with its mirror).
         device: "auto", "cpu", "cuda", "mps", ...
     """
-    if image_size < 1 or batch_size < 1 or not (scale is None or 0 < scale < math.inf):
-        raise ValueError(
-            f"--image-size {image_size} --batch-size {batch_size} --scale {scale}: expected numbers above 0"
-        )
     from marval.data import cache_latents as run
-    from marval.io.vae import load_vae
     from marval.runtime.distributed import start_workers
 
     with start_workers(usable_device(device)) as workers:
-        done = run(
-            images, vae, out, image_size=image_size, batch_size=batch_size, scale=scale, workers=workers,
-            load_vae=lambda: load_vae(vae, workers.device, download=True),  # typed by the user
-        )  # fmt: skip
-        if workers.main:
-            print(f"{out}: " + (f"{len(done)} images" if done else "stopped; the same command goes on"))
+        cached = run(images, vae, out, image_size=image_size, batch_size=batch_size, scale=scale, workers=workers)
+        if workers.main and not cached:
+            print(f"{out}: stopped; the same command goes on")

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (Xiao et al. 2017, MIT licence): found or fetched, and known by its content; a part of it ships."""
+"""Fashion-MNIST (Xiao et al. 2017, MIT licence): found or fetched, recognised by its content; a part of it ships."""
 
 import gzip
 import hashlib
@@ -25,7 +25,7 @@ FASHION_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
 FASHION_FORM = ImageData(torch.empty(0, 1, 28, 28, dtype=torch.uint8), torch.empty(0).long(), FASHION_CLASSES)
-"""No images of Fashion-MNIST: what does not fit these fits none."""
+"""An empty Fashion-MNIST, to check a model against before any image is read."""
 SHA256 = {  # of the unpacked files: packages and mirrors compress them anew
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -36,7 +36,7 @@ URLS = (
     "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",  # the host offers no https
 )
-MOST_BYTES = 2**26  # that are read of a file: more than the largest has
+MOST_BYTES = 2**26  # read of a file: more than the largest has
 TIMEOUT = 15  # seconds that a host may be silent
 
 
@@ -45,8 +45,8 @@ def load_fashion_mnist(split: str = "train", folder: Path | str | None = None, *
 
     Args:
         split: "train" or "test".
-        folder: where the files lie, as `.gz` or unpacked. When None they are looked for where Debian's package puts
-            them and in the cache, then fetched into the cache.
+        folder: where the files are, as `.gz` or unpacked. When None: where Debian's package puts them, the cache, or
+            the network, from which they are fetched into the cache.
         fetch: whether the network may be asked.
 
     Raises:
@@ -72,34 +72,35 @@ def find_file(name: str, folder: Path | str | None, fetch: bool) -> bytes:
     """Read one file of Fashion-MNIST, unpacked, from the first place that has it with the right content.
 
     Raises:
-        ValueError: none has. The message says what is wrong with each, and what to do.
+        ValueError: no place has it. The message says what is wrong with each, and what to do.
     """
-    wrong = []
+    problems = []
     for place in _places(name, folder, fetch):
         try:
             packed = _download(place) if isinstance(place, str) else _read(name, place)
-            content = _checked(name, packed)
+            content = _check(name, packed)
         except (OSError, EOFError, zlib.error, HTTPException, ValueError) as error:
-            wrong.append(f"{place}: {getattr(error, 'strerror', None) or getattr(error, 'reason', None) or error}")
+            reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
+            problems.append(f"{place}: {reason}")
             continue
         if isinstance(place, str):
             _keep(name, packed)
         return content
     where = f"put {name}.gz there" if folder is not None else f"put its four .gz files into {_cache()}"
     raise ValueError(
-        f"cannot find Fashion-MNIST's {name} ({'; '.join(wrong)}): "
+        f"cannot find Fashion-MNIST's {name} ({'; '.join(problems)}): "
         f"install Debian's package dataset-fashion-mnist, or {where}"
     )
 
 
 def _places(name: str, folder: Path | str | None, fetch: bool) -> Iterator[Path | str]:
-    """The files to try, or the folder where it has none; then the addresses."""
+    """The files to try (a folder stands for the file that it lacks), then the addresses."""
     if folder is not None:
         folders = [Path(folder)]
     else:
         shared = (os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share").split(":")
         folders = [Path(root) / "datasets" / "fashion-mnist" for root in shared if root]
-        read_only = user_cache()  # may hold the files, though nothing can be added
+        read_only = user_cache()  # it may hold the files though nothing can be added
         folders += [read_only / "fashion-mnist"] if read_only not in (None, cache_folder()) else []
         folders += [_cache()]
     for root in folders:
@@ -125,7 +126,7 @@ def _download(url: str) -> bytes:
         return response.read(MOST_BYTES)
 
 
-def _checked(name: str, packed: bytes) -> bytes:
+def _check(name: str, packed: bytes) -> bytes:
     """Unpack a file and compare its SHA-256 with the one expected."""
     content = packed
     if packed.startswith(b"\x1f\x8b"):

@@ -1,4 +1,4 @@
-"""Data sets by their specification, and whether they fit a model."""
+"""Data sets by name, and whether they fit a model."""
 
 import math
 from pathlib import Path
@@ -13,34 +13,8 @@ from marval.io.vae import same_vae
 TrainingData = ImageData | LatentData
 
 
-def load_images(
-    spec: str,
-    split: str = "train",
-    size: tuple[int, int] | None = None,
-    *,
-    channels: int | None = None,
-    limit: int | None = None,
-) -> ImageData:
-    """Images by their specification: "fashion-mnist", "fashion-mnist:FOLDER" or "folder:DIR".
-
-    Args:
-        size: rows and columns that a folder's images are brought to; inferred when None.
-        channels: 3: a folder's images are RGB even where all are grey.
-        limit: read at most this many of a folder's images (see `load_folder`).
-
-    Raises:
-        ValueError: an unknown specification, or data that cannot be read.
-    """
-    kind, _, where = spec.partition(":")
-    if kind == "fashion-mnist":
-        return load_fashion_mnist(split, where or None)
-    if kind == "folder" and where:
-        return load_folder(where, size, limit, channels=channels)
-    raise ValueError(f"unknown data {spec!r}: expected fashion-mnist, fashion-mnist:FOLDER, folder:DIR or latents:DIR")
-
-
 def load_data(spec: str, size: tuple[int, int] | None = None, *, channels: int | None = None) -> TrainingData:
-    """What a generator is trained on: images as `load_images`, or "latents:DIR", a cache of a VAE's latents.
+    """Load what a generator is trained on: images as `load_images`, or "latents:DIR", a cache of a VAE's latents.
 
     Raises:
         ValueError: as `load_images`, or an unfinished cache.
@@ -51,8 +25,35 @@ def load_data(spec: str, size: tuple[int, int] | None = None, *, channels: int |
     return load_images(spec, size=size, channels=channels)
 
 
+def load_images(
+    spec: str,
+    split: str = "train",
+    size: tuple[int, int] | None = None,
+    *,
+    channels: int | None = None,
+    limit: int | None = None,
+) -> ImageData:
+    """Load "fashion-mnist", "fashion-mnist:FOLDER" or "folder:DIR".
+
+    Args:
+        split: of Fashion-MNIST, "train" or "test".
+        size: rows and columns for a folder's images; inferred when None.
+        channels: 3: a folder's images are RGB even where all are grey.
+        limit: read at most this many of a folder's images (see `load_folder`).
+
+    Raises:
+        ValueError: an unknown name, or data that cannot be read.
+    """
+    kind, _, where = spec.partition(":")
+    if kind == "fashion-mnist":
+        return load_fashion_mnist(split, where or None)
+    if kind == "folder" and where:
+        return load_folder(where, size, limit=limit, channels=channels)
+    raise ValueError(f"unknown data {spec!r}: expected fashion-mnist, fashion-mnist:FOLDER, folder:DIR or latents:DIR")
+
+
 def check_classes(data: TrainingData, config: ModelConfig) -> None:
-    """Whether the data have the model's classes.
+    """Check that the data have the model's classes.
 
     Raises:
         ValueError: they have others.
@@ -65,25 +66,22 @@ def check_classes(data: TrainingData, config: ModelConfig) -> None:
 
 
 def check_data(data: TrainingData, config: ModelConfig) -> None:
-    """Whether a model can be trained further on `data`.
+    """Check that a model can be trained further on `data`.
 
     Raises:
         ValueError: other classes, size or channels than the model's, or latents of another VAE or scale.
     """
     check_classes(data, config)
-    if isinstance(data, LatentData) == isinstance(config.space, PixelSpace):
-        raise ValueError(
-            f"the model draws {config.space.kind}: expected "
-            + ("images" if isinstance(config.space, PixelSpace) else "latents:DIR, made by marval cache-latents")
-        )
     space = config.space
-    if isinstance(space, PixelSpace):
-        expected = (space.channels, *space.image_size)
-    else:
-        rows, columns = space.image_size
-        expected = (space.latent_channels, rows // space.vae_stride, columns // space.vae_stride)
-    if data.shape != expected:
-        raise ValueError(f"the data's {space.kind} are {data.shape}, the model's are {expected}")
+    if isinstance(data, LatentData) == isinstance(space, PixelSpace):
+        expected = "images" if isinstance(space, PixelSpace) else "latents:DIR, made by marval cache-latents"
+        raise ValueError(f"the model draws {space.kind}: expected {expected}")
+    stride, channels = (
+        (1, space.channels) if isinstance(space, PixelSpace) else (space.vae_stride, space.latent_channels)
+    )
+    shape = (channels, *(side // stride for side in space.image_size))
+    if data.shape != shape:
+        raise ValueError(f"the data's {space.kind} are {data.shape}, the model's are {shape}")
     if isinstance(space, LatentSpace) and isinstance(data, LatentData):
         if not same_vae((data.vae, data.vae_sha256), (space.vae, space.vae_sha256)):
             raise ValueError(

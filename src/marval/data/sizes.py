@@ -1,40 +1,32 @@
-"""Sizes of people's own images: inferred for a set, said by `--size`, and cut into the small model's patches."""
+"""Image sizes: inferred for a set of images, read from `--size`, and cut into the small model's patches."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from marval.data.reading import in_threads
+from marval.data.images import in_threads
 from marval.io.images import image_size
 
 SMALLEST, LARGEST = 8, 64  # pixels a side of an inferred size
-SIZED = 5000  # images whose sizes are looked at
+SAMPLED = 5000  # images whose sizes are looked at
 
 
 def infer_size(files: Sequence[str]) -> tuple[int, int]:
-    """Rows and columns for a set of images of any sizes, which the small model can cut into patches.
+    """Choose rows and columns for images of any sizes, such that the small model can cut them into patches.
 
-    Of their shape where they agree (within 3 %), else square; no larger than they are, at most 64 pixels a side, at
-    least 8. One in ten (of three or more) may be odd: it is enlarged or cropped, and changes nothing for the others.
+    The result has the images' shape where they agree within 3 %, and is square otherwise. It is no larger than the
+    images, and 8 to 64 pixels a side. One image in ten (of three or more) may be odd without changing the result.
 
     Raises:
-        ValueError: none of them can be read.
+        ValueError: no image can be read.
     """
-    step = max(1, len(files) // SIZED)
-
-    def size_of(file: str) -> tuple[int, int] | ValueError:
-        try:
-            return image_size(Path(file))
-        except ValueError as error:
-            return error
-
-    found = list(in_threads(size_of, files[::step]))
-    sizes = np.array([size for size in found if not isinstance(size, ValueError)], float)
+    headers = list(in_threads(lambda file: image_size(Path(file)), files[:: max(1, len(files) // SAMPLED)]))
+    sizes = np.array([size for size in headers if not isinstance(size, ValueError)], float)
     if not len(sizes):
-        raise next(size for size in found if isinstance(size, ValueError))
+        raise next(size for size in headers if isinstance(size, ValueError))
     odd = max(len(sizes) // 10, int(len(sizes) > 2))
-    ratios = np.sort(sizes[:, 0] / sizes[:, 1])
+    ratios = np.sort(sizes[:, 0] / sizes[:, 1])  # width / height
     ratio = float(ratios[len(ratios) // 2])
     if np.sum(np.abs(ratios / ratio - 1) > 0.03) > odd:
         ratio = 1.0
@@ -44,17 +36,17 @@ def infer_size(files: Sequence[str]) -> tuple[int, int]:
 
 
 def cut_to_patches(height: int, width: int) -> tuple[int, int]:
-    """The rows and columns at or just below a size, at least 8, that `patch_size` can cut."""
+    """Round a size down to rows and columns, at least 8, that `patch_size` can cut."""
     patch = max(4, -(-max(height, width) // 8))
     rows, columns = (max(-(-SMALLEST // patch), side // patch) * patch for side in (height, width))
     return rows, columns
 
 
 def patch_size(rows: int, columns: int) -> int:
-    """The small model's patch: the smallest of at least 4 pixels that cuts the image into at most 8 tokens a side.
+    """Choose the small model's patch: the smallest, from 4 pixels, that leaves at most 8 tokens a side.
 
     Raises:
-        ValueError: none does without making single tokens of it; the nearest size that can be cut is named.
+        ValueError: no patch below twice that size divides both sides.
     """
     least = max(4, -(-max(rows, columns) // 8))
     for patch in range(least, 2 * least):
@@ -68,15 +60,15 @@ def patch_size(rows: int, columns: int) -> int:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Rows and columns of "32" or "WIDTHxHEIGHT".
+    """Read rows and columns from "32" or "WIDTHxHEIGHT".
 
     Raises:
-        ValueError: not such a size, or out of range.
+        ValueError: it is no such size, or out of range.
     """
     parts = text.lower().split("x")
     if not (1 <= len(parts) <= 2 and all(part.isascii() and part.isdigit() for part in parts)):
         raise ValueError(f"--size {text}: expected a number of pixels such as 32, or WIDTHxHEIGHT such as 48x24")
-    columns, rows = (int(part) for part in (parts[0], parts[-1]))
+    columns, rows = int(parts[0]), int(parts[-1])
     if not all(SMALLEST <= side <= 1024 for side in (rows, columns)):
         raise ValueError(f"--size {text}: expected {SMALLEST} to 1024 pixels a side")
     patch_size(rows, columns)

@@ -1,9 +1,16 @@
-"""Models on disk: a folder with `model.safetensors` (which carries its configuration) and a readable `config.json`."""
+"""Models on disk: a folder with `model.safetensors` (which carries its configuration) and a readable `config.json`.
 
+Files of other programs are read here, too, and none is ever executed.
+"""
+
+import argparse
 import contextlib
 import hashlib
 import json
+import pickle
 import re
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +28,7 @@ MOST_PIXELS = 2**26  # of a model's pictures: 8192 x 8192
 
 
 def save_model(folder: Path | str, model: MAR, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
-    """Write weights and configuration; the weights' file alone is a whole model.
+    """Write weights and configuration; the file of the weights alone is a whole model.
 
     Raises:
         ValueError: the folder cannot be written to, or the disk is full.
@@ -30,7 +37,7 @@ def save_model(folder: Path | str, model: MAR, config: ModelConfig, dtype: torch
 
 
 def save_tensors(folder: Path | str, tensors: dict[str, Tensor], config: ModelConfig) -> None:
-    """As `save_model`, from the tensors of a network's `state_dict` on the CPU."""
+    """Write the tensors of a network's `state_dict` (on the CPU) as `save_model` does."""
     folder = Path(folder)
     text = json.dumps(config.to_dict(), indent=2)
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt", "marval": text})
@@ -41,61 +48,23 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[MA
     """Read a model folder (or its `.safetensors` file) into an evaluation-mode float32 network.
 
     Raises:
-        ValueError: no such file, a damaged one, one without marval's configuration, or one whose tensors
-            do not fit the configuration.
+        ValueError: no such file, a damaged one, one without marval's configuration, or one whose tensors do not fit
+            the configuration.
     """
-    path = Path(path)
-    file = weights_file(path)
+    file = weights_file(Path(path))
     tensors, config = read_tensors(file)
-    model = empty_model(file, config)
+    try:
+        with torch.device("meta"):
+            model = MAR(config.mar)
+    except (RuntimeError, ValueError, TypeError, ArithmeticError, AssertionError) as error:
+        raise ValueError(f"{file}: no network has the sizes in its configuration ({told(error)})") from None
     check_tensors(file, tensors, model.state_dict())
     model.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=True, assign=True)
     return model.to(device).eval().requires_grad_(False), config
 
 
-def empty_model(file: Path, config: ModelConfig) -> MAR:
-    """The network of a configuration that a file holds, without memory for its weights.
-
-    Raises:
-        ValueError: a network of these sizes cannot be built.
-    """
-    try:
-        with torch.device("meta"):
-            return MAR(config.mar)
-    except (RuntimeError, ValueError, TypeError, ArithmeticError, AssertionError) as error:
-        raise ValueError(f"{file}: no network has the sizes in its configuration ({told(error)})") from None
-
-
-def check_config(config: ModelConfig, tensors: int) -> None:
-    """Check a configuration from a file that holds so many tensors, before anything is built by its numbers.
-
-    What must hold of every configuration it has checked itself, when it was made.
-
-    Raises:
-        ValueError: a value of another type or out of range, or parts that do not fit each other.
-    """
-    check_fields(config)
-    if re.search(r"[/\\\x00-\x1f\x7f]|^\.", config.name) or len(config.name) > 100:
-        raise ValueError(f"its name is {shorten(config.name)}: expected a plain name, which can name a file")
-    if re.search(r"(^|:)[\\/]{2}", config.data):  # Windows would log in to another machine
-        raise ValueError(f"its data are {shorten(config.data)}: expected a place on this machine")
-    mar, space = config.mar, config.space
-    depth = mar.encoder_depth + mar.decoder_depth + mar.head_depth
-    if mar.buffer_size < 1:
-        raise ValueError(f"a buffer of {mar.buffer_size} tokens: expected at least 1")
-    if space.image_size[0] * space.image_size[1] > MOST_PIXELS:
-        raise ValueError(f"pictures of {space.image_size[1]}x{space.image_size[0]} pixels")
-    if depth > tensors:
-        raise ValueError(f"{depth} blocks, but {tensors} tensors")
-    if (space.token_grid, space.token_dim) != (mar.token_grid, mar.token_dim):
-        raise ValueError(
-            f"pictures of {space.token_grid} tokens of {space.token_dim} channels, but a network for {mar.token_grid} "
-            f"of {mar.token_dim}"
-        )
-
-
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig]:
-    """The tensors and the configuration of a `.safetensors` file.
+    """Read the tensors and the configuration of a `.safetensors` file.
 
     Raises:
         ValueError: as `load_model`.
@@ -114,8 +83,107 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig]:
         raise ValueError(f"{file} is not a marval model: {told(error)}") from None
 
 
+def check_config(config: ModelConfig, tensors: int) -> None:
+    """Check a stranger's configuration before anything is built by its numbers, beyond what it checks itself.
+
+    Args:
+        tensors: how many the file holds.
+
+    Raises:
+        ValueError: a value of another type or out of range, or parts that do not fit each other.
+    """
+    check_fields(config)
+    if re.search(r"(^|:)[\\/]{2}", config.data):  # Windows would log in to another machine
+        raise ValueError(f"its data are {shorten(config.data)}: expected a place on this machine")
+    mar, space = config.mar, config.space
+    depth = mar.encoder_depth + mar.decoder_depth + mar.head_depth
+    if mar.buffer_size < 1:
+        raise ValueError(f"a buffer of {mar.buffer_size} tokens: expected at least 1")
+    if space.image_size[0] * space.image_size[1] > MOST_PIXELS:
+        raise ValueError(f"pictures of {space.image_size[1]}x{space.image_size[0]} pixels")
+    if depth > tensors:
+        raise ValueError(f"{depth} blocks, but {tensors} tensors")
+    if (space.token_grid, space.token_dim) != (mar.token_grid, mar.token_dim):
+        raise ValueError(
+            f"pictures of {space.token_grid} tokens of {space.token_dim} channels, but a network for {mar.token_grid} "
+            f"of {mar.token_dim}"
+        )
+
+
+def check_tensors(file: Path | str, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Compare names and shapes with those `expected`, and look for values that no sound model has.
+
+    Raises:
+        ValueError: names the first missing, unknown or misshapen tensor, or one that is not of finite numbers.
+    """
+    for name, tensor in expected.items():
+        if name not in tensors:
+            raise ValueError(f"{file}: tensor {name} is missing")
+        if tensors[name].shape != tensor.shape:
+            raise ValueError(f"{file}: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}")
+        if tensors[name].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{file}: {name} has {tensors[name].dtype}, expected {tensor.dtype}")
+    if unknown := sorted(tensors.keys() - expected.keys()):
+        raise ValueError(f"{file}: unknown tensor {unknown[0]}")
+    if broken := next((name for name, tensor in tensors.items() if not all_finite(tensor)), None):
+        raise ValueError(f"{file}: {broken} holds values that are not finite (NaN or infinity): this model is broken")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds neither NaN nor infinity, without a copy of it."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(end.isfinite()) for end in tensor.aminmax())
+
+
+def find_file(path: Path) -> Path:
+    """Find a checkpoint: the file `path`, or the only one in the folder `path`.
+
+    Raises:
+        ValueError: no such file, or not exactly one.
+    """
+    if path.is_file():
+        return path
+    files = [file for suffix in ("*.safetensors", "*.pth", "*.ckpt") for file in sorted(path.glob(suffix))]
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise ValueError(f"{path}: expected a .pth or .safetensors file, or a folder with one; found {names}")
+    return files[0]
+
+
+def read_checkpoint(path: Path | str) -> dict[str, Any]:
+    """Read a `.pth`, `.ckpt` or `.safetensors` file (or a folder with one); its tensors are memory-mapped.
+
+    Raises:
+        ValueError: no such file, a damaged one, or one that holds anything but tensors and plain values (it is not
+            executed).
+    """
+    file = find_file(Path(path))
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt") as content:
+                return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged or not a safetensors file ({error})") from None
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an unusual pickle: what follows says enough
+            # Only files of torch >= 1.6 are zip archives, and only those can be mapped.
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        blocked = re.search(r"GLOBAL ([\w.]+)|load ([\w.]+) whose module", str(error))
+        reason = f" ({blocked[1] or blocked[2]})" if blocked else ""
+        raise ValueError(f"{file} is refused: it is damaged or would run code when loaded{reason}") from None
+    except Exception as error:  # bytes of any kind raise errors of any kind
+        reason = [*str(error).splitlines(), type(error).__name__][0]  # some come without a text
+        raise ValueError(f"{file} is damaged or not a checkpoint ({reason})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}: expected a checkpoint's dictionary")
+    return content
+
+
 def weights_file(path: Path) -> Path:
-    """The weights of a model: a file, or the one in a folder.
+    """Find the weights of a model: the file itself, or the one in a folder.
 
     Raises:
         ValueError: there is none, or it is no regular file: a device or a pipe could be read for ever.
@@ -127,21 +195,21 @@ def weights_file(path: Path) -> Path:
 
 
 def add_guidance(about: dict[str, Any], file: Path) -> dict[str, Any]:
-    """A student's configuration with the guidance it was distilled with, where only `config.json` beside it says that.
+    """Add the guidance that a student was distilled with, where only `config.json` beside the weights says it.
 
-    Older weights do not, and are not written anew: their SHA-256 is what results and recipes know them by.
+    Older weights lack it. They are not written anew: results and recipes know them by their SHA-256.
     """
     draw, beside = about.get("draw"), file.parent / "config.json"
     if isinstance(draw, dict) and draw.get("kind") == "one_step" and "guidance" not in draw and beside.is_file():
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            said = json.loads(beside.read_text())["draw"]
+            told_beside = json.loads(beside.read_text())["draw"]
             names = ("guidance", "guidance_schedule")
-            about = {**about, "draw": {**draw, **{name: said[name] for name in names}}}
+            about = {**about, "draw": {**draw, **{name: told_beside[name] for name in names}}}
     return about
 
 
 def model_hash(folder: Path) -> str:
-    """SHA-256 of a model's weights' file.
+    """Compute the SHA-256 of a model's file of weights.
 
     Raises:
         ValueError: as `weights_file`.
@@ -150,34 +218,9 @@ def model_hash(folder: Path) -> str:
 
 
 def weights_hash(network: nn.Module) -> str:
-    """SHA-256 of a network's weights, names and values, however they are stored."""
+    """Compute the SHA-256 of a network's weights, names and values, however they are stored."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def check_tensors(file: Path | str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Compare names and shapes, and look for values that no sound model has.
-
-    Raises:
-        ValueError: names the first missing, unknown or misshapen tensor, or one with NaN or infinity in it.
-    """
-    for name, tensor in expected.items():
-        if name not in found:
-            raise ValueError(f"{file}: tensor {name} is missing")
-        if found[name].shape != tensor.shape:
-            raise ValueError(f"{file}: {name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
-    for name in found:
-        if name not in expected:
-            raise ValueError(f"{file}: unknown tensor {name}")
-    if bad := next((name for name, tensor in found.items() if not all_finite(tensor)), None):
-        raise ValueError(f"{file}: {bad} holds values that are not finite (NaN or infinity): this model is broken")
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; without a copy of it."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return all(bool(end.isfinite()) for end in tensor.aminmax())

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import math
 import os
 import unicodedata
 from collections.abc import Sequence
@@ -9,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -21,27 +21,32 @@ from marval.io.files import atomic_path
 UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
 SEVERAL = {"MPO", "PSD"}  # of these files the first picture is the whole one: the others are views or layers
 GREY_MODES = {"1", "L", "LA", "La"}
-DEEP_MODES = {"I;16", "I;16B", "I;16L", "I;16N"}
+DEEP_MODES = {"I;16", "I;16B", "I;16L", "I;16N", "I", "F"}
 GREY_STEP = {"L;2": 85, "L;4": 17}  # levels of 255 between two values of a grey PNG of 2 and 4 bits
-ORIENTATION = 0x0112  # the tag of EXIF
+UPRIGHT = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+SIDEWAYS = [UPRIGHT[i] for i in (5, 6, 7, 8)]
 
 
 @functools.cache
 def readable_formats() -> tuple[str, ...]:
-    """The formats that `read_image` reads, by Pillow's names."""
+    """List the formats that `read_image` reads, by Pillow's names."""
     Image.init()
     return tuple(name for name in Image.OPEN if name not in UNREADABLE)
 
 
 @functools.cache
 def readable_suffixes() -> frozenset[str]:
-    """The suffixes of files that `read_image` reads, in lower case with their dots."""
+    """List the suffixes of files that `read_image` reads, in lower case with their dots."""
     known = {*readable_formats(), "MPO"}  # Pillow's JPEG plugin opens these
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
 
 
 def printable(name: str | os.PathLike[str]) -> str:
-    """A file's name of any bytes as text for one line: bytes that are no UTF-8 and control characters are escaped."""
+    """Show a file's name of any bytes in one line: bytes that are no UTF-8 and control characters are escaped."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
 
@@ -75,18 +80,18 @@ def read_image(
                 picture.draft(None, (draft, draft))
             raw = raw_mode(picture)
             picture.load()
-            found = eight_bits(picture, raw)
+            upright = eight_bits(picture, raw)
             if (method := orientation(picture)) is not None:
-                found = found.transpose(method)
+                upright = upright.transpose(method)
             animated = getattr(picture, "is_animated", False) and picture.format not in SEVERAL
     except Exception as error:  # a decoder may raise anything on damaged bytes
         raise _unreadable(source, error) from None
-    found.info = {"animated": True} if animated else {}
-    return found
+    upright.info = {"animated": True} if animated else {}
+    return upright
 
 
 def image_size(source: Path) -> tuple[int, int]:
-    """Width and height of an image file's upright picture, from its header.
+    """Read width and height of an image file's upright picture from its header.
 
     Raises:
         ValueError: not an image.
@@ -95,7 +100,7 @@ def image_size(source: Path) -> tuple[int, int]:
         with Image.open(source, formats=readable_formats()) as picture:
             # Pillow turns a TIFF's size itself, and would decode a whole PNG to look for EXIF behind the pixels.
             known = picture.format != "TIFF" and (picture.format != "PNG" or "exif" in picture.info)
-            return picture.size[::-1] if known and orientation(picture) in TURNED else picture.size
+            return picture.size[::-1] if known and orientation(picture) in SIDEWAYS else picture.size
     except Exception as error:
         raise _unreadable(source, error) from None
 
@@ -108,18 +113,10 @@ def _unreadable(source: Path | io.BytesIO | io.BufferedReader, error: Exception)
     return ValueError(f"{name} cannot be read as an image ({printable(reason)}): mend or remove it")
 
 
-METHODS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
-TURNED = {METHODS[i] for i in (5, 6, 7, 8)}
-
-
 def orientation(picture: Image.Image) -> Image.Transpose | None:
     """What turns a picture upright, by its EXIF; None where that is damaged or says nothing."""
     try:
-        return METHODS.get(picture.getexif().get(ORIENTATION, 1))
+        return UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # metadata of any kind must not cost the picture
         return None
 
@@ -132,73 +129,76 @@ def raw_mode(picture: Image.Image) -> str:
 
 
 def eight_bits(picture: Image.Image, raw: str) -> Image.Image:
-    """A loaded picture in mode "L" or "RGB", over white where it is transparent.
+    """Convert a loaded picture to mode "L" or "RGB", over white where it is transparent.
 
     Raises:
         ValueError: numbers whose black and white are unknown.
     """
     grey = picture.mode in GREY_MODES or raw.startswith("LA")
-    key = picture.info.get("transparency")
-    if picture.mode in DEEP_MODES or picture.mode in ("I", "F"):
+    key = picture.info.get("transparency")  # one value that stands for "transparent", or a palette's
+    opaque = None
+    if picture.mode in DEEP_MODES:
         values = np.asarray(picture)
         opaque = None if key is None else values != key
-        found = Image.fromarray(levels(picture, values))
-        return found if opaque is None else over_white(found, opaque)
-    if key is not None and picture.mode in ("1", "L", "RGB"):  # one value that stands for "transparent"
+        result = Image.fromarray(levels(picture, values))
+    elif key is not None and picture.mode in ("1", "L", "RGB"):
         scaled = np.asarray(key) * GREY_STEP.get(raw, 1) // (256 if ";16" in raw else 1)
-        found = picture.convert("L" if grey else "RGB")
-        differs = np.asarray(found) != scaled
-        return over_white(found, differs if grey else differs.any(axis=2))
-    if picture.has_transparency_data:
-        found = picture.convert("RGBA")
-        found = Image.alpha_composite(Image.new("RGBA", found.size, "white"), found).convert("RGB")
+        result = picture.convert("L" if grey else "RGB")
+        differs = np.asarray(result) != scaled
+        opaque = differs if grey else differs.any(axis=2)
+    elif picture.has_transparency_data:
+        result = picture.convert("RGBA")
+        result = Image.alpha_composite(Image.new("RGBA", result.size, "white"), result).convert("RGB")
     else:
-        found = picture.convert("L" if grey else "RGB")
+        result = picture.convert("L" if grey else "RGB")
+    if opaque is not None:
+        return Image.composite(result, Image.new(result.mode, result.size, "white"), Image.fromarray(opaque))
     if picture.mode in ("P", "PA"):  # grey where all of its colours are
-        array = np.asarray(found)
-        grey = bool((array == array[..., :1]).all())
-    return found.convert("L") if grey else found
+        colours = np.asarray(result)
+        grey = bool((colours == colours[..., :1]).all())
+    return result.convert("L") if grey else result
 
 
 def levels(picture: Image.Image, values: np.ndarray) -> np.ndarray:
-    """A picture's `values` of more than 8 bits as levels from 0 to 255.
+    """Scale a picture's `values` of more than 8 bits to levels from 0 to 255.
 
     Raises:
         ValueError: 32-bit integers, whose white is unknown, or floating-point numbers outside [0, 1].
     """
     tags: Any = getattr(picture, "tag_v2", {})  # of a TIFF
-    bits = tags.get(258, (16,))[0]  # BitsPerSample
-    if picture.mode == "F":
-        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-            raise ValueError(
-                f"it holds floating-point numbers from {values.min():g} to {values.max():g}, expected 0 (black) to 1 "
-                "(white); or save it with 8 or 16 bits"
-            )
-        white = 1.0
-    elif picture.mode == "I" and picture.format not in ("PNG", "PPM"):  # these hold 16 bits
+    bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
+    white = 1.0 if picture.mode == "F" else float(2 ** min(bits, 16) - 1)
+    if picture.mode == "F" and not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+        raise ValueError(
+            f"it holds floating-point numbers from {values.min():g} to {values.max():g}, expected 0 (black) to 1 "
+            "(white); or save it with 8 or 16 bits"
+        )
+    if picture.mode == "I" and picture.format not in ("PNG", "PPM"):  # these hold 16 bits
         raise ValueError(f"it holds {bits}-bit integers, whose white is unknown; save it with 8 or 16 bits")
-    else:
-        white = float(2 ** (bits if bits < 16 else 16) - 1)
     shares = values.astype(np.float32) / white
-    if tags.get(262) == 0:  # PhotometricInterpretation: white is zero
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is zero
         shares = 1 - shares
     return (shares.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def over_white(picture: Image.Image, opaque: np.ndarray) -> Image.Image:
-    """The picture where `opaque` is True, and white elsewhere."""
-    white = Image.new(picture.mode, picture.size, "white")
-    return Image.composite(picture, white, Image.fromarray(opaque))
-
-
 def pixels(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """A picture scaled to cover `size` (rows, columns), then cropped at the centre: bytes (channels, rows, columns)."""
+    """Scale a picture to cover `size` (rows, columns) and crop it at the centre: bytes (channels, rows, columns)."""
     array = np.asarray(ImageOps.fit(picture, size[::-1]))
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """Crop a square as ADM does: halve (box filter) while twice too large, scale to `size` (bicubic), cut."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
 def to_pil(image: Float[Tensor, "c h w"], scale: int = 1) -> Image.Image:
-    """An image in [0, 1] (1 or 3 channels) as 8-bit PIL image, enlarged `scale` times without smoothing."""
+    """Convert an image in [0, 1] (1 or 3 channels) to an 8-bit picture, enlarged `scale` times without smoothing."""
     array = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     picture = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
@@ -212,7 +212,7 @@ def grid(
     scale: int = 3,
     gap: int = 4,
 ) -> Image.Image:
-    """Rows of images, with a label before each row (it may have several lines), above each column, and a title."""
+    """Lay out rows of images, with a label before each row (of one or more lines), above each column, and a title."""
     cells = [[to_pil(image, scale) for image in row] for row in rows]
     width, height = cells[0][0].size
     font = ImageFont.load_default(13)
@@ -240,7 +240,7 @@ def grid(
 
 
 def png_bytes(picture: Image.Image, text: dict[str, str] | None = None) -> bytes:
-    """A PNG file's content, with `text` in its metadata (iTXt)."""
+    """Encode a PNG file, with `text` in its metadata (iTXt)."""
     notes, buffer = PngInfo(), io.BytesIO()
     for key, value in (text or {}).items():
         notes.add_itxt(key, value)
@@ -259,6 +259,5 @@ def save_picture(file: Path, picture: Image.Image, text: dict[str, str] | None =
 
 
 def square_rows(images: Float[Tensor, "n c h w"]) -> list[Float[Tensor, "_ c h w"]]:
-    """Images cut into the rows of a nearly square grid."""
-    side = max(1, int(torch.tensor(len(images)).sqrt().ceil()))
-    return list(images.split(side))
+    """Split images into the rows of a nearly square grid."""
+    return list(images.split(max(1, math.ceil(math.sqrt(len(images))))))

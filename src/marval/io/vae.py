@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from marval.config import LatentSpace, PixelSpace
-from marval.io.checkpoint import check_tensors
+from marval.io.checkpoint import check_tensors, find_file, read_checkpoint
 from marval.io.files import atomic_folder, check_replace, sha256_of
 from marval.io.hub import HUB_ID
-from marval.io.official import check_weights, find_file, read_checkpoint
 
 ELSEWHERE = re.compile(r"[\\/]{2}")  # at the start of a path: another machine, which Windows would log in to
-FILES = ("config.json", "diffusion_pytorch_model.safetensors", "source.json")
 
 # latent-diffusion's names, and those of diffusers; the decoder's levels are counted from the other end.
 RENAMED = (
@@ -40,19 +38,19 @@ RENAMED = (
 
 
 def diffusers_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under diffusers' names; attention's 1x1 convolutions become linear layers."""
+    """Rename latent-diffusion's tensors to diffusers' names; attention's 1x1 convolutions become linear layers."""
     levels = 1 + max((int(m[1]) for name in tensors if (m := re.match(r"decoder\.up\.(\d+)\.", name))), default=0)
-    found = {}
+    renamed = {}
     for name, tensor in tensors.items():
         new = re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", name)
         for pattern, replacement in RENAMED:
             new = re.sub(pattern, replacement, new)
-        found[new] = tensor[..., 0, 0] if "attentions" in new and tensor.ndim == 4 else tensor
-    return found
+        renamed[new] = tensor[..., 0, 0] if "attentions" in new and tensor.ndim == 4 else tensor
+    return renamed
 
 
 def infer_vae_config(tensors: dict[str, Tensor], source: Path | str) -> dict[str, Any]:
-    """The arguments of diffusers' `AutoencoderKL` for weights in latent-diffusion's format.
+    """Read the arguments of diffusers' `AutoencoderKL` off the shapes of weights in latent-diffusion's format.
 
     Raises:
         ValueError: a tensor that the sizes are read off is missing.
@@ -65,16 +63,13 @@ def infer_vae_config(tensors: dict[str, Tensor], source: Path | str) -> dict[str
     channels: list[int] = []
     while (name := f"encoder.down.{len(channels)}.block.0.conv2.weight") in tensors:
         channels.append(tensors[name].shape[0])
-    levels = range(len(channels))
-
-    def attention(side: str, level: int) -> str:
-        return "Attn" if f"{side}.{level}.attn.0.q.weight" in tensors else ""
-
+    attention = [f"encoder.down.{i}.attn.0.q.weight" in tensors for i in range(len(channels))]
+    attention_up = [f"decoder.up.{i}.attn.0.q.weight" in tensors for i in range(len(channels))]
     return {
         "in_channels": tensors["encoder.conv_in.weight"].shape[1],
         "out_channels": tensors["encoder.conv_in.weight"].shape[1],
-        "down_block_types": [f"{attention('encoder.down', i)}DownEncoderBlock2D" for i in levels],
-        "up_block_types": [f"{attention('decoder.up', i)}UpDecoderBlock2D" for i in reversed(levels)],
+        "down_block_types": [f"{'Attn' * here}DownEncoderBlock2D" for here in attention],
+        "up_block_types": [f"{'Attn' * here}UpDecoderBlock2D" for here in reversed(attention_up)],
         "block_out_channels": channels,
         "layers_per_block": sum(f"encoder.down.0.block.{i}.conv1.weight" in tensors for i in range(16)),
         "latent_channels": tensors["post_quant_conv.weight"].shape[0],
@@ -82,7 +77,7 @@ def infer_vae_config(tensors: dict[str, Tensor], source: Path | str) -> dict[str
         "norm_num_groups": 32,
         "sample_size": 256,
         "scaling_factor": 0.2325,
-    }  # fmt: skip
+    }
 
 
 def convert_vae(path: Path | str, out: Path | str, force: bool = False) -> None:
@@ -95,23 +90,17 @@ def convert_vae(path: Path | str, out: Path | str, force: bool = False) -> None:
         ValueError: as `read_checkpoint`; a missing, unknown or misshapen tensor, or one that is not finite; diffusers
             is not installed; or the folder exists or cannot be written.
     """
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ValueError("converting a VAE needs diffusers: pip install diffusers transformers") from error
-    out, file = Path(out), find_file(Path(path))
-    check_replace(out, [out / name for name in FILES], read=file, force=force)
+    kind, out, file = autoencoder_kl(), Path(out), find_file(Path(path))
+    check_replace(out, source=file, folder=True, force=force)
     content = read_checkpoint(path)
     content = content.get("model", content.get("state_dict", content))
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} for its weights: expected a dictionary of tensors")
     tensors = {name: t for name, t in content.items() if isinstance(t, Tensor) and not name.startswith("loss.")}
-    config = infer_vae_config(tensors, path)
     with torch.device("meta"):
-        vae = AutoencoderKL(**config)
+        vae = kind(**infer_vae_config(tensors, path))
     renamed = diffusers_tensors(tensors)
     check_tensors(path, renamed, vae.state_dict())
-    check_weights(path, renamed)
     vae.load_state_dict(renamed, strict=True, assign=True)
     with atomic_folder(out) as partial:
         vae.save_pretrained(partial)
@@ -119,8 +108,21 @@ def convert_vae(path: Path | str, out: Path | str, force: bool = False) -> None:
         (partial / "source.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
+def autoencoder_kl() -> Any:
+    """Import diffusers' `AutoencoderKL`.
+
+    Raises:
+        ValueError: diffusers is not installed.
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ValueError("this needs a VAE: install diffusers (pip install diffusers transformers)") from error
+    return AutoencoderKL
+
+
 def load_vae(name: str, device: torch.device | str = "cpu", *, download: bool = False) -> Any:
-    """A frozen VAE: a folder in diffusers' form, or a hub id. Its weights must be safetensors, never a pickle.
+    """Load a frozen VAE: a folder in diffusers' form, or a hub id. Its weights must be safetensors, never a pickle.
 
     Args:
         download: fetch a hub id; only where a person typed it, not where a model's file names it. Without, what
@@ -129,73 +131,59 @@ def load_vae(name: str, device: torch.device | str = "cpu", *, download: bool = 
     Raises:
         ValueError: diffusers is not installed, or the VAE's files are not there.
     """
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ValueError("this needs a VAE: install diffusers (pip install diffusers transformers)") from error
-    if ELSEWHERE.match(name) or not (Path(name).is_dir() or HUB_ID.fullmatch(name)):
+    kind, is_folder = autoencoder_kl(), not ELSEWHERE.match(name) and Path(name).is_dir()
+    if not is_folder and not HUB_ID.fullmatch(name):
         raise ValueError(f"the VAE {name[:200]!r} is no folder here, nor a hub id: name a folder in diffusers' form")
     try:
-        vae = AutoencoderKL.from_pretrained(
-            name, local_files_only=not download, use_safetensors=True, low_cpu_mem_usage=False
-        )
+        vae = kind.from_pretrained(name, local_files_only=not download, use_safetensors=True, low_cpu_mem_usage=False)
         return vae.to(device).eval().requires_grad_(False)
     except (OSError, ValueError, TypeError, RuntimeError, LookupError) as error:
-        told = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-        advice = (
-            "" if download or Path(name).is_dir() else f"nothing is fetched that a file names: hf download {name}; or "
-        )
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        advice = "" if download or is_folder else f"nothing is fetched that a file names: hf download {name}; or "
         raise ValueError(
-            f"the VAE {name!r} cannot be loaded ({told}): {advice}name a folder in diffusers' form, such as marval "
+            f"the VAE {name!r} cannot be loaded ({reason}): {advice}name a folder in diffusers' form, such as marval "
             "convert vae makes"
         ) from error
 
 
 def vae_place(name: str) -> str:
-    """Where a VAE lies, for a model or cache to keep: a folder's absolute path, good from anywhere; or a hub id."""
+    """Name a VAE for a model or cache to keep: a folder by its absolute path, good from anywhere; or a hub id."""
     return os.path.abspath(name) if Path(name).is_dir() else name
 
 
 def find_vae(place: str) -> str:
-    """Where a VAE is now: its place, or else a folder of the same name in the current one."""
-    if place[:1] in ("/", "\\") and place[1:2] in ("/", "\\"):  # another machine, which Windows would log in to
+    """Find a VAE at its place, or else in a folder of the same name in the current one."""
+    if ELSEWHERE.match(place):
         return place
     moved = os.path.isabs(place) and not Path(place).is_dir() and Path(Path(place).name).is_dir()
     return Path(place).name if moved else place
 
 
 def vae_hash(name: str) -> str:
-    """SHA-256 of the weights in a VAE's folder, or of a hub id's in the hub's cache; "" where they are not there."""
-    folder = Path(name)
-    files = [file for suffix in ("safetensors", "bin") for file in sorted(folder.glob(f"*.{suffix}"))]
-    if not files and not folder.is_dir():
+    """Compute the SHA-256 of the weights in a VAE's folder, or of a hub id's in the hub's cache; "" without weights."""
+    if Path(name).is_dir():
+        files = sorted(Path(name).glob("*.safetensors"))
+    else:
         try:
             from huggingface_hub import try_to_load_from_cache
 
-            found = [
-                try_to_load_from_cache(name, f"diffusion_pytorch_model.{suffix}") for suffix in ("safetensors", "bin")
-            ]
+            cached = try_to_load_from_cache(name, "diffusion_pytorch_model.safetensors")
         except (ImportError, ValueError):  # not there, or the name is no hub id
             return ""
-        files = [Path(file) for file in found if isinstance(file, str)]
-    # diffusers prefers safetensors, of which there may be several
-    kind = [file for file in files if file.suffix == files[0].suffix]
-    digest = hashlib.sha256()
-    for file in kind:
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest() if kind else ""
+        files = [Path(cached)] if isinstance(cached, str) else []
+    digests = b"".join(bytes.fromhex(sha256_of(file)) for file in files)
+    return hashlib.sha256(digests).hexdigest() if files else ""
 
 
 def same_vae(first: tuple[str, str], second: tuple[str, str]) -> bool:
-    """Whether two VAEs, each a name and its hash, are the same; where a hash is unknown, by their folders' names."""
+    """Tell whether two VAEs, each a name and its hash, are the same; without a hash, by their folders' names."""
     if first[1] and second[1]:
         return first[1] == second[1]
     return Path(first[0]).name == Path(second[0]).name
 
 
 def vae_beside(space: PixelSpace | LatentSpace, folder: Path) -> PixelSpace | LatentSpace:
-    """The token space of a model in `folder`: a relative path to its VAE is looked for there first."""
+    """Look for a model's VAE, where its path is relative, in the model's folder first."""
     if not isinstance(space, LatentSpace) or ELSEWHERE.match(space.vae) or not (folder / space.vae).is_dir():
         return space
     return dataclasses.replace(space, vae=str(folder / space.vae))

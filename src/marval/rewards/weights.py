@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marval.io.checkpoint import check_tensors
-from marval.io.official import read_checkpoint
+from marval.io.checkpoint import check_tensors, read_checkpoint
 
 Files = Sequence[tuple[str, ...]]  # each entry: alternatives (glob patterns), one of which must be there
 

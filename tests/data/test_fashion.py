@@ -1,4 +1,4 @@
-"""Fashion-MNIST is known by its content, wherever it lies; a wrong answer tries the next place; a part of it ships."""
+"""Fashion-MNIST is recognised by its content, wherever it is; a wrong answer tries the next place; a part ships."""
 
 import gzip
 import hashlib
@@ -26,10 +26,9 @@ PAGE = b"<!DOCTYPE html><title>Log in to this network</title>"
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    """The system's folder and the cache, both empty, for the small set; no address answers. Any program fails."""
+    """The system's folder and the cache, both empty, for the small set; no address answers."""
     monkeypatch.setattr(fashion, "SHA256", {name: hashlib.sha256(x).hexdigest() for name, x in CONTENT.items()})
     monkeypatch.setattr(fashion, "URLS", ("http://127.0.0.1:1/",))
-    monkeypatch.setattr("subprocess.Popen", None)
     monkeypatch.setenv("XDG_DATA_DIRS", str(tmp_path / "share"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folders = tmp_path / "share/datasets/fashion-mnist", tmp_path / "cache/marval/fashion-mnist"
@@ -94,15 +93,10 @@ def whole(data):
     return True
 
 
-def test_the_whole_set_is_there(fashion_train, fashion_test):
-    assert fashion_train.images.shape == (60_000, 1, 28, 28)
-    assert fashion_test.images.shape == (10_000, 1, 28, 28)
+def test_the_whole_set_has_the_published_content_and_what_ships_is_its_first_200_a_class(fashion_train, fashion_test):
     assert fashion_train.labels.bincount().tolist() == [6000] * 10
     assert fashion_test.labels.bincount().tolist() == [1000] * 10
     assert data_hash(fashion_train) == Statistics.load(bundled_statistics("fashion-mnist")).data_sha256
-
-
-def test_what_ships_is_the_first_200_of_each_class(fashion_train):
     shipped = load_fashion_sample()
     rows = torch.cat([(fashion_train.labels == label).nonzero()[:200, 0] for label in range(10)])
     assert torch.equal(shipped.images, fashion_train.images[rows])
@@ -119,20 +113,13 @@ def test_what_ships_is_small_balanced_and_licensed():
     assert "The MIT License" in file.with_suffix(".txt").read_text()
 
 
-@pytest.mark.parametrize("level", [1, 9, None])
-def test_files_are_known_by_their_content_however_they_are_packed(places, tmp_path, level):
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("level", [1, 9, None])  # None: not packed, whatever the suffix says, as browsers do
+def test_files_are_recognised_however_they_are_packed(places, tmp_path, level, suffix):
+    (tmp_path / "own").mkdir()
     for name, content in CONTENT.items():
-        file = tmp_path / "own" / (name if level is None else f"{name}.gz")
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(content if level is None else gzip.compress(content, level))
-    assert whole(load_fashion_mnist(folder=tmp_path / "own"))
+        (tmp_path / "own" / f"{name}{suffix}").write_bytes(content if level is None else gzip.compress(content, level))
     assert whole(load_images(f"fashion-mnist:{tmp_path / 'own'}"))
-
-
-def test_a_browser_may_have_unpacked_a_file_without_renaming_it(places):
-    for name, content in CONTENT.items():
-        (places[0] / f"{name}.gz").write_bytes(content)
-    assert whole(load_fashion_mnist())
 
 
 def test_every_wrong_answer_tries_the_next_place_and_what_is_fetched_is_kept(places, hosts, capsys):
@@ -140,70 +127,57 @@ def test_every_wrong_answer_tries_the_next_place_and_what_is_fetched_is_kept(pla
     for name in CONTENT:
         (system / f"{name}.gz").write_bytes(packed(name)[:-30])
         (cache / f"{name}.gz").write_bytes(PAGE)
+    with pytest.raises(ValueError, match="cannot find"):
+        load_fashion_mnist(fetch=False)
     hosts(missing, portal, cut, sound)
     assert whole(load_fashion_mnist())
     assert "Fetching" in capsys.readouterr().err
     hosts(missing)
     assert whole(load_fashion_mnist())
     assert "Fetching" not in capsys.readouterr().err
-
-
-def test_an_unpacked_file_serves_where_the_packed_one_is_damaged(places):
-    for name, content in CONTENT.items():
-        (places[1] / f"{name}.gz").write_bytes(b"")
-        (places[1] / name).write_bytes(content)
+    for name, content in CONTENT.items():  # an unpacked file serves where the packed one is damaged
+        (cache / f"{name}.gz").write_bytes(b"")
+        (cache / name).write_bytes(content)
     assert whole(load_fashion_mnist(fetch=False))
 
 
-def test_the_error_names_every_place_what_is_wrong_with_it_and_what_to_do(places, hosts):
+def test_the_error_names_every_place_what_is_wrong_with_it_and_what_to_do(places, hosts, tmp_path):
     system, cache = places
     (system / "train-images-idx3-ubyte.gz").write_bytes(packed("train-images-idx3-ubyte")[:100])
     (cache / "train-images-idx3-ubyte").write_bytes(b"x" * 100)
     hosts(missing, portal, cut)
     with pytest.raises(ValueError, match="cannot find Fashion-MNIST's train-images-idx3-ubyte") as caught:
         load_fashion_mnist()
-    said = str(caught.value)
-    assert "\n" not in said
-    assert f"{system / 'train-images-idx3-ubyte.gz'}: Compressed file ended" in said
-    assert f"{cache / 'train-images-idx3-ubyte'}: damaged: 100 bytes" in said
-    for url, wrong in zip(fashion.URLS, ("Not Found", "a web page", "Compressed file ended"), strict=True):
-        assert f"{url}train-images-idx3-ubyte.gz: " in said
-        assert wrong in said
-    assert "install Debian's package dataset-fashion-mnist" in said
-    assert f"put its four .gz files into {cache}" in said
+    message = str(caught.value)
+    assert "\n" not in message
+    for place, problem in {
+        system / "train-images-idx3-ubyte.gz": "Compressed file ended",
+        cache / "train-images-idx3-ubyte": "damaged: 100 bytes",
+        f"{fashion.URLS[0]}train-images-idx3-ubyte.gz": "Not Found",
+        f"{fashion.URLS[1]}train-images-idx3-ubyte.gz": "a web page",
+        f"{fashion.URLS[2]}train-images-idx3-ubyte.gz": "Compressed file ended",
+    }.items():
+        assert f"{place}: {problem}" in message
+    assert f"put its four .gz files into {cache}" in message
+    for folder, problem in (
+        (tmp_path / "nowhere", "no such folder"),
+        (tmp_path, "holds no train-images-idx3-ubyte.gz"),
+    ):
+        with pytest.raises(ValueError, match=f"{problem}.* or put train-images-idx3-ubyte.gz there"):
+            load_fashion_mnist(folder=folder)  # the only place that is tried
 
 
-def test_a_named_folder_is_the_only_place(places, tmp_path):
-    for name in CONTENT:
-        (places[0] / f"{name}.gz").write_bytes(packed(name))
-    with pytest.raises(ValueError, match=r"no such folder.* or put train-images-idx3-ubyte.gz there"):
-        load_fashion_mnist(folder=tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"holds no train-images-idx3-ubyte.gz"):
-        load_fashion_mnist(folder=tmp_path)
-
-
-def test_no_network_is_asked_where_that_is_not_wanted(places, hosts):
-    hosts(sound)
-    with pytest.raises(ValueError, match="cannot find"):
-        load_fashion_mnist(fetch=False)
-
-
-def test_a_cache_that_cannot_be_written_to_is_said_and_the_images_are_there(places, hosts, monkeypatch, capsys):
+def test_a_cache_that_cannot_be_written_to_still_serves(places, hosts, monkeypatch, capsys, tmp_path):
     hosts(sound)
 
     def full(target):
         raise ValueError(f"cannot write {target}: No space left on device")
 
-    monkeypatch.setattr(fashion, "atomic_path", full)
-    assert whole(load_fashion_mnist())
-    said = capsys.readouterr().err
-    assert "will be fetched again" in said
-    assert "No space left on device" in said
-
-
-def test_a_read_only_cache_serves_what_it_holds(places, monkeypatch, tmp_path):
-    """As in a container whose image brought the files along."""
-    for name in CONTENT:
+    with monkeypatch.context() as disk:
+        disk.setattr(fashion, "atomic_path", full)
+        assert whole(load_fashion_mnist())
+    assert "will be fetched again the next time: cannot write" in capsys.readouterr().err
+    for name in CONTENT:  # as in a container whose image brought the files along
         (places[1] / f"{name}.gz").write_bytes(packed(name))
     monkeypatch.setattr(fashion, "cache_folder", lambda: tmp_path / "elsewhere")
     assert whole(load_fashion_mnist(fetch=False))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from marval.cli import main
 from marval.config import MARConfig
 from marval.io.checkpoint import load_model, save_model
-from marval.io.official import Given, official_model, read_official, save_official
+from marval.io.official import Hints, official_model, read_official, save_official
 from marval.model import MAR
 from marval.runtime.rng import generator
 
@@ -40,30 +40,30 @@ def write(file, tensors, **args):
 
 def test_sizes_are_read_off_the_tensors_and_ema_is_taken(tensors, tmp_path):
     file = write(tmp_path / "checkpoint-last.pth", tensors)
-    model, config = official_model(file, Given(heads=2))
+    model, config = official_model(file, Hints(heads=2))
     assert config.mar == CONFIG
     assert config.space.image_size == (128, 128)
     assert config.space.latent_channels == 8
     assert config.draw.guidance == 2.9
     assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
-    model, _ = official_model(file, Given(heads=2), ema=False)
+    model, _ = official_model(file, Hints(heads=2), ema=False)
     assert torch.equal(model.state_dict()["mask_token"], tensors["mask_token"] + 1)
 
 
 def test_a_thousand_classes_are_imagenets(tensors, tmp_path):
-    assert official_model(write(tmp_path / "a.pth", tensors), Given(heads=2))[1].class_names[:2] == ("0", "1")
+    assert official_model(write(tmp_path / "a.pth", tensors), Hints(heads=2))[1].class_names[:2] == ("0", "1")
     wide = {**tensors, "class_emb.weight": torch.zeros(1000, 24)}
-    names = official_model(write(tmp_path / "b.pth", wide), Given(heads=2))[1].class_names
+    names = official_model(write(tmp_path / "b.pth", wide), Hints(heads=2))[1].class_names
     assert (names[0], names[207], names[999]) == ("tench", "golden retriever", "toilet tissue")
 
 
 def test_full_size_heads_come_from_the_presets():
-    from marval.io.official import infer_config
+    from marval.io.official import Shapes, infer_config
 
     for size in ("base", "large", "huge"):
         with torch.device("meta"):
             tensors = MAR(MARConfig.imagenet256(size)).state_dict()
-        mar, space = infer_config(tensors, {}, Given(), "mar.pth")
+        mar, space = infer_config(Shapes(tensors, {}, "mar.pth"), Hints())
         assert mar == MARConfig.imagenet256(size)
         assert space.image_size == (256, 256)
 
@@ -71,12 +71,12 @@ def test_full_size_heads_come_from_the_presets():
 def test_flat_safetensors_and_a_folder_with_one(tensors, tmp_path):
     save_file(tensors, tmp_path / "mar-tiny.safetensors")
     for path in (tmp_path, tmp_path / "mar-tiny.safetensors"):
-        _, config = official_model(path, Given(heads=2, patch_size=2))
+        _, config = official_model(path, Hints(heads=2, patch_size=2))
         assert config.mar == CONFIG.__class__(**{**CONFIG.__dict__, "dropout": 0.1})
 
 
 def test_the_round_trip_is_bit_identical(tensors, tmp_path):
-    model, config = official_model(write(tmp_path / "a.pth", tensors), Given(heads=2))
+    model, config = official_model(write(tmp_path / "a.pth", tensors), Hints(heads=2))
     save_model(tmp_path / "ours", model, config)
     again, _ = load_model(tmp_path / "ours")
     save_official(tmp_path / "b.pth", again)
@@ -117,18 +117,18 @@ def test_tensors_that_do_not_fit_are_named(change, message, tensors, tmp_path):
     changed = dict(tensors)
     change(changed)
     with pytest.raises(ValueError, match=message):
-        official_model(write(tmp_path / "a.pth", changed), Given(heads=2))
+        official_model(write(tmp_path / "a.pth", changed), Hints(heads=2))
 
 
 @pytest.mark.parametrize(
     ("args", "given", "words"),
     [
-        ({}, Given(heads=2, image_size=256), ["256", "128"]),
-        ({"img_size": 256}, Given(heads=2), ["256", "128"]),
-        ({"diffloss_w": 64}, Given(heads=2), ["64", "40"]),
-        ({}, Given(heads=2, patch_size=1), ["1", "2"]),
-        ({}, Given(), ["24", "--heads"]),
-        ({}, Given(heads=5), ["24", "--heads"]),
+        ({}, Hints(heads=2, image_size=256), ["256", "128"]),
+        ({"img_size": 256}, Hints(heads=2), ["256", "128"]),
+        ({"diffloss_w": 64}, Hints(heads=2), ["64", "40"]),
+        ({}, Hints(heads=2, patch_size=1), ["1", "2"]),
+        ({}, Hints(), ["24", "--heads"]),
+        ({}, Hints(heads=5), ["24", "--heads"]),
     ],
 )
 def test_contradictions_name_both(args, given, words, tensors, tmp_path):
@@ -260,7 +260,7 @@ def test_weights_that_are_not_finite_are_named(value, tensors, tmp_path, run):
     assert code == 2
     assert "decoder_norm.bias" in said
     assert not (tmp_path / "model").exists()
-    model, config = official_model(write(tmp_path / "a.pth", tensors), Given(heads=2))
+    model, config = official_model(write(tmp_path / "a.pth", tensors), Hints(heads=2))
     model.decoder_norm.bias[3] = value
     save_model(tmp_path / "ours", model, config)
     code, said = run("to-mar", tmp_path / "ours", tmp_path / "b.pth")
@@ -274,7 +274,7 @@ def test_weights_that_are_not_finite_are_named(value, tensors, tmp_path, run):
 )
 def test_recorded_args_that_cannot_be_are_refused_by_name(args, tensors, tmp_path):
     with pytest.raises(ValueError, match=r"a\.pth: its args say"):
-        official_model(write(tmp_path / "a.pth", tensors, **args), Given(heads=2))
+        official_model(write(tmp_path / "a.pth", tensors, **args), Hints(heads=2))
 
 
 def test_the_output_is_checked_before_the_checkpoint_is_read(tensors, tmp_path, run, monkeypatch):

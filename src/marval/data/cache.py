@@ -1,0 +1,226 @@
+"""Write a cache of a VAE's latents (see `LatentData`), alone or with several processes."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from marval.data.folder import Labelled, check_damaged, list_folder, listing_hash, say_skipped
+from marval.data.images import in_threads
+from marval.data.latents import INDEX, PLAN, LatentData, shard_file
+from marval.io.files import write_tensors, write_text
+from marval.io.images import centre_crop, read_image
+from marval.io.vae import load_vae, vae_hash, vae_place
+from marval.runtime.distributed import Workers
+from marval.runtime.progress import progress
+
+SHARD = 1024  # images
+CHANGES = {"listing": "other pictures, or changed ones", "vae_sha256": "a VAE of other weights"}  # of a plan's hashes
+
+
+def cache_latents(
+    images: Path,
+    vae: str,
+    out: Path,
+    *,
+    image_size: int = 256,
+    batch_size: int = 32,
+    scale: float | None = None,
+    workers: Workers | None = None,
+) -> LatentData | None:
+    """Encode a folder of images (one sub-folder per class) into a cache; goes on where an earlier run stopped.
+
+    Args:
+        vae: the VAE's folder or hub id, which the index names for the models trained on the cache.
+        image_size: pixels a side, after `centre_crop`.
+        scale: the latents' scale; fitted (1 / standard deviation) when None.
+        workers: the processes that share the shards.
+
+    Returns:
+        The cache; None when the run was asked to stop.
+
+    Raises:
+        ValueError: no images, a bad setting or VAE, `out` caches something else, too many damaged images, or a full
+            disk.
+    """
+    if batch_size < 1 or not (scale is None or 0 < scale < math.inf):
+        raise ValueError(f"--batch-size {batch_size} --scale {scale}: expected at least 1, and a finite scale above 0")
+    workers = workers or Workers()
+    listing = list_folder(images)
+    encoder = Encoder(load_vae(vae, workers.device, download=True), image_size, batch_size, workers.device)
+    encoder.check()
+    sha256 = vae_hash(vae)
+    plan = {
+        "images": len(listing.files), "listing": listing_hash(images, listing.files),
+        "vae_sha256": sha256 or vae,  # its name where the weights are no files
+        "image_size": image_size, "shard_size": SHARD,
+    }  # fmt: skip
+    if workers.main:
+        claim(out, plan)
+        say_skipped(listing)
+    workers.barrier()
+    shards = [listing.files[start : start + SHARD] for start in range(0, len(listing.files), SHARD)]
+    write_shards(encoder, shards, out, workers)
+    if workers.stopping():  # all of them stop where one was asked to; it waits for the slowest
+        return None
+    if workers.main:
+        about = {"class_names": listing.class_names, "scale": scale, "vae": vae_place(vae), "vae_sha256": sha256}
+        write_index(out, {**plan, **about}, len(shards))
+    workers.barrier()
+    return LatentData.open(out)
+
+
+def claim(out: Path, plan: dict[str, Any]) -> None:
+    """Write what will be cached; the first shard makes it final.
+
+    Raises:
+        ValueError: the folder has shards of something else.
+    """
+    if any(out.glob("shard-*.safetensors")):
+        try:
+            before = json.loads((out / PLAN).read_text())
+        except (OSError, ValueError):
+            before = {}
+        changed = [key for key, value in plan.items() if before.get(key) != value]
+        if changed:
+            told = [CHANGES.get(key, f"{key} was {before.get(key)}, now {plan[key]}") for key in changed]
+            raise ValueError(f"{out} caches something else ({', '.join(told)}): choose another folder, or remove it")
+    write_text(out / PLAN, json.dumps(plan, indent=1) + "\n")
+
+
+def write_shards(encoder: "Encoder", shards: Sequence[Sequence[Labelled]], out: Path, workers: Workers) -> None:
+    """Write this process's shards, except those that are there, until the run is asked to stop.
+
+    Raises:
+        ValueError: too many damaged images, latents that are not finite, or a full disk.
+    """
+    total = sum(len(shard) for shard in shards)
+    missing = [i for i in range(workers.rank, len(shards), workers.count) if not shard_file(out, i).is_file()]
+    damaged = list[str]()
+    share = "images encoded" if workers.count == 1 else f"images of one of {workers.count} processes encoded"
+    with progress(sum(len(shards[i]) for i in missing), share, quiet=not workers.main) as advance:
+        for i in missing:
+            if workers.stop.is_set():
+                return
+            tensors, metadata = encoder.shard(shards[i])
+            write_tensors(shard_file(out, i), tensors, {"marval": json.dumps(metadata)})
+            damaged += metadata["corrupt"]
+            check_damaged(damaged, total, f"; then remove {out} or cache into another folder")
+            advance(len(shards[i]))
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A VAE (diffusers' `AutoencoderKL`) that encodes files of images."""
+
+    vae: Any
+    image_size: int
+    batch_size: int
+    device: torch.device
+
+    @torch.inference_mode()
+    def moments(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 2 c2 h2 w2"]:
+        """Encode images and their mirrors: the posterior's mean and log-variance, stacked in the channels."""
+        x = images.to(self.device).float() / 127.5 - 1
+        both = torch.cat([x, x.flip(3)]).to(self.vae.dtype)
+        return self.vae.encode(both).latent_dist.parameters.float().cpu().unflatten(0, (2, -1)).transpose(0, 1)
+
+    def check(self) -> None:
+        """Encode a grey image, before anything is written.
+
+        Raises:
+            ValueError: the VAE cannot encode images of this size, whole, to finite numbers.
+        """
+        size = self.image_size
+        if size < 8:
+            raise ValueError(f"--image-size {size}: expected at least 8")
+        try:
+            moments = self.moments(torch.full((1, 3, size, size), 127, dtype=torch.uint8))
+        except RuntimeError as error:
+            raise ValueError(f"the VAE cannot encode images of {size} pixels ({str(error).splitlines()[0]})") from None
+        stride = size / moments.shape[-1]
+        if not math.log2(stride).is_integer():
+            near = 2 ** math.floor(math.log2(stride))
+            raise ValueError(f"--image-size {size}: expected a multiple of the VAE's stride of {near} pixels")
+        if not moments.isfinite().all():
+            raise ValueError("the VAE encodes a grey image to numbers that are not finite: its weights are damaged")
+
+    def read(self, file: Labelled) -> UInt8[Tensor, "3 h w"]:
+        """Read an image file as RGB bytes, cropped at the centre."""
+        picture = centre_crop(read_image(Path(file[0])).convert("RGB"), self.image_size)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+    def shard(self, files: Sequence[Labelled]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Encode a shard's files; the next ones are decoded meanwhile.
+
+        Returns:
+            Moments and labels; and why damaged ("corrupt") images cannot be read, with the latents' number, and the
+            expected sum and sum of squares of their samples, on which the scale is fitted.
+
+        Raises:
+            ValueError: latents that are not finite in half precision.
+        """
+        moments, labels, damaged = list[Tensor](), list[int](), list[str]()
+        results = zip(in_threads(self.read, files, ahead=2 * self.batch_size), files, strict=True)
+        while batch := list(islice(results, self.batch_size)):
+            damaged += [str(image) for image, _ in batch if isinstance(image, ValueError)]
+            images = [(image, label) for image, (_, label) in batch if isinstance(image, Tensor)]
+            if images:
+                moments.append(self.moments(torch.stack([image for image, _ in images])))
+                labels += [label for _, label in images]
+        encoded = torch.cat(moments) if moments else torch.zeros(0, 2, 2, 0, 0)
+        if not encoded.half().isfinite().all():
+            raise ValueError(
+                f"the VAE encodes some of {files[0][0]} and the next images to numbers that are not finite"
+            )
+        mean, log_variance = (part.double() for part in encoded.chunk(2, dim=2))
+        square = mean.square() + log_variance.clamp(-30, 20).exp()
+        metadata = {
+            "sum": mean.sum().item(),
+            "square": square.sum().item(),
+            "numbers": mean.numel(),
+            "corrupt": damaged,
+        }
+        return {"moments": encoded.half(), "labels": torch.tensor(labels, dtype=torch.long)}, metadata
+
+
+def write_index(out: Path, about: dict[str, Any], shards: int) -> None:
+    """Gather what the shards say into the index, and print it.
+
+    Raises:
+        ValueError: a damaged shard, or too many damaged images.
+    """
+    counts, labels, damaged = list[int](), list[int](), list[str]()
+    shape, numbers, total, square = [0, 0, 0], 0, 0.0, 0.0
+    for i in range(shards):
+        file = shard_file(out, i)
+        try:
+            with safe_open(file, framework="pt") as content:
+                metadata = json.loads(content.metadata()["marval"])
+                count, *size = content.get_slice("moments").get_shape()
+                labels += content.get_tensor("labels").tolist()
+        except (SafetensorError, OSError, KeyError) as error:
+            raise ValueError(f"{file} is damaged ({error}): remove it and run the same command") from None
+        if count:
+            shape = [size[1] // 2, *size[2:]]
+        counts.append(count)
+        damaged += metadata["corrupt"]
+        numbers += metadata["numbers"]
+        total += metadata["sum"]
+        square += metadata["square"]
+    check_damaged(damaged, about["images"], f"; then remove {out} or cache into another folder")
+    fitted = 1 / math.sqrt(square / numbers - (total / numbers) ** 2)
+    scale = fitted if about["scale"] is None else about["scale"]
+    index = {"counts": counts, "labels": labels, "shape": shape, "fitted_scale": fitted, "corrupt": damaged}
+    write_text(out / INDEX, json.dumps({**about, "scale": scale, **index}) + "\n")
+    left_out = f", {len(damaged)} that cannot be read are listed in {out / INDEX}" if damaged else ""
+    print(f"{sum(counts)} images and their mirrors in {out}{left_out}; the latents' scale (1 / std) is {fitted:.4f}")

@@ -1,0 +1,344 @@
+"""Caches of latents: what they hold, that kills and damaged images lose nothing, and that training reads them."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from marval.cli import main
+from marval.config import Chain, LatentSpace, MARConfig, ModelConfig
+from marval.data import LatentData, cache_latents, check_data, load_data
+from marval.io.checkpoint import load_model
+from marval.io.imagenet import imagenet_classes
+from marval.io.images import centre_crop
+from marval.io.vae import vae_hash, vae_place
+from marval.presets import TrainConfig
+from marval.runtime.distributed import Workers
+from marval.runtime.folder import open_run
+from marval.spaces import Latents
+from marval.train.teacher import latent_teacher_config, train_teacher
+from tiny import tiny_config
+
+COUNT = 13
+
+
+class StandInVAE:
+    """Stride 4, two latent channels: the mean is the pooled picture's two first channels, the deviation a tenth."""
+
+    dtype = torch.float32
+
+    def __init__(self):
+        self.seen = 0  # images and mirrors; the grey image that it is tried with does not count
+
+    def encode(self, x):
+        self.seen += len(x) if x.std() > 0 else 0
+        mean = torch.nn.functional.avg_pool2d(x, 4)[:, :2]
+        parameters = torch.cat([mean, torch.full_like(mean, 2 * np.log(0.1))], dim=1)
+        return SimpleNamespace(latent_dist=SimpleNamespace(parameters=parameters, mean=mean))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(COUNT):
+        folder = tmp_path / "pictures" / ("n02012849", "pear")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20 + i, 24, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+    return tmp_path / "pictures"
+
+
+def cache(pictures, out, vae=None, **options):
+    """A cache in shards of four images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("marval.data.cache.SHARD", 4)
+        patch.setattr("marval.data.cache.load_vae", lambda *_, **__: vae or StandInVAE())
+        return cache_latents(pictures, "stand-in", out, **{"image_size": 16, "batch_size": 2} | options)
+
+
+def space_of(data):
+    return Latents(LatentSpace((16, 16), "stand-in", 4, 2, scale=data.scale), vae=torch.nn.Identity())
+
+
+def stopped(rank=0, count=1):
+    workers = Workers(rank, count)
+    workers.stop.set()
+    return workers
+
+
+def test_a_cache_holds_the_moments_of_every_image_and_its_mirror(pictures, tmp_path):
+    data = cache(pictures, tmp_path / "cache")
+    assert len(data) == COUNT
+    assert data.class_names == ("crane bird", "pear")
+    assert data.labels.tolist() == [0] * 7 + [1] * 6
+    assert data.shape == (2, 4, 4)
+    files = sorted(pictures.rglob("*.png"))
+    for i in (0, 5, 12):
+        with Image.open(files[i]) as image:
+            x = torch.from_numpy(np.array(centre_crop(image, 16))).permute(2, 0, 1).float() / 127.5 - 1
+        moments = data.moments(i).float()
+        for side, picture in enumerate((x, x.flip(2))):
+            expected = torch.nn.functional.avg_pool2d(picture[None], 4)[0, :2]
+            torch.testing.assert_close(moments[side, :2], expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(moments[:, 2:].exp().sqrt(), torch.full((2, 2, 4, 4), 0.1), rtol=1e-2, atol=1e-3)
+    # Scaled posterior samples have standard deviation 1.
+    everything = torch.arange(COUNT), slice(0, COUNT), space_of(data), torch.device("cpu")
+    tokens = torch.cat([data.tokens(*everything, (0, step))[0] for step in range(50)])
+    assert tokens.shape == (50 * COUNT, 16, 2)
+    assert tokens.std().item() == pytest.approx(1, rel=0.03)
+    assert cache(pictures, tmp_path / "cache", scale=0.2325).scale == 0.2325
+
+
+def test_rows_of_a_batch_do_not_depend_on_how_it_is_split(pictures, tmp_path):
+    data = cache(pictures, tmp_path / "cache")
+    space, device, indices = space_of(data), torch.device("cpu"), torch.tensor([3, 3, 12, 0, 7])
+    whole, labels = data.tokens(indices, slice(0, 5), space, device, ("s", 1))
+    parts = [data.tokens(indices, rows, space, device, ("s", 1)) for rows in (slice(0, 2), slice(2, 5))]
+    assert torch.equal(whole, torch.cat([part for part, _ in parts]))
+    assert torch.equal(labels, torch.cat([part for _, part in parts]))
+    assert not torch.equal(whole[0], whole[1])  # the same image twice: other noise
+    assert not torch.equal(whole, data.tokens(indices, slice(0, 5), space, device, ("s", 2))[0])
+
+
+def test_a_run_that_was_cut_short_goes_on_without_redoing_shards(pictures, tmp_path):
+    class Dies(StandInVAE):
+        def encode(self, x):
+            if self.seen > 10:
+                raise KeyboardInterrupt
+            return super().encode(x)
+
+    out = tmp_path / "cache"
+    with pytest.raises(KeyboardInterrupt):
+        cache(pictures, out, Dies())
+    with pytest.raises(ValueError, match="unfinished"):
+        load_data(f"latents:{out}")
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}
+    assert list(before) == ["shard-00000.safetensors"]
+    assert cache(pictures, out, Dies(), workers=stopped()) is None  # a run that is asked to stop goes on later, too
+    vae = StandInVAE()
+    data = cache(pictures, out, vae)
+    assert vae.seen == 2 * (COUNT - 4)
+    assert all((out / name).stat().st_mtime_ns == when for name, when in before.items())
+    again = cache(pictures, tmp_path / "whole")
+    assert torch.equal(data.labels, again.labels)
+    assert all(torch.equal(data.moments(i), again.moments(i)) for i in range(COUNT))
+    assert data.scale == again.scale
+
+
+def test_workers_share_the_shards(pictures, tmp_path):
+    """Two workers one after the other; the barrier is not needed for files."""
+    out, vaes = tmp_path / "cache", (StandInVAE(), StandInVAE())
+    assert cache(pictures, out, workers=stopped(0, 2)) is None  # the main one claims the folder
+    with pytest.raises(ValueError, match="unfinished cache"):
+        cache(pictures, out, vaes[1], workers=Workers(1, 2))
+    assert len(cache(pictures, out, vaes[0], workers=Workers(0, 2))) == COUNT
+    assert [vae.seen for vae in vaes] == [2 * 8, 2 * 5]
+
+
+def test_damaged_images_are_listed_and_skipped_and_too_many_stop_the_run(pictures, tmp_path):
+    for name in ("bad", "worse", "worst", "none"):
+        (pictures / f"pear/{name}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"bad.png cannot be read .*: mend or remove it; then remove .*more than 1%"):
+        cache(pictures, tmp_path / "cache")
+    for name in ("worse", "worst", "none"):
+        (pictures / f"pear/{name}.png").unlink()
+    for i in range(100):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(pictures / f"pear/more-{i}.png")
+    assert len(cache(pictures, tmp_path / "more")) == COUNT + 100
+    index = json.loads((tmp_path / "more/index.json").read_text())
+    assert len(index["corrupt"]) == 1
+    assert "pear/bad.png cannot be read" in index["corrupt"][0]
+    assert len(index["labels"]) == sum(index["counts"]) == COUNT + 100
+
+
+def test_a_cache_of_something_else_is_not_mixed_up(pictures, tmp_path):
+    cache(pictures, tmp_path / "cache")
+    with pytest.raises(ValueError, match="image_size was 16, now 8"):
+        cache(pictures, tmp_path / "cache", image_size=8)
+    first = pictures / "pear/01.png"
+    status = first.stat()
+    first.write_bytes(first.read_bytes())
+    os.utime(first, ns=(status.st_atime_ns, status.st_mtime_ns))
+    cache(pictures, tmp_path / "cache")  # the same size and time
+    Image.new("RGB", (20, 24), "red").save(first)
+    with pytest.raises(ValueError, match=r"caches something else \(other pictures, or changed ones\)"):
+        cache(pictures, tmp_path / "cache")
+    Image.new("RGB", (16, 16)).save(pictures / "pear/new.png")
+    with pytest.raises(ValueError, match="images was 13, now 14"):
+        cache(pictures, tmp_path / "cache")
+    with pytest.raises(ValueError, match="no cache"):
+        load_data(f"latents:{tmp_path}")
+
+
+def vae_folder(folder, seed=0, **changes):
+    """A real VAE of stride 4 and few weights."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    options = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
+               "block_out_channels": [32, 32, 32], "latent_channels": 2}  # fmt: skip
+    AutoencoderKL(**options | changes).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def command(pictures, tmp_path, monkeypatch, capsys):
+    """Run the verb on the pictures; gives the last line of its refusal, or ""."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(vae, *options):
+        arguments = ["cache-latents", "cache", "--images", str(pictures), "--vae", vae, "--image-size", "16", *options]
+        monkeypatch.setattr(sys, "argv", ["marval", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+        assert code in (0, 2)
+        return capsys.readouterr().err.strip().splitlines()[-1] if code else ""  # diffusers may say more before
+
+    return run
+
+
+def test_the_vae_is_known_by_its_weights_not_by_its_name(command, tmp_path):
+    vae_folder(tmp_path / "vae")
+    assert command("vae") == ""
+    data = LatentData.open(tmp_path / "cache")
+    assert data.vae == str(tmp_path / "vae")  # good from any other folder
+    assert data.vae_sha256 == vae_hash(str(tmp_path / "vae"))
+    (tmp_path / "vae").rename(tmp_path / "moved")
+    assert command("moved") == ""
+    vae_folder(tmp_path / "vae", seed=1)
+    assert "caches something else (a VAE of other weights): choose another folder" in command("vae")
+
+
+def test_a_models_vae_is_found_where_it_was_moved_to_and_checked(tmp_path, monkeypatch):
+    folder = str(vae_folder(tmp_path / "a/vae"))
+    config = LatentSpace((16, 16), vae_place(folder), 4, 2, vae_sha256=vae_hash(folder))
+    monkeypatch.chdir(tmp_path / "a")
+    assert vae_place("vae") == folder
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a/vae").rename(tmp_path / "b/vae")
+    monkeypatch.chdir(tmp_path / "b")
+    assert Latents(config).vae.config.latent_channels == 2
+    vae_folder(tmp_path / "b/vae", seed=1)
+    with pytest.raises(ValueError, match="the VAE vae has other weights"):
+        Latents(config).vae  # noqa: B018
+    assert vae_place("owner/a-hub-id") == "owner/a-hub-id"
+    assert vae_hash("owner/a-hub-id") == vae_hash(str(tmp_path / "nothing")) == ""
+
+
+def test_a_typing_error_claims_nothing(command, pictures, tmp_path):
+    vae_folder(tmp_path / "vae")
+    assert "vea' is no folder here" in command(str(tmp_path / "vea"))
+    for flag, value, words in [
+        ("--image-size", "18", "--image-size 18: expected a multiple of the VAE's stride of 4 pixels"),
+        ("--image-size", "0", "--image-size 0: expected at least 8"),
+        ("--batch-size", "0", "--batch-size 0"),
+        ("--scale", "0", "--scale 0.0"),
+        ("--scale", "nan", "--scale nan"),
+        ("--scale", "-1", "--scale -1.0"),
+        ("--scale", "inf", "--scale inf"),
+    ]:
+        assert words in command("vae", flag, value)
+    assert not (tmp_path / "cache").exists()
+    cache(pictures, tmp_path / "cache", workers=stopped())  # claimed, but no shard is written
+    assert command("vae") == ""
+    assert len(LatentData.open(tmp_path / "cache")) == COUNT
+
+
+def test_damage_to_a_finished_cache_is_named(pictures, tmp_path):
+    data = cache(pictures, tmp_path / "cache")
+    shard = tmp_path / "cache/shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"shard-00001.safetensors is damaged .* remove it, and run marval cache-la"):
+        data.moments(5)
+    shard.unlink()
+    assert torch.equal(cache(pictures, tmp_path / "cache").moments(5), cache(pictures, tmp_path / "new").moments(5))
+    (tmp_path / "cache/index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index.json is damaged"):
+        LatentData.open(tmp_path / "cache")
+
+
+def test_a_vae_of_numbers_that_are_not_finite_is_refused(pictures, tmp_path):
+    class Broken(StandInVAE):
+        def encode(self, x):
+            latent = super().encode(x).latent_dist
+            latent.parameters = latent.parameters + (1e6 if self.seen else 0)
+            return SimpleNamespace(latent_dist=latent)
+
+    with pytest.raises(ValueError, match="numbers that are not finite"):  # in half precision
+        cache(pictures, tmp_path / "cache", Broken())
+    assert not list((tmp_path / "cache").glob("shard*"))
+
+
+def latent_config(data, **changes):
+    space = LatentSpace((16, 16), data.vae, 4, 2, scale=data.scale, vae_sha256=data.vae_sha256)
+    space = dataclasses.replace(space, **changes)
+    mar = dataclasses.replace(tiny_config().mar, token_grid=space.token_grid, token_dim=space.token_dim)
+    return ModelConfig(mar, space, Chain(diffusion_steps=8), data.class_names, 4, "latent", f"latents:{data.folder}")
+
+
+def test_a_cache_must_fit_the_model(pictures, tmp_path):
+    data = dataclasses.replace(cache(pictures, tmp_path / "cache"), vae="models/kl16", vae_sha256="a" * 64)
+    check_data(data, latent_config(data))
+    check_data(data, latent_config(data, vae="elsewhere", scale=data.scale * 1.0005))
+    check_data(data, latent_config(data, vae="kl16", vae_sha256=""))  # converted by an earlier version
+    other = dataclasses.replace(tiny_config(), class_names=data.class_names)
+    for config, words in [
+        (
+            latent_config(data, vae_sha256="b" * 64),
+            "made with the VAE models/kl16, the model's is models/kl16, of other",
+        ),
+        (latent_config(data, vae="another", vae_sha256=""), "made with the VAE models/kl16, the model's is another"),
+        (latent_config(data, scale=0.9), r"the model's is 0.9: run marval cache-latents .* --scale 0.9 "),
+        (latent_config(data, image_size=(32, 32)), r"latents are \(2, 4, 4\), the model's are \(2, 8, 8\)"),
+        (other, "the model draws pixels"),
+        (tiny_config(), "classes"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            check_data(data, config)
+
+
+def test_a_teacher_trains_on_a_cache(pictures, tmp_path):
+    data = cache(pictures, tmp_path / "cache")
+    settings = TrainConfig(updates=4, batch_size=4, tokens_per_image=6, warmup=1, log_every=1, autocast=False)
+    with open_run(tmp_path / "run") as run:
+        train_teacher(latent_config(data), settings, data, run)
+    assert load_model(tmp_path / "run/model")[1] == latent_config(data)
+    large = dataclasses.replace(data, shape=(16, 16, 16), image_size=256, class_names=tuple(imagenet_classes()))
+    config = latent_teacher_config("imagenet256-large", "mine", large, "latents:x")
+    assert config.mar == MARConfig.imagenet256("large")
+    assert (config.space.vae_stride, config.space.latent_channels, config.space.scale) == (16, 16, data.scale)
+    with pytest.raises(ValueError, match="imagenet256-base"):
+        latent_teacher_config("fashion-mnist", "mine", large, "latents:x")
+
+
+def test_the_command_survives_kills(pictures, tmp_path):
+    vae_folder(tmp_path / "vae")
+    command = [
+        sys.executable, "-m", "marval", "cache-latents", "cache", "--images", str(pictures), "--vae", "vae",
+        "--image-size", "16",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "cache/plan.json").is_file() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.Random(0).random())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"{COUNT} images" in done.stdout
+    assert LatentData.open(tmp_path / "cache").shape == (2, 4, 4)
+    assert load_file(tmp_path / "cache/shard-00000.safetensors")["moments"].shape == (COUNT, 2, 4, 4, 4)
