@@ -47,19 +47,20 @@ Template = Annotated[
 
 
 def fits(value: object, kind: Any) -> bool:
-    """Whether a value is of a field's type and keeps its rules."""
+    """Tell whether a value is of a field's type and keeps its rules. Whole numbers must fit into 64 bits."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return fits(value, parts[0]) and all(rule.holds(value) for rule in parts[1:] if isinstance(rule, Rule))
     if origin in (Union, UnionType):
         return any(fits(value, part) for part in parts)
     if origin is Literal:
-        return value in parts
+        return any(type(value) is type(part) and value == part for part in parts)
     if origin is tuple:
         parts = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
         return isinstance(value, tuple) and len(value) == len(parts) and all(map(fits, value, parts))
     if kind in (int, float):  # a bool is no number here
-        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        return number and (not isinstance(value, Integral) or abs(int(value)) < 2**63)
     return isinstance(value, kind)
 
 
@@ -85,7 +86,15 @@ def check(name: str, value: object, kind: Any) -> None:
         ValueError: names the value and what was expected.
     """
     if not fits(value, kind):
-        raise ValueError(f"{name} {value!r}: expected {wanted(kind)}")
+        raise ValueError(f"{name} {shorten(value)}: expected {wanted(kind)}")
+
+
+def shorten(value: object) -> str:
+    """A value as a message quotes it, in at most 60 characters; Python refuses to print a very long number."""
+    try:
+        return repr(value)[:60]
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 class Checked:

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from marval.config import Chain, Order, Schedule
+from marval.config import Chain, Checked, Finite, Order, Schedule, shorten
 from marval.io.checkpoint import WEIGHTS, model_hash
-from marval.io.fields import check_fields, shorten, told
+from marval.io.fields import told
 from marval.io.images import png_bytes
 from marval.pipeline import Pipeline, bundled_models, find_model, load
 
@@ -34,7 +34,7 @@ TokenHook = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Checked):
     """How one picture was drawn.
 
     `batch` holds (class, seed) of all pictures that were drawn together, and `row` this one's place: sums in a batch
@@ -49,10 +49,10 @@ class Recipe:
     seed: int
     iterations: int
     order: Order
-    guidance: float | None = None  # of a teacher, as the three below
+    guidance: Finite | None = None  # of a teacher, as the three below
     guidance_schedule: Schedule | None = None
     steps: int | None = None
-    temperature: float | None = None
+    temperature: Finite | None = None
     batch: tuple[tuple[int, int], ...] = ()
     row: int = 0
     redrawn: tuple[int, ...] | None = None
@@ -112,7 +112,6 @@ def _parse(values: dict[str, Any], before: Recipe | None) -> Recipe:
     if values.get("redrawn") is not None:
         values["redrawn"] = tuple(values["redrawn"])
     recipe = Recipe(**values)
-    check_fields(recipe)
     if len(recipe.batch) > LARGEST_BATCH:
         raise ValueError(f"a batch of {len(recipe.batch)} pictures: expected at most {LARGEST_BATCH}")
     if (recipe.redrawn is None) != (before is None and recipe.upload is None):

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from marval.config import ModelConfig
-from marval.io.fields import check_fields, shorten, told
+from marval.config import ModelConfig, shorten
+from marval.io.fields import told
 from marval.io.files import sha256_of, write_tensors, write_text
 from marval.model import MAR
 
@@ -92,7 +92,6 @@ def check_config(config: ModelConfig, tensors: int) -> None:
     Raises:
         ValueError: a value of another type or out of range, or parts that do not fit each other.
     """
-    check_fields(config)
     if re.search(r"(^|:)[\\/]{2}", config.data):  # Windows would log in to another machine
         raise ValueError(f"its data are {shorten(config.data)}: expected a place on this machine")
     mar, space = config.mar, config.space
