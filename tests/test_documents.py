@@ -79,6 +79,6 @@ def test_links_lead_somewhere_and_commands_are_there(document):
 def test_every_reward_is_documented_with_the_licence_of_its_weights():
     text = (ROOT / "docs/tuning.md").read_text()
     help_text = VERBS["tune"].__doc__
-    for name, about in KNOWN.items():
-        assert f"| `{name}` | {about.what} | {about.source} | {about.licence} |" in text
+    for name, (_, source) in KNOWN.items():
+        assert re.search(rf"\| `{name}` \| [^|]+ \| {re.escape(source)} \| [^|]+ \|", text)
         assert name in help_text

@@ -33,21 +33,22 @@ class OwnCode:
             ValueError: not such a name, no such file or module, an error in it, nothing of that name in it, or nothing
                 that can be called.
         """
+        self.spec, self.option = spec, option
         place, _, name = spec.rpartition(":")
         expected = ", ".join([*others, "file.py:function or module:function"])
         if not place or not name.isidentifier():
             raise ValueError(f"{option} {spec!r}: expected {expected}")
-        self.spec, self.option = spec, option
         module = self._guarded(lambda: load_module(place, expected))
         if not hasattr(module, name):
             raise ValueError(f"{option} {spec!r}: {place} has no function {name}")
-        found = getattr(module, name)
         self.file = Path(module.__file__) if getattr(module, "__file__", None) else None
-        self.function = self._guarded(found) if isinstance(found, type) else found
+        named = getattr(module, name)
+        self.function = self._guarded(named) if isinstance(named, type) else named
         if not callable(self.function):
+            kind = type(self.function).__name__
             raise ValueError(
-                f"{option} {spec!r}: {name} is a {type(self.function).__name__}, which cannot be called: expected "
-                "a function, or a class with __call__"
+                f"{option} {spec!r}: {name} is a {kind}, which cannot be called: expected a function, or a class with "
+                "__call__"
             )
         if isinstance(self.function, nn.Module):
             self.function.eval().requires_grad_(False)
@@ -68,26 +69,25 @@ class OwnCode:
 
 
 def load_module(place: str, expected: str) -> ModuleType:
-    """A module by its path (ending in .py) or by its name.
+    """Import a module by its path (ending in .py) or by its name.
 
     A name is looked for in the current folder first, as `python` does for a script, then among the installed modules.
-    A folder that a module was found in stays at the end of the search path, for what the module imports later.
+    The folder that it was found in stays at the end of the search path, for what the module imports later.
 
     Raises:
         ValueError: no such file or module.
         Exception: what the module's own code raises.
     """
     by_path = place.endswith(".py")
-    file = Path(place).expanduser() if by_path else Path(*place.split(".")).with_suffix(".py")
+    file = (Path(place).expanduser() if by_path else Path(*place.split(".")).with_suffix(".py")).absolute()
     if by_path and not file.is_file():
-        raise ValueError(f"{file} does not exist")
-    file = file.absolute()
+        raise ValueError(f"{place} does not exist")
+    in_package = not by_path and "." in place and (file.parent / "__init__.py").is_file()
     folder = str(file.parent if by_path else Path.cwd())
     sys.path.insert(0, folder)
     importlib.invalidate_caches()
     try:
-        packaged = "." in place and (file.parent / "__init__.py").is_file()
-        return _from_file(file) if by_path or (file.is_file() and not packaged) else importlib.import_module(place)
+        return load_file(file) if file.is_file() and not in_package else importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
             raise  # something that the module imports
@@ -98,36 +98,34 @@ def load_module(place: str, expected: str) -> ModuleType:
             sys.path.append(folder)
 
 
-def _from_file(file: Path) -> ModuleType:
-    """The module of a file, loaded once, under a name that no other module has or imports."""
+def load_file(file: Path) -> ModuleType:
+    """Import a file, once, under a name that no other module has or imports."""
     name = f"{file.stem}_{hashlib.sha256(os.fsencode(file)).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{file} is not a Python file")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None  # as the name ends in .py
+        assert spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def in_one_line(error: BaseException) -> str:
     """An error of a user's code: file, line, kind and message; its own message where none of the code is the user's."""
-    message = " ".join(str(error).split())
+    message = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
-    if not frames:
-        return message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"
-    return f"{frames[-1].filename}, line {frames[-1].lineno}: {type(error).__name__}: {message}"
-
-
-def _is_users(filename: str) -> bool:
-    """Whether a frame's file is neither Python's, nor a library's, nor marval's."""
-    here, library = Path(__file__).parents[1], Path(os.__file__).parent
-    path = Path(filename)
-    return not (filename.startswith("<") or "site-packages" in path.parts or {here, library} & set(path.parents))
+    # Neither Python's own code, nor a library's, nor marval's.
+    others = ("<", str(Path(os.__file__).parent), str(Path(__file__).parents[1]))
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(others) and "site-packages" not in Path(frame.filename).parts
+    ]
+    if frames:
+        return f"{frames[-1].filename}, line {frames[-1].lineno}: {message}"
+    return message.removeprefix("ValueError: ")

@@ -1,21 +1,18 @@
 """Small image classifiers: `plain` serves as a reward, `residual` as the held-out judge that no reward sees."""
 
-import json
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from marval.io.checkpoint import check_tensors
-from marval.io.files import write_tensors
-from marval.rewards.prompts import Prompt
+from marval.rewards.weights import described_file, read_described, save_described
 
 Architecture = Literal["plain", "residual"]
+MAKER = "marval train classifier"
 
 
 def plain_network(channels: int, classes: int) -> nn.Module:
@@ -88,60 +85,50 @@ class ClassifierReward:
         Raises:
             ValueError: a prompt that was made for no class, or for one that the classifier does not know.
         """
-        name = prompt.class_name if isinstance(prompt, Prompt) else ""
+        name, names = getattr(prompt, "class_name", ""), self.classifier.class_names
         if not name:
             raise ValueError(
                 f"prompt {str(prompt)!r} was made for no class: the classifier's reward takes the prompts of classes, "
                 "as marval.rewards.Prompt.of('a picture of {}', 'bag') makes them"
             )
-        names = self.classifier.class_names
         if name not in names:
             raise ValueError(
-                f"the classifier does not know {name!r}: it tells {', '.join(names[:10])} apart; make one "
-                "for this model's classes with marval train-classifier, then --classifier FILE"
+                f"the classifier does not know {name!r}: it tells {', '.join(names[:10])} apart; make one for this "
+                f"model's classes with {MAKER}, then --classifier FILE"
             )
         return names.index(name)
 
 
+def load_classifier_reward(name: str, source: str, device: torch.device | str = "cpu") -> ClassifierReward:
+    """The reward of a classifier's file, or of a bundled one by name."""
+    return ClassifierReward(load_classifier(source).to(device))
+
+
 def save_classifier(file: Path, classifier: Classifier, figures: dict[str, object]) -> None:
     """Write a classifier and what is known of it (`figures`) to one safetensors file."""
-    about = {
-        "architecture": classifier.architecture, "channels": classifier.channels,
-        "class_names": classifier.class_names, "figures": figures,
-    }  # fmt: skip
-    tensors = {name: t.detach().cpu() for name, t in classifier.state_dict().items()}
-    write_tensors(file, tensors, {"format": "pt", "classifier": json.dumps(about)})
+    fields = ("architecture", "channels", "class_names")
+    about = {name: getattr(classifier, name) for name in fields}
+    save_described(file, classifier, "classifier", {**about, "figures": figures})
 
 
-def classifier_file(file: Path | str) -> Path:
+def classifier_file(name: Path | str) -> Path:
     """Where a classifier lies: a bundled one by name ("fashion-classifier", "fashion-judge"), or a file.
 
     Raises:
         ValueError: no such file.
     """
-    bundled = Path(str(files("marval"))) / "assets" / f"{file}.safetensors"
-    path = bundled if bundled.is_file() else Path(file)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: make a classifier with marval train-classifier")
-    return path
+    return described_file(name, MAKER)
 
 
-def load_classifier(file: Path | str) -> Classifier:
+def load_classifier(name: Path | str) -> Classifier:
     """Read a classifier (see `classifier_file`).
 
     Raises:
         ValueError: no such file, or not a classifier.
     """
-    path = classifier_file(file)
-    try:
-        with safe_open(path, framework="pt") as content:
-            about = json.loads((content.metadata() or {}).get("classifier", "null"))
-            if about is None:
-                raise ValueError(f"{path} is not a classifier: make one with marval train-classifier")
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from None
+    file = classifier_file(name)
+    about, tensors = read_described(file, "classifier", MAKER)
     classifier = Classifier(about["architecture"], about["channels"], tuple(about["class_names"]))
-    check_tensors(path, tensors, classifier.state_dict())
+    check_tensors(file, tensors, classifier.state_dict())
     classifier.load_state_dict(tensors, strict=True)
     return classifier.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Rewards by CLIP's dual encoder: `clip` (Radford et al. 2021) and `pickscore` (Kirstain et al. 2023)."""
+"""Rewards on CLIP's encoders: `clip` (Radford et al. 2021), `pickscore` (Kirstain et al. 2023), `aesthetic`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,11 +6,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from marval.rewards.preprocess import Preprocessing
 from marval.rewards.prompts import Prompts
-from marval.rewards.weights import CLIP_FILES, find_folder, load_clip, load_tokenizer
+from marval.rewards.weights import (
+    CLIP,
+    IMAGE_FILES,
+    Part,
+    find_parts,
+    load_clip,
+    load_strict,
+    load_tokenizer,
+    read_weights,
+)
+
+AESTHETIC = Part("trl-lib/ddpo-aesthetic-predictor", (("aesthetic-model.pth", "*.pth"),))
 
 
 class ClipReward:
@@ -36,28 +47,53 @@ def image_embeddings(model: Any, pixels: Float[Tensor, "b 3 s s"]) -> Float[Tens
     return F.normalize(model.visual_projection(model.vision_model(pixels).pooler_output), dim=1)
 
 
-def load_clip_reward(source: str, device: torch.device | str = "cpu") -> ClipReward:
-    """CLIP score: 100 times the cosine (Hessel et al. 2021; not cut off at 0, where it would have no gradient).
+def load_cosine(name: str, source: str, device: torch.device | str = "cpu") -> ClipReward:
+    """The reward `clip`, 100 times the cosine, of any CLIP; or `pickscore`, the cosine times its model's own scale.
+
+    Hessel et al. 2021 cut the CLIP score off at 0, where it would have no gradient; here it is not.
 
     Args:
-        source: a folder in transformers' form, or a hub id, of any CLIP.
-
-    Raises:
-        ValueError: files that are missing or damaged, or transformers is not installed.
+        source: a folder in transformers' form, or a hub id.
     """
-    folder = find_folder("clip", source, CLIP_FILES)
+    (folder,) = find_parts(name, source, CLIP)
     preprocessing = Preprocessing.read(folder / "preprocessor_config.json")
-    model = load_clip("clip", folder).to(device)
-    return ClipReward(model, load_tokenizer("clip", folder), preprocessing, scale=100.0)
+    model = load_clip(name, folder).to(device)
+    scale = 100.0 if name == "clip" else float(model.logit_scale.exp())
+    return ClipReward(model, load_tokenizer(name, folder), preprocessing, scale)
 
 
-def load_pickscore(source: str, device: torch.device | str = "cpu") -> ClipReward:
-    """PickScore: the cosine times the model's own scale; the paper's reward (about 20).
+class ScoreHead(nn.Module):
+    """Five linear layers with nothing but (untrained) dropout between them; ImageReward has the same."""
 
-    Raises:
-        ValueError: as `load_clip_reward`.
+    def __init__(self, inputs: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(inputs, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2),
+            nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1),
+        )  # fmt: skip
+
+    def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, " b"]:
+        return self.layers(x)[:, 0]
+
+
+class AestheticReward:
+    """The score (about 1 to 10) that people would give the picture; the prompt does not matter."""
+
+    def __init__(self, model: Any, head: ScoreHead, preprocessing: Preprocessing):
+        self.model, self.head, self.preprocessing = model, head, preprocessing
+
+    def __call__(self, images: Float[Tensor, "b c h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+        return self.head(image_embeddings(self.model, self.preprocessing(images)))
+
+
+def load_aesthetic(name: str, source: str, device: torch.device | str = "cpu") -> AestheticReward:
+    """LAION's improved aesthetic predictor (Schuhmann 2022): a linear head on CLIP ViT-L/14's embeddings.
+
+    Args:
+        source: a folder with CLIP ViT-L/14 in transformers' form and the head's .pth beside it, or the head's hub id.
     """
-    folder = find_folder("pickscore", source, CLIP_FILES)
-    preprocessing = Preprocessing.read(folder / "preprocessor_config.json")
-    model = load_clip("pickscore", folder).to(device)
-    return ClipReward(model, load_tokenizer("pickscore", folder), preprocessing, float(model.logit_scale.exp()))
+    folder, clip = find_parts(name, source, AESTHETIC, Part(CLIP.repo, IMAGE_FILES, CLIP.more))
+    file, tensors = read_weights(name, folder, "*.pth")
+    model = load_clip(name, clip).to(device)
+    head = load_strict(lambda: ScoreHead(model.config.projection_dim), tensors, file).to(device)
+    return AestheticReward(model, head, Preprocessing.read(clip / "preprocessor_config.json"))

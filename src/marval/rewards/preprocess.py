@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class Preprocessing:
     """Antialiased bicubic resize, centre crop (or padding) and normalisation, as PIL-based processors do them.
 
-    Fit "crop": the shorter side becomes `resize` and the middle `side` x `side` stays (CLIP). "pad": the longer side
-    becomes `side` and black fills the rest (HPSv2). "stretch": both sides become `side` (BLIP).
+    Fit "crop": the shorter side becomes `resize` and the middle `side` x `side` stays (CLIP, ImageReward). "pad": the
+    longer side becomes `side` and black fills the rest (HPSv2).
 
     Within 2/255 of the processors. Pillow 13 resizes the columns of tall pictures (from 1:1.5 on) before the rows, and
     clips between the two: there a few pixels beside hard edges differ by up to 6/255.
@@ -27,7 +27,7 @@ class Preprocessing:
 
     side: int = 224
     resize: int = 224
-    fit: Literal["crop", "pad", "stretch"] = "crop"
+    fit: Literal["crop", "pad"] = "crop"
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     round_half_even: bool = False  # where the crop begins when a half pixel is over: torchvision's way, not PIL's
@@ -49,53 +49,44 @@ class Preprocessing:
             x = F.interpolate(x, size, mode="bicubic", antialias=True)
             x = x + (x.clamp(0, 1) - x).detach()
         if self.fit == "crop":
-            top, left = (self._start(length) for length in (rows, columns))
+            top, left = ((n - self.side) // 2 for n in (rows, columns))
+            if self.round_half_even:
+                top, left = (round((n - self.side) / 2) for n in (rows, columns))
             x = x[:, :, top : top + self.side, left : left + self.side]
-        elif self.fit == "pad":
-            over, across = self.side - rows, self.side - columns
-            x = F.pad(x, (across // 2, across - across // 2, over // 2, over - over // 2))
+        else:
+            top, left = ((self.side - n) // 2 for n in (rows, columns))
+            x = F.pad(x, (left, self.side - columns - left, top, self.side - rows - top))
         mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device)[:, None, None] for v in (self.mean, self.std))
         return (x - mean) / std
 
     def resized(self, rows: int, columns: int) -> tuple[int, int]:
         """The size that an image is resized to, before the crop or the padding."""
-        if self.fit == "stretch":
-            return self.side, self.side
         if self.fit == "pad":
             scale = self.side / max(rows, columns)
             return round(rows * scale), round(columns * scale)
         longer = int(self.resize * max(rows, columns) / min(rows, columns))
         return (self.resize, longer) if rows <= columns else (longer, self.resize)
 
-    def _start(self, length: int) -> int:
-        over = length - self.side
-        return round(over / 2) if self.round_half_even else over // 2
-
     @classmethod
     def read(cls, file: Path) -> "Preprocessing":
-        """What a `preprocessor_config.json` of CLIP's or BLIP's processor says.
+        """What a `preprocessor_config.json` of CLIP's processor says.
 
         Raises:
-            ValueError: not such a file, or a kind of processing that is not one of ours.
+            ValueError: not such a file, or a kind of processing that is not CLIP's.
         """
         try:
-            said = json.loads(file.read_text())
-            size, crop = said.get("size", 224), said.get("crop_size", 224)
-            if said.get("resample", 3) != 3:
-                raise ValueError(f"resampling {said['resample']}: expected 3 (bicubic)")
-            constants: dict[str, Any] = {
-                "mean": tuple(said.get("image_mean", CLIP_MEAN)), "std": tuple(said.get("image_std", CLIP_STD)),
-            }  # fmt: skip
-            if isinstance(size, dict) and "height" in size:
-                if size["height"] != size["width"] or said.get("do_center_crop", False):
-                    raise ValueError(f"size {size}, crop {crop}: expected a square")
-                return cls(size["height"], size["height"], "stretch", **constants)
-            resize = size["shortest_edge"] if isinstance(size, dict) else size
-            side = crop["height"] if isinstance(crop, dict) else crop
-            if side > resize or not said.get("do_center_crop", True):
-                raise ValueError(f"size {size}, crop {crop}: expected a centre crop no larger than the image")
-            return cls(side, resize, "crop", **constants)
-        except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file} is not a processor's configuration ({type(error).__name__}: {error})") from None
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+            about = json.loads(file.read_text())
+            size, crop = about.get("size", 224), about.get("crop_size", 224)
+            resize = size["shortest_edge"] if isinstance(size, dict) else int(size)
+            side = crop["height"] if isinstance(crop, dict) else int(crop)
+            mean, std = tuple(about.get("image_mean", CLIP_MEAN)), tuple(about.get("image_std", CLIP_STD))
+        except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{file} is no configuration of CLIP's processor ({type(error).__name__}: {error})"
+            ) from None
+        if about.get("resample", 3) != 3 or side > resize or not about.get("do_center_crop", True):
+            raise ValueError(
+                f"{file}: size {size}, crop {crop}, resampling {about.get('resample')}: expected 3 (bicubic), and a "
+                "centre crop no larger than the image"
+            )
+        return cls(side, resize, "crop", mean, std)

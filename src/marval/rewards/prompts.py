@@ -27,11 +27,7 @@ class Prompt(str):
 
 
 def prompts_of(template: str, class_names: Sequence[str], labels: Sequence[int]) -> list[Prompt]:
-    """A prompt for each label.
-
-    Raises:
-        ValueError: as `Prompt.of`.
-    """
+    """A prompt for each label, as `Prompt.of` makes it."""
     return [Prompt.of(template, class_names[label]) for label in labels]
 
 
@@ -46,7 +42,5 @@ class Prompts:
         """The tensors of `prompts`, stacked."""
         # Not in inference mode, whatever the caller is in: what is remembered may later be part of a gradient.
         with torch.inference_mode(False), torch.no_grad():
-            for prompt in dict.fromkeys(prompts):
-                if prompt not in self.known:
-                    self.known[prompt] = self.of(prompt)
+            self.known |= {prompt: self.of(prompt) for prompt in dict.fromkeys(prompts) if prompt not in self.known}
         return torch.stack([self.known[prompt] for prompt in prompts])

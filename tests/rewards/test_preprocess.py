@@ -11,7 +11,7 @@ from marval.data import load_fashion_sample
 from marval.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocessing
 from marval.runtime.rng import generator
 
-STEP = 2 / 255  # what two levels of a byte are
+STEP = 2 / 255  # two levels of a byte
 
 
 def real_pictures():
@@ -26,9 +26,9 @@ def real_pictures():
         "landscape 640x427": china,
         "strip 601x150": flower.crop((20, 100, 621, 250)),
         "tall 131x170": china.crop((100, 10, 231, 180)),
-        "small square 97x97": flower.crop((200, 150, 297, 247)),
         "clothing 28x28": sneaker,
         "clothing 280x301": sneaker.resize((280, 301), Image.Resampling.BICUBIC),
+        "very tall 131x397": china.crop((100, 10, 231, 407)),
     }
 
 
@@ -45,28 +45,23 @@ def unnormalised(pixels):
 
 @pytest.mark.parametrize("side", [224, 64])
 @pytest.mark.parametrize("name", PICTURES)
-def test_equals_clips_and_blips_own_processor(name, side, tmp_path):
-    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+def test_equals_clips_own_processor(name, side, tmp_path):
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    processors = [
-        CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
-        CLIPImageProcessorPil(size={"shortest_edge": side + 32}, crop_size={"height": side, "width": side}),
-        BlipImageProcessorPil(size={"height": side, "width": side}),
-    ]
-    for processor in processors:
+    for resize in (side, side + 32):
+        processor = CLIPImageProcessorPil(size={"shortest_edge": resize}, crop_size={"height": side, "width": side})
         expected = torch.from_numpy(np.asarray(processor(PICTURES[name])["pixel_values"]))
         processor.save_pretrained(tmp_path)
         ours = Preprocessing.read(tmp_path / "preprocessor_config.json")(as_tensor(PICTURES[name]))
         assert ours.shape == expected.shape == (1, 3, side, side)
-        assert (unnormalised(ours) - unnormalised(expected)).abs().max() <= STEP
+        limit = 3 * STEP if "very tall" in name else STEP  # Pillow 13 changes the order of its two passes there
+        assert (unnormalised(ours) - unnormalised(expected)).abs().max() <= limit
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", [name for name in PICTURES if "very" not in name])
 def test_equals_torchvisions_crop_and_hpss_padding(name):
     picture = PICTURES[name]
     width, height = picture.size
-    scale = 224 / min(width, height)
     size = (224, int(height * 224 / width)) if width <= height else (int(width * 224 / height), 224)
     resized = picture.resize(size, Image.Resampling.BICUBIC)
     left, top = (round((length - 224) / 2) for length in size)  # torchvision's CenterCrop
@@ -80,8 +75,8 @@ def test_equals_torchvisions_crop_and_hpss_padding(name):
     assert (unnormalised(Preprocessing(fit="pad")(as_tensor(picture))) - as_tensor(canvas)).abs().max() <= STEP
 
 
-@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
-@pytest.mark.parametrize("shape", [(28, 28), (60, 40), (224, 224), (350, 610)])
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+@pytest.mark.parametrize("shape", [(28, 28), (60, 40), (350, 610)])
 def test_every_pixel_of_the_crop_has_a_finite_gradient_that_is_not_zero(fit, shape):
     """Also where the picture is black or white and bicubic weights overshoot."""
     images = (torch.rand(2, 1, *shape, generator=generator("pixels")) * 3 - 1).clamp(0, 1).requires_grad_(True)
@@ -96,22 +91,10 @@ def test_every_pixel_of_the_crop_has_a_finite_gradient_that_is_not_zero(fit, sha
     assert (gradient != 0).all()
 
 
-def test_gradient_equals_finite_differences_in_float64():
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_gradient_equals_finite_differences_in_float64(fit):
     images = 0.3 + 0.4 * torch.rand(1, 3, 11, 9, generator=generator("images"), dtype=torch.float64)
-    for fit in ("crop", "pad", "stretch"):
-        preprocessing = Preprocessing(8, 8, fit)
-        assert torch.autograd.gradcheck(preprocessing, images.clone().requires_grad_(True))
-
-
-def test_much_taller_pictures_are_within_6_levels():
-    """Pillow 13 changes the order of its two passes there."""
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    picture = PICTURES["landscape 640x427"].crop((100, 10, 231, 407))
-    expected = torch.from_numpy(np.asarray(CLIPImageProcessorPil()(picture)["pixel_values"]))
-    difference = (unnormalised(Preprocessing()(as_tensor(picture))) - unnormalised(expected)).abs()
-    assert difference.max() <= 3 * STEP
-    assert (difference > STEP).float().mean() < 1e-3
+    assert torch.autograd.gradcheck(Preprocessing(8, 8, fit), images.requires_grad_(True))
 
 
 def test_grey_pictures_become_three_channels_and_others_are_refused():
@@ -124,11 +107,10 @@ def test_grey_pictures_become_three_channels_and_others_are_refused():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"size": 224, "crop_size": 224, "resample": 2}, "expected 3"),
-        ({"size": {"height": 224, "width": 200}, "do_center_crop": False}, "square"),
-        ({"size": 200, "crop_size": 224}, "centre crop"),
-        ({"size": {"longest": 3}}, "not a processor's configuration"),
-        ([], "not a processor's configuration"),
+        ({"size": 224, "crop_size": 224, "resample": 2}, "resampling 2: expected 3"),
+        ({"size": 200, "crop_size": 224}, "a centre crop no larger"),
+        ({"size": {"height": 224, "width": 200}}, "no configuration of CLIP's processor"),
+        ([], "no configuration of CLIP's processor"),
     ],
 )
 def test_other_processing_is_refused(content, message, tmp_path):
