@@ -15,6 +15,7 @@ from marval.data.latents import PLAN
 from marval.io.checkpoint import weights_hash
 from marval.io.files import check_output, locked
 from marval.runtime.distributed import Workers
+from marval.runtime.log import event_writer
 
 RUN = "run.json"  # beside the tensors of a saved state
 LOCK = ".lock"  # in the run's folder, while it runs
@@ -33,18 +34,24 @@ class Run:
     folder: Path
     resume: bool
     workers: Workers
+    tensorboard: bool = False  # write event files beside the log
 
 
 @contextlib.contextmanager
-def open_run(folder: Path, *, resume: bool = False, workers: Workers | None = None) -> Iterator[Run]:
+def open_run(
+    folder: Path, *, resume: bool = False, workers: Workers | None = None, tensorboard: bool = False
+) -> Iterator[Run]:
     """Lock a run's folder, which is made where it is missing; remove it if it stays empty.
 
     Args:
         workers: the processes that share the work; this one alone when None.
+        tensorboard: write TensorBoard's event files beside the log.
 
     Raises:
-        ValueError: as `check_resume`, or another run is at work there.
+        ValueError: as `check_resume`, another run is at work there, or TensorBoard is not installed.
     """
+    if tensorboard:
+        event_writer()  # now, not when the models are loaded
     workers = workers or Workers()
     with contextlib.ExitStack() as stack:
 
@@ -56,7 +63,7 @@ def open_run(folder: Path, *, resume: bool = False, workers: Workers | None = No
                 stack.enter_context(locked(folder / LOCK, wait=False))
 
         workers.together(lock)
-        yield Run(folder, resume, workers)
+        yield Run(folder, resume, workers, tensorboard)
 
 
 def saved_states(folder: Path) -> list[Path]:

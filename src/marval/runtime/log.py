@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from torch import Tensor
@@ -15,6 +15,9 @@ from marval.io.files import write_text
 from marval.presets import RunConfig
 from marval.runtime.distributed import Workers
 from marval.runtime.optim import MOST_SKIPPED, Optimizer
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 LOG = "log.jsonl"
 Figures = dict[str, Tensor | float]
@@ -57,15 +60,33 @@ def due(update: int, settings: RunConfig, workers: Workers, probe_every: int = 0
     return Due(update, save or probe or update % settings.log_every == 0, probe, save, last)
 
 
+def event_writer() -> "type[SummaryWriter]":
+    """What writes TensorBoard's event files.
+
+    Raises:
+        ValueError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs its package: pip install tensorboard") from error
+    return SummaryWriter
+
+
 class Log:
     """Appends one JSON object per line to a run's log, and prints a progress line now and then."""
 
-    def __init__(self, file: Path, workers: Workers, start: int, total: int, batch_size: int):
+    def __init__(
+        self, file: Path, workers: Workers, start: int, total: int, batch_size: int, tensorboard: bool = False
+    ):
         self.file, self.workers = file, workers
         self.start, self.total, self.batch_size = start, total, batch_size
         self.began = self.printed = time.monotonic()
         if workers.main and start == 0:  # an earlier run's log, of which nothing was saved
             file.unlink(missing_ok=True)
+        self.events: SummaryWriter | None = None
+        if tensorboard and workers.main:  # what an earlier run wrote beyond `start` is void
+            self.events = event_writer()(str(file.parent), purge_step=start + 1)
         self.console = Console(quiet=not workers.main)
         self.interval = 1.0 if self.console.is_terminal else 30.0
 
@@ -83,6 +104,10 @@ class Log:
             line = {name: float(f"{v:.6g}") if math.isfinite(v) else None for name, v in values.items()}
             with self.file.open("a") as out:
                 out.write(json.dumps({"update": update, **line}) + "\n")
+        if self.events is not None:
+            for name, value in values.items():
+                self.events.add_scalar(name, value, update)
+            self.events.flush()
         now = time.monotonic()
         if now - self.printed < self.interval and update < self.total:
             return

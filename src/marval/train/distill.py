@@ -179,7 +179,7 @@ def distill(
     described = {**config.to_dict(), **dataclasses.asdict(settings), **origin}
     state = State(run, described, {"student": student, "auxiliary": phi, "ema": ema}, adams)
     start, _ = state.load()
-    log = Log(run.folder / LOG, workers, start, settings.updates, settings.batch_size)
+    log = Log(run.folder / LOG, workers, start, settings.updates, settings.batch_size, run.tensorboard)
     space, schedule, draw = token_space(config.space, device), NoiseSchedule.full(device), draw_function(config)
 
     for update in workers.updates(start, settings.updates):

@@ -116,7 +116,7 @@ def train_teacher(
     described = {**config.to_dict(), **dataclasses.asdict(settings), "data_set": data_identity(data), "init": begun}
     state = State(run, described, {"model": model, "ema": ema}, {"model": adam})
     start, _ = state.load()
-    log = Log(run.folder / LOG, workers, start, settings.updates, batch_size)
+    log = Log(run.folder / LOG, workers, start, settings.updates, batch_size, run.tensorboard)
     space, schedule = token_space(config.space, device), NoiseSchedule.full(device)
 
     for update in workers.updates(start, settings.updates):

@@ -158,7 +158,7 @@ def tune(
     state, keeper = State(run, origin, networks.named, adams), Keeper(settings)
     start, kept = state.load()
     keeper.load_state_dict(kept)
-    log = Log(run.folder / LOG, workers, start, settings.updates, settings.batch_size)
+    log = Log(run.folder / LOG, workers, start, settings.updates, settings.batch_size, run.tensorboard)
     if start == 0:
         keeper.see(probe(Pipeline(ema, config, space)))
         save_network(run.folder / "model", merged(ema), config, workers)
