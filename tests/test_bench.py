@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -128,27 +126,3 @@ def test_savings_are_shares_and_vanish_where_all_tokens_are_drawn_at_once():
         assert all(0 < share < 1 for share in savings(config, k).values())
     assert savings(config, 1)["last block computes drawn tokens only"] == 0
     assert savings(config, 1)["head computes drawn tokens only"] == 0
-
-
-def test_the_command_writes_rows_and_refuses_nonsense(tmp_path):
-    def run(*arguments):
-        command = [sys.executable, "-m", "marval", "bench", *arguments, "--out", str(tmp_path / "bench.json")]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-    done = run("fashion-student", "--iterations", "2", "--batches", "1", "--repeats", "1")
-    assert done.returncode == 0, done.stderr
-    assert "% of the peak" in done.stdout
-    for arguments in [("imagenet256-tiny",), ("fashion-student", "--batches", "0"), ()]:
-        refused = run(*arguments)
-        assert refused.returncode == 2
-        assert refused.stderr.count("\n") <= 1 or not arguments
-
-
-@pytest.mark.slow
-def test_compiled_models_run(tmp_path):
-    """In a process of its own: the tests' shape checks cannot be compiled."""
-    command = [sys.executable, "-m", "marval", "bench", "fashion-student", "--compiled", "--iterations", "2"]
-    command += ["--batches", "1", "--repeats", "1", "--out", str(tmp_path / "bench.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((tmp_path / "bench.json").read_text())["bench"]["rows"][0]["compiled"]

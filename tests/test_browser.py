@@ -10,8 +10,8 @@ from PIL import Image
 import marval as package
 from marval.io.images import to_pil
 from marval.recipe import find_pipelines, read_recipe, redraw
+from processes import marval
 from serving import MODELS, needs_chromium, shoot, slide, tab
-from test_cli import marval
 from test_page import BAD_FILES, content, photo
 
 

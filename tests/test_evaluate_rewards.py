@@ -8,8 +8,8 @@ import torch
 from marval.config import OneStep
 from marval.evaluate.images import draw_bytes
 from marval.evaluate.rewards import evaluate_rewards
+from processes import marval, refused
 from processes import marval as processes_marval
-from test_cli import marval, refused
 from test_evaluate import tiny_pipeline
 
 

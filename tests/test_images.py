@@ -88,7 +88,7 @@ def test_another_models_images_and_damaged_shards_are_refused(tmp_path):
         return drawn
 
     drawn = draw("one")
-    with pytest.raises(ValueError, match="holds images of sha256 'one', expected 'two': choose another --images"):
+    with pytest.raises(ValueError, match="holds images of sha256 'one', expected 'two': choose another --keep-images"):
         draw("two")
     file, rows = drawn.shards[1]
     file.write_bytes(file.read_bytes()[:50])

@@ -108,12 +108,10 @@ def nothing_drawn(monkeypatch):
         (measuring("--data", "folder:nowhere"), ("nowhere",)),
         (measuring("--judge", "nowhere"), ("nowhere",)),
         (measuring("--reference", "nowhere.npz"), ("nowhere.npz",)),
-        (measuring("--images", "pictures/cross/0.png"), ("0.png",)),
+        (measuring("--keep-images", "pictures/cross/0.png"), ("0.png",)),
         (measuring(model="nowhere"), ("nowhere",)),
-        (("sweep", "student", "--out", "pictures"), ("pictures", "folder")),
-        (("sweep", "student", "--plot", "pictures"), ("pictures", "folder")),
-        (("bench", "student", "--out", "pictures"), ("pictures", "folder")),
-        (("bench", "student", "--samples", 8, "--plot", "student/config.json/p.png"), ("p.png",)),
+        (measuring("--batches", 1, "--plot", "pictures"), ("pictures", "folder")),
+        (("evaluate", "student", "--samples", 8, "--plot", "student/config.json/p.png"), ("p.png",)),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_anything_is_drawn(run, nothing_drawn, arguments, words):
@@ -133,10 +131,10 @@ def test_a_folder_of_others_is_not_taken_for_images(run, work, nothing_drawn):
     kept = work / "drawn" / "student-K2-seed0-8"
     kept.mkdir(parents=True)
     (kept / "shard-00000.safetensors").write_text("mine")
-    refused(run(*measuring("--images", "drawn")), "holds files but no plan.json", "another --images")
+    refused(run(*measuring("--keep-images", "drawn")), "holds files but no plan.json", "another --keep-images")
     assert (kept / "shard-00000.safetensors").read_text() == "mine"
     (kept / "plan.json").write_text("[]")
-    refused(run(*measuring("--images", "drawn")), "plan.json is damaged")
+    refused(run(*measuring("--keep-images", "drawn")), "plan.json is damaged")
 
 
 @pytest.mark.parametrize(
@@ -255,18 +253,6 @@ def test_every_timing_waits_for_the_device_before_and_after(monkeypatch):
     monkeypatch.setattr("marval.evaluate.timing.SHORTEST", 0.0)
     in_turns([lambda: said.append("job")], 2, torch.device("cpu"))
     assert said == ["wait", "job", "wait"] * 3
-
-
-def test_the_smallest_k_decides_the_batches_that_are_timed(run, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "marval.evaluate.throughput.worthwhile_batches",
-        lambda pipelines, smallest, autocast: asked.append(smallest) or (1,),
-    )
-    monkeypatch.setattr("marval.evaluate.timing.SHORTEST", 0.0)
-    code, _, error = run("bench", "student", "--iterations", 8, 2, 4, "--repeats", 1, "--out", "b.json")
-    assert (code, error) == (0, "")
-    assert asked == [[2]]
 
 
 # Figures

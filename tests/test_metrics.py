@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from marval.cli.arguments import judge_for
 from marval.data import ImageData
 from marval.evaluate import fidelity
 from marval.evaluate.features import (
@@ -20,6 +19,7 @@ from marval.evaluate.features import (
     find_features,
     frechet_distance,
 )
+from marval.evaluate.inputs import judge_for
 from marval.evaluate.judge import Judge, data_hash, judge_by_reference, load_judge
 from marval.evaluate.metrics import MOST, RealSample, expected_bias, kernel_distance, neighbour_figures
 from marval.pipeline import Pipeline, load

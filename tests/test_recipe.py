@@ -14,7 +14,7 @@ from marval.io.images import png_bytes, to_pil
 from marval.pipeline import Pipeline
 from marval.recipe import KEY, Recipe, batch_recipes, draw_recipe, find_pipelines, make_recipe, pack_upload, redraw
 from marval.recipe import read_recipe as read
-from test_cli import marval, refused
+from processes import marval, refused
 from tiny import tiny_config, tiny_model
 
 

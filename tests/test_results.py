@@ -305,18 +305,17 @@ def work(tmp_path_factory):
     return root
 
 
-def test_bench_measures_teachers_at_several_t_and_draws_the_curve(work):
+def test_evaluate_measures_teachers_at_several_t_and_draws_the_curve(work):
     done = marval(
-        "bench", "teacher", "student", "--iterations", 2, 4, "--diffusion-steps", 2, 5, "--batches", 1, 2,
+        "evaluate", "teacher", "student", "--iterations", 2, 4, "--diffusion-steps", 2, 5, "--batches", 1, 2,
         "--repeats", 1, "--samples", 8, "--plot", "curve.png", "--out", "bench.json", cwd=work,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows = read_results(work / "bench.json")["bench"]["rows"]
+    rows = read_results(work / "bench.json")["timing"]["rows"]
     assert len(rows) == 2 * 2 * 3
     assert {row["draw"].get("diffusion_steps") for row in rows} == {5, 2, None}
-    assert all(row["memory_bytes"] > 0 and len(row["sha256"]) == 64 and row["made"]["device"] for row in rows)
-    assert len(points_of(work / "bench.json", part="bench", batch=1)) == 6
-    assert "images / s (batch)" in done.stdout
+    assert all(len(row["sha256"]) == 64 and row["made"]["device"] for row in rows)
+    assert len(points_of(work / "bench.json", part="timing", batch=1)) == 6
     assert "8 images are fewer than 1280 features" in done.stdout
     assert Image.open(work / "curve.png").size[0] > 500
 
@@ -325,8 +324,9 @@ def test_two_processes_evaluate_as_one_and_say_what_made_the_row(work):
     count = SHARD + 10  # each process draws a shard
     for processes in (1, 2):
         done = marval(
-            "evaluate", "student", "--iterations", 2, "--samples", count, "--batches", "--images", f"drawn-{processes}",
-            "--image-format", "png", "--out", f"{processes}.json", cwd=work, processes=processes,
+            "evaluate", "student", "--iterations", 2, "--samples", count, "--batches",
+            "--keep-images", f"drawn-{processes}", "--image-format", "png", "--out", f"{processes}.json",
+            cwd=work, processes=processes,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         (row,) = read_results(work / f"{processes}.json")["quality"]["rows"]
@@ -343,7 +343,7 @@ def test_two_processes_evaluate_as_one_and_say_what_made_the_row(work):
 
 def test_images_of_rows_that_are_measured_are_drawn_and_exported(work):
     arguments = ("evaluate", "student", "--iterations", 2, 2, "--samples", 6, "--batches", "--out", "kept.json")
-    for kept in ((), ("--images", "kept", "--image-format", "npz")):
+    for kept in ((), ("--keep-images", "kept", "--image-format", "npz")):
         done = marval(*arguments, *kept, cwd=work)
         assert done.returncode == 0, done.stderr
         assert len(read_results(work / "kept.json")["quality"]["rows"]) == 1
@@ -351,8 +351,8 @@ def test_images_of_rows_that_are_measured_are_drawn_and_exported(work):
     with np.load(archive) as content:
         assert content["arr_0"].shape == (6, 8, 8, 3)
         assert content["arr_1"].tolist() == [0, 1] * 3
-    done = marval("evaluate", "student", "--rewards", "bright:bright", "--iterations", 2, "--samples", 6, "--images",
-                  "kept", "--out", "rewards.json", cwd=work)  # fmt: skip
+    done = marval("evaluate", "student", "--rewards", "bright:bright", "--iterations", 2, "--samples", 6,
+                  "--keep-images", "kept", "--out", "rewards.json", cwd=work)  # fmt: skip
     assert done.returncode == 0, done.stderr
     (row,) = read_results(work / "rewards.json")["rewards"]["rows"]
     assert row["rewards"]["bright:bright"]["mean"] == pytest.approx(content_mean(archive), rel=1e-4)
@@ -372,12 +372,12 @@ def content_mean(archive):
 
 def test_sweep_and_compare_run(work):
     done = marval(
-        "sweep", "teacher", "--iterations", 2, 4, "--guidance", 1, 2, "--diffusion-steps", 3, "--samples", 8,
-        "--budget", 60, "--repeats", 1, "--plot", "sweep.png", "--out", "sweep.json", cwd=work, processes=2,
+        "evaluate", "teacher", "--iterations", 2, 4, "--guidance", 1, 2, "--diffusion-steps", 3, "--samples", 8,
+        "--budget", 60, "--batches", 1, "--repeats", 1, "--plot", "sweep.png", "--out", "sweep.json",
+        cwd=work, processes=2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "best within 60 s an image: tiny K=" in done.stdout
-    assert done.stdout.count("| tiny |") == 4
     assert (work / "sweep.png").is_file()
     done = marval("compare", "sweep.json", "sweep.json", cwd=work)
     assert done.returncode == 0, done.stderr
@@ -387,22 +387,22 @@ def test_sweep_and_compare_run(work):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("sweep", "student", "--guidance", 2), ("guidance", "baked in")),
-        (("bench", "student", "impostor"), ("two different models are named student",)),
+        (("evaluate", "student", "--guidance", 2), ("guidance", "baked in")),
+        (("evaluate", "student", "impostor"), ("two different models are named student",)),
         (
             ("evaluate", "student", "--reference", "adm.npz"),
             ("adm.npz", "openaipublic", "SHA-256 b32732719497"),
         ),
         (("compare", "a.json", "b.json"), ("a.json is not there",)),
-        (("bench", "imagenet256-base", "student"), ("random weights",)),
+        (("evaluate", "imagenet256-base", "student"), ("random weights",)),
         (("evaluate", "student", "--samples", 1), ("--samples 1", "at least 2")),
         (("evaluate", "student", "--iterations", 99), ("--iterations 99", "1 to 16")),
-        (("evaluate", "student", "--repeats", 0), ("--repeats 0",)),
+        (("evaluate", "student", "--repeats", -1), ("--repeats -1",)),
         (("evaluate", "student", "--rewards", "classifier", "--judge", "j"), ("--judge", "not with --rewards")),
-        (("evaluate", "student", "--image-format", "png"), ("--images DIR",)),
+        (("evaluate", "student", "--image-format", "png"), ("--keep-images DIR",)),
         (("evaluate", "student", "--judge", "fashion-judge"), ("--judge tells t-shirt", "cross, square")),
         (("evaluate", "student", "fashion-student"), ("fashion-student and student draw other classes",)),
-        (("bench", "student", "--iterations", 2, "--out", "other.json"), ("other weights named student",)),
+        (("evaluate", "student", "--iterations", 2, "--out", "other.json"), ("other weights named student",)),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

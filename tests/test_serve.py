@@ -15,8 +15,8 @@ from PIL import Image
 import marval as package
 from marval.io.checkpoint import save_model
 from marval.io.images import to_pil
+from processes import marval, refused
 from serving import MODELS, ROOT, SCREENSHOTS, needs_chromium, serving
-from test_cli import marval, refused
 from test_forged import Forger
 from test_page import BAD_FILES
 from tiny import tiny_config, tiny_model

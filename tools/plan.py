@@ -256,7 +256,7 @@ def _free_gradients(network: nn.Module) -> None:
 
 
 def cache_bytes(latent_channels: int = 16, side: int = 16, images: int = IMAGENET_IMAGES) -> int:
-    """Size of a cache of latents (`marval cache-latents`)."""
+    """Size of a cache of latents (`marval cache`)."""
     return images * CACHE_BYTES_PER_CHANNEL * latent_channels * side * side
 
 

@@ -104,8 +104,8 @@ class DistillConfig(RunConfig):
 
     updates: Count = 3000
     objective: Objective = "sim"
-    guidance: Guidance | None = None  # w of the teacher; its own when None
-    guidance_schedule: Schedule | None = None  # the teacher's own when None
+    guidance: Guidance | None = None  # w of the teacher; its own when left out
+    guidance_schedule: Schedule | None = None  # the teacher's own when left out
     timestep: Timestep = 755  # t*, the level at which the student is called
     batch_size: Count = 64
     tokens_per_image: Count = 16

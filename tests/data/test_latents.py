@@ -197,7 +197,7 @@ def command(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(vae, *options):
-        arguments = ["cache-latents", "cache", "--images", str(pictures), "--vae", vae, "--image-size", "16", *options]
+        arguments = ["cache", "cache", "--images", str(pictures), "--vae", vae, "--image-size", "16", *options]
         monkeypatch.setattr(sys, "argv", ["marval", *arguments])
         capsys.readouterr()
         code = 0
@@ -262,7 +262,9 @@ def test_damage_to_a_finished_cache_is_named(pictures, tmp_path):
     data = cache(pictures, tmp_path / "cache")
     shard = tmp_path / "cache/shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"shard-00001.safetensors is damaged .* remove it, and run marval cache-la"):
+    with pytest.raises(
+        ValueError, match=r"shard-00001.safetensors is damaged .* remove it, and run marval cache again"
+    ):
         data.moments(5)
     shard.unlink()
     assert torch.equal(cache(pictures, tmp_path / "cache").moments(5), cache(pictures, tmp_path / "new").moments(5))
@@ -302,7 +304,7 @@ def test_a_cache_must_fit_the_model(pictures, tmp_path):
             "made with the VAE models/kl16, the model's is models/kl16, of other",
         ),
         (latent_config(data, vae="another", vae_sha256=""), "made with the VAE models/kl16, the model's is another"),
-        (latent_config(data, scale=0.9), r"the model's is 0.9: run marval cache-latents .* --scale 0.9 "),
+        (latent_config(data, scale=0.9), r"the model's is 0.9: run marval cache .* --scale 0.9 "),
         (latent_config(data, image_size=(32, 32)), r"latents are \(2, 4, 4\), the model's are \(2, 8, 8\)"),
         (other, "the model draws pixels"),
         (tiny_config(), "classes"),
@@ -328,7 +330,7 @@ def test_a_teacher_trains_on_a_cache(pictures, tmp_path):
 def test_the_command_survives_kills(pictures, tmp_path):
     vae_folder(tmp_path / "vae")
     command = [
-        sys.executable, "-m", "marval", "cache-latents", "cache", "--images", str(pictures), "--vae", "vae",
+        sys.executable, "-m", "marval", "cache", "cache", "--images", str(pictures), "--vae", "vae",
         "--image-size", "16",
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from test_cli import MARVAL
+from processes import MARVAL
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"

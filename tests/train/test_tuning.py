@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from marval.cli import main
-from marval.cli.training import preset_settings
 from marval.config import LatentSpace, MARConfig, OneStep
 from marval.io.checkpoint import add_guidance, load_model, save_model
 from marval.model import MAR
@@ -153,7 +152,7 @@ def test_by_default_every_class_has_two_probe_images(command, tmp_path, monkeypa
     monkeypatch.setattr("marval.evaluate.probe.probe", lambda judge, samples, *a, **k: asked.append(samples))
     monkeypatch.setattr("marval.train.tune.tune", lambda *a, **k: "done")
     judge = type("Judge", (), {"classifier": None})()
-    monkeypatch.setattr("marval.cli.training.training_judge", lambda *a: judge)
+    monkeypatch.setattr("marval.evaluate.inputs.training_judge", lambda *a: judge)
     (tmp_path / "mine.py").write_text(BRIGHT)
     for count in (3, 1000):
         student_of([f"class {i}" for i in range(count)]).save(tmp_path / "student")
@@ -254,7 +253,7 @@ def test_a_latent_student_is_tuned_as_the_readme_describes(command, tmp_path):
     ).save_pretrained(tmp_path / "vae")  # fmt: skip
     classes = [f"class-{i:02d}" for i in range(30)]
     write_pictures(tmp_path / "pictures", classes, 2, side=20)
-    command("cache-latents", "cache", "--images", "pictures", "--vae", "vae", "--image-size", 16, "--scale", 0.2325)
+    command("cache", "cache", "--images", "pictures", "--vae", "vae", "--image-size", 16, "--scale", 0.2325)
     space = LatentSpace((16, 16), str(tmp_path / "vae"), vae_stride=4, latent_channels=2)
     mar = MARConfig(space.token_grid, 2, 30, 16, 1, 2, 16, 2, 2, 16, 2, buffer_size=2)
     draw = dataclasses.replace(tiny_config().draw, guidance=3.0, clip=False)
@@ -377,25 +376,6 @@ def test_the_full_size_teacher_has_mars_recipe():
     assert settings.decay == 0  # a constant rate
 
 
-@pytest.mark.parametrize(
-    ("arguments", "batch"),
-    [
-        (["imagenet256-base"], 2048),
-        (["--data", "latents:cache", "imagenet256-huge"], 2048),
-        (["--resume", "imagenet256-base"], 2048),
-        (["--no-autocast", "imagenet256-base", "--out", "x"], 2048),
-        ([], 128),
-        (["fashion-mnist"], 128),
-        (["--name", "imagenet256-base"], 128),
-        (["--name=x", "imagenet256-base"], 2048),
-    ],
-)
-def test_train_takes_the_settings_of_the_preset_that_it_is_given(arguments, batch):
-    assert preset_settings("train", arguments).batch_size == batch
-    assert preset_settings("distill", ["x", "--preset", "imagenet256-base"]).batch_size == 2048
-    assert preset_settings("sample", arguments) is None
-
-
 def test_the_full_size_recipe_reaches_the_run(command, tmp_path, monkeypatch):
     from marval.data import LatentData
 
@@ -406,7 +386,7 @@ def test_the_full_size_recipe_reaches_the_run(command, tmp_path, monkeypatch):
         "marval.train.teacher.train_teacher",
         lambda config, settings, *a, **k: found.update(config=config, settings=settings) or 1,
     )
-    command("train", "imagenet256-base", "--data", "latents:cache")
+    command("train", "--preset", "imagenet256-base", "--data", "latents:cache")
     assert found["settings"] == TrainConfig.imagenet256("base")
     assert found["config"].mar.encoder_dim == 768
     assert math.isclose(found["settings"].learning_rate, 8e-4)

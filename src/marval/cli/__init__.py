@@ -1,36 +1,27 @@
 """The command line: one verb per job. Heavy imports stand inside the verbs, so that --help answers at once."""
 
-import contextlib
 import difflib
-import functools
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
 import marval
-from marval.cli.converting import cache_latents, convert
+from marval.cli.converting import cache, convert
 from marval.cli.drawing import demo, sample, serve
-from marval.cli.measuring import bench, compare, evaluate, sweep
-from marval.cli.training import distill, preset_settings, train, train_classifier, tune
+from marval.cli.measuring import compare, evaluate
+from marval.cli.options import read
+from marval.cli.overview import help_text, print_models
+from marval.cli.training import distill, train, train_classifier, tune
 from marval.runtime.refusal import announce, watch
 
 VERBS: dict[str, Callable[..., None]] = {
-    "train": train,
-    "distill": distill,
-    "tune": tune,
-    "sample": sample,
-    "evaluate": evaluate,
-    "compare": compare,
-    "sweep": sweep,
-    "bench": bench,
-    "train-classifier": train_classifier,
-    "convert": convert,
-    "cache-latents": cache_latents,
-    "demo": demo,
-    "serve": serve,
-}
+    "demo": demo, "sample": sample, "serve": serve,
+    "train": train, "distill": distill, "tune": tune, "train classifier": train_classifier,
+    "evaluate": evaluate, "compare": compare,
+    "convert": convert, "cache": cache,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -41,7 +32,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # an ASCII terminal gets ? for what it cannot show
     try:
         try:
-            run_verb(sys.argv[1] if len(sys.argv) > 1 else "--help", sys.argv[2:])
+            run_verb(sys.argv[1:])
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -52,10 +43,10 @@ def main() -> None:
         if os.environ.get("MARVAL_DEBUG"):
             raise
         announce(error)
-        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        complain(told, 2)
+        file = error.filename if isinstance(error, OSError) else None
+        complain(f"{file}: {error.strerror}" if file and isinstance(error, OSError) else str(error), 2)
     except KeyboardInterrupt as interrupt:
-        training = len(sys.argv) > 1 and sys.argv[1].startswith(("train", "distill", "tune"))
+        training = sys.argv[1] in ("train", "distill", "tune")
         told = str(interrupt) or ("nothing was saved" if training else "")
         complain("interrupted" + (f": {told}" if told else ""), 130)
 
@@ -69,25 +60,29 @@ def wait_passively() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
-def run_verb(verb: str, arguments: list[str]) -> None:
-    """Run one verb with its arguments.
+def run_verb(arguments: list[str]) -> None:
+    """Run the verb that the arguments begin with, of one word or two.
 
     Raises:
         ValueError: no such verb, or what the verb raises.
     """
+    if not arguments:
+        print_models()
+        return
+    verb, rest = arguments[0], arguments[1:]
     if verb in ("-h", "--help"):
-        print(overview())
+        print(help_text(VERBS))
         return
     if verb == "--version":
         print(f"marval {marval.__version__}")
         return
+    if rest and f"{verb} {rest[0]}" in VERBS:
+        verb, rest = f"{verb} {rest[0]}", rest[1:]
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         raise ValueError(f"unknown verb {verb!r}: " + (f"did you mean {near[0]}?" if near else "see marval --help"))
     watch()
-    settings = preset_settings(verb, arguments)
-    function = VERBS[verb] if settings is None else functools.partial(VERBS[verb], settings=settings)
-    read_arguments(verb, function, arguments)()
+    read(VERBS[verb], rest, f"marval {verb}")()
 
 
 def complain(line: str, code: int) -> NoReturn:
@@ -104,39 +99,3 @@ def drop_output() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         os.dup2(nowhere, stream.fileno())
-
-
-def read_arguments(verb: str, function: Callable[..., None], arguments: Sequence[str]) -> Callable[[], None]:
-    """The verb with its arguments, ready to be called.
-
-    Raises:
-        ValueError: settings that check themselves refuse a value.
-        SystemExit: --help, or arguments that are none of the verb's; tyro has said so.
-    """
-    import tyro
-
-    if os.environ.get("NO_COLOR"):  # tyro does not ask
-        getattr(tyro, "_experimental_options", {})["ansi_codes"] = False
-
-    @functools.wraps(function)
-    def bind(*given: Any, **named: Any) -> Callable[[], None]:
-        return functools.partial(function, *given, **named)
-
-    bind.__doc__ = VERBS[verb].__doc__  # a partial function's own is that of all partial functions
-    # What settings refuse tyro would put into a box of several lines; other refusals, and --help, are its own.
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return tyro.cli(bind, prog=f"marval {verb}", args=arguments)
-    except SystemExit as end:
-        refusal = end.__context__
-        if refusal is not None and getattr(refusal, "arg", None) == "settings":
-            name, _, told = str(refusal.__context__).partition(" ")
-            raise ValueError(f"--{name.replace('_', '-')} {told}") from None
-    return tyro.cli(bind, prog=f"marval {verb}", args=arguments)
-
-
-def overview() -> str:
-    """What `marval --help` says."""
-    lines = ["Masked auto-regressive diffusion in one step (MARVAL).", "", "usage: marval VERB [options]", ""]
-    lines += [f"  {verb:<17} {(function.__doc__ or '').splitlines()[0]}" for verb, function in VERBS.items()]
-    return "\n".join([*lines, "", "marval VERB --help lists a verb's options, with two commands to copy."])

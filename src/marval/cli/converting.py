@@ -1,111 +1,105 @@
-"""The verbs that prepare a run or its models: convert and cache-latents."""
+"""The verbs that prepare models and data: convert and cache."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import Positional
-
 from marval.cli.arguments import usable_device
+from marval.config import Checked, Count, Positive
 
 
-def convert(
-    kind: Positional[Literal["mar", "to-mar", "vae", "onnx"]],
-    source: Positional[str],
-    out: Positional[Path],
-    *,
-    heads: int | None = None,
-    image_size: int | None = None,
-    vae_stride: int | None = None,
-    patch_size: int | None = None,
-    vae: str = "kl16",
-    ema: bool = True,
-    iterations: int | None = None,
-    force: bool = False,
-) -> None:
+@dataclass(frozen=True)
+class Conversion(Checked):
+    """options"""
+
+    heads: Count | None = None  # mar: attention heads, where the widths are not MAR-B's, -L's or -H's
+    image_size: Count | None = None  # mar: pixels a side; checked against the tensors
+    vae_stride: Count | None = None  # mar: pixels a latent; the checkpoint's args or 16 when left out
+    patch_size: Count | None = None  # mar: latents a token's side; the checkpoint's args or 1 when left out
+    vae: str = "kl16"  # mar: the VAE's folder or hub id, for the configuration
+    ema: bool = True  # mar: take the averaged weights
+    iterations: int | None = None  # onnx: K of the file; the model's own when left out
+    force: bool = False  # write over what is there
+
+
+def convert(kind: Literal["mar", "to-mar", "vae", "onnx"], source: str, out: Path, *, options: Conversion) -> None:
     """Bring official MAR checkpoints into marval's form, or back; or a student into ONNX.
 
     marval convert mar mar_base/checkpoint-last.pth models/mar-base --vae models/kl16
-
-    marval convert to-mar runs/student student.pth
+    marval convert onnx fashion-student student.onnx --iterations 4
 
     Args:
-        kind: "mar": an official .pth, flat safetensors or a folder with one, to a model folder; "to-mar": back;
-            "vae": the official kl16.ckpt to a diffusers folder; "onnx": a student to an ONNX file.
-        source: the checkpoint, or the model to write back.
-        out: the model folder, or the .pth or .onnx to write.
-        heads: attention heads, where the widths are not MAR-B's, -L's or -H's.
-        image_size: pixels a side; checked against the tensors.
-        vae_stride: pixels a latent; the checkpoint's args or 16 when left out.
-        patch_size: latents a token's side; the checkpoint's args or 1 when left out.
-        vae: the VAE's folder or hub id, for the configuration.
-        ema: take the averaged weights.
-        iterations: K of the ONNX file; the model's own when left out.
-        force: write over what is there.
+        kind: mar: an official .pth, flat safetensors or a folder with one, to a model's folder; to-mar: back; vae: the
+            official kl16.ckpt to a diffusers folder; onnx: a student to an ONNX file
+        source: the checkpoint, or the model to write
+        out: the folder, or the .pth or .onnx to write
     """
     from marval.io.official import Hints, convert_mar, convert_to_mar
     from marval.io.vae import convert_vae
     from marval.pipeline import find_model
 
-    hints = Hints(heads, image_size, vae_stride, patch_size)
+    hints, told = Hints(options.heads, options.image_size, options.vae_stride, options.patch_size), ""
     if kind != "mar" and hints != Hints():
         raise ValueError("--heads, --image-size, --vae-stride and --patch-size are for marval convert mar alone")
-    if kind != "onnx" and iterations is not None:
+    if kind != "onnx" and options.iterations is not None:
         raise ValueError("--iterations is for marval convert onnx alone: other models draw in any number of them")
-    if kind == "onnx":
-        convert_onnx(source, out, iterations, force)
-        return
-    if kind == "vae":
-        convert_vae(source, out, force)
+    if kind == "mar":
+        convert_mar(source, out, hints, ema=options.ema, vae=options.vae, force=options.force)
     elif kind == "to-mar":
-        convert_to_mar(find_model(source), out, force=force)
+        convert_to_mar(find_model(source), out, force=options.force)
+    elif kind == "vae":
+        convert_vae(source, out, options.force)
     else:
-        convert_mar(source, out, hints, ema=ema, vae=vae, force=force)
-    print(f"{source} -> {out}")
+        told = convert_onnx(source, out, options)
+    print(f"{source} -> {out}{told}")
 
 
-def convert_onnx(source: str, out: Path, iterations: int | None, force: bool) -> None:
-    """Write a student as ONNX, checked with onnxruntime."""
+def convert_onnx(source: str, out: Path, options: Conversion) -> str:
+    """Write a student as ONNX, checked with onnxruntime, and say how far their pictures differ."""
     from marval.io.checkpoint import weights_file
     from marval.io.files import check_replace
     from marval.io.onnx import export_onnx
     from marval.pipeline import find_model, load
 
-    check_replace(out, source=weights_file(find_model(source)), folder=False, force=force)
+    check_replace(out, source=weights_file(find_model(source)), folder=False, force=options.force)
     pipeline = load(source)
-    iterations = pipeline.default_iterations if iterations is None else iterations
-    difference = export_onnx(pipeline.model, pipeline.config, iterations, out)
-    print(f"{source} -> {out}: K = {iterations}; onnxruntime's pictures differ from PyTorch's by {difference:.1g}")
+    k = pipeline.default_iterations if options.iterations is None else options.iterations
+    difference = export_onnx(pipeline.model, pipeline.config, k, out)
+    return f": K = {k}; onnxruntime's pictures differ from PyTorch's by {difference:.1g}"
 
 
-def cache_latents(
-    out: Positional[Path],
-    *,
-    images: Path,
-    vae: str,
-    image_size: int = 256,
-    scale: float | None = None,
-    batch_size: int = 32,
-    device: str = "auto",
-) -> None:
+@dataclass(frozen=True)
+class Latents(Checked):
+    """options"""
+
+    images: Path | None = None  # one sub-folder of images per class; WordNet ids become ImageNet's names
+    vae: str = ""  # a folder in diffusers' form (marval convert vae makes one), or a hub id
+    image_size: Count = 256  # pixels a side, after a centre crop
+    scale: Positive | None = (
+        None  # of the latents; 1 / their standard deviation when left out (MAR on ImageNet: 0.2325)
+    )
+    batch_size: Count = 32  # images encoded at a time (each with its mirror)
+    device: str = "auto"  # auto, cpu, cuda, ...
+
+
+def cache(out: Path, *, latents: Latents) -> None:
     """Encode a folder of images once, for training on latents; a run that was stopped goes on where it was.
 
-    marval cache-latents cache/imagenet --images imagenet/train --vae models/kl16 --scale 0.2325
-
-    torchrun --nproc_per_node 8 -m marval cache-latents cache/mine --images my-images --vae models/kl16
+    marval cache cache/imagenet --images imagenet/train --vae models/kl16 --scale 0.2325
+    torchrun --nproc_per_node 8 -m marval cache cache/mine --images my-images --vae models/kl16
 
     Args:
-        out: the cache's folder: 32 KiB an image for 256 pixels and KL-16.
-        images: one sub-folder of images per class; WordNet ids become ImageNet's names.
-        vae: a folder in diffusers' form (marval convert vae makes one), or a hub id.
-        image_size: pixels a side, after a centre crop.
-        scale: of the latents; fitted (1 / standard deviation) when left out. MAR's KL-16 on ImageNet: 0.2325.
-        batch_size: images encoded at a time (each with its mirror).
-        device: "auto", "cpu", "cuda", "mps", ...
+        out: the cache's folder: 32 KiB an image for 256 pixels and KL-16
     """
-    from marval.data import cache_latents as run
+    if latents.images is None or not latents.vae:
+        raise ValueError("name the images with --images DIR and their VAE with --vae DIR")
+    from marval.data import cache_latents
     from marval.runtime.distributed import start_workers
 
-    with start_workers(usable_device(device)) as workers:
-        cached = run(images, vae, out, image_size=image_size, batch_size=batch_size, scale=scale, workers=workers)
-        if workers.main and not cached:
+    with start_workers(usable_device(latents.device)) as workers:
+        done = cache_latents(
+            latents.images, latents.vae, out, image_size=latents.image_size, batch_size=latents.batch_size,
+            scale=latents.scale, workers=workers,
+        )  # fmt: skip
+        if workers.main and not done:
             print(f"{out}: stopped; the same command goes on")

@@ -1,6 +1,7 @@
 """`marval demo`: the main job on the bundled models, and a short live distillation; without data set or network."""
 
 import dataclasses
+import functools
 import json
 import os
 import shlex
@@ -8,11 +9,14 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from marval.config import OneStep
@@ -61,49 +65,40 @@ def run(out: Path, device: str) -> None:
             raise
         print(f"live distillation skipped: {' '.join(str(error).split()) or type(error).__name__}")
     # The environment that `make demo` made is not on a newcomer's PATH.
-    marval = (
-        "marval" if shutil.which("marval") else shlex.quote(os.path.relpath(Path(sys.executable).parent / "marval"))
-    )
+    here = shlex.quote(os.path.relpath(Path(sys.executable).parent / "marval"))
+    marval = "marval" if shutil.which("marval") else here
     print(f"\nNext:  {marval} sample fashion-student --classes sneaker,bag --count 16 --out samples")
-    print(f"       {marval} evaluate fashion-student --iterations 4 8 16 --samples 2000 --out results/mine.json")
     print(f"       {marval} train --data folder:DIR --out runs/mine      (then distill, tune: see README)")
     print(f"       {marval} serve                                        (see it all in a browser)")
 
 
 def draw_models(out: Path, device: str, judge: Classifier) -> list[dict[str, Any]]:
-    """Time and score every setting of `DRAWN`, and save `demo.png`. Times are medians."""
-    print(f"Drawing {SAMPLES} pictures with each model; times are the median of {REPEATS} repeats after a warm-up.")
+    """Time and score every setting of `DRAWN`, print them as a table, and save `demo.png`."""
+    print(f"The same {SAMPLES} pictures from each model (times: the median of {REPEATS} rounds after a warm-up) ...")
+    columns = ("model", "K", "one picture", "one of a batch", "faster", "recognised")
     rows: list[dict[str, Any]] = []
-    pictures, labels_shown = [], []
+    pictures, captions, table = [], [], Table(*columns)
     for name, k in DRAWN:
         pipeline = load(name, device)
-        alone, in_batch, images, labels = time_drawing(pipeline, k)
-        row = {"model": name, "iterations": k, "seconds_alone": alone, "seconds_in_batch": in_batch}
-        rows.append(row | score(judge, images.float() / 255, labels))
-        ratios = [rows[0][key] / rows[-1][key] for key in ("seconds_alone", "seconds_in_batch")]
-        print(
-            f"{name} K={k}: {alone * 1000:.0f} ms alone, {in_batch * 1000:.1f} ms in a batch "
-            f"({ratios[0]:.0f}x alone, {ratios[1]:.0f}x in a batch); "
-            f"accuracy {rows[-1]['accuracy']:.2f} ({SAMPLES} images)",
-            flush=True,
-        )
-        pictures.append(images[:10].float() / 255)
-        labels_shown.append(f"{name.removeprefix('fashion-')}, K={k}\n{alone * 1000:.0f} ms / image")
+        jobs: list[Callable[[], Any]] = [
+            functools.partial(pipeline.sample, [0], iterations=k),
+            functools.partial(draw_bytes, pipeline, SAMPLES, k, seed=0),
+        ]
+        alone, batch = (statistics.median(seconds) for seconds in in_turns(jobs, REPEATS, pipeline.device))
+        drawn, labels = draw_bytes(pipeline, SAMPLES, k, seed=0)
+        images = drawn.float() / 255
+        row = {"model": name, "iterations": k, "seconds_alone": alone, "seconds_in_batch": batch / SAMPLES}
+        rows.append(row | score(judge, images, labels))
+        alone, batch, accuracy = (rows[-1][key] for key in ("seconds_alone", "seconds_in_batch", "accuracy"))
+        faster = f"{rows[0]['seconds_alone'] / alone:.0f}x, {rows[0]['seconds_in_batch'] / batch:.0f}x"
+        table.add_row(name, str(k), f"{alone * 1000:.0f} ms", f"{batch * 1000:.1f} ms", faster, f"{accuracy:.0%}")
+        pictures.append(images[:10])
+        captions.append(f"{name.removeprefix('fashion-')}, K={k}\n{alone * 1000:.0f} ms / image")
+    Console().print(table)
+    print(f"Recognised: the share of {SAMPLES} pictures in which a classifier sees the class that was asked for.")
     title = "The same seeds: teacher (100 diffusion steps per token, guided), one-step student, reward-tuned student"
-    save_picture(out / "demo.png", grid(pictures, labels_shown, pipeline.config.class_names, title, scale=3))
+    save_picture(out / "demo.png", grid(pictures, captions, pipeline.config.class_names, title, scale=3))
     return rows
-
-
-def time_drawing(pipeline: Pipeline, k: int) -> tuple[float, float, UInt8[Tensor, "n c h w"], Int[Tensor, " n"]]:
-    """Seconds of a picture alone, of one of a batch (medians), and the batch's images and labels."""
-    drawn = []
-
-    def draw_batch() -> None:
-        drawn.append(draw_bytes(pipeline, SAMPLES, k, seed=0))
-
-    times = in_turns([lambda: pipeline.sample([0], iterations=k), draw_batch], REPEATS, pipeline.device)
-    alone, batch = (statistics.median(own) for own in times)
-    return alone, batch / SAMPLES, *drawn[0]
 
 
 @torch.inference_mode()
@@ -130,14 +125,15 @@ def distil_live(out: Path, device: str, judge: Classifier) -> list[dict[str, flo
         return curve[-1]
 
     print("\nLive distillation of the bundled teacher (GSIM), from the teacher's own weights called once:")
-    one_step = OneStep(clip=teacher.config.draw.clip)
-    untrained = dataclasses.replace(teacher.config, draw=one_step, iterations=LIVE.iterations)
+    untrained = dataclasses.replace(
+        teacher.config, draw=OneStep(clip=teacher.config.draw.clip), iterations=LIVE.iterations
+    )
     before = watch(Pipeline(teacher.model, untrained))
     print(f"before: accuracy {before['accuracy']:.2f} ({SAMPLES * 2} images)", flush=True)
     with tempfile.TemporaryDirectory() as folder, open_run(Path(folder) / "live") as run:
         distill(teacher.model, teacher.config, LIVE, load_fashion_sample(), run, probe=watch)
-    updates = [max(0, min(i * LIVE.probe_every, LIVE.iterations) - LIVE.warmup) for i in range(len(curve))]
-    labels = [f"{n} updates\naccuracy {figures['accuracy']:.2f}" for n, figures in zip(updates, curve, strict=True)]
+    updates = [max(0, min(i * LIVE.probe_every, LIVE.updates) - LIVE.warmup) for i in range(len(curve))]
+    captions = [f"{n} updates\naccuracy {figures['accuracy']:.2f}" for n, figures in zip(updates, curve, strict=True)]
     title = f"One call per iteration, K={LIVE.iterations}, while it learns"
-    save_picture(out / "distillation.png", grid(pictures, labels, title=title))
+    save_picture(out / "distillation.png", grid(pictures, captions, title=title))
     return curve

@@ -55,9 +55,9 @@ class LatentData:
             )  # fmt: skip
         except FileNotFoundError:
             kind = "an unfinished" if (folder / PLAN).is_file() else "no"
-            raise ValueError(f"{folder} is {kind} cache of latents: run marval cache-latents") from None
+            raise ValueError(f"{folder} is {kind} cache of latents: run marval cache") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / INDEX} is damaged ({error}): remove it and run marval cache-latents") from None
+            raise ValueError(f"{folder / INDEX} is damaged ({error}): remove it and run marval cache") from None
 
     def tokens(
         self,
@@ -95,7 +95,7 @@ class LatentData:
             with safe_open(file, framework="pt") as content:
                 return content.get_slice("moments")[index - self.starts[shard]]
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged ({error}): remove it, and run marval cache-latents again") from None
+            raise ValueError(f"{file} is damaged ({error}): remove it, and run marval cache again") from None
 
 
 def shard_file(folder: Path, shard: int) -> Path:

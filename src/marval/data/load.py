@@ -74,7 +74,7 @@ def check_data(data: TrainingData, config: ModelConfig) -> None:
     check_classes(data, config)
     space = config.space
     if isinstance(data, LatentData) == isinstance(space, PixelSpace):
-        expected = "images" if isinstance(space, PixelSpace) else "latents:DIR, made by marval cache-latents"
+        expected = "images" if isinstance(space, PixelSpace) else "latents:DIR, made by marval cache"
         raise ValueError(f"the model draws {space.kind}: expected {expected}")
     stride, channels = (
         (1, space.channels) if isinstance(space, PixelSpace) else (space.vae_stride, space.latent_channels)
@@ -86,10 +86,10 @@ def check_data(data: TrainingData, config: ModelConfig) -> None:
         if not same_vae((data.vae, data.vae_sha256), (space.vae, space.vae_sha256)):
             raise ValueError(
                 f"the cache {data.folder} was made with the VAE {data.vae}, the model's is {space.vae}, of other "
-                "weights: make a cache with the model's (marval cache-latents)"
+                "weights: make a cache with the model's (marval cache)"
             )
         if not math.isclose(data.scale, space.scale, rel_tol=1e-3):
             raise ValueError(
                 f"the cache {data.folder} has the scale {data.scale:.6g}, the model's is {space.scale:.6g}: run marval "
-                f"cache-latents on it again with --scale {space.scale:.6g} (nothing is encoded again)"
+                f"cache on it again with --scale {space.scale:.6g} (nothing is encoded again)"
             )

@@ -222,14 +222,14 @@ def check_plan(folder: Path, plan: dict[str, Any], *, shard: int = SHARD, strang
     except FileNotFoundError:
         left = f".{PLAN}."  # what a kill leaves of a plan
         if strangers and any(not path.name.startswith(left) for path in folder.glob("*")):
-            raise ValueError(f"{folder} holds files but no {PLAN}: choose another --images") from None
+            raise ValueError(f"{folder} holds files but no {PLAN}: choose another --keep-images") from None
         return
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({error}): choose another --images") from None
+        raise ValueError(f"{file} is damaged ({error}): choose another --keep-images") from None
     for name, value in plan.items():
         if found.get(name) != value:
             raise ValueError(
-                f"{folder} holds images of {name} {found.get(name)!r}, expected {value!r}: choose another --images"
+                f"{folder} holds images of {name} {found.get(name)!r}, expected {value!r}: choose another --keep-images"
             )
 
 

@@ -9,47 +9,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-import marval
-from marval.cli import VERBS, main
-from marval.io.checkpoint import save_model
+import marval as package
+from marval.cli import VERBS
 from marval.io.files import cache_folder, user_cache
-from tiny import tiny_config, tiny_model
-
-MARVAL = [sys.executable, "-m", "marval"]
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A tiny model and pictures for it, below a folder with a space and letters beyond ASCII."""
-    root = tmp_path_factory.mktemp("odd") / "Ménage à trois 画"
-    save_model(root / "tiny", tiny_model(), tiny_config())
-    rng = np.random.default_rng(0)
-    for name in ("cross", "square"):
-        (root / "pictures" / name).mkdir(parents=True)
-        for i in range(4):
-            Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(root / f"pictures/{name}/ü {i}.png")
-    return root
-
-
-@pytest.fixture
-def command(monkeypatch, capsys, work):
-    """Run a verb in this process, in the folder `work`: exit code, standard output, standard error."""
-    monkeypatch.chdir(work)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["marval", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as ended:
-            code = ended.code or 0
-        return (code, *capsys.readouterr())
-
-    return run
+from processes import MARVAL
 
 
 def without_home(monkeypatch):
@@ -73,14 +38,11 @@ def with_read_only_cache(monkeypatch):
 
 
 @pytest.mark.parametrize("odd", [without_home, with_read_only_home, with_read_only_cache])
-def test_what_is_kept_goes_to_the_temporary_files_where_there_is_no_home(odd, monkeypatch, tmp_path, command):
+def test_what_is_kept_goes_to_the_temporary_files_where_there_is_no_home(odd, monkeypatch, tmp_path, marval, work):
     odd(monkeypatch)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code, _, err = command(
-        "evaluate", "tiny", "--data", "folder:pictures", "--samples", 8, "--iterations", 2, "--batches",
-        "--out", tmp_path / "figures.json",
-    )  # fmt: skip
-    assert code == 0, err
+    marval("evaluate", work / "tiny", "--data", f"folder:{work / 'shapes'}", "--samples", 8, "--iterations", 2,
+           "--batches", "--out", "figures.json")  # fmt: skip
     assert cache_folder() == tmp_path / f"marval-{os.getuid()}"
     assert cache_folder().stat().st_mode & 0o077 == 0
     assert list(cache_folder().glob("statistics-*.safetensors"))
@@ -128,11 +90,11 @@ def test_pictures_are_drawn_below_a_folder_with_any_name(odd, work):
     assert len(list((work / "bïlder 画").glob("*.png"))) == 3
 
 
-def test_what_a_terminal_cannot_show_is_a_question_mark(command, monkeypatch):
+def test_what_a_terminal_cannot_show_is_a_question_mark(marval, monkeypatch):
     shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setitem(VERBS, "sample", lambda: print("0.5 ± 0.1 × \udcff"))
     monkeypatch.setattr(sys, "stdout", shown)
-    assert command("sample")[0] == 0
+    marval("sample")
     assert shown.buffer.getvalue() == b"0.5 ? 0.1 ? ?\n"
 
 
@@ -153,10 +115,11 @@ def test_no_color_means_none_on_a_terminal(work):
     assert not re.search(rb"\x1b\[[0-9;]*m", shown)
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("arguments", [["--help"], ["sample", "--help"], ["sampel"]], ids=" ".join)
-@pytest.mark.parametrize("both", [False, True])
-def test_a_reader_that_leaves_ends_it_quietly(unbuffered, arguments, both, work):
+@pytest.mark.parametrize(
+    ("arguments", "both", "unbuffered"),
+    [(["--help"], False, ""), (["sample", "--help"], False, "1"), (["sampel"], True, ""), (["sampel"], False, "1")],
+)
+def test_a_reader_that_leaves_ends_it_quietly(arguments, both, unbuffered, work):
     read_end, write_end = os.pipe()
     os.close(read_end)
     done = subprocess.run(
@@ -187,30 +150,30 @@ def test_closed_outputs_are_no_trouble(work):
         assert (done.returncode, done.stderr) == (code, b"")
 
 
-def test_what_the_system_refuses_is_one_line(command, monkeypatch):
+def test_what_the_system_refuses_is_one_line(refusal, marval, monkeypatch):
     def fails():
         raise PermissionError(13, "Permission denied", "/somewhere/x")
 
     monkeypatch.setitem(VERBS, "sample", fails)
-    assert command("sample") == (2, "", "marval: /somewhere/x: Permission denied\n")
+    assert refusal("sample") == "marval: /somewhere/x: Permission denied"
     monkeypatch.setenv("MARVAL_DEBUG", "1")
     with pytest.raises(PermissionError):
-        command("sample")
+        marval("sample")
 
 
-def test_the_version(command):
-    assert command("--version") == (0, f"marval {marval.__version__}\n", "")
-    metadata = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    assert f'version = "{marval.__version__}"' in metadata
+def test_the_version(marval):
+    assert marval("--version") == (0, f"marval {package.__version__}\n", "")
+    metadata = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'version = "{package.__version__}"' in metadata
 
 
 @pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "9"}, {"KMP_BLOCKTIME": "0"}])
-def test_threads_wait_passively_unless_the_user_chose(chosen, command, monkeypatch):
+def test_threads_wait_passively_unless_the_user_chose(chosen, marval, monkeypatch):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
-    assert command("--version")[0] == 0
+    marval("--version")
     assert os.environ.get("OMP_WAIT_POLICY") == (chosen.get("OMP_WAIT_POLICY") if chosen else "PASSIVE")
 
 

@@ -1,0 +1,234 @@
+"""Command lines from plain functions, by the standard library's argparse.
+
+A function's parameters before the `*` are positional. One whose type is a dataclass is a group of options: its
+docstring is the group's title, the comments behind its fields are the help, and their annotations are rules (see
+`marval.config`), which every value is checked against.
+
+Settings of a training run have presets. What is typed is laid over the preset that `--preset` names, so the arguments
+are read once; only the help must know the preset earlier, and takes the one that stands in front of `--help`.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import functools
+import inspect
+import re
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from marval.config import check
+from marval.presets import PRESETS, RunConfig, settings_of
+
+EVERYDAY = {  # settings of training that are shown first; the others are the recipe
+    "updates", "batch_size", "learning_rate", "objective", "guidance", "iterations", "gradient_iterations", "anchor",
+    "train", "prompt", "name", "seed",
+}  # fmt: skip
+METAVARS = {
+    "iterations": "K", "gradient_iterations": "M", "diffusion_steps": "T", "guidance": "W", "budget": "SECONDS",
+    "model": "MODEL", "models": "MODEL", "teacher": "MODEL", "student": "MODEL", "init": "MODEL",
+    "data": "DATA", "judge_data": "DATA", "images": "DIR", "keep_images": "DIR", "size": "SIZE", "vae": "VAE",
+    "classes": "CLASSES", "prompt": "TEXT", "features": "CODE", "reward": "REWARD", "rewards": "REWARD",
+    "held_out": "REWARD", "device": "DEVICE", "host": "ADDRESS", "auth": "NAME:PASSWORD",
+}  # fmt: skip
+EMPTY = inspect.Parameter.empty
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What can be typed: a positional parameter of a function, or a field of a group."""
+
+    place: str  # "parameter", or "parameter.field" of a group
+    annotation: Any
+    default: Any
+    help: str
+    group: str
+    positional: bool = False
+
+    @property
+    def name(self) -> str:
+        """The parameter's or field's own name."""
+        return self.place.rpartition(".")[2]
+
+    @property
+    def flag(self) -> str:
+        """What names it, on the command line and in messages."""
+        return self.metavar if self.positional else f"--{self.name.replace('_', '-')}"
+
+    @property
+    def many(self) -> bool:
+        """Whether several values may be typed."""
+        return get_origin(self.annotation) is tuple
+
+    @property
+    def kind(self) -> Any:
+        """The type of one value with its rules: X, where the annotation is `tuple[X, ...]` or `X | None`."""
+        optional = get_origin(self.annotation) in (Union, UnionType)
+        parts = get_args(self.annotation) if optional or self.many else (self.annotation,)
+        return next(part for part in parts if part is not NoneType)
+
+    @property
+    def plain(self) -> Any:
+        """The same without its rules."""
+        return get_args(self.kind)[0] if get_origin(self.kind) is Annotated else self.kind
+
+    @property
+    def metavar(self) -> str:
+        """What stands for a value in the help."""
+        if get_origin(self.plain) is Literal:
+            return "{" + ",".join(get_args(self.plain)) + "}"
+        folder = isinstance(self.default, Path) and not self.default.suffix
+        kinds = {int: "N", float: "X", str: "NAME", Path: "DIR" if folder else "FILE"}
+        return METAVARS.get(self.name) or kinds.get(self.plain, "")
+
+    def add_to(self, group: Any) -> None:
+        """Add it to a group of a parser."""
+        shown = " ".join(map(str, self.default)) if self.many and self.default is not EMPTY else self.default
+        known = shown not in (None, "", EMPTY) and not isinstance(shown, bool)
+        text = (self.help + (f" (default: {shown})" if known else "")).strip().replace("%", "%%")
+        more: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text, "metavar": self.metavar}
+        if self.positional:
+            group.add_argument(self.place, nargs="*" if self.many else "?" if self.default is None else None, **more)
+            return
+        if self.plain is bool:
+            del more["metavar"]
+            turns_off = self.default or self.group == RECIPE  # there a preset may have turned it on
+            more["action"] = argparse.BooleanOptionalAction if turns_off else "store_true"
+        elif self.many:  # one text a flag: it may hold spaces, and a model's name may follow it
+            more |= {"action": "append"} if self.plain is str else {"action": "extend", "nargs": "*"}
+        group.add_argument(self.flag, dest=self.place, **more)
+
+    def value_of(self, typed: Any) -> Any:
+        """The value of what was typed.
+
+        Raises:
+            ValueError: it is of another type, or breaks a rule.
+        """
+        if self.many and not isinstance(typed, str):
+            return tuple(map(self.value_of, typed))
+        value = typed
+        if self.plain in (int, float, Path):
+            with contextlib.suppress(ValueError):
+                value = self.plain(typed)
+        check(self.flag, value, self.kind)
+        return value
+
+
+RECIPE = "recipe"
+
+
+def options_of(function: Callable[..., Any], preset: Any = PRESETS[0]) -> list[Option]:
+    """Everything that can be typed for a function, with the defaults of a preset."""
+    hints, found = get_type_hints(function, include_extras=True), []
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind = hints[name]
+        if not dataclasses.is_dataclass(kind):
+            text = re.search(
+                rf"^    {name}: (.*(?:\n {{8}}.*)*)", inspect.cleandoc(function.__doc__ or ""), re.MULTILINE
+            )
+            told = " ".join(text[1].split()) if text else ""
+            found.append(Option(name, kind, parameter.default, told, "arguments", positional=True))
+            continue
+        start, texts = defaults_of(kind, preset), comments_of(kind)
+        for field, annotation in get_type_hints(kind, include_extras=True).items():
+            group = (kind.__doc__ or "").partition(".")[0]
+            if isinstance(start, RunConfig):
+                group = "how to train" if field in EVERYDAY else RECIPE
+            found.append(Option(f"{name}.{field}", annotation, getattr(start, field), texts.get(field, ""), group))
+    return sorted(found, key=lambda option: option.group == RECIPE)
+
+
+def defaults_of(group: Any, preset: Any) -> Any:
+    """A group with its defaults; of settings of training those of the preset."""
+    return settings_of(group, preset) if issubclass(group, RunConfig) else group()
+
+
+def comments_of(group: Any) -> dict[str, str]:
+    """The comments behind a dataclass's fields, by field."""
+    sources = "".join(inspect.getsource(one) for one in group.__mro__[-2::-1] if hasattr(one, "__dataclass_fields__"))
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", sources, re.MULTILINE))
+
+
+def paragraphs(function: Callable[..., Any], width: int) -> Iterator[str]:
+    """A docstring's text before its "Args:", in lines of this width; commands to copy stay whole."""
+    text = inspect.cleandoc(function.__doc__ or "").partition("\nArgs:\n")[0]
+    for part in text.split("\n\n"):
+        commands = part.startswith(("marval ", "torchrun "))
+        yield textwrap.indent(part, "  ") if commands else textwrap.fill(" ".join(part.split()), width)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, which refuses by a `ValueError` of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print below the usage."""
+        raise ValueError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+
+
+def parser_of(function: Callable[..., Any], prog: str, preset: Any = PRESETS[0]) -> Parser:
+    """The parser of a function's options; its help shows the defaults of a preset."""
+
+    class Help(argparse.Action):
+        def __call__(self, _: Any, namespace: argparse.Namespace, *__: Any) -> None:
+            asked = next((value for place, value in vars(namespace).items() if place.endswith(".preset")), preset)
+            print(parser_of(function, prog, asked if asked in PRESETS else preset).format_help(), end="")
+            parser.exit()
+
+    options, width = options_of(function, preset), min(110, shutil.get_terminal_size().columns)
+    usage = [f"[{option.flag} ...]" if option.many else option.flag for option in options if option.positional]
+    parser = Parser(
+        prog=prog, usage=" ".join([prog, *usage, "[options]"]), add_help=False, allow_abbrev=False,
+        description="\n\n".join(paragraphs(function, width)),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=width),
+    )  # fmt: skip
+    groups: dict[str, Any] = {}
+    for option in options:
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        option.add_to(groups[option.group])
+    parser.add_argument("-h", "--help", action=Help, nargs=0, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
+
+
+def read(function: Callable[..., None], arguments: Sequence[str], prog: str) -> Callable[[], None]:
+    """A function with the arguments that were typed for it, ready to be called.
+
+    Raises:
+        ValueError: an unknown option, a missing argument, or a value that does not fit; the option is named.
+        SystemExit: after --help.
+    """
+    options = {option.place: option for option in options_of(function)}
+    namespace, unknown = parser_of(function, prog).parse_known_intermixed_args(arguments)
+    if unknown:
+        flags = [option.flag for option in options.values() if not option.positional]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        told = f"did you mean {near[0]}?" if near else f"see {prog} --help"
+        raise ValueError(f"unknown argument {unknown[0]}: {told}")
+    typed = {place: options[place].value_of(text) for place, text in vars(namespace).items()}
+    preset = next((value for place, value in typed.items() if place.endswith(".preset")), PRESETS[0])
+    values: dict[str, Any] = {}
+    for name, kind in get_type_hints(function, include_extras=True).items():
+        if dataclasses.is_dataclass(kind):
+            fields = {options[place].name: value for place, value in typed.items() if place.startswith(f"{name}.")}
+            values[name] = with_fields(defaults_of(kind, preset), fields)
+        elif name in typed:
+            values[name] = typed[name]
+    return functools.partial(function, **values)
+
+
+def with_fields(group: Any, fields: Mapping[str, Any]) -> Any:
+    """The group with these values.
+
+    Raises:
+        ValueError: they do not fit together; the first word, a field's name, becomes its flag.
+    """
+    try:
+        return dataclasses.replace(group, **fields)
+    except ValueError as error:
+        name, _, told = str(error).partition(" ")
+        raise ValueError(f"--{name.replace('_', '-')} {told}" if hasattr(group, name) else str(error)) from None

@@ -1,0 +1,220 @@
+"""The command line: what it makes, and one clear line with exit code 2 for bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from marval.cli import VERBS
+from marval.cli.options import read
+from marval.config import MARConfig
+from marval.model import MAR
+from marval.presets import TrainConfig
+from marval.runtime.rng import generator
+
+
+def installed(*arguments, cwd, prefix=(), **environment):
+    """The command as pip installs it."""
+    script = Path(sys.executable).parent / "marval"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
+    command = [*prefix, script, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_installed_command_says_what_there_is_without_torch(work):
+    (work / "sitecustomize.py").write_text("import sys; sys.modules['torch'] = None")
+    path = os.pathsep.join([str(work), os.environ.get("PYTHONPATH", "")])
+    done = installed("--help", cwd=work, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert all(f"\n  {verb} " in done.stdout for verb in VERBS)
+    done = installed(cwd=work, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[3:6]] == [
+        "fashion-teacher", "fashion-student", "fashion-tuned",
+    ]  # fmt: skip
+    assert "28x28" in done.stdout
+    (work / "sitecustomize.py").unlink()
+
+
+def test_marval_alone_lists_the_runs_that_are_there(marval, work, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/mine").mkdir()
+    (tmp_path / "runs/mine/model").symlink_to(work / "tiny")
+    (tmp_path / "runs/broken/model").mkdir(parents=True)
+    (tmp_path / "runs/broken/model/config.json").write_text("{")
+    out = marval().out
+    assert "runs/mine" in out
+    assert "broken" not in out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_groups_metavars_and_two_commands(verb, marval, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = marval(*verb.split(), "--help").out
+    assert out.count("\n  marval ") + out.count("\n  torchrun ") == 2
+    assert max(map(len, out.splitlines())) <= 120
+    assert "None" not in out
+    assert "(default: )" not in out
+
+
+def test_a_preset_gives_the_defaults_and_what_is_typed_lies_over_them(marval):
+    found = []
+
+    def verb(*, settings: TrainConfig):
+        found.append(settings)
+
+    read(verb, ["--updates", "7", "--warmup", "3"], "marval verb")()
+    assert found == [TrainConfig(updates=7, warmup=3)]
+    assert "(default: 2048)" in marval("train", "--preset", "imagenet256-base", "--help").out
+    assert "(default: 128)" in marval("train", "--help").out
+
+
+def test_sample_writes_pictures_and_a_grid(marval, work, tmp_path):
+    for out in ("first", "second"):
+        marval("sample", work / "tiny", "--classes", "square,cross", "--count", 5, "--iterations", 3, "--seed", 7,
+               "--out", out)  # fmt: skip
+    names = sorted(path.name for path in (tmp_path / "first").iterdir())
+    expected = ["square-7", "cross-8", "square-9", "cross-10", "square-11"]
+    assert names == [*(f"{i:05d}-{name}.png" for i, name in enumerate(expected)), "grid.png"]
+    assert Image.open(tmp_path / "first" / names[0]).size == (8, 8)
+    for name in names:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+TRAIN = ("train", "--data", "folder:pictures")
+REFUSALS = [  # what is typed, and what the line must say
+    ("sampel tiny", "unknown verb 'sampel': did you mean sample?"),
+    ("sample fashion-studnt", "no model 'fashion-studnt'"),
+    ("sample tiny --classs 1", "unknown argument --classs: did you mean --classes?"),
+    ("sample tiny again", "unknown argument again"),
+    ("sample tiny --classes sqare", "unknown class 'sqare'|'square'"),
+    ("sample tiny --classes 2", "unknown class '2'|0 to 1"),
+    ("sample tiny --iterations 17", "17|1 to 16"),
+    ("sample tiny --iterations 0", "0 iterations|1 to 16"),
+    ("sample tiny --iterations few", "--iterations 'few': expected a whole number"),
+    ("sample tiny --count 0", "--count 0: expected a whole number from 1"),
+    ("sample tiny --seed", "--seed: expected one argument"),
+    ("sample tiny --order upwards", "--order 'upwards': expected random or raster"),
+    ("sample tiny --diffusion-steps 1", "1 diffusion steps|2 to 1000"),
+    ("sample tiny --device nonsense", "--device nonsense: not here"),
+    ("sample", "name a model"),
+    ("distill", "the following arguments are required: MODEL"),
+    ("distill imagenet256-base", "a recipe, not a model"),
+    ("distill tiny --data nowhere", "unknown data 'nowhere'"),
+    ("distill tiny --data folder:pictures", "classes|apple"),
+    ("distill tiny --probe-samples 1", "--probe-samples 1: expected 0, or a whole number from 2"),
+    ("train --data folder:nothing", "nothing|sub-folder"),
+    ("train --data fashion-mnist:nothing", "nothing|.gz"),
+    ("train --data folder:damaged", "broken.png|mend or remove"),
+    ("train --preset imagenet256", "--preset 'imagenet256': expected fashion-mnist or imagenet256-base"),
+    ("train --preset imagenet256-base", "trains on latents|marval cache"),
+    ("train --updates 5 --warmup 6", "--warmup 6: expected at most the 5 updates"),
+    ("train --updates=", "--updates '': expected a whole number from 1"),
+    ("tune fashion-student --reward pixscore", "pixscore|pickscore|file.py:function"),
+    ("tune fashion-student --reward clip:nowhere", "clip:nowhere|config.json|put them"),
+    ("evaluate", "name at least one model"),
+    ("evaluate tiny --data folder:pictures", "classes|apple"),
+    ("evaluate tiny --samples 0 --batches", "nothing to measure"),
+    ("evaluate imagenet256-base", "random weights|--samples 0"),
+    ("evaluate tiny --iterations 4 tiny", "--iterations 'tiny': expected a whole number"),
+    ("evaluate tiny --batches --plot p.png", "--budget and --plot need times"),
+    ("compare here.json there.json", "here.json is not there"),
+    ("convert mar a.pth model", "a.pth|--heads"),
+    ("convert marr a b", "'marr': expected mar or to-mar or vae or onnx"),
+    ("cache there", "--images DIR"),
+    ("sample truncated", "truncated|damaged"),
+    ("sample text", "text|damaged"),
+    ("sample empty", "empty|damaged"),
+    ("sample foreign.safetensors", "not a marval model"),
+    ("sample nothing", "does not exist"),
+]
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory, work):
+    """A folder with a tiny model and pictures, and with what cannot be used."""
+    from safetensors.numpy import save_file
+
+    root = tmp_path_factory.mktemp("bad")
+    for name in ("tiny", "pictures"):
+        (root / name).symlink_to(work / name)
+    whole = (work / "tiny/model.safetensors").read_bytes()
+    for name, content in (("truncated", whole[: len(whole) // 2]), ("text", b"hello"), ("empty", b"")):
+        (root / name).mkdir()
+        (root / name / "model.safetensors").write_bytes(content)
+    save_file({"weight": np.zeros(3, np.float32)}, root / "foreign.safetensors")
+    (root / "nothing").mkdir()
+    (root / "damaged/a").mkdir(parents=True)
+    (root / "damaged/a/broken.png").write_bytes(b"not a picture")
+    tensors = official().state_dict()
+    torch.save({"model": tensors, "model_ema": tensors}, root / "a.pth")
+    return root
+
+
+def official():
+    return MAR(MARConfig((4, 4), 16, 3, 16, 1, 2, 16, 1, 2, 16, 1, buffer_size=2)).initialize(generator(0))
+
+
+@pytest.mark.parametrize(("typed", "told"), REFUSALS, ids=[typed for typed, _ in REFUSALS])
+def test_bad_input_is_refused_in_one_line_and_nothing_is_made(typed, told, refusal, bad_files, monkeypatch):
+    monkeypatch.chdir(bad_files)
+    before = sorted(path for path in bad_files.rglob("*") if "cache" not in path.parts)
+    said = refusal(*typed.split())
+    assert all(word in said for word in told.split("|")), said
+    assert sorted(path for path in bad_files.rglob("*") if "cache" not in path.parts) == before
+
+
+def test_a_full_disk_leaves_nothing_half_written_and_the_last_good_state(work, tmp_path):
+    """A limit on file size stands in for the disk: first nothing fits under it, then the model but not the state."""
+    out = tmp_path / "run"
+
+    def train(updates, kilobytes, *flags):
+        settings = ["--data", "folder:pictures", "--batch-size", 4, "--no-autocast", "--out", out]
+        limited = ("bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "bash")
+        return installed("train", *settings, "--updates", updates, *flags, cwd=work, prefix=limited)
+
+    def refused(done, *words):
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        return all(word in done.stderr for word in words)
+
+    def files():
+        return sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+
+    assert refused(train(2, 64), "model.safetensors", "space")
+    assert files() == ["log.jsonl"]
+    assert train(2, "unlimited").returncode == 0
+    good = files()
+    assert refused(train(4, 20_000, "--resume"), "state-00000004", "space", "--resume")
+    assert files() == good
+    assert train(4, "unlimited", "--resume").returncode == 0
+    assert [line.name for line in out.glob("state-*")] == ["state-00000004"]
+
+
+def test_training_that_diverges_says_so(refusal, work, tmp_path):
+    said = refusal("train", "--data", f"folder:{work / 'pictures'}", "--updates", 30, "--warmup", 1, "--batch-size", 4,
+                   "--learning-rate", 1e30, "--no-autocast", "--out", "run")  # fmt: skip
+    assert all(words in said for words in ("not finite", "loss nan", "lower the learning rate"))
+    assert not list(tmp_path.glob("run/state-*"))
+
+
+def test_an_official_checkpoint_comes_and_goes(marval, bad_files, tmp_path):
+    marval("convert", "mar", bad_files / "a.pth", "model", "--heads", 2)
+    marval("convert", "to-mar", "model", "b.pth")
+    again = torch.load(tmp_path / "b.pth", weights_only=True)["model_ema"]
+    assert all(torch.equal(again[name], tensor) for name, tensor in official().state_dict().items())
+
+
+def test_evaluate_times_full_size_models_with_random_weights(marval, monkeypatch, tmp_path):
+    monkeypatch.setattr(MARConfig, "imagenet256", lambda size: MARConfig((4, 4), 16, 3, 16, 1, 2, 16, 1, 2, 16, 1))
+    marval("evaluate", "imagenet256-base", "--samples", 0, "--iterations", 2, "--diffusion-steps", 2, "--batches", 1,
+           "--repeats", 1, "--out", "full.json")  # fmt: skip
+    text = (tmp_path / "full.json").read_text()
+    assert json.loads(text)
+    assert "imagenet256-base-teacher" in text
+    assert "imagenet256-base-student" in text

@@ -1,0 +1,198 @@
+"""People's own images through the verbs: the whole way once; few of them, tiny ones, and classes of any name."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from marval.data import ImageData
+from marval.io.checkpoint import load_model, save_model
+from marval.model import MAR
+from marval.pipeline import Pipeline
+from marval.presets import DistillConfig, TuneConfig
+from marval.rewards import load_classifier
+from marval.runtime.rng import generator
+from marval.train.classifier import plan_steps, train_classifier
+from pictures import make_pictures
+from tiny import tiny_config, tiny_model
+
+FAST = ("--batch-size", 4, "--updates", 2, "--warmup", 1, "--decay", 1, "--no-autocast")
+
+
+def space_of(folder):
+    return json.loads((folder / "model/config.json").read_text())["space"]
+
+
+def test_the_whole_way_from_pictures_to_figures(marval, tmp_path):
+    make_pictures(tmp_path / "mine", ("apple", "pear", "fig"), 8, (20, 18))
+    marval("train", "--data", "folder:mine", *FAST, "--out", "runs/mine")
+    config = json.loads((tmp_path / "runs/mine/model/config.json").read_text())
+    assert config["class_names"] == ["apple", "fig", "pear"]
+    assert (config["space"]["image_size"], config["space"]["channels"]) == ([16, 20], 3)
+    marval("distill", "runs/mine", *FAST, "--probe-samples", 0, "--iterations", 2, "--out", "runs/student")
+    for name, architecture in (("reward", "plain"), ("judge", "residual")):
+        marval("train", "classifier", "--data", "folder:mine", "--architecture", architecture, "--epochs", 1,
+               "--out", f"{name}.safetensors")  # fmt: skip
+    marval("tune", "runs/student", "--classifier", "reward.safetensors", "--judge", "judge.safetensors", "--updates", 2,
+           "--iterations", 2, "--gradient-iterations", 2, "--batch-size", 3, "--probe-samples", 9)  # fmt: skip
+    marval("sample", "runs/tuned", "--count", 2)
+    assert len(list((tmp_path / "samples").iterdir())) == 3
+    done = marval("evaluate", "runs/student", "runs/tuned", "--judge", "judge.safetensors", "--samples", 9,
+                  "--iterations", 2, "--batches", 1, "--repeats", 1, "--budget", 60, "--plot", "plot.png")  # fmt: skip
+    rows = json.loads((tmp_path / "results/evaluate.json").read_text())["quality"]["rows"]
+    assert [row["model"] for row in rows] == ["student", "tuned"]
+    assert all(row["fd"] > 0 and 0 <= row["accuracy"] <= 1 and row["gflops_per_image"] > 0 for row in rows)
+    assert "FD-EfficientNet" in done.out
+    assert "best within 60 s an image: " in done.out
+    assert Image.open(tmp_path / "plot.png").width > 300
+    said = marval("compare", "results/evaluate.json", "results/evaluate.json").out
+    assert "figures: the same" in said
+
+
+@pytest.mark.parametrize(("classes", "count"), [(["a"], 1), (["a", "b"], 1)])
+def test_a_few_tiny_images_train_distil_and_sample(classes, count, marval, tmp_path):
+    """8x8 pixels make 4 tokens, fewer than every default K."""
+    make_pictures(tmp_path / "mine", classes, count)
+    marval("train", "--data", "folder:mine", *FAST, "--out", "teacher")
+    said = marval("distill", "teacher", *FAST, "--probe-samples", 4, "--probe-every", 1, "--out", "student").out
+    assert "teacher has 4 tokens: K is 4, not 8" in said
+    assert ("one image has no Fréchet distance" in said) == (len(classes) * count == 1)
+    assert load_model(tmp_path / "student/model")[1].iterations == 4
+    marval("sample", "student", "--count", 2, "--out", "drawn")
+    assert len(list((tmp_path / "drawn").iterdir())) == 3
+
+
+def test_k_and_m_stay_within_the_tokens():
+    assert DistillConfig().within(4).iterations == 4
+    assert DistillConfig().within(49) == DistillConfig()
+    tuned = TuneConfig(iterations=8, gradient_iterations=8).within(4)
+    assert (tuned.iterations, tuned.gradient_iterations) == (4, 4)
+    assert TuneConfig().within(49) == TuneConfig()
+    old = tiny_config()  # students of four tokens were once saved with K = 8
+    old = type(old)(**{**vars(old), "iterations": 40})
+    assert Pipeline(tiny_model(), old).sample([0]).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("side", [36, 47, 63])
+def test_images_of_any_size_train(side, marval, tmp_path):
+    make_pictures(tmp_path / "mine", ["a", "b"], 2, size=(side, side))
+    marval("train", "--data", "folder:mine", "--batch-size", 2, "--updates", 1, "--no-autocast", "--out", "run")
+    rows, columns = space_of(tmp_path / "run")["image_size"]
+    assert rows == columns
+    assert side - 8 < rows <= side
+
+
+def test_the_size_can_be_said(marval, refusal, tmp_path):
+    make_pictures(tmp_path / "mine", ["a", "b"], 2, size=(50, 40))
+    train = ["train", "--data", "folder:mine", "--batch-size", 2, "--updates", 1, "--no-autocast", "--out", "run"]
+    marval(*train, "--size", "48x24")
+    assert space_of(tmp_path / "run")["image_size"] == [24, 48]
+    marval("sample", "run", "--count", 1, "--out", "drawn", "--diffusion-steps", 2, "--iterations", 1)
+    (file,) = (tmp_path / "drawn").glob("00000*")
+    assert Image.open(file).size == (48, 24)
+    assert "expected a --size such as 40x40" in refusal(*train, "--out", "other", "--size", "37")
+    assert "--size 32: fashion-mnist has its own size" in refusal("train", "--size", 32)
+
+
+def test_grey_images_train_a_grey_model_and_fit_a_colour_one(marval, refusal, tmp_path):
+    make_pictures(tmp_path / "grey", ["a", "b"], 2, grey=True)
+    make_pictures(tmp_path / "colour", ["a", "b"], 2)
+    for data, channels in (("grey", 1), ("colour", 3)):
+        marval("train", "--data", f"folder:{data}", *FAST, "--out", data + "-run")
+        assert space_of(tmp_path / f"{data}-run")["channels"] == channels
+    distill = ["distill", *FAST, "--probe-samples", 0, "--out"]
+    marval(*distill, "student", "colour-run", "--data", "folder:grey")
+    said = refusal(*distill, "other", "grey-run", "--data", "folder:colour")
+    assert "the data's pixels are (3, 8, 8)" in said
+
+
+def test_a_classifier_of_few_images_takes_steps_and_says_how_many(marval, tmp_path):
+    make_pictures(tmp_path / "mine", ["a", "b"], 71)  # 142: once 0 steps
+    classifier = ["train", "classifier", "--out", "c.safetensors"]
+    said = marval(*classifier, "--data", "folder:mine", "--epochs", 2).out
+    assert "on 14 images that it was not trained on, after 32 steps with 8 of 128 images each" in said
+    make_pictures(tmp_path / "five", ["a", "b"], 2)
+    said = marval(*classifier, "--data", "folder:five", "--epochs", 3).out
+    assert "on 2 images that it was not trained on, after 3 steps with 2 of 2 images each" in said
+    assert load_classifier(tmp_path / "c.safetensors").class_names == ("a", "b")
+    assert plan_steps(60_000, 4) == (128, 4 * 468)  # large sets as ever
+
+
+def test_a_classifier_learns_from_a_hundred_images(tmp_path):
+    labels = torch.arange(100) % 2
+    images = torch.randint(0, 60, (100, 1, 12, 12), dtype=torch.uint8)
+    images[labels == 1, :, 4:8, 4:8] += 190
+    data = ImageData(images, labels, ("empty", "square"))
+    for architecture in ("plain", "residual"):
+        out = tmp_path / f"{architecture}.safetensors"
+        assert train_classifier(architecture, data, data, out, epochs=4) > 0.9
+
+
+def test_a_classifier_that_cannot_be_is_refused_before_anything_is_trained(refusal, tmp_path):
+    make_pictures(tmp_path / "one", ["a"], 4)
+    make_pictures(tmp_path / "two", ["a", "b"], 1)
+    (tmp_path / "file").write_text("x")
+    for data, more, reason in (
+        ("one", (), "all images are of one class, 'a'"),
+        ("two", (), "none can be held out"),
+        ("two", ("--epochs", 0), "--epochs 0: expected a whole number from 1"),
+        ("two", ("--out", "two"), "is a folder"),
+        ("two", ("--out", "file/c.safetensors"), "is a file, expected a folder"),
+    ):
+        assert reason in refusal("train", "classifier", "--out", "c.safetensors", "--data", f"folder:{data}", *more)
+    assert not list(tmp_path.glob("c.*"))
+
+
+NAMES = ("cat", "cat, black", "black", "cat, black, old", "7", "1", "café", " spaced ", "a" * 200, "../up", "猫")
+
+
+@pytest.fixture
+def named(tmp_path):
+    """A model with classes of any name."""
+    config = tiny_config()
+    mar = type(config.mar)(**{**vars(config.mar), "num_classes": len(NAMES)})
+    config = type(config)(**{**vars(config), "mar": mar, "class_names": NAMES})
+    model = MAR(mar).initialize(generator(0, "named")).eval().requires_grad_(False)
+    save_model(tmp_path / "named", model, config)
+    return Pipeline(model, config)
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels"),
+    [
+        (NAMES, list(range(len(NAMES)))),
+        (["cat,7,café"], [0, 4, 6]),
+        (["7, cat, black, 猫"], [4, 1, 10]),  # the longest name
+        (["cat, black, old,cat"], [3, 0]),
+        (["cat", "black"], [0, 2]),  # the option twice
+        (["0, 3"], [0, 3]),
+        (["1"], [5]),  # a name goes before a number
+        (["cafe\u0301"], [6]),  # as macOS writes it
+        (["spaced"], [7]),
+    ],
+)
+def test_every_class_can_be_asked_for_in_lists_with_commas(named, texts, labels):
+    assert named.listed_labels(texts) == labels
+    assert named.labels(labels) == labels
+
+
+def test_unknown_classes_are_named(named):
+    with pytest.raises(ValueError, match=r"unknown class ' dog': expected a number from 0 to 10, or "):
+        named.listed_labels(["cat, dog"])
+    with pytest.raises(ValueError, match="unknown class '11'"):
+        named.listed_labels(["11"])
+
+
+def test_pictures_of_classes_of_any_name_are_saved(named, marval, tmp_path):
+    draw = ["sample", "named", "--iterations", 1, "--diffusion-steps", 2, "--count"]
+    marval(*draw, len(NAMES), "--out", "all")
+    files = sorted(file.name for file in (tmp_path / "all").iterdir())
+    assert len(files) == len(NAMES) + 1
+    assert files[1] == "00001-cat,-black-1.png"
+    assert files[8] == f"00008-{'a' * 40}-8.png"
+    assert files[9] == "00009-..-up-9.png"
+    marval(*draw, 2, "--out", "two", "--classes", "cat, black", "--classes", "7")
+    marval(*draw, 2, "--out", "comma", "--classes", "cat, black,7")
+    for out in ("two", "comma"):
+        assert sorted(file.name for file in (tmp_path / out).glob("0*")) == ["00000-cat,-black-0.png", "00001-7-1.png"]
