@@ -1,5 +1,6 @@
 """The verbs that make models: train, distill, tune, and train classifier."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from marval.runtime.provenance import command_line
 
 if TYPE_CHECKING:
     from marval.pipeline import Pipeline
-    from marval.runtime.distributed import Workers
+    from marval.runtime import folder
     from marval.train.anchor import Anchor
 
 Settings = TypeVar("Settings", DistillConfig, TuneConfig)
@@ -26,7 +27,27 @@ class Run(Checked):
 
     out: Path = Path("runs/teacher")  # the run's folder; the model is left in its sub-folder model
     resume: bool = False  # go on from the last saved state; --updates, rates and what changes no result may differ
+    tensorboard: bool = False  # write TensorBoard's event files beside the log
     device: str = "auto"  # auto, cpu, cuda, ...
+
+    def check(self) -> str:
+        """Refuse an output that cannot be used, before anything is read; the device by its name."""
+        from marval.runtime.folder import check_resume
+
+        check_resume(self.out, self.resume)
+        return usable_device(self.device)
+
+    @contextlib.contextmanager
+    def start(self, device: str) -> "Iterator[folder.Run]":
+        """The processes that share the work, with the run's folder to themselves."""
+        from marval.runtime.distributed import start_workers
+        from marval.runtime.folder import open_run
+
+        with (
+            start_workers(device) as workers,
+            open_run(self.out, resume=self.resume, workers=workers, tensorboard=self.tensorboard) as run,
+        ):
+            yield run
 
 
 @dataclass(frozen=True)
@@ -40,19 +61,16 @@ class Teacher(Checked):
     name: Name = "teacher"  # the model's name
 
 
-def train(*, what: Teacher, settings: TrainConfig, run: Run) -> None:
+def train(*, what: Teacher, settings: TrainConfig, output: Run) -> None:
     """Train a MAR teacher. (For judges and rewards: marval train classifier)
 
     marval train --data folder:my-images --updates 5000 --out runs/mine
     torchrun --nproc_per_node 8 -m marval train --preset imagenet256-base --data latents:cache --out runs/mar-base
     """
     from marval.data import LatentData, load_data
-    from marval.runtime.distributed import start_workers
-    from marval.runtime.folder import check_resume, open_run
     from marval.train.teacher import latent_teacher_config, teacher_config, train_teacher
 
-    check_resume(run.out, run.resume)
-    spec, device = what.data or what.preset, usable_device(run.device)
+    device, spec = output.check(), what.data or what.preset
     if what.preset != "fashion-mnist" and not spec.startswith("latents:"):
         raise ValueError(f"{what.preset} trains on latents: make a cache with marval cache, then --data latents:DIR")
     images = load_data(spec, size=with_size(spec, what.size))
@@ -61,9 +79,8 @@ def train(*, what: Teacher, settings: TrainConfig, run: Run) -> None:
     else:
         config = teacher_config(what.name, images, spec, command_line())
     start = load_pipeline(what.init, "cpu").model if what.init is not None else None
-    with start_workers(device) as workers, open_run(run.out, resume=run.resume, workers=workers) as opened:
-        done = train_teacher(config, settings, images, opened, init=start)
-        say_where(run.out, done, settings.updates, workers)
+    with output.start(device) as run:
+        say_where(run, train_teacher(config, settings, images, run, init=start), settings.updates)
 
 
 @dataclass(frozen=True)
@@ -83,7 +100,7 @@ class Student(Checked):
     judge_data: str | None = None  # folder:DIR, real images for the logged distance, where the data are latents
 
 
-def distill(teacher: str, *, what: Student, settings: DistillConfig, run: StudentRun) -> None:
+def distill(teacher: str, *, what: Student, settings: DistillConfig, output: StudentRun) -> None:
     """Distil a teacher's inner diffusion chain into one call (GSIM).
 
     marval distill fashion-teacher --out runs/student
@@ -94,12 +111,9 @@ def distill(teacher: str, *, what: Student, settings: DistillConfig, run: Studen
     """
     from marval.evaluate.inputs import training_judge
     from marval.evaluate.probe import probe
-    from marval.runtime.distributed import start_workers
-    from marval.runtime.folder import check_resume, open_run
     from marval.train.distill import distill as train_student
 
-    check_resume(run.out, run.resume)
-    samples, device = run.probe_samples, usable_device(run.device)
+    device, samples = output.check(), output.probe_samples
     pipeline = load_pipeline(teacher, "cpu")
     if not isinstance(pipeline.config.draw, Chain):
         raise ValueError(f"{teacher} is a one-step student already: expected a teacher")
@@ -109,13 +123,13 @@ def distill(teacher: str, *, what: Student, settings: DistillConfig, run: Studen
         print("one image has no Fréchet distance: none is logged")
         samples = 0
     config = dataclasses.replace(pipeline.config, source=command_line())
-    with start_workers(device) as workers, open_run(run.out, resume=run.resume, workers=workers) as opened:
+    with output.start(device) as run:
         watch = None
         if samples:
-            judge = training_judge(pipeline, what.judge_data or what.data, None, workers)
-            watch = probe(judge, samples, settings.iterations, workers=workers)
-        done = train_student(pipeline.model, config, settings, images, opened, probe=watch)
-        say_where(run.out, done, settings.updates, workers)
+            judge = training_judge(pipeline, what.judge_data or what.data, None, run.workers)
+            watch = probe(judge, samples, settings.iterations, workers=run.workers)
+        done = train_student(pipeline.model, config, settings, images, run, probe=watch)
+        say_where(run, done, settings.updates)
 
 
 @dataclass(frozen=True)
@@ -140,7 +154,7 @@ class Rewards(Checked):
     data: str | None = None  # the anchor's training images, or latents; the student's when left out
 
 
-def tune(student: str, *, rewards: Rewards, settings: TuneConfig, run: TunedRun) -> None:
+def tune(student: str, *, rewards: Rewards, settings: TuneConfig, output: TunedRun) -> None:
     """Tune a student with a differentiable reward (MARVAL-RL).
 
     marval tune fashion-student --reward classifier --out runs/tuned
@@ -156,26 +170,23 @@ def tune(student: str, *, rewards: Rewards, settings: TuneConfig, run: TunedRun)
     from marval.evaluate.inputs import training_judge
     from marval.evaluate.probe import probe
     from marval.rewards import WeightedReward, parse_rewards
-    from marval.runtime.distributed import start_workers
-    from marval.runtime.folder import check_resume, open_run
     from marval.train.anchor import anchor_of
     from marval.train.tune import tune as tune_student
 
-    check_resume(run.out, run.resume)
-    device = usable_device(run.device)
+    device = output.check()
     pipeline = load_pipeline(student, "cpu")
     if not isinstance(pipeline.config.draw, OneStep):
         raise ValueError(f"{student} is a teacher: distil it first (marval distill)")
     settings = with_few_tokens(settings, pipeline)
     config = dataclasses.replace(pipeline.config, source=command_line())
-    samples = run.probe_samples or max(1000, 2 * len(config.class_names))
+    samples = output.probe_samples or max(1000, 2 * len(config.class_names))
     anchor = None
     if settings.anchor and rewards.teacher is not None:
         guide, recipe = load_pipeline(rewards.teacher, "cpu"), settings_of(DistillConfig, rewards.preset)
         anchor = anchor_of(guide, pipeline, data_of(pipeline, rewards.data), recipe, settings)
-    with start_workers(device) as workers, open_run(run.out, resume=run.resume, workers=workers) as opened:
+    with output.start(device) as run:
+        workers, watched = run.workers, None
         reward = WeightedReward(parse_rewards(rewards.reward, rewards.classifier, workers.device))
-        watched = None
         if rewards.held_out is not None:
             watched = WeightedReward(parse_rewards(rewards.held_out, None, workers.device))
         judge = training_judge(pipeline, rewards.judge_data or rewards.data, rewards.judge, workers)
@@ -185,9 +196,9 @@ def tune(student: str, *, rewards: Rewards, settings: TuneConfig, run: TunedRun)
         watch = probe(
             judge, samples, settings.iterations, workers=workers, held_out=watched, prompt=settings.prompt
         )  # fmt: skip
-        ended = tune_student(pipeline.model, config, reward, settings, opened, probe=watch, anchor=anchor)
+        ended = tune_student(pipeline.model, config, reward, settings, run, probe=watch, anchor=anchor)
         if workers.main:
-            print(f"{run.out / 'model'}: {ended}")
+            print(f"{output.out / 'model'}: {ended}")
 
 
 def surprises(pipeline: "Pipeline", samples: int, held_out: bool, anchor: "Anchor | None") -> Iterator[str]:
@@ -275,7 +286,8 @@ def with_few_tokens(settings: Settings, pipeline: "Pipeline") -> Settings:
     return fitting
 
 
-def say_where(out: Path, done: int, total: int, workers: "Workers") -> None:
+def say_where(run: "folder.Run", done: int, total: int) -> None:
     """The last line of a training run."""
-    if workers.main:
-        print(f"{out / 'model'}: {done} of {total} updates done" + ("; go on with --resume" if done < total else ""))
+    if run.workers.main:
+        more = "; go on with --resume" if done < total else ""
+        print(f"{run.folder / 'model'}: {done} of {total} updates done{more}")
