@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
+from marval.cli import main
 from marval.presets import TrainConfig
 from marval.runtime.folder import open_run
 from marval.train.teacher import train_teacher
+from pictures import make_pictures
 from tiny import tiny_config, tiny_data
 
 SETTINGS = TrainConfig(updates=4, batch_size=8, warmup=1, log_every=1, save_every=2, autocast=False)
@@ -38,3 +40,11 @@ def test_without_the_package_nothing_starts(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pip install tensorboard"):
         train(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_has_a_flag_for_it(tmp_path, monkeypatch):
+    make_pictures(tmp_path / "pictures", ("apple", "pear"), 8)
+    command = f"marval train --data folder:{tmp_path}/pictures --updates 1 --batch-size 4 --out {tmp_path}/run"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--device", "cpu", "--tensorboard"])
+    main()
+    assert len(list((tmp_path / "run").glob("events.out.tfevents.*"))) == 1
