@@ -19,7 +19,7 @@ from torch import Tensor
 
 from marval.config import Chain, Checked, Finite, Order, Schedule, shorten
 from marval.io.checkpoint import WEIGHTS, model_hash
-from marval.io.fields import told
+from marval.io.files import one_line
 from marval.io.images import png_bytes
 from marval.pipeline import Pipeline, bundled_models, find_model, load
 
@@ -100,7 +100,7 @@ class Recipe(Checked):
             for values in reversed(steps):
                 recipe = _parse(values, recipe)
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"not a recipe of marval ({told(error)})") from None
+            raise ValueError(f"not a recipe of marval ({one_line(error)})") from None
         assert recipe is not None  # there is at least one step
         return recipe
 
@@ -320,7 +320,7 @@ def open_png(source: Path | io.BytesIO, most_pixels: int = MOST_PIXELS) -> Image
             raise ValueError(f"{picture.width}x{picture.height} pixels: expected at most {most_pixels}")
         picture.load()
     except (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, Image.DecompressionBombError) as error:
-        raise ValueError(told(error)) from None
+        raise ValueError(one_line(error)) from None
     return picture
 
 

@@ -160,14 +160,14 @@ def test_the_error_names_every_place_what_is_wrong_with_it_and_what_to_do(places
         assert f"{place}: {problem}" in message
     assert f"put its four .gz files into {cache}" in message
     for folder, problem in (
-        (tmp_path / "nowhere", "no such folder"),
-        (tmp_path, "holds no train-images-idx3-ubyte.gz"),
+        (tmp_path / "nowhere", "No such file or directory"),
+        (tmp_path, "no such file in it"),
     ):
         with pytest.raises(ValueError, match=f"{problem}.* or put train-images-idx3-ubyte.gz there"):
             load_fashion_mnist(folder=folder)  # the only place that is tried
 
 
-def test_a_cache_that_cannot_be_written_to_still_serves(places, hosts, monkeypatch, capsys, tmp_path):
+def test_a_cache_that_cannot_be_written_to_still_serves(places, hosts, monkeypatch, tmp_path):
     hosts(sound)
 
     def full(target):
@@ -176,7 +176,6 @@ def test_a_cache_that_cannot_be_written_to_still_serves(places, hosts, monkeypat
     with monkeypatch.context() as disk:
         disk.setattr(fashion, "atomic_path", full)
         assert whole(load_fashion_mnist())
-    assert "will be fetched again the next time: cannot write" in capsys.readouterr().err
     for name in CONTENT:  # as in a container whose image brought the files along
         (places[1] / f"{name}.gz").write_bytes(packed(name))
     monkeypatch.setattr(fashion, "cache_folder", lambda: tmp_path / "elsewhere")

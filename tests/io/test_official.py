@@ -1,7 +1,7 @@
 """Official checkpoints: sizes read off the tensors, strict, never executed, and the same bits on the way back."""
 
 import argparse
-import functools
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -9,12 +9,12 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from marval.cli import main
 from marval.config import MARConfig
 from marval.io.checkpoint import load_model, save_model
-from marval.io.official import Hints, official_model, read_official, save_official
+from marval.io.official import Hints, infer_config, official_model, read_official
 from marval.model import MAR
 from marval.runtime.rng import generator
 
@@ -38,157 +38,81 @@ def write(file, tensors, **args):
     return file
 
 
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """`marval convert` in this process: its exit code and what it says on standard error."""
+
+    def convert(*arguments):
+        monkeypatch.setattr(sys, "argv", ["marval", "convert", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().err
+
+    return convert
+
+
+def refused(result, *words):
+    code, message = result
+    assert code == 2
+    assert len(message.splitlines()) == 1, message
+    assert all(word in message for word in words), message
+
+
 def test_sizes_are_read_off_the_tensors_and_ema_is_taken(tensors, tmp_path):
     file = write(tmp_path / "checkpoint-last.pth", tensors)
     model, config = official_model(file, Hints(heads=2))
     assert config.mar == CONFIG
-    assert config.space.image_size == (128, 128)
-    assert config.space.latent_channels == 8
+    assert (config.space.image_size, config.space.latent_channels) == ((128, 128), 8)
     assert config.draw.guidance == 2.9
+    assert config.class_names[:2] == ("0", "1")
     assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
     model, _ = official_model(file, Hints(heads=2), ema=False)
     assert torch.equal(model.state_dict()["mask_token"], tensors["mask_token"] + 1)
-
-
-def test_a_thousand_classes_are_imagenets(tensors, tmp_path):
-    assert official_model(write(tmp_path / "a.pth", tensors), Hints(heads=2))[1].class_names[:2] == ("0", "1")
     wide = {**tensors, "class_emb.weight": torch.zeros(1000, 24)}
     names = official_model(write(tmp_path / "b.pth", wide), Hints(heads=2))[1].class_names
     assert (names[0], names[207], names[999]) == ("tench", "golden retriever", "toilet tissue")
+    (tmp_path / "flat").mkdir()
+    save_file(tensors, tmp_path / "flat/mar-tiny.safetensors")
+    for path in (tmp_path / "flat", tmp_path / "flat/mar-tiny.safetensors"):
+        flat = official_model(path, Hints(heads=2, patch_size=2))[1]
+        assert flat.mar == dataclasses.replace(CONFIG, dropout=0.1)
 
 
-def test_full_size_heads_come_from_the_presets():
-    from marval.io.official import Shapes, infer_config
-
-    for size in ("base", "large", "huge"):
-        with torch.device("meta"):
-            tensors = MAR(MARConfig.imagenet256(size)).state_dict()
-        mar, space = infer_config(Shapes(tensors, {}, "mar.pth"), Hints())
-        assert mar == MARConfig.imagenet256(size)
-        assert space.image_size == (256, 256)
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_full_size_heads_come_from_the_widths(size):
+    with torch.device("meta"):
+        tensors = MAR(MARConfig.imagenet256(size)).state_dict()
+    mar, space = infer_config(tensors, {}, Hints(), "mar.pth")
+    assert mar == MARConfig.imagenet256(size)
+    assert space.image_size == (256, 256)
 
 
-def test_flat_safetensors_and_a_folder_with_one(tensors, tmp_path):
-    save_file(tensors, tmp_path / "mar-tiny.safetensors")
-    for path in (tmp_path, tmp_path / "mar-tiny.safetensors"):
-        _, config = official_model(path, Hints(heads=2, patch_size=2))
-        assert config.mar == CONFIG.__class__(**{**CONFIG.__dict__, "dropout": 0.1})
-
-
-def test_the_round_trip_is_bit_identical(tensors, tmp_path):
-    model, config = official_model(write(tmp_path / "a.pth", tensors), Hints(heads=2))
-    save_model(tmp_path / "ours", model, config)
-    again, _ = load_model(tmp_path / "ours")
-    save_official(tmp_path / "b.pth", again)
-    found, _ = read_official(tmp_path / "b.pth")
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    assert os.path.getsize(tmp_path / "b.pth") < 1.5 * os.path.getsize(tmp_path / "ours/model.safetensors")
-    assert load_file(tmp_path / "ours/model.safetensors").keys() == tensors.keys()
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
-
-
-def test_a_pickle_that_would_run_code_is_refused_before_it_does(tensors, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model_ema": tensors, "args": Malicious()}, "a.pth")
-    (tmp_path / "b.pth").write_bytes(pickle.dumps({"model_ema": Malicious()}, protocol=2))
-    for name in ("a.pth", "b.pth"):
-        with pytest.raises(ValueError, match="refused") as error:
-            official_model(name)
-        assert len(str(error.value).splitlines()) == 1
-        assert "system" in str(error.value)
-    assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop("decoder_norm.bias"), "decoder_norm.bias is missing"),
-        (lambda t: t.pop("z_proj.weight"), "z_proj.weight is missing"),
-        (lambda t: t.update(extra=torch.zeros(2)), "unknown tensor extra"),
-        (lambda t: t.update({"decoder_norm.bias": torch.zeros(3)}), r"decoder_norm.bias has shape \(3,\)"),
-    ],
-)
-def test_tensors_that_do_not_fit_are_named(change, message, tensors, tmp_path):
-    changed = dict(tensors)
-    change(changed)
-    with pytest.raises(ValueError, match=message):
-        official_model(write(tmp_path / "a.pth", changed), Hints(heads=2))
-
-
-@pytest.mark.parametrize(
-    ("args", "given", "words"),
-    [
-        ({}, Hints(heads=2, image_size=256), ["256", "128"]),
-        ({"img_size": 256}, Hints(heads=2), ["256", "128"]),
-        ({"diffloss_w": 64}, Hints(heads=2), ["64", "40"]),
-        ({}, Hints(heads=2, patch_size=1), ["1", "2"]),
-        ({}, Hints(), ["24", "--heads"]),
-        ({}, Hints(heads=5), ["24", "--heads"]),
-    ],
-)
-def test_contradictions_name_both(args, given, words, tensors, tmp_path):
-    with pytest.raises(ValueError, match=r"a\.pth") as error:
-        official_model(write(tmp_path / "a.pth", tensors, **args), given)
-    assert all(word in str(error.value) for word in words)
-
-
-def test_damaged_and_absent_files(tensors, tmp_path):
-    file = write(tmp_path / "a.pth", tensors)
-    file.write_bytes(file.read_bytes()[:-2000])
-    (tmp_path / "b.safetensors").write_bytes(b"nothing")
-    for name in ("a.pth", "b.safetensors"):
-        with pytest.raises(ValueError, match="damaged"):
-            official_model(tmp_path / name)
-    with pytest.raises(ValueError, match="found none"):
-        official_model(tmp_path / "absent")
-    torch.save({"weights": tensors}, tmp_path / "c.pth")
-    with pytest.raises(ValueError, match="no model_ema"):
-        official_model(tmp_path / "c.pth")
-
-
-def convert(*arguments, capsys, monkeypatch):
-    """`marval convert` in this process: its exit code and what it says on standard error."""
-    monkeypatch.setattr(sys, "argv", ["marval", "convert", *map(str, arguments)])
-    capsys.readouterr()
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = stop.code
-    return code, capsys.readouterr().err
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    return functools.partial(convert, capsys=capsys, monkeypatch=monkeypatch)
+def test_there_and_back_is_bit_identical_and_nothing_is_written_over_without_force(tensors, tmp_path, run):
+    file, model, back = write(tmp_path / "a.pth", tensors), tmp_path / "model", tmp_path / "back.pth"
+    there = "mar", file, model, "--heads", 2
+    assert run(*there) == (0, "")
+    assert run("to-mar", model, back) == (0, "")
+    again, _ = read_official(back)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    assert back.stat().st_size < 1.5 * (model / "model.safetensors").stat().st_size
+    (model / "notes.txt").write_text("mine")
+    write(file, {name: t + 2 for name, t in tensors.items()})
+    before = contents(tmp_path)
+    for arguments in (there, ("to-mar", model, back), ("mar", file, back, "--heads", 2)):
+        refused(run(*arguments), "exists already", "--force")
+    assert contents(tmp_path) == before
+    assert run(*there, "--force") == run("to-mar", model, back, "--force") == (0, "")
+    assert torch.equal(read_official(back)[0]["mask_token"], tensors["mask_token"] + 2)
+    assert (model / "notes.txt").read_text() == "mine"
 
 
 def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def test_nothing_is_written_over_without_force(tensors, tmp_path, run):
-    file, model, back = write(tmp_path / "a.pth", tensors), tmp_path / "model", tmp_path / "back.pth"
-    assert run("mar", file, model, "--heads", 2) == (0, "")
-    assert run("to-mar", model, back) == (0, "")
-    (model / "notes.txt").write_text("mine")
-    write(file, {name: t + 2 for name, t in tensors.items()})
-    before = contents(tmp_path)
-    for arguments in (("mar", file, model, "--heads", 2), ("to-mar", model, back), ("mar", file, back, "--heads", 2)):
-        code, said = run(*arguments)
-        assert code == 2
-        assert "exists already" in said
-        assert "--force" in said
-    assert contents(tmp_path) == before
-    assert run("mar", file, model, "--heads", 2, "--force") == (0, "")
-    assert run("to-mar", model, back, "--force") == (0, "")
-    assert torch.equal(read_official(back)[0]["mask_token"], tensors["mask_token"] + 2)
-    assert (model / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("force", [(), ("--force",)])
@@ -204,92 +128,102 @@ def test_a_model_is_never_written_over_itself(force, tensors, tmp_path, run):
         ("mar", tmp_path / "flat", tmp_path / "flat", "--heads", 2, "--patch-size", 2),
         ("mar", file, file, "--heads", 2),
     ):
-        code, said = run(*arguments, *force)
-        assert code == 2
-        assert len(said.splitlines()) == 1
+        refused(run(*arguments, *force))
     assert contents(tmp_path) == before
 
 
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_a_pickle_that_would_run_code_is_refused_before_it_does(tensors, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model_ema": tensors, "args": Malicious()}, "a.pth")
+    (tmp_path / "b.pth").write_bytes(pickle.dumps({"model_ema": Malicious()}, protocol=2))
+    for name in ("a.pth", "b.pth"):
+        for kind in ("mar", "vae"):
+            refused(run(kind, name, "out"), "refused", "system")
+    assert not (tmp_path / "executed").exists()
+
+
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("change", "message"),
     [
-        (("--heads", -2), "--heads -2"),
-        (("--heads", 0), "--heads 0"),
-        (("--vae-stride", 0), "--vae-stride 0"),
-        (("--patch-size", -1), "--patch-size -1"),
-        (("--image-size", 100), "100"),
-        (("--image-size", 0), "--image-size 0"),
+        ({"decoder_norm.bias": None}, "decoder_norm.bias is missing"),
+        ({"z_proj.weight": None}, "z_proj.weight is missing"),
+        ({"extra": torch.zeros(2)}, "unknown tensor extra"),
+        ({"decoder_norm.bias": torch.zeros(3)}, r"decoder_norm.bias has shape \(3,\)"),
+        ({"z_proj.weight": torch.zeros(24, 0)}, r"z_proj.weight has shape \(24, 0\)"),
+        ({"decoder_norm.bias": torch.full((32,), float("nan"))}, "decoder_norm.bias holds values that are not finite"),
+        ({"decoder_norm.bias": [1.0]}, "decoder_norm.bias in model_ema is a list"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_before_anything_is_read(options, words, tmp_path, tensors, run):
+def test_tensors_that_do_not_fit_are_named(change, message, tensors, tmp_path):
+    changed = {name: t for name, t in {**tensors, **change}.items() if t is not None}
+    torch.save({"model_ema": changed, "args": argparse.Namespace(**ARGS)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=rf"a\.pth: .*{message}"):
+        official_model(tmp_path / "a.pth", Hints(heads=2))
+
+
+@pytest.mark.parametrize(
+    ("args", "hints", "words"),
+    [
+        ({}, Hints(heads=2, image_size=256), ["256", "128"]),
+        ({"img_size": 256}, Hints(heads=2), ["256", "128"]),
+        ({"diffloss_w": 64}, Hints(heads=2), ["64", "40"]),
+        ({}, Hints(heads=2, patch_size=1), ["1", "2"]),
+        ({}, Hints(), ["24", "--heads"]),
+        ({}, Hints(heads=5), ["24", "--heads"]),
+        ({"patch_size": 0}, Hints(heads=2), ["its args say patch_size 0"]),
+        ({"vae_stride": "16"}, Hints(heads=2), ["its args say vae_stride '16'"]),
+        ({"cfg": "much"}, Hints(heads=2), ["its args say"]),
+        ({"cfg_schedule": 3}, Hints(heads=2), ["its args say"]),
+        ({"proj_dropout": None}, Hints(heads=2), ["its args say proj_dropout None"]),
+    ],
+)
+def test_contradictions_name_both_and_args_that_cannot_be_are_refused(args, hints, words, tensors, tmp_path):
+    with pytest.raises(ValueError, match=r"a\.pth") as error:
+        official_model(write(tmp_path / "a.pth", tensors, **args), hints)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_settings_that_cannot_be_are_refused_before_anything_is_read(tmp_path, tensors, run, monkeypatch):
     file = write(tmp_path / "a.pth", tensors)
-    code, said = run("mar", file, tmp_path / "model", *(() if "--heads" in options else ("--heads", 2)), *options)
-    assert code == 2
-    assert words in said
+    refused(run("mar", file, tmp_path / "model", "--heads", 2, "--image-size", 100), "100")
+    for module in ("official", "vae"):
+        monkeypatch.setattr(f"marval.io.{module}.read_checkpoint", lambda *_: pytest.fail("it was read"))
+    for option, value in [("heads", -2), ("heads", 0), ("vae-stride", 0), ("patch-size", -1), ("image-size", 0)]:
+        refused(run("mar", file, tmp_path / "model", f"--{option}", value), f"--{option} {value}")
+        refused(run("to-mar", tmp_path, tmp_path / "b.pth", f"--{option}", value))
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
-    code, said = run("to-mar", tmp_path, tmp_path / "b.pth", *options)
-    assert code == 2
-    assert len(said.splitlines()) == 1
+    (tmp_path / "taken").mkdir()
+    for out in (tmp_path / "taken", file / "model"):
+        for kind in ("mar", "vae"):
+            refused(run(kind, file, out))
 
 
 def test_files_that_are_no_checkpoints_are_refused_in_one_line(tensors, tmp_path, run):
     whole = write(tmp_path / "whole.pth", tensors).read_bytes()
     (tmp_path / "in").mkdir()
+    torch.save({"weights": tensors}, tmp_path / "in/other.pth")
     for name, content in {
         "empty.pth": b"", "text.pth": b"not a checkpoint\n", "number.pth": b"\x80", "cut.pth": whole[: len(whole) // 2],
-        "text.safetensors": b"not a checkpoint\n", "empty.safetensors": b"",
+        "text.safetensors": b"not a checkpoint\n", "empty.safetensors": b"", "other.pth": None,
     }.items():  # fmt: skip
-        file = tmp_path / "in" / name
-        file.write_bytes(content)
+        if content is not None:
+            (tmp_path / "in" / name).write_bytes(content)
         for kind in ("mar", "to-mar", "vae"):
-            code, said = run(kind, file, tmp_path / "out.pth")
-            assert code == 2, (kind, name)
-            assert len(said.splitlines()) == 1, said
-            assert name in said
-    code, said = run("mar", tmp_path / "in", tmp_path / "out")
-    assert code == 2
-    assert "folder with one" in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "whole.pth"]
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_named(value, tensors, tmp_path, run):
-    bad = {name: t.clone() for name, t in tensors.items()}
-    bad["decoder_norm.bias"][3] = value
-    code, said = run("mar", write(tmp_path / "a.pth", bad), tmp_path / "model", "--heads", 2)
-    assert code == 2
-    assert "decoder_norm.bias" in said
-    assert not (tmp_path / "model").exists()
-    model, config = official_model(write(tmp_path / "a.pth", tensors), Hints(heads=2))
-    model.decoder_norm.bias[3] = value
+            refused(run(kind, tmp_path / "in" / name, tmp_path / "out.pth"), name)
+    refused(run("mar", tmp_path / "in", tmp_path / "out"), "folder with one")
+    refused(run("mar", tmp_path / "absent", tmp_path / "out"), "found none")
+    model, config = official_model(write(tmp_path / "whole.pth", tensors), Hints(heads=2))
+    model.decoder_norm.bias[3] = float("inf")
     save_model(tmp_path / "ours", model, config)
-    code, said = run("to-mar", tmp_path / "ours", tmp_path / "b.pth")
-    assert code == 2
-    assert "decoder_norm.bias" in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "ours"]
-
-
-@pytest.mark.parametrize(
-    "args", [{"patch_size": 0}, {"vae_stride": "16"}, {"cfg": "much"}, {"cfg_schedule": 3}, {"proj_dropout": None}]
-)
-def test_recorded_args_that_cannot_be_are_refused_by_name(args, tensors, tmp_path):
-    with pytest.raises(ValueError, match=r"a\.pth: its args say"):
-        official_model(write(tmp_path / "a.pth", tensors, **args), Hints(heads=2))
-
-
-def test_the_output_is_checked_before_the_checkpoint_is_read(tensors, tmp_path, run, monkeypatch):
-    def read(*_):
-        raise AssertionError("read")
-
-    file = write(tmp_path / "a.pth", tensors)
-    monkeypatch.setattr("marval.io.official.read_checkpoint", read)
-    monkeypatch.setattr("marval.io.vae.read_checkpoint", read)
-    (tmp_path / "taken").mkdir()
-    for out in (tmp_path / "taken", file / "model"):
-        for kind in ("mar", "vae"):
-            code, said = run(kind, file, out, *(("--heads", 2) if kind == "mar" else ()))
-            assert code == 2
-            assert len(said.splitlines()) == 1
+    refused(run("to-mar", tmp_path / "ours", tmp_path / "out.pth"), "decoder_norm.bias")
+    with pytest.raises(ValueError, match=r"decoder_norm.bias"):
+        load_model(tmp_path / "ours")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "ours", "whole.pth"]
 
 
 MEMORY = """

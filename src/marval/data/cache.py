@@ -25,6 +25,7 @@ from marval.runtime.progress import progress
 
 SHARD = 1024  # images
 CHANGES = {"listing": "other pictures, or changed ones", "vae_sha256": "a VAE of other weights"}  # of a plan's hashes
+ADVICE = "; then remove {} or cache into another folder"  # after damaged images were mended
 
 
 def cache_latents(
@@ -56,7 +57,7 @@ def cache_latents(
         raise ValueError(f"--batch-size {batch_size} --scale {scale}: expected at least 1, and a finite scale above 0")
     workers = workers or Workers()
     listing = list_folder(images)
-    encoder = Encoder(load_vae(vae, workers.device, download=True), image_size, batch_size, workers.device)
+    encoder = _Encoder(load_vae(vae, workers.device, download=True), image_size, batch_size, workers.device)
     encoder.check()
     sha256 = vae_hash(vae)
     plan = {
@@ -65,26 +66,22 @@ def cache_latents(
         "image_size": image_size, "shard_size": SHARD,
     }  # fmt: skip
     if workers.main:
-        claim(out, plan)
+        _claim(out, plan)
         say_skipped(listing)
     workers.barrier()
     shards = [listing.files[start : start + SHARD] for start in range(0, len(listing.files), SHARD)]
-    write_shards(encoder, shards, out, workers)
+    _write_shards(encoder, shards, out, workers)
     if workers.stopping():  # all of them stop where one was asked to; it waits for the slowest
         return None
     if workers.main:
         about = {"class_names": listing.class_names, "scale": scale, "vae": vae_place(vae), "vae_sha256": sha256}
-        write_index(out, {**plan, **about}, len(shards))
+        _write_index(out, {**plan, **about}, len(shards))
     workers.barrier()
     return LatentData.open(out)
 
 
-def claim(out: Path, plan: dict[str, Any]) -> None:
-    """Write what will be cached; the first shard makes it final.
-
-    Raises:
-        ValueError: the folder has shards of something else.
-    """
+def _claim(out: Path, plan: dict[str, Any]) -> None:
+    """Write what will be cached; the first shard makes it final."""
     if any(out.glob("shard-*.safetensors")):
         try:
             before = json.loads((out / PLAN).read_text())
@@ -97,29 +94,24 @@ def claim(out: Path, plan: dict[str, Any]) -> None:
     write_text(out / PLAN, json.dumps(plan, indent=1) + "\n")
 
 
-def write_shards(encoder: "Encoder", shards: Sequence[Sequence[Labelled]], out: Path, workers: Workers) -> None:
-    """Write this process's shards, except those that are there, until the run is asked to stop.
-
-    Raises:
-        ValueError: too many damaged images, latents that are not finite, or a full disk.
-    """
-    total = sum(len(shard) for shard in shards)
+def _write_shards(encoder: "_Encoder", shards: Sequence[Sequence[Labelled]], out: Path, workers: Workers) -> None:
+    """Write this process's shards, except those that are there, until the run is asked to stop."""
     missing = [i for i in range(workers.rank, len(shards), workers.count) if not shard_file(out, i).is_file()]
-    damaged = list[str]()
-    share = "images encoded" if workers.count == 1 else f"images of one of {workers.count} processes encoded"
-    with progress(sum(len(shards[i]) for i in missing), share, quiet=not workers.main) as advance:
+    total, damaged = sum(map(len, shards)), list[str]()
+    label = "images" if workers.count == 1 else f"images, the share of one of {workers.count} processes"
+    with progress(sum(len(shards[i]) for i in missing), label, quiet=not workers.main) as advance:
         for i in missing:
             if workers.stop.is_set():
                 return
             tensors, metadata = encoder.shard(shards[i])
-            write_tensors(shard_file(out, i), tensors, {"marval": json.dumps(metadata)})
             damaged += metadata["corrupt"]
-            check_damaged(damaged, total, f"; then remove {out} or cache into another folder")
+            write_tensors(shard_file(out, i), tensors, {"marval": json.dumps(metadata)})
+            check_damaged(damaged, total, ADVICE.format(out))
             advance(len(shards[i]))
 
 
 @dataclass(frozen=True)
-class Encoder:
+class _Encoder:
     """A VAE (diffusers' `AutoencoderKL`) that encodes files of images."""
 
     vae: Any
@@ -135,11 +127,7 @@ class Encoder:
         return self.vae.encode(both).latent_dist.parameters.float().cpu().unflatten(0, (2, -1)).transpose(0, 1)
 
     def check(self) -> None:
-        """Encode a grey image, before anything is written.
-
-        Raises:
-            ValueError: the VAE cannot encode images of this size, whole, to finite numbers.
-        """
+        """Refuse a VAE that cannot encode images of this size, whole, to finite numbers; nothing is written yet."""
         size = self.image_size
         if size < 8:
             raise ValueError(f"--image-size {size}: expected at least 8")
@@ -165,9 +153,6 @@ class Encoder:
         Returns:
             Moments and labels; and why damaged ("corrupt") images cannot be read, with the latents' number, and the
             expected sum and sum of squares of their samples, on which the scale is fitted.
-
-        Raises:
-            ValueError: latents that are not finite in half precision.
         """
         moments, labels, damaged = list[Tensor](), list[int](), list[str]()
         results = zip(in_threads(self.read, files, ahead=2 * self.batch_size), files, strict=True)
@@ -193,12 +178,8 @@ class Encoder:
         return {"moments": encoded.half(), "labels": torch.tensor(labels, dtype=torch.long)}, metadata
 
 
-def write_index(out: Path, about: dict[str, Any], shards: int) -> None:
-    """Gather what the shards say into the index, and print it.
-
-    Raises:
-        ValueError: a damaged shard, or too many damaged images.
-    """
+def _write_index(out: Path, about: dict[str, Any], shards: int) -> None:
+    """Gather what the shards say into the index, and print it."""
     counts, labels, damaged = list[int](), list[int](), list[str]()
     shape, numbers, total, square = [0, 0, 0], 0, 0.0, 0.0
     for i in range(shards):
@@ -217,7 +198,7 @@ def write_index(out: Path, about: dict[str, Any], shards: int) -> None:
         numbers += metadata["numbers"]
         total += metadata["sum"]
         square += metadata["square"]
-    check_damaged(damaged, about["images"], f"; then remove {out} or cache into another folder")
+    check_damaged(damaged, about["images"], ADVICE.format(out))
     fitted = 1 / math.sqrt(square / numbers - (total / numbers) ** 2)
     scale = fitted if about["scale"] is None else about["scale"]
     index = {"counts": counts, "labels": labels, "shape": shape, "fitted_scale": fitted, "corrupt": damaged}

@@ -1,5 +1,6 @@
 """Fashion-MNIST (Xiao et al. 2017, MIT licence): found or fetched, recognised by its content; a part of it ships."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -53,8 +54,8 @@ def load_fashion_mnist(split: str = "train", folder: Path | str | None = None, *
         ValueError: no place has the files. The message says what is wrong with each.
     """
     prefix = {"train": "train", "test": "t10k"}[split]
-    images = np.frombuffer(find_file(f"{prefix}-images-idx3-ubyte", folder, fetch), np.uint8, offset=16)
-    labels = np.frombuffer(find_file(f"{prefix}-labels-idx1-ubyte", folder, fetch), np.uint8, offset=8)
+    images = np.frombuffer(_find_file(f"{prefix}-images-idx3-ubyte", folder, fetch), np.uint8, offset=16)
+    labels = np.frombuffer(_find_file(f"{prefix}-labels-idx1-ubyte", folder, fetch), np.uint8, offset=8)
     pixels = torch.from_numpy(images.reshape(-1, 1, 28, 28).copy())
     return ImageData(pixels, torch.from_numpy(labels.astype(np.int64)), FASHION_CLASSES)
 
@@ -68,65 +69,52 @@ def load_fashion_sample() -> ImageData:
     return ImageData(images, labels, FASHION_CLASSES)
 
 
-def find_file(name: str, folder: Path | str | None, fetch: bool) -> bytes:
-    """Read one file of Fashion-MNIST, unpacked, from the first place that has it with the right content.
-
-    Raises:
-        ValueError: no place has it. The message says what is wrong with each, and what to do.
-    """
-    problems = []
-    for place in _places(name, folder, fetch):
+def _find_file(name: str, folder: Path | str | None, fetch: bool) -> bytes:
+    """Read one file of Fashion-MNIST, unpacked, from the first place that has it with the right content."""
+    cache, problems = cache_folder() / "fashion-mnist", []
+    for place in _places(name, cache, folder, fetch):
         try:
-            packed = _download(place) if isinstance(place, str) else _read(name, place)
-            content = _check(name, packed)
+            packed = _read(place)
+            content = _unpack(name, packed)
         except (OSError, EOFError, zlib.error, HTTPException, ValueError) as error:
             reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
             problems.append(f"{place}: {reason}")
             continue
         if isinstance(place, str):
-            _keep(name, packed)
+            with contextlib.suppress(ValueError), atomic_path(cache / f"{name}.gz") as partial:
+                partial.write_bytes(packed)  # where that fails it is fetched again the next time
         return content
-    where = f"put {name}.gz there" if folder is not None else f"put its four .gz files into {_cache()}"
+    where = f"put {name}.gz there" if folder is not None else f"put its four .gz files into {cache}"
     raise ValueError(
         f"cannot find Fashion-MNIST's {name} ({'; '.join(problems)}): "
         f"install Debian's package dataset-fashion-mnist, or {where}"
     )
 
 
-def _places(name: str, folder: Path | str | None, fetch: bool) -> Iterator[Path | str]:
+def _places(name: str, cache: Path, folder: Path | str | None, fetch: bool) -> Iterator[Path | str]:
     """The files to try (a folder stands for the file that it lacks), then the addresses."""
-    if folder is not None:
-        folders = [Path(folder)]
-    else:
-        shared = (os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share").split(":")
-        folders = [Path(root) / "datasets" / "fashion-mnist" for root in shared if root]
-        read_only = user_cache()  # it may hold the files though nothing can be added
-        folders += [read_only / "fashion-mnist"] if read_only not in (None, cache_folder()) else []
-        folders += [_cache()]
-    for root in folders:
+    shared = (os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share").split(":")
+    folders = [Path(root) / "datasets" / "fashion-mnist" for root in shared if root]
+    if user := user_cache():  # it may hold the files though nothing can be added: then `cache` is another one
+        folders.append(user / "fashion-mnist")
+    for root in [Path(folder)] if folder is not None else dict.fromkeys([*folders, cache]):
         yield from [file for file in (root / f"{name}.gz", root / name) if os.path.isfile(file)] or [root]
     if folder is None and fetch:
         yield from (f"{url}{name}.gz" for url in URLS)
 
 
-def _cache() -> Path:
-    return cache_folder() / "fashion-mnist"
-
-
-def _read(name: str, file: Path) -> bytes:
-    if not os.path.isfile(file):
-        raise ValueError(f"holds no {name}.gz" if os.path.isdir(file) else "no such folder")
-    with file.open("rb") as content:
+def _read(place: Path | str) -> bytes:
+    if isinstance(place, str):
+        with urllib.request.urlopen(place, timeout=TIMEOUT) as response:
+            print(f"Fetching {place}", file=sys.stderr, flush=True)
+            return response.read(MOST_BYTES)
+    if place.is_dir():
+        raise ValueError("no such file in it")
+    with place.open("rb") as content:
         return content.read(MOST_BYTES)
 
 
-def _download(url: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-        print(f"Fetching {url}", file=sys.stderr, flush=True)
-        return response.read(MOST_BYTES)
-
-
-def _check(name: str, packed: bytes) -> bytes:
+def _unpack(name: str, packed: bytes) -> bytes:
     """Unpack a file and compare its SHA-256 with the one expected."""
     content = packed
     if packed.startswith(b"\x1f\x8b"):
@@ -138,12 +126,3 @@ def _check(name: str, packed: bytes) -> bytes:
             raise ValueError("a web page in its place; does this network ask for a login?")
         raise ValueError(f"damaged: {len(content):,} bytes of SHA-256 {digest[:12]}..., not {SHA256[name][:12]}...")
     return content
-
-
-def _keep(name: str, packed: bytes) -> None:
-    """Put a fetched file into the cache; where that fails, say so and go on."""
-    try:
-        with atomic_path(_cache() / f"{name}.gz") as partial:
-            partial.write_bytes(packed)
-    except ValueError as error:
-        print(f"marval: {name} will be fetched again the next time: {error}", file=sys.stderr)

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +78,7 @@ def list_folder(root: Path) -> Folder:
             + (f" (left out: {told})" if told else "")
         )
     files = [(file, label) for label, of_class in enumerate(images) for file in of_class]
-    return Folder(root, class_names(folders), files, told)
+    return Folder(root, _class_names(folders), files, told)
 
 
 def _entries(folder: str, read: set[tuple[int, int]], skipped: Skipped) -> tuple[list[str], list[str]]:
@@ -129,12 +129,8 @@ def _describe(skipped: Skipped) -> str:
     )
 
 
-def class_names(folders: Sequence[str]) -> tuple[str, ...]:
-    """Return the folders' names, or ImageNet's readable names where they are WordNet ids.
-
-    Raises:
-        ValueError: two folders with one name.
-    """
+def _class_names(folders: Sequence[str]) -> tuple[str, ...]:
+    """Return the folders' names, or ImageNet's readable names where they are WordNet ids."""
     folder_of: dict[str, str] = {}
     for folder in map(os.path.basename, folders):
         name = imagenet_classes().get(folder, printable(folder))
@@ -145,10 +141,6 @@ def class_names(folders: Sequence[str]) -> tuple[str, ...]:
             )
         folder_of[name] = folder
     return tuple(folder_of)
-
-
-# A command's training images are often its judge's, too: they are decoded once, and kept while somebody holds them.
-_loaded: "weakref.WeakValueDictionary[tuple[object, ...], ImageData]" = weakref.WeakValueDictionary()
 
 
 def load_folder(
@@ -168,20 +160,20 @@ def load_folder(
     """
     listing = list_folder(Path(folder))
     say_skipped(listing)
-    files = listing.files if limit is None else balanced_sample(listing.files, limit)
+    files = listing.files if limit is None else _balanced_sample(listing.files, limit)
     size = infer_size([file for file, _ in files]) if size is None else size
     key = (listing_hash(listing.root, files), listing.class_names, size, channels)
-    if (data := _loaded.get(key)) is None:
-        data = _loaded[key] = decode(listing, files, size, grey=channels != 3)
+    if (data := _decoded.get(key)) is None:
+        data = _decoded[key] = _decode(listing, files, size, grey=channels != 3)
     return data
 
 
-def decode(listing: Folder, files: Sequence[Labelled], size: tuple[int, int], grey: bool) -> ImageData:
-    """Decode some files of a folder in threads, each once, into bytes of `size`.
+# Training images that are the judge's, too, are decoded once.
+_decoded: "weakref.WeakValueDictionary[tuple[object, ...], ImageData]" = weakref.WeakValueDictionary()
 
-    Raises:
-        ValueError: too many of them cannot be read.
-    """
+
+def _decode(listing: Folder, files: Sequence[Labelled], size: tuple[int, int], grey: bool) -> ImageData:
+    """Decode some files of a folder in threads into bytes of `size`; with `grey`, one channel if every file is grey."""
     images = np.empty((len(files), 3, *size), np.uint8)
     labels, damaged, skipped = list[int](), list[str](), Skipped(list)
 
@@ -246,19 +238,16 @@ def check_damaged(reasons: Sequence[str], total: int, advice: str = "") -> None:
         raise ValueError(f"{reasons[0]}{advice}{more}")
 
 
-def balanced_sample(files: Sequence[Labelled], limit: int) -> list[Labelled]:
-    """Draw at most `limit` files at random, from every class in turn; they keep their order.
-
-    Raises:
-        ValueError: a limit below 1.
-    """
+def _balanced_sample(files: Sequence[Labelled], limit: int) -> list[Labelled]:
+    """Draw at most `limit` files at random, from every class in turn; they keep their order."""
     if limit < 1:
         raise ValueError(f"a limit of {limit} images: expected at least 1")
+    drawn: Counter[int] = Counter()
+
+    def turn(i: int) -> int:
+        drawn[files[i][1]] += 1
+        return drawn[files[i][1]]
+
     order = torch.randperm(len(files), generator=generator(0, "sample")).tolist()
-    drawn: defaultdict[int, int] = defaultdict(int)
-    turns = []
-    for place, i in enumerate(order):
-        label = files[i][1]
-        turns.append((drawn[label], place, i))  # the first of every class, then the second ones, ...
-        drawn[label] += 1
-    return [files[i] for i in sorted(i for _, _, i in sorted(turns)[:limit])]
+    chosen = sorted(order, key=turn)[:limit]  # the first of every class, then the second ones, ...
+    return [files[i] for i in sorted(chosen)]

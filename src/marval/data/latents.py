@@ -5,12 +5,13 @@ times), `shard-00000.safetensors` and so on (each written whole, so that a kille
 `index.json`, written last.
 """
 
+import bisect
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
@@ -35,6 +36,7 @@ class LatentData:
     image_size: int
     vae: str
     vae_sha256: str = ""
+    _mapped: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # shards in use
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -89,13 +91,14 @@ class LatentData:
         Raises:
             ValueError: the shard is damaged.
         """
-        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        file = shard_file(self.folder, shard)
-        try:
-            with safe_open(file, framework="pt") as content:
-                return content.get_slice("moments")[index - self.starts[shard]]
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged ({error}): remove it, and run marval cache again") from None
+        shard = bisect.bisect_right(self.starts, index) - 1
+        if shard not in self._mapped:
+            file = shard_file(self.folder, shard)
+            try:
+                self._mapped[shard] = safe_open(file, framework="pt").get_slice("moments")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} is damaged ({error}): remove it, and run marval cache again") from None
+        return self._mapped[shard][index - self.starts[shard]]
 
 
 def shard_file(folder: Path, shard: int) -> Path:

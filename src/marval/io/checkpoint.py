@@ -19,8 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from marval.config import ModelConfig, shorten
-from marval.io.fields import told
-from marval.io.files import sha256_of, write_tensors, write_text
+from marval.io.files import one_line, sha256_of, write_tensors, write_text
 from marval.model import MAR
 
 WEIGHTS = "model.safetensors"
@@ -52,46 +51,35 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[MA
             the configuration.
     """
     file = weights_file(Path(path))
-    tensors, config = read_tensors(file)
+    tensors, config = _read_tensors(file)
     try:
         with torch.device("meta"):
             model = MAR(config.mar)
     except (RuntimeError, ValueError, TypeError, ArithmeticError, AssertionError) as error:
-        raise ValueError(f"{file}: no network has the sizes in its configuration ({told(error)})") from None
+        raise ValueError(f"{file}: no network has the sizes in its configuration ({one_line(error)})") from None
     check_tensors(file, tensors, model.state_dict())
     model.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=True, assign=True)
     return model.to(device).eval().requires_grad_(False), config
 
 
-def read_tensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig]:
-    """Read the tensors and the configuration of a `.safetensors` file.
-
-    Raises:
-        ValueError: as `load_model`.
-    """
+def _read_tensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig]:
+    """Read the tensors and the configuration of a `.safetensors` file."""
     try:
         with safe_open(file, framework="pt") as content:
             metadata, names = content.metadata() or {}, list(content.keys())
             if "marval" not in metadata:
                 raise ValueError("no configuration of marval is inside")
             config = ModelConfig.from_dict(add_guidance(json.loads(metadata["marval"]), file))
-            check_config(config, len(names))
+            _check_config(config, len(names))
             return {name: content.get_tensor(name) for name in names}, config
     except (SafetensorError, OSError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged or not a safetensors file ({told(error)})") from None
+        raise ValueError(f"{file} is damaged or not a safetensors file ({one_line(error)})") from None
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{file} is not a marval model: {told(error)}") from None
+        raise ValueError(f"{file} is not a marval model: {one_line(error)}") from None
 
 
-def check_config(config: ModelConfig, tensors: int) -> None:
-    """Check a stranger's configuration before anything is built by its numbers, beyond what it checks itself.
-
-    Args:
-        tensors: how many the file holds.
-
-    Raises:
-        ValueError: a value of another type or out of range, or parts that do not fit each other.
-    """
+def _check_config(config: ModelConfig, tensors: int) -> None:
+    """Check a stranger's configuration, of a file with so many tensors, before anything is built by its numbers."""
     if re.search(r"(^|:)[\\/]{2}", config.data):  # Windows would log in to another machine
         raise ValueError(f"its data are {shorten(config.data)}: expected a place on this machine")
     mar, space = config.mar, config.space

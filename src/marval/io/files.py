@@ -179,3 +179,8 @@ def sha256_of(file: Path) -> str:
     """Compute the SHA-256 of a file, in hexadecimal digits."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def one_line(error: BaseException) -> str:
+    """Say what an error says, in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]

@@ -78,10 +78,10 @@ def read_image(
                 raise ValueError(f"it has {picture.width}x{picture.height} pixels, expected at most {most_pixels:,}")
             if draft is not None:
                 picture.draft(None, (draft, draft))
-            raw = raw_mode(picture)
+            raw = _raw_mode(picture)
             picture.load()
-            upright = eight_bits(picture, raw)
-            if (method := orientation(picture)) is not None:
+            upright = _eight_bits(picture, raw)
+            if (method := _orientation(picture)) is not None:
                 upright = upright.transpose(method)
             animated = getattr(picture, "is_animated", False) and picture.format not in SEVERAL
     except Exception as error:  # a decoder may raise anything on damaged bytes
@@ -100,7 +100,7 @@ def image_size(source: Path) -> tuple[int, int]:
         with Image.open(source, formats=readable_formats()) as picture:
             # Pillow turns a TIFF's size itself, and would decode a whole PNG to look for EXIF behind the pixels.
             known = picture.format != "TIFF" and (picture.format != "PNG" or "exif" in picture.info)
-            return picture.size[::-1] if known and orientation(picture) in SIDEWAYS else picture.size
+            return picture.size[::-1] if known and _orientation(picture) in SIDEWAYS else picture.size
     except Exception as error:
         raise _unreadable(source, error) from None
 
@@ -113,7 +113,7 @@ def _unreadable(source: Path | io.BytesIO | io.BufferedReader, error: Exception)
     return ValueError(f"{name} cannot be read as an image ({printable(reason)}): mend or remove it")
 
 
-def orientation(picture: Image.Image) -> Image.Transpose | None:
+def _orientation(picture: Image.Image) -> Image.Transpose | None:
     """What turns a picture upright, by its EXIF; None where that is damaged or says nothing."""
     try:
         return UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
@@ -121,26 +121,22 @@ def orientation(picture: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def raw_mode(picture: Image.Image) -> str:
+def _raw_mode(picture: Image.Image) -> str:
     """How the file itself stores a pixel, such as "L;4" or "RGB;16B"; known before the picture is loaded."""
     arguments: Any = picture.tile[0][3] if getattr(picture, "tile", None) else ""  # type: ignore[attr-defined]
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else ""
 
 
-def eight_bits(picture: Image.Image, raw: str) -> Image.Image:
-    """Convert a loaded picture to mode "L" or "RGB", over white where it is transparent.
-
-    Raises:
-        ValueError: numbers whose black and white are unknown.
-    """
+def _eight_bits(picture: Image.Image, raw: str) -> Image.Image:
+    """Convert a loaded picture to mode "L" or "RGB", over white where it is transparent."""
     grey = picture.mode in GREY_MODES or raw.startswith("LA")
     key = picture.info.get("transparency")  # one value that stands for "transparent", or a palette's
     opaque = None
     if picture.mode in DEEP_MODES:
         values = np.asarray(picture)
         opaque = None if key is None else values != key
-        result = Image.fromarray(levels(picture, values))
+        result = Image.fromarray(_levels(picture, values))
     elif key is not None and picture.mode in ("1", "L", "RGB"):
         scaled = np.asarray(key) * GREY_STEP.get(raw, 1) // (256 if ";16" in raw else 1)
         result = picture.convert("L" if grey else "RGB")
@@ -159,12 +155,8 @@ def eight_bits(picture: Image.Image, raw: str) -> Image.Image:
     return result.convert("L") if grey else result
 
 
-def levels(picture: Image.Image, values: np.ndarray) -> np.ndarray:
-    """Scale a picture's `values` of more than 8 bits to levels from 0 to 255.
-
-    Raises:
-        ValueError: 32-bit integers, whose white is unknown, or floating-point numbers outside [0, 1].
-    """
+def _levels(picture: Image.Image, values: np.ndarray) -> np.ndarray:
+    """Scale a picture's `values` of more than 8 bits to levels from 0 to 255."""
     tags: Any = getattr(picture, "tag_v2", {})  # of a TIFF
     bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
     white = 1.0 if picture.mode == "F" else float(2 ** min(bits, 16) - 1)

@@ -7,6 +7,7 @@ image size, VAE stride, patch size) comes from the caller, from `args`, or from 
 
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig
-from marval.io.checkpoint import WEIGHTS, check_tensors, find_file, load_model, read_checkpoint, save_model
+from marval.io.checkpoint import check_tensors, find_file, load_model, read_checkpoint, save_model, weights_file
 from marval.io.files import atomic_path, check_replace, sha256_of
 from marval.io.imagenet import imagenet_classes
 from marval.io.vae import vae_hash, vae_place
@@ -62,122 +63,17 @@ def read_official(path: Path | str, ema: bool = True) -> tuple[dict[str, Tensor]
     return tensors, dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """The shapes in a checkpoint, and what its `args` say; `source` names it in errors."""
-
-    tensors: dict[str, Tensor]
-    args: dict[str, Any]
-    source: Path | str
-
-    def shape(self, name: str, dimensions: int = 2) -> torch.Size:
-        """Look up a tensor's shape.
-
-        Raises:
-            ValueError: it is missing, empty, or has another number of dimensions.
-        """
-        if name not in self.tensors:
-            raise ValueError(f"{self.source}: tensor {name} is missing")
-        shape = self.tensors[name].shape
-        if len(shape) != dimensions or 0 in shape:
-            raise ValueError(
-                f"{self.source}: {name} has shape {tuple(shape)}, expected {dimensions} dimensions, none of them 0"
-            )
-        return shape
-
-    def depth(self, blocks: str, first: str) -> int:
-        """Count blocks; `first` is a tensor of the first one, which must be there."""
-        self.shape(f"{blocks}.0.{first}", 1)
-        return len({name.removeprefix(f"{blocks}.").split(".")[0] for name in self.tensors if name.startswith(blocks)})
-
-    def size(self, name: str, hint: int | None, default: int) -> int:
-        """Choose the size `name`: the caller's hint, what `args` say, or the default.
-
-        Raises:
-            ValueError: `args` contradict the hint, or hold no size.
-        """
-        recorded = self.args.get(name)
-        if recorded is not None and (not isinstance(recorded, int) or recorded < 1):
-            raise ValueError(f"{self.source}: its args say {name} {recorded!r}: expected a whole number from 1")
-        if None not in (hint, recorded) and hint != recorded:
-            raise ValueError(f"{self.source}: {name} {hint} contradicts the {recorded} in the checkpoint's own args")
-        return hint or recorded or default
-
-
-def infer_config(found: Shapes, hints: Hints) -> tuple[MARConfig, LatentSpace]:
-    """Read sizes and token space off an official checkpoint.
-
-    Raises:
-        ValueError: as `infer_space`, or heads that nothing says.
-    """
-    source, shape, args = found.source, found.shape, found.args
-    space = infer_space(found, hints)
-    width, token_dim = shape("z_proj.weight")
-    decoder_width, head_width = shape("decoder_embed.weight")[0], shape("diffloss.net.input_proj.weight")[0]
-    heads, decoder_heads = (hints.heads or HEADS_OF_WIDTH.get(side) for side in (width, decoder_width))
-    if heads is None or decoder_heads is None or width % heads or decoder_width % decoder_heads:
-        raise ValueError(f"{source}: widths {width} and {decoder_width} do not say the attention heads: add --heads")
-    dropout = args.get("proj_dropout", 0.1)
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ValueError(f"{source}: its args say proj_dropout {dropout!r}: expected a number from 0 to 1")
-    mar = MARConfig(
-        token_grid=space.token_grid,
-        token_dim=token_dim,
-        num_classes=shape("class_emb.weight")[0],
-        encoder_dim=width,
-        encoder_depth=found.depth("encoder_blocks", "norm1.weight"),
-        encoder_heads=heads,
-        decoder_dim=decoder_width,
-        decoder_depth=found.depth("decoder_blocks", "norm1.weight"),
-        decoder_heads=decoder_heads,
-        head_width=head_width,
-        head_depth=found.depth("diffloss.net.res_blocks", "in_ln.weight"),
-        buffer_size=shape("encoder_pos_embed_learned", 3)[1] - space.token_grid[0] * space.token_grid[1],
-        mlp_ratio=shape("encoder_blocks.0.mlp.fc1.weight")[0] / width,
-        learn_variance=shape("diffloss.net.final_layer.linear.weight")[0] == 2 * token_dim,
-        dropout=float(dropout),
-    )
-    for name, size in (("diffloss_w", head_width), ("diffloss_d", mar.head_depth), ("buffer_size", mar.buffer_size)):
-        if args.get(name, size) != size:
-            raise ValueError(f"{source}: its args say {name} {args[name]}, its tensors {size}")
-    return mar, space
-
-
-def infer_space(found: Shapes, hints: Hints) -> LatentSpace:
-    """Read the token space off an official checkpoint.
-
-    Raises:
-        ValueError: a tensor that the sizes are read off is missing, or a contradiction.
-    """
-    source, token_dim = found.source, found.shape("z_proj.weight")[1]
-    tokens = found.shape("diffusion_pos_embed_learned", 3)[1]
-    side = round(tokens**0.5)
-    if side * side != tokens:
-        raise ValueError(f"{source}: {tokens} tokens make no square grid")
-    patch = found.size("patch_size", hints.patch_size, 1)
-    stride = found.size("vae_stride", hints.vae_stride, 16)
-    image = found.size("img_size", hints.image_size, side * stride * patch)
-    if image != side * stride * patch:
-        raise ValueError(
-            f"{source}: image size {image} contradicts its {side}x{side} tokens "
-            f"(VAE stride {stride} x patch {patch} x {side} = {side * stride * patch})"
-        )
-    if token_dim % patch**2:
-        raise ValueError(f"{source}: tokens of {token_dim} channels contradict patches of {patch}x{patch}")
-    return LatentSpace((image, image), "kl16", stride, token_dim // patch**2, patch)
-
-
 def official_model(
     path: Path | str, hints: Hints = Hints(), *, ema: bool = True, vae: str = "kl16", vae_sha256: str = ""
 ) -> tuple[MAR, ModelConfig]:
     """Read an official checkpoint as a network (its tensors stay memory-mapped) and a configuration.
 
     Raises:
-        ValueError: as `read_official` and `infer_config`; or a missing, unknown or misshapen tensor, or one that is
-            not finite.
+        ValueError: as `read_official`; a contradiction, or sizes that nothing says; or a missing, unknown or misshapen
+            tensor, or one that is not finite.
     """
     tensors, args = read_official(path, ema)
-    mar, space = infer_config(Shapes(tensors, args, path), hints)
+    mar, space = infer_config(tensors, args, hints, path)
     try:
         draw = Chain(guidance=float(args.get("cfg", 1.0)), guidance_schedule=args.get("cfg_schedule", "linear"))
     except (TypeError, ValueError) as error:
@@ -194,23 +90,88 @@ def official_model(
     return model.eval().requires_grad_(False), config
 
 
-def save_official(file: Path | str, model: MAR) -> None:
-    """Write a network as an official `.pth`: the same tensors as `model` and `model_ema`.
+def infer_config(
+    tensors: dict[str, Tensor], args: dict[str, Any], hints: Hints, source: Path | str
+) -> tuple[MARConfig, LatentSpace]:
+    """Read the sizes and the token space of an official checkpoint off its tensors and `args`."""
 
-    Raises:
-        ValueError: a weight is not finite, or the file cannot be written.
-    """
-    tensors = {name: t.detach().cpu() for name, t in model.state_dict().items()}
-    check_tensors(f"cannot write {file}", tensors, tensors)
-    with atomic_path(file) as partial:
-        try:
-            torch.save({"model": tensors, "model_ema": tensors}, partial)  # shared storage is written once
-        except RuntimeError as error:
-            raise OSError(str(error).splitlines()[0]) from error
+    def shape(name: str, dimensions: int = 2) -> torch.Size:
+        return _shape(tensors, name, dimensions, source)
+
+    def depth(blocks: str, first: str) -> int:
+        shape(f"{blocks}.0.{first}", 1)  # there is a first one
+        return len({name.removeprefix(f"{blocks}.").split(".")[0] for name in tensors if name.startswith(f"{blocks}.")})
+
+    width, token_dim = shape("z_proj.weight")
+    space = _infer_space(shape("diffusion_pos_embed_learned", 3)[1], token_dim, args, hints, source)
+    decoder_width, head_width = shape("decoder_embed.weight")[0], shape("diffloss.net.input_proj.weight")[0]
+    heads, decoder_heads = (hints.heads or HEADS_OF_WIDTH.get(side) for side in (width, decoder_width))
+    if heads is None or decoder_heads is None or width % heads or decoder_width % decoder_heads:
+        raise ValueError(f"{source}: widths {width} and {decoder_width} do not say the attention heads: add --heads")
+    dropout = args.get("proj_dropout", 0.1)
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"{source}: its args say proj_dropout {dropout!r}: expected a number from 0 to 1")
+    mar = MARConfig(
+        token_grid=space.token_grid,
+        token_dim=token_dim,
+        num_classes=shape("class_emb.weight")[0],
+        encoder_dim=width,
+        encoder_depth=depth("encoder_blocks", "norm1.weight"),
+        encoder_heads=heads,
+        decoder_dim=decoder_width,
+        decoder_depth=depth("decoder_blocks", "norm1.weight"),
+        decoder_heads=decoder_heads,
+        head_width=head_width,
+        head_depth=depth("diffloss.net.res_blocks", "in_ln.weight"),
+        buffer_size=shape("encoder_pos_embed_learned", 3)[1] - space.token_grid[0] * space.token_grid[1],
+        mlp_ratio=shape("encoder_blocks.0.mlp.fc1.weight")[0] / width,
+        learn_variance=shape("diffloss.net.final_layer.linear.weight")[0] == 2 * token_dim,
+        dropout=float(dropout),
+    )
+    for name, size in (("diffloss_w", head_width), ("diffloss_d", mar.head_depth), ("buffer_size", mar.buffer_size)):
+        if args.get(name, size) != size:
+            raise ValueError(f"{source}: its args say {name} {args[name]}, its tensors {size}")
+    return mar, space
+
+
+def _infer_space(tokens: int, token_dim: int, args: dict[str, Any], hints: Hints, source: Path | str) -> LatentSpace:
+    """Find how latents become that many tokens of so many channels."""
+
+    def size(name: str, hint: int | None, default: int) -> int:
+        recorded = args.get(name)
+        if recorded is not None and (not isinstance(recorded, int) or recorded < 1):
+            raise ValueError(f"{source}: its args say {name} {recorded!r}: expected a whole number from 1")
+        if None not in (hint, recorded) and hint != recorded:
+            raise ValueError(f"{source}: {name} {hint} contradicts the checkpoint's own args, {recorded}")
+        return hint or recorded or default
+
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(f"{source}: {tokens} tokens make no square grid")
+    patch = size("patch_size", hints.patch_size, 1)
+    stride = size("vae_stride", hints.vae_stride, 16)
+    image = size("img_size", hints.image_size, side * stride * patch)
+    if image != side * stride * patch:
+        raise ValueError(
+            f"{source}: image size {image} contradicts its {side}x{side} tokens "
+            f"(VAE stride {stride} x patch {patch} x {side} = {side * stride * patch})"
+        )
+    if token_dim % patch**2:
+        raise ValueError(f"{source}: tokens of {token_dim} channels contradict patches of {patch}x{patch}")
+    return LatentSpace((image, image), "kl16", stride, token_dim // patch**2, patch)
+
+
+def _shape(tensors: dict[str, Tensor], name: str, dimensions: int, source: Path | str) -> torch.Size:
+    if name not in tensors:
+        raise ValueError(f"{source}: tensor {name} is missing")
+    shape = tensors[name].shape
+    if len(shape) != dimensions or 0 in shape:
+        raise ValueError(f"{source}: {name} has shape {tuple(shape)}, expected {dimensions} dimensions, none of them 0")
+    return shape
 
 
 def convert_mar(
-    source: Path | str, out: Path, hints: Hints, *, ema: bool = True, vae: str = "kl16", force: bool = False
+    source: Path | str, out: Path, hints: Hints = Hints(), *, ema: bool = True, vae: str = "kl16", force: bool = False
 ) -> None:
     """Convert an official checkpoint to a model folder (see `official_model`).
 
@@ -225,8 +186,8 @@ def convert_mar(
     save_model(out, *official_model(source, hints, ema=ema, vae=vae_place(vae), vae_sha256=vae_hash(vae)))
 
 
-def convert_to_mar(model: Path, out: Path, *, force: bool = False) -> None:
-    """Convert a model (a folder or its weights) back to an official `.pth`.
+def convert_to_mar(source: Path, out: Path, *, force: bool = False) -> None:
+    """Convert a model (a folder or its weights) to an official `.pth`: the same tensors as `model` and `model_ema`.
 
     Args:
         force: write over a file that is there.
@@ -236,5 +197,10 @@ def convert_to_mar(model: Path, out: Path, *, force: bool = False) -> None:
     """
     if out.suffix == ".safetensors":
         raise ValueError(f"{out}: official checkpoints are pickles; choose a name that ends in .pth")
-    check_replace(out, source=model / WEIGHTS if model.is_dir() else model, folder=False, force=force)
-    save_official(out, load_model(model)[0])
+    check_replace(out, source=weights_file(source), folder=False, force=force)
+    tensors = dict(load_model(source)[0].state_dict())
+    with atomic_path(out) as partial:
+        try:
+            torch.save({"model": tensors, "model_ema": tensors}, partial)  # shared storage is written once
+        except RuntimeError as error:
+            raise OSError(str(error).splitlines()[0]) from error

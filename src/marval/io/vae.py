@@ -18,108 +18,6 @@ from marval.io.hub import HUB_ID
 
 ELSEWHERE = re.compile(r"[\\/]{2}")  # at the start of a path: another machine, which Windows would log in to
 
-# latent-diffusion's names, and those of diffusers; the decoder's levels are counted from the other end.
-RENAMED = (
-    (r"^encoder\.down\.(\d+)\.block\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2."),
-    (r"^encoder\.down\.(\d+)\.attn\.(\d+)\.", r"encoder.down_blocks.\1.attentions.\2."),
-    (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
-    (r"^decoder\.up\.(\d+)\.block\.(\d+)\.", r"decoder.up_blocks.\1.resnets.\2."),
-    (r"^decoder\.up\.(\d+)\.attn\.(\d+)\.", r"decoder.up_blocks.\1.attentions.\2."),
-    (r"^decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
-    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
-    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
-    (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"coder\.norm_out\.", "coder.conv_norm_out."),
-)
-
-
-def diffusers_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename latent-diffusion's tensors to diffusers' names; attention's 1x1 convolutions become linear layers."""
-    levels = 1 + max((int(m[1]) for name in tensors if (m := re.match(r"decoder\.up\.(\d+)\.", name))), default=0)
-    renamed = {}
-    for name, tensor in tensors.items():
-        new = re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", name)
-        for pattern, replacement in RENAMED:
-            new = re.sub(pattern, replacement, new)
-        renamed[new] = tensor[..., 0, 0] if "attentions" in new and tensor.ndim == 4 else tensor
-    return renamed
-
-
-def infer_vae_config(tensors: dict[str, Tensor], source: Path | str) -> dict[str, Any]:
-    """Read the arguments of diffusers' `AutoencoderKL` off the shapes of weights in latent-diffusion's format.
-
-    Raises:
-        ValueError: a tensor that the sizes are read off is missing.
-    """
-    for name in ("encoder.conv_in.weight", "encoder.down.0.block.0.conv2.weight", "post_quant_conv.weight"):
-        if name not in tensors or tensors[name].ndim != 4:
-            raise ValueError(
-                f"{source}: tensor {name} is missing or no convolution's: expected a KL autoencoder such as kl16.ckpt"
-            )
-    channels: list[int] = []
-    while (name := f"encoder.down.{len(channels)}.block.0.conv2.weight") in tensors:
-        channels.append(tensors[name].shape[0])
-    attention = [f"encoder.down.{i}.attn.0.q.weight" in tensors for i in range(len(channels))]
-    attention_up = [f"decoder.up.{i}.attn.0.q.weight" in tensors for i in range(len(channels))]
-    return {
-        "in_channels": tensors["encoder.conv_in.weight"].shape[1],
-        "out_channels": tensors["encoder.conv_in.weight"].shape[1],
-        "down_block_types": [f"{'Attn' * here}DownEncoderBlock2D" for here in attention],
-        "up_block_types": [f"{'Attn' * here}UpDecoderBlock2D" for here in reversed(attention_up)],
-        "block_out_channels": channels,
-        "layers_per_block": sum(f"encoder.down.0.block.{i}.conv1.weight" in tensors for i in range(16)),
-        "latent_channels": tensors["post_quant_conv.weight"].shape[0],
-        "act_fn": "silu",
-        "norm_num_groups": 32,
-        "sample_size": 256,
-        "scaling_factor": 0.2325,
-    }
-
-
-def convert_vae(path: Path | str, out: Path | str, force: bool = False) -> None:
-    """Write a latent-diffusion autoencoder as a diffusers folder, whole or not at all; its tensors stay memory-mapped.
-
-    Args:
-        force: write over the files of a folder that exists.
-
-    Raises:
-        ValueError: as `read_checkpoint`; a missing, unknown or misshapen tensor, or one that is not finite; diffusers
-            is not installed; or the folder exists or cannot be written.
-    """
-    kind, out, file = autoencoder_kl(), Path(out), find_file(Path(path))
-    check_replace(out, source=file, folder=True, force=force)
-    content = read_checkpoint(path)
-    content = content.get("model", content.get("state_dict", content))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} for its weights: expected a dictionary of tensors")
-    tensors = {name: t for name, t in content.items() if isinstance(t, Tensor) and not name.startswith("loss.")}
-    with torch.device("meta"):
-        vae = kind(**infer_vae_config(tensors, path))
-    renamed = diffusers_tensors(tensors)
-    check_tensors(path, renamed, vae.state_dict())
-    vae.load_state_dict(renamed, strict=True, assign=True)
-    with atomic_folder(out) as partial:
-        vae.save_pretrained(partial)
-        about = {"source": str(file), "sha256": sha256_of(file)}
-        (partial / "source.json").write_text(json.dumps(about, indent=1) + "\n")
-
-
-def autoencoder_kl() -> Any:
-    """Import diffusers' `AutoencoderKL`.
-
-    Raises:
-        ValueError: diffusers is not installed.
-    """
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ValueError("this needs a VAE: install diffusers (pip install diffusers transformers)") from error
-    return AutoencoderKL
-
 
 def load_vae(name: str, device: torch.device | str = "cpu", *, download: bool = False) -> Any:
     """Load a frozen VAE: a folder in diffusers' form, or a hub id. Its weights must be safetensors, never a pickle.
@@ -131,7 +29,7 @@ def load_vae(name: str, device: torch.device | str = "cpu", *, download: bool = 
     Raises:
         ValueError: diffusers is not installed, or the VAE's files are not there.
     """
-    kind, is_folder = autoencoder_kl(), not ELSEWHERE.match(name) and Path(name).is_dir()
+    kind, is_folder = _autoencoder_kl(), not ELSEWHERE.match(name) and Path(name).is_dir()
     if not is_folder and not HUB_ID.fullmatch(name):
         raise ValueError(f"the VAE {name[:200]!r} is no folder here, nor a hub id: name a folder in diffusers' form")
     try:
@@ -187,3 +85,97 @@ def vae_beside(space: PixelSpace | LatentSpace, folder: Path) -> PixelSpace | La
     if not isinstance(space, LatentSpace) or ELSEWHERE.match(space.vae) or not (folder / space.vae).is_dir():
         return space
     return dataclasses.replace(space, vae=str(folder / space.vae))
+
+
+def _autoencoder_kl() -> Any:
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ValueError("this needs a VAE: install diffusers (pip install diffusers transformers)") from error
+    return AutoencoderKL
+
+
+# latent-diffusion's names, and those of diffusers; the decoder's levels are counted from the other end.
+RENAMED = (
+    (r"^encoder\.down\.(\d+)\.block\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2."),
+    (r"^encoder\.down\.(\d+)\.attn\.(\d+)\.", r"encoder.down_blocks.\1.attentions.\2."),
+    (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
+    (r"^decoder\.up\.(\d+)\.block\.(\d+)\.", r"decoder.up_blocks.\1.resnets.\2."),
+    (r"^decoder\.up\.(\d+)\.attn\.(\d+)\.", r"decoder.up_blocks.\1.attentions.\2."),
+    (r"^decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+    (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"coder\.norm_out\.", "coder.conv_norm_out."),
+)
+
+
+def diffusers_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename latent-diffusion's tensors to diffusers' names; attention's 1x1 convolutions become linear layers."""
+    levels = 1 + max((int(m[1]) for name in tensors if (m := re.match(r"decoder\.up\.(\d+)\.", name))), default=0)
+    renamed = {}
+    for name, tensor in tensors.items():
+        new = re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", name)
+        for pattern, replacement in RENAMED:
+            new = re.sub(pattern, replacement, new)
+        renamed[new] = tensor[..., 0, 0] if "attentions" in new and tensor.ndim == 4 else tensor
+    return renamed
+
+
+def infer_vae_config(tensors: dict[str, Tensor], source: Path | str) -> dict[str, Any]:
+    """Read the arguments of diffusers' `AutoencoderKL` off the shapes of weights in latent-diffusion's format."""
+    for name in ("encoder.conv_in.weight", "encoder.down.0.block.0.conv2.weight", "post_quant_conv.weight"):
+        if name not in tensors or tensors[name].ndim != 4:
+            raise ValueError(
+                f"{source}: tensor {name} is missing or no convolution's: expected a KL autoencoder such as kl16.ckpt"
+            )
+    channels: list[int] = []
+    while (name := f"encoder.down.{len(channels)}.block.0.conv2.weight") in tensors:
+        channels.append(tensors[name].shape[0])
+    attention = [f"encoder.down.{i}.attn.0.q.weight" in tensors for i in range(len(channels))]
+    attention_up = [f"decoder.up.{i}.attn.0.q.weight" in tensors for i in range(len(channels))]
+    return {
+        "in_channels": tensors["encoder.conv_in.weight"].shape[1],
+        "out_channels": tensors["encoder.conv_in.weight"].shape[1],
+        "down_block_types": [f"{'Attn' * here}DownEncoderBlock2D" for here in attention],
+        "up_block_types": [f"{'Attn' * here}UpDecoderBlock2D" for here in reversed(attention_up)],
+        "block_out_channels": channels,
+        "layers_per_block": sum(f"encoder.down.0.block.{i}.conv1.weight" in tensors for i in range(16)),
+        "latent_channels": tensors["post_quant_conv.weight"].shape[0],
+        "act_fn": "silu",
+        "norm_num_groups": 32,
+        "sample_size": 256,
+        "scaling_factor": 0.2325,
+    }
+
+
+def convert_vae(path: Path | str, out: Path | str, force: bool = False) -> None:
+    """Write a latent-diffusion autoencoder as a diffusers folder, whole or not at all; its tensors stay memory-mapped.
+
+    Args:
+        force: write over the files of a folder that exists.
+
+    Raises:
+        ValueError: as `read_checkpoint`; a missing, unknown or misshapen tensor, or one that is not finite; diffusers
+            is not installed; or the folder exists or cannot be written.
+    """
+    kind, out, file = _autoencoder_kl(), Path(out), find_file(Path(path))
+    check_replace(out, source=file, folder=True, force=force)
+    content = read_checkpoint(path)
+    content = content.get("model", content.get("state_dict", content))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} for its weights: expected a dictionary of tensors")
+    tensors = {name: t for name, t in content.items() if isinstance(t, Tensor) and not name.startswith("loss.")}
+    with torch.device("meta"):
+        vae = kind(**infer_vae_config(tensors, path))
+    renamed = diffusers_tensors(tensors)
+    check_tensors(path, renamed, vae.state_dict())
+    vae.load_state_dict(renamed, strict=True, assign=True)
+    with atomic_folder(out) as partial:
+        vae.save_pretrained(partial)
+        about = {"source": str(file), "sha256": sha256_of(file)}
+        (partial / "source.json").write_text(json.dumps(about, indent=1) + "\n")
