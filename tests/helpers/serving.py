@@ -1,25 +1,22 @@
-"""A real `marval serve`, and the browser that visits it, for the tests of the page."""
+"""A page that is served, and the browser that visits it."""
 
 import contextlib
+import json
 import os
 import shutil
 import socket
 import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
-from processes import MARVAL
+from processes import python
 
-ROOT = Path(__file__).parents[2]
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
-SCREENSHOTS = ROOT / "build" / "screenshots"  # for people to look at
-MODELS = ("fashion-teacher", "fashion-student", "fashion-tuned")
-needs_chromium = pytest.mark.skipif(
-    not os.path.exists(CHROMIUM), reason=f"no {CHROMIUM}: apt-get install chromium, or name it by CHROMIUM"
-)
+SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"  # for people to look at
 
 
 def free_port():
@@ -29,24 +26,33 @@ def free_port():
 
 
 @contextlib.contextmanager
-def serving(*models, cwd, script=None, **environment):
-    """`marval serve`, or a script that calls it, in a process of its own, which writes log.txt: its address and the
-    process."""
+def in_thread(studio, host="127.0.0.1", auth=None):
+    """A page of a studio, served by this process: its address."""
+    import uvicorn
+
+    from marval.page.guard import Guard
+    from marval.page.server import build, listen
+
     port = free_port()
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(cwd), **environment,
-    }  # fmt: skip
-    command = [
-        *([sys.executable, "-c", script] if script else MARVAL),
-        "serve",
-        *models,
-        "--port",
-        str(port),
-        "--device",
-        "cpu",
-    ]
-    log = (cwd / "log.txt").open("w")
-    process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    with listen(host, port) as listening:
+        server = uvicorn.Server(uvicorn.Config(Guard(build(studio), host, auth), log_config=None, lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            server.should_exit = server.force_exit = True
+            thread.join(timeout=30)
+
+
+@contextlib.contextmanager
+def serving(*models, cwd, **environment):
+    """`marval serve` in a process of its own, which writes log.txt: its address and the process."""
+    port = free_port()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
+    command = python(1, "-m", "marval", "serve", *models, "--port", port, "--device", "cpu")
+    with (cwd / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         for _ in range(600):
             if "marval is on" in (cwd / "log.txt").read_text() or process.poll() is not None:
@@ -57,25 +63,31 @@ def serving(*models, cwd, script=None, **environment):
     finally:
         process.terminate()
         process.wait(timeout=30)
-        log.close()
+
+
+def ask(address, *pictures, **options):
+    """Ask for pictures: the events of the answer, or its status and error."""
+    options = {"timeout": 60, **options}
+    with httpx.stream("POST", address + "draw", json={"pictures": pictures}, **options) as answer:
+        if answer.status_code == 200:
+            return [json.loads(line) for line in answer.iter_lines()]
+        answer.read()
+        return answer.status_code, answer.json()["error"]
 
 
 @pytest.fixture(scope="module")
-def serve_folder(tmp_path_factory):
-    """Where the server runs; its log.txt is there."""
-    return tmp_path_factory.mktemp("serve")
-
-
-@pytest.fixture(scope="module")
-def server(serve_folder):
-    """The bundled models, served: the address and the process. What visitors send leaves no stack trace behind."""
-    with serving(cwd=serve_folder) as found:
+def server(tmp_path_factory):
+    """The bundled models, served: the address and the process. What visitors do leaves no stack trace behind."""
+    folder = tmp_path_factory.mktemp("serve")
+    with serving(cwd=folder) as found:
         yield found
-    assert "Traceback" not in (serve_folder / "log.txt").read_text()
+    assert "Traceback" not in (folder / "log.txt").read_text()
 
 
 @pytest.fixture(scope="module")
 def chromium():
+    if not os.path.exists(CHROMIUM):
+        pytest.skip(f"no {CHROMIUM}: apt-get install chromium, or name it by CHROMIUM")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -89,35 +101,36 @@ def visitor(chromium, server):
     """Opens the page: `visitor(width, scheme)`. Afterwards its log holds no error, its requests no other host."""
     opened = []
 
-    def open_page(width=1280, scheme="light", expected=()):
+    def open_page(width=1280, scheme="light"):
         context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         page, errors, requests = context.new_page(), [], []
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         context.on("request", lambda request: requests.append(request.url))
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(30_000)
         page.goto(server[0])
-        page.wait_for_selector("#mv-draw")
-        opened.append((context, errors, requests, expected))
+        page.wait_for_selector("[data-ready]")
+        opened.append((context, errors, requests))
         return page
 
     yield open_page
-    for context, errors, requests, expected in opened:
+    for context, errors, requests in opened:
         context.close()
-        assert [error for error in errors if not any(part in error for part in expected)] == []
+        assert [error for error in errors if "status of 400" not in error] == []  # a refusal, which the page shows
         assert requests
         assert all(url.startswith((server[0], "data:", f"blob:{server[0]}")) for url in requests)
 
 
-def tab(page, name):
-    page.get_by_role("tab", name=name).first.click()
-
-
-def slide(page, label, value):
-    """Type a number beside a slider of the open tab."""
-    box = page.get_by_label(f"number input for {label}").locator("visible=true").first
+def slide(page, form, label, value):
+    """Type a number beside a slider."""
+    box = page.locator(f"#{form}").get_by_label(f"{label}, as a number").first
     box.fill(str(value))
     box.press("Tab")
+
+
+def finish(page, form, words):
+    """Wait for the line of a form to say something."""
+    page.wait_for_selector(f"#{form} .status:has-text('{words}')")
 
 
 def shoot(page, name):

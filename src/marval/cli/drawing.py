@@ -1,7 +1,5 @@
 """The verbs that draw: demo, sample and serve."""
 
-import os
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,23 +190,9 @@ def serve(models: tuple[str, ...] = (), *, address: Address) -> None:
         models: bundled models, or models' or runs' folders; the bundled models when left out
     """
     try:
-        from marval.page.app import check_address, check_auth
-        from marval.page.app import serve as run
+        from marval.page.server import serve as run
     except ImportError as error:
-        raise ValueError(f"the page needs gradio ({error}): pip install 'gradio>=6.31,<7'") from None
-    from marval.page.studio import Studio
+        raise ValueError(f"the page needs starlette and uvicorn ({error}): pip install starlette uvicorn") from None
 
     names = models or ("fashion-teacher", "fashion-student", "fashion-tuned")
-    auth = os.environ.get("MARVAL_AUTH") if address.auth is None else address.auth
-    check_address(address.host, address.port)
-    check_auth(auth)
-    studio = Studio.open(names, usable_device(address.device))
-    page, url = run(studio, address.host, address.port, address.browser, auth)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are removed
-    print(f"marval is on {url}  (Ctrl-C ends it)", flush=True)
-    if address.host in ("0.0.0.0", "::") and auth is None:
-        print("everybody who reaches this machine can draw: --auth name:password asks for a password", flush=True)
-    try:
-        page.block_thread()
-    finally:
-        studio.worker.shutdown(wait=False, cancel_futures=True)  # what waits for its turn is not drawn any more
+    run(names, usable_device(address.device), address.host, address.port, address.auth, address.browser)

@@ -1,16 +1,13 @@
 """What the page does, without the page: pictures drawn one iteration at a time, edited, varied and uploaded."""
 
-import contextlib
+import base64
 import dataclasses
-import functools
-import threading
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
-from typing import Any, get_args
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -18,306 +15,228 @@ from jaxtyping import Bool, Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from marval.config import Chain, Order
+from marval.config import Chain, Checked, Count, Guidance, Order, Rule, Share
 from marval.evaluate.timing import synchronize
 from marval.io.checkpoint import model_hash
 from marval.io.images import png_bytes, to_pil
-from marval.page.uploads import DECODER, read_upload
-from marval.pipeline import find_model, load
-from marval.recipe import KEY, LONGEST, Recipe, draw_recipe, encode_picture, make_recipe, pack_upload
+from marval.page.uploads import read_upload
+from marval.pipeline import Pipeline, find_model, load
+from marval.recipe import KEY, LONGEST, Recipe, draw_recipe, encode_picture, make_recipe, pack_upload, plain_name
 from marval.runtime.rng import generator
+from marval.sampling import draw_counts
 
-MOST_PICTURES = 8  # of one model, in one request
 LAST_SEED = 999_999
-STAYS: ContextVar[Callable[[], bool]] = ContextVar("stays", default=lambda: True)  # whether the visitor is still there
-LOOK = 0.1  # seconds between two looks at that
-
-Given = Any  # what a visitor sent: of any type, checked before it is used
+SHOWING = 0.25  # seconds of decoding partial pictures for each second of drawing, after the first half second
+PageSeed = Annotated[int, Rule(f"a whole number from 0 to {LAST_SEED}", lambda seed: 0 <= seed <= LAST_SEED)]
 
 
-@dataclass(frozen=True)
-class Calls:
-    """Calls of the networks so far: passes of the context network (two for a guided token), calls of the token
-    head, and tokens that went through the head."""
+def text_of(content: bytes) -> str:
+    """Bytes as JSON carries them, in base64."""
+    return base64.b64encode(content).decode()
 
-    context: int = 0
-    head: int = 0
-    tokens: int = 0
+
+Event = dict[str, Any]  # what a visitor is told of a drawing, ready for JSON
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished picture: its tokens, which edits keep to the bit, and its pixels in [0, 1]."""
+    """A visitor's picture: its tokens, which edits keep to the bit, and its recipe, or the upload that it was."""
 
     tokens: Float[Tensor, "l d"]
-    image: Float[Tensor, "c h w"]
-    recipe: Recipe | None  # None for an upload as it came
+    recipe: Recipe | None = None
     upload: str | None = None
-    seconds: float = 0.0
 
-    @functools.cached_property
-    def png(self) -> bytes:
-        """The picture as a PNG file with its recipe in the metadata."""
-        return png_bytes(to_pil(self.image), None if self.recipe is None else {KEY: self.recipe.to_json()})
+    @classmethod
+    def from_json(cls, values: Any, pipeline: Pipeline) -> "Picture":
+        """Read a picture that this server gave to a visitor before; `pipeline` is to edit it.
 
-    @property
-    def nbytes(self) -> int:
-        """The memory that it takes."""
-        return self.tokens.nbytes + self.image.nbytes + len(self.png) + len(self.upload or "")
+        Raises:
+            ValueError: it is none, or of another kind of model.
+        """
+        if not isinstance(values, dict) or not isinstance(values.get("tokens"), str):
+            raise ValueError("this is no picture: send one as /draw or /upload gave it")
+        mar, recipe, upload = pipeline.config.mar, values.get("recipe"), values.get("upload")
+        content = base64.b64decode(values["tokens"], validate=True)
+        if len(content) != 4 * mar.num_tokens * mar.token_dim:
+            raise ValueError("this model draws pictures of another kind: choose the model that drew this one")
+        tokens = torch.from_numpy(np.frombuffer(content, "<f4").reshape(mar.num_tokens, mar.token_dim).copy())
+        if not tokens.isfinite().all() or not isinstance(upload, str | None) or (recipe is None) == (upload is None):
+            raise ValueError("this picture is damaged: draw or upload it again")
+        return cls(tokens, None if recipe is None else Recipe.from_json(json.dumps(recipe)), upload)
 
 
 @dataclass(frozen=True)
-class Frame:
-    """The moment after an AR iteration; the last one carries the finished picture."""
+class Wanted(Checked):
+    """A picture that a visitor asks for; what is None is the model's own."""
+
+    model: str
+    class_name: str | int
+    seed: PageSeed = 0
+    iterations: Count | None = None
+    order: Order | None = None
+    guidance: Guidance | None = None
+    picture: dict | None = None  # the one to edit, as the server gave it
+    redrawn: tuple[int, ...] | None = None  # the tokens of it to draw anew
+    keep: Share | None = None  # or the share of its tokens that stay, chosen by the seed
+
+    @classmethod
+    def from_json(cls, values: Any) -> "Wanted":
+        """Read one; JSON says "class" for `class_name`.
+
+        Raises:
+            ValueError: a field is missing, unknown, or of a wrong type or range.
+        """
+        if not isinstance(values, dict) or not {"model", "class"} <= values.keys():
+            raise ValueError("this is no picture to draw: it needs a model and a class")
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        try:
+            return cls(class_name=fields.pop("class"), **fields)
+        except TypeError as error:
+            raise ValueError(f"this is no picture to draw ({error})") from None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A picture to draw, with all that was asked for checked."""
 
     recipe: Recipe
-    iteration: int
-    seconds: float  # of drawing, without what showing it took
-    image: Float[Tensor, "c h w"]
-    drawn: Bool[Tensor, " l"]
-    grid: tuple[int, int]
-    calls: Calls
-    picture: Picture | None = None
-
-    @functools.cached_property
-    def png(self) -> bytes:
-        """The partial picture as a PNG file, transparent where no token is drawn yet."""
-        picture = to_pil(self.image)
-        mask = Image.fromarray((self.drawn.reshape(self.grid).numpy() * 255).astype(np.uint8))
-        picture.putalpha(mask.resize(picture.size, Image.Resampling.NEAREST))
-        return png_bytes(picture)
+    before: Picture | None = None
 
 
 class Served:
-    """A model on the page, with counters in its networks."""
+    """A model on the page. Hooks count the passes of its context network (two for a guided picture), the calls of its
+    token head, and the tokens that went through the head."""
 
     def __init__(self, name: str, device: str):
-        folder = find_model(name)
-        self.name, self.pipeline, self.weights = name, load(name, device), model_hash(folder)
-        self.calls = Calls()
+        self.pipeline, self.weights = load(name, device), model_hash(find_model(name))
+        self.calls: Counter[str] = Counter()
         model = self.pipeline.model
-        model.decoder_norm.register_forward_hook(self._count_context)
-        model.head.final_layer.register_forward_hook(self._count_head)
+        model.decoder_norm.register_forward_hook(lambda module, given, output: self.calls.update(context=len(output)))
+        model.head.final_layer.register_forward_hook(
+            lambda module, given, output: self.calls.update(head=1, tokens=output[..., 0].numel())
+        )
 
-    def _count_context(self, module: Any, inputs: Any, output: Tensor) -> None:
-        self.calls = dataclasses.replace(self.calls, context=self.calls.context + len(output))
-
-    def _count_head(self, module: Any, inputs: Any, output: Tensor) -> None:
-        tokens = self.calls.tokens + output[..., 0].numel()
-        self.calls = dataclasses.replace(self.calls, head=self.calls.head + 1, tokens=tokens)
-
-    @property
-    def chain(self) -> Chain | None:
-        """The inner loop of a teacher; a student has none."""
-        draw = self.pipeline.config.draw
-        return draw if isinstance(draw, Chain) else None
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the classes that it draws."""
-        return self.pipeline.config.class_names
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        return self.pipeline.config.mar.token_grid
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of a picture."""
-        return self.pipeline.config.mar.num_tokens
-
-
-class _LeftError(Exception):
-    """Nobody watches any more."""
+    def to_json(self, name: str) -> dict[str, Any]:
+        """What a visitor may know of it."""
+        config = self.pipeline.config
+        chain = config.draw if isinstance(config.draw, Chain) else None
+        return {
+            "name": name,
+            "classes": config.class_names,
+            "image_size": config.space.image_size,
+            "token_grid": config.mar.token_grid,
+            "iterations": config.iterations,
+            "order": config.order,
+            "guidance": None if chain is None else chain.guidance,
+            "diffusion_steps": None if chain is None else chain.diffusion_steps,
+        }
 
 
 @dataclass(frozen=True)
 class Studio:
-    """The models of a page. One thread draws: times stay honest, and visitors' pictures take turns."""
+    """The models of a page. It keeps nothing of what visitors draw."""
 
     models: dict[str, Served]
-    worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "marval-draw"))
 
     @classmethod
     def open(cls, names: Sequence[str], device: str) -> "Studio":
         """Load models, and let each draw once: the first pass of a network is slow.
 
         Raises:
-            ValueError: no models, or one that is not there or damaged.
+            ValueError: a model is not there, or damaged.
         """
-        if not names:
-            raise ValueError("name at least one model")
         studio = cls({name: Served(name, device) for name in names})
         for name in names:
-            list(studio.frames(studio.recipe(name, 0, 0, 1)))
+            studio.draw(studio.job(Wanted(name, 0, iterations=1)))
         return studio
 
-    def served(self, name: Given) -> Served:
+    def served(self, name: str) -> Served:
         """A model by its name.
 
         Raises:
             ValueError: not on this page.
         """
-        if not isinstance(name, str) or name not in self.models:
-            raise ValueError(f"no model {str(name)[:60]!r} here: expected one of {', '.join(self.models)}")
+        if name not in self.models:
+            raise ValueError(f"no model {name[:60]!r} here: expected one of {', '.join(self.models)}")
         return self.models[name]
 
-    def classes(self, names: Sequence[str]) -> list[str]:
-        """The classes that all of these models know, in the first one's order.
+    def job(self, wanted: Wanted) -> Job:
+        """Check what is asked for.
 
         Raises:
-            ValueError: no models, one that is not on this page, or models without a class in common.
+            ValueError: an unknown model or class, K out of range, or an edit that is none.
         """
-        if not listed("models", names):
-            raise ValueError("choose at least one model")
-        first, *others = [self.served(name) for name in names]
-        common = [c for c in first.classes if all(c in other.classes for other in others)]
-        if not common:
-            raise ValueError(f"{', '.join(names)} have no class in common: choose others")
-        return common
-
-    def recipe(
-        self,
-        model: str,
-        label: Given,
-        seed: Given,
-        iterations: Given = None,
-        order: Given = None,
-        guidance: Given = None,
-    ) -> Recipe:
-        """A checked recipe; None takes the model's own K, order and (for a teacher) guidance.
-
-        Raises:
-            ValueError: an unknown model, class or order, or a number out of range.
-        """
-        served = self.served(model)
-        if not isinstance(label, (str, int)) or len(str(label)) > 200:
-            raise ValueError(f"a class of {str(label)[:60]}: expected a name or a number")
-        (number,) = served.pipeline.labels([label])
-        count = served.pipeline.config.iterations if iterations is None else iterations
-        whole_number("a seed", seed, 0, LAST_SEED)
-        whole_number("K, the iterations,", count, 1, served.num_tokens)
-        if order is not None and order not in get_args(Order):
-            raise ValueError(f"order {str(order)[:60]!r}: expected one of {', '.join(get_args(Order))}")
-        pipeline = served.pipeline
-        if guidance is not None and not isinstance(guidance, (int, float)):
-            raise ValueError(f"guidance {str(guidance)[:60]!r}: expected a number from 0, where 1 is no guidance")
-        if guidance is not None and served.chain is not None:
-            pipeline = pipeline.with_chain(guidance=float(guidance))
-        return make_recipe(model, served.weights, pipeline, number, int(seed), int(count), order)
-
-    def edit(self, picture: Picture, recipe: Recipe, redrawn: Given) -> Recipe:
-        """The recipe that redraws some of a picture's tokens, in at most as many iterations as there are tokens.
-
-        Raises:
-            ValueError: no tokens, positions out of range, a picture of another kind of tokens, or one with too many
-                edits for a recipe.
-        """
-        served = self.served(recipe.model)
-        if not listed("tokens to redraw", redrawn):
-            raise ValueError("paint over at least one token first")
-        for position in redrawn:
-            whole_number("a token to redraw", position, 0, served.num_tokens - 1)
-        if picture.tokens.shape != (served.num_tokens, served.pipeline.config.mar.token_dim):
-            raise ValueError(f"{recipe.model} draws pictures of another kind: choose the model that drew this one")
-        if picture.recipe is not None and len(picture.recipe.history) >= LONGEST:
+        served = self.served(wanted.model)
+        pipeline, count = served.pipeline, served.pipeline.config.mar.num_tokens
+        (label,) = pipeline.labels([wanted.class_name])
+        iterations = pipeline.default_iterations if wanted.iterations is None else wanted.iterations
+        draw_counts(count, iterations)  # refuses K out of range
+        if wanted.guidance is not None and isinstance(pipeline.config.draw, Chain):
+            pipeline = pipeline.with_chain(guidance=float(wanted.guidance))
+        recipe = make_recipe(wanted.model, served.weights, pipeline, label, wanted.seed, iterations, wanted.order)
+        if wanted.picture is None:
+            if wanted.redrawn is not None or wanted.keep is not None:
+                raise ValueError("draw or upload a picture first")
+            return Job(recipe)
+        redrawn = tuple(sorted(set(wanted.redrawn or ())))
+        if wanted.keep is not None:
+            rest = max(1, round((1 - wanted.keep) * count))
+            redrawn = tuple(sorted(torch.randperm(count, generator=generator(wanted.seed, "vary"))[:rest].tolist()))
+        if not redrawn or redrawn[0] < 0 or redrawn[-1] >= count:
+            raise ValueError(f"paint over at least one token first: they are numbered 0 to {count - 1}")
+        before = Picture.from_json(wanted.picture, pipeline)
+        if before.recipe is not None and len(before.recipe.history) >= LONGEST:
             raise ValueError(f"a recipe holds {LONGEST} edits: save this picture and upload it to go on from there")
-        positions = tuple(sorted({int(position) for position in redrawn}))
-        return dataclasses.replace(
-            recipe, redrawn=positions, iterations=min(recipe.iterations, len(positions)), before=picture.recipe,
-            upload=picture.upload if picture.recipe is None else None,
-        )  # fmt: skip
-
-    def vary(self, picture: Picture, recipe: Recipe, keep: Given) -> Recipe:
-        """The recipe that keeps a random share of a picture's tokens (by the recipe's seed) and redraws the rest.
-
-        Raises:
-            ValueError: a share that is not between 0 and 1.
-        """
-        if not isinstance(keep, (int, float)) or not 0 <= keep <= 1:
-            raise ValueError(f"a share of {keep} to keep: expected a number from 0 to 1")
-        count = self.served(recipe.model).num_tokens
-        rest = min(count, max(1, round((1 - keep) * count)))
-        return self.edit(
-            picture, recipe, torch.randperm(count, generator=generator(recipe.seed, "vary"))[:rest].tolist()
+        iterations = min(iterations, len(redrawn))
+        return Job(
+            dataclasses.replace(
+                recipe, redrawn=redrawn, iterations=iterations, before=before.recipe, upload=before.upload
+            ),
+            before,
         )
 
-    def frames(self, recipe: Recipe, before: Picture | None = None) -> Iterator[Frame]:
-        """Draw a picture in the drawing thread and give the moment after each iteration as it comes.
+    def draw(self, job: Job, show: Callable[[Event], None] = lambda event: None) -> Event:
+        """Draw a picture, and return its last event with the `picture`, which a visitor may send back to edit it.
 
-        A drawing that nobody waits for any more ends after its iteration, or never begins.
+        An event tells the `iteration`, the `seconds` of drawing so far, the `calls` of the networks (see `Served`), and
+        what was drawn since the last `patches`: a PNG, transparent elsewhere.
+
+        Args:
+            show: told every event but the last; what it raises ends the drawing.
 
         Raises:
-            ValueError: as `marval.recipe.draw_recipe`, or the visitor has left.
+            ValueError: as `draw_recipe`.
         """
-        served, left = self.served(recipe.model), threading.Event()
-        events: SimpleQueue[Frame | Exception] = SimpleQueue()
-
-        def draw() -> None:
-            try:
-                self._draw(served, recipe, before, events, left)
-            except Exception as error:
-                events.put(error)
-
-        drawing = self.worker.submit(draw)
-        try:
-            while True:
-                if not STAYS.get()():
-                    raise ValueError("nobody waits for this picture any more")
-                with contextlib.suppress(Empty):
-                    event = events.get(timeout=LOOK)
-                    if isinstance(event, Exception):
-                        raise event
-                    yield event
-                    if event.picture is not None:
-                        return
-        finally:
-            left.set()
-            drawing.cancel()  # where it has not begun
-
-    def _draw(
-        self,
-        served: Served,
-        recipe: Recipe,
-        before: Picture | None,
-        events: "SimpleQueue[Frame | Exception]",
-        left: threading.Event,
-    ) -> None:
-        last: list[Frame] = []
-        space, paused = served.pipeline.space, 0.0
-        served.calls = Calls()
-        device = served.pipeline.device
-        synchronize(device)
+        served, recipe = self.models[job.recipe.model], job.recipe
+        pipeline, showing, event = served.pipeline, 0.0, {}
+        sent = torch.zeros(pipeline.config.mar.num_tokens, dtype=torch.bool)
+        served.calls.clear()
+        synchronize(pipeline.device)
         began = time.perf_counter()
 
-        def show(k: int, tokens: Tensor, drawn: Tensor) -> None:
-            nonlocal paused
-            synchronize(device)  # what the accelerator has still to do belongs to the drawing, not to showing it
+        def look(k: int, tokens: Tensor, drawn: Tensor) -> None:
+            nonlocal showing, sent, event
+            synchronize(pipeline.device)  # what the accelerator has still to do belongs to the drawing
             now = time.perf_counter()
-            if left.is_set():
-                raise _LeftError
-            image = space.decode(tokens[recipe.row : recipe.row + 1])[0].cpu().clone()
-            frame = Frame(
-                recipe, k, now - began - paused, image, drawn[recipe.row].cpu().clone(), served.grid, served.calls
-            )
-            if k == recipe.iterations:  # the last one waits for the tokens
-                last.append(frame)
-            else:
-                events.put(frame)
-            paused += time.perf_counter() - now
+            seconds = now - began - showing
+            event = {"iteration": k, "seconds": round(seconds, 4), "calls": dict(served.calls)}
+            if k == recipe.iterations:
+                return
+            if showing < 0.5 + SHOWING * seconds:
+                image, visible = pipeline.space.decode(tokens)[0].cpu(), drawn[0].cpu()
+                event["patches"] = text_of(patches_png(image, visible & ~sent, pipeline))
+                sent = visible
+            show(event)
+            showing += time.perf_counter() - now
 
-        tokens = draw_recipe(recipe, served.pipeline, None if before is None else before.tokens, show)
-        picture = Picture(tokens.cpu(), last[0].image, recipe, seconds=last[0].seconds)
-        events.put(dataclasses.replace(last[0], picture=picture))
+        tokens = draw_recipe(recipe, pipeline, None if job.before is None else job.before.tokens, look)
+        name = [recipe.model.rsplit("/", 1)[-1], recipe.class_name, f"seed{recipe.seed}", f"K{recipe.iterations}"]
+        file = plain_name("-".join(name)) + ("-edited.png" if recipe.redrawn else ".png")
+        return {**event, "picture": picture_json(pipeline, Picture(tokens.float().cpu(), recipe), file)}
 
-    def picture(self, recipe: Recipe, before: Picture | None = None) -> Picture:
-        """Draw a picture, without watching."""
-        *_, last = self.frames(recipe, before)
-        assert last.picture is not None
-        return last.picture
-
-    def upload(self, content: bytes, model: str) -> Picture:
+    def upload(self, content: bytes, model: str) -> Event:
         """A picture from a visitor's file: cropped to the model's shape, scaled to its size, and encoded once.
 
         Raises:
@@ -325,40 +244,31 @@ class Studio:
         """
         pipeline = self.served(model).pipeline
         rows, columns = pipeline.config.space.image_size
-        mode = "L" if getattr(pipeline.config.space, "channels", 3) == 1 else "RGB"
-        with DECODER:
-            fitted = ImageOps.fit(read_upload(content, max(rows, columns)).convert(mode), (columns, rows))
-
-        def encode() -> tuple[Tensor, Tensor]:
-            tokens = encode_picture(pipeline, fitted)
-            with torch.inference_mode():
-                return tokens.cpu(), pipeline.space.decode(tokens[None])[0].cpu().clone()
-
-        tokens, image = self.worker.submit(encode).result()
-        return Picture(tokens, image, None, pack_upload(fitted))
+        fitted = ImageOps.fit(read_upload(content, max(rows, columns)), (columns, rows))
+        fitted = fitted.convert("L" if getattr(pipeline.config.space, "channels", 3) == 1 else "RGB")
+        tokens = encode_picture(pipeline, fitted).float().cpu()
+        return picture_json(pipeline, Picture(tokens, upload=pack_upload(fitted)), "upload.png")
 
 
-def listed(what: str, values: Given) -> Sequence[Any]:
-    """What was sent, if it is a list.
+def picture_json(pipeline: Pipeline, picture: Picture, file: str) -> Event:
+    """A picture as a visitor gets it: `Picture.from_json` reads it, `png` and `file` are for saving it."""
+    with torch.inference_mode():
+        image = to_pil(pipeline.space.decode(picture.tokens[None].to(pipeline.device))[0])
+    recipe = None if picture.recipe is None else picture.recipe.to_json()
+    return {
+        "png": text_of(png_bytes(image, None if recipe is None else {KEY: recipe})),
+        "file": file,
+        "tokens": text_of(picture.tokens.numpy().astype("<f4").tobytes()),
+        "recipe": None if recipe is None else json.loads(recipe),
+        "upload": picture.upload,
+    }
 
-    Raises:
-        ValueError: it is not.
-    """
-    if not isinstance(values, (list, tuple)):
-        raise ValueError(f"{what} of {str(values)[:60]}: expected a list")
-    return values
 
-
-def whole_number(what: str, value: Given, low: int, high: int) -> None:
-    """Refuse what is not a whole number in a range.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or value != value // 1
-        or not low <= value <= high
-    ):
-        raise ValueError(f"{what} of {str(value)[:60]}: expected a whole number from {low} to {high}")
+def patches_png(image: Float[Tensor, "c h w"], tokens: Bool[Tensor, " l"], pipeline: Pipeline) -> bytes:
+    """The pixels of some tokens as a PNG of the picture's size, transparent elsewhere."""
+    picture = to_pil(image)
+    mask = Image.fromarray((tokens.reshape(pipeline.config.mar.token_grid).numpy() * 255).astype(np.uint8))
+    mask = mask.resize(picture.size, Image.Resampling.NEAREST)
+    patches = Image.composite(picture, Image.new(picture.mode, picture.size), mask)  # nothing else, to be small
+    patches.putalpha(mask)
+    return png_bytes(patches)

@@ -3,18 +3,19 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from marval.cli import main
 from marval.io.checkpoint import model_hash, save_model
 from marval.io.images import png_bytes, to_pil
 from marval.pipeline import Pipeline
 from marval.recipe import KEY, Recipe, batch_recipes, draw_recipe, find_pipelines, make_recipe, pack_upload, redraw
 from marval.recipe import read_recipe as read
-from processes import marval, refused
 from tiny import tiny_config, tiny_model
 
 
@@ -128,24 +129,33 @@ def test_an_endless_recipe_is_refused(folder, tiny):
         Recipe.from_json('{"before":' * 100_000)
 
 
-def test_the_command_line_draws_a_picture_again(folder, tmp_path):
-    result = marval(
-        "sample", folder, "--classes", "square", "--count", 3, "--iterations", 3, "--out", "first", cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
-    file = tmp_path / "first/00001-square-1.png"
-    assert refused(marval("sample", "--like", file, "--out", "again", cwd=tmp_path), str(folder)[:50], "MODEL --like")
-    result = marval("sample", folder, "--like", file, "--out", "again", cwd=tmp_path)
-    assert "the same, pixel for pixel" in result.stdout, result.stderr
-    assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+def test_the_command_line_draws_a_picture_again(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def marval(*arguments):
+        monkeypatch.setattr("sys.argv", ["marval", *map(str, arguments)])
+        main()
+        return capsys.readouterr().out
+
+    def refused(*arguments):
+        with pytest.raises(SystemExit) as end:
+            marval(*arguments)
+        told = capsys.readouterr().err
+        assert (end.value.code, told.count("\n")) == (2, 1)
+        return told
+
+    marval("sample", folder, "--classes", "square", "--count", 3, "--iterations", 3, "--out", "first")
+    file = Path("first/00001-square-1.png")
+    assert "MODEL --like" in refused("sample", "--like", file, "--out", "again")
+    assert "the same, pixel for pixel" in marval("sample", folder, "--like", file, "--out", "again")
+    assert Path("again", file.name).read_bytes() == file.read_bytes()
 
     notes = PngInfo()
     notes.add_itxt(KEY, read(file)[0].to_json())
-    Image.new("L", (8, 8), 255).save(tmp_path / "changed.png", pnginfo=notes)
-    again = marval("sample", folder, "--like", "changed.png", "--out", "again", cwd=tmp_path)
-    assert "differs by up to" in again.stdout
-    Image.new("L", (8, 8)).save(tmp_path / "bare.png")
-    assert refused(marval("sample", "--like", "bare.png", cwd=tmp_path), "bare.png", "no recipe")
-    (tmp_path / "text.png").write_text("hello")
-    assert refused(marval("sample", "--like", "text.png", cwd=tmp_path), "text.png", "PNG")
-    assert refused(marval("sample", cwd=tmp_path), "name a model")
+    Image.new("L", (8, 8), 255).save("changed.png", pnginfo=notes)
+    assert "differs by up to" in marval("sample", folder, "--like", "changed.png", "--out", "again")
+    Image.new("L", (8, 8)).save("bare.png")
+    assert "bare.png has no recipe" in refused("sample", "--like", "bare.png")
+    Path("text.png").write_text("hello")
+    assert "text.png cannot be read as a PNG" in refused("sample", "--like", "text.png")
+    assert "name a model" in refused("sample")

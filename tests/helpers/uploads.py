@@ -1,0 +1,52 @@
+"""Pictures as visitors send them: sound ones, damaged ones, and ones that lie about their size."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+
+
+def content(picture, format="PNG", **options):
+    """The bytes of a picture's file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format=format, **options)
+    return buffer.getvalue()
+
+
+def photo(size=(30, 20)):
+    """A picture of noise."""
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def animation(format):
+    """Two pictures in one file."""
+    return content(photo(), format, save_all=True, append_images=[photo().rotate(180)], duration=100)
+
+
+def chunk(name, data):
+    """A part of a PNG file."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png_of(width, height, *chunks):
+    """A PNG that says it has this size, with nearly nothing inside."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    rest = (*chunks, chunk(b"IDAT", zlib.compress(bytes(1000))), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(rest)
+
+
+BAD_FILES = {
+    "text": (b"hello", "cannot be read"),
+    "empty": (b"", "cannot be read"),
+    "half": (content(photo())[:200], "cannot be read"),
+    "pdf": (b"%PDF-1.4 " + bytes(100), "cannot be read"),
+    "large": (bytes(5 * 2**20 + 1), "at most 5 MB"),
+    "gif": (animation("GIF"), "animation"),
+    "webp": (animation("WEBP"), "animation"),
+    "apng": (animation("PNG"), "animation"),
+    "bomb": (png_of(100_000, 100_000), "up to 25 million pixels"),
+    "wide": (png_of(5000, 5000), "5000x5000 pixels: expected at most 4 million"),
+}
