@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import UInt8
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -75,24 +75,24 @@ def run(out: Path, device: str) -> None:
 def draw_models(out: Path, device: str, judge: Classifier) -> list[dict[str, Any]]:
     """Time and score every setting of `DRAWN`, print them as a table, and save `demo.png`."""
     print(f"The same {SAMPLES} pictures from each model (times: the median of {REPEATS} rounds after a warm-up) ...")
-    columns = ("model", "K", "one picture", "one of a batch", "faster", "recognised")
     rows: list[dict[str, Any]] = []
-    pictures, captions, table = [], [], Table(*columns)
+    pictures, captions = [], []
+    table = Table("model", "K", "one picture", "one of a batch", "faster", "recognised")
     for name, k in DRAWN:
         pipeline = load(name, device)
-        jobs: list[Callable[[], Any]] = [
+        drawing: list[Callable[[], Any]] = [
             functools.partial(pipeline.sample, [0], iterations=k),
             functools.partial(draw_bytes, pipeline, SAMPLES, k, seed=0),
         ]
-        alone, batch = (statistics.median(seconds) for seconds in in_turns(jobs, REPEATS, pipeline.device))
-        drawn, labels = draw_bytes(pipeline, SAMPLES, k, seed=0)
-        images = drawn.float() / 255
-        row = {"model": name, "iterations": k, "seconds_alone": alone, "seconds_in_batch": batch / SAMPLES}
-        rows.append(row | score(judge, images, labels))
-        alone, batch, accuracy = (rows[-1][key] for key in ("seconds_alone", "seconds_in_batch", "accuracy"))
+        alone, whole = (statistics.median(seconds) for seconds in in_turns(drawing, REPEATS, pipeline.device))
+        batch, (images, labels) = whole / SAMPLES, draw_bytes(pipeline, SAMPLES, k, seed=0)
+        accuracy = recognised(judge, images, labels)
+        rows.append({
+            "model": name, "iterations": k, "seconds_alone": alone, "seconds_in_batch": batch, "accuracy": accuracy
+        })  # fmt: skip
         faster = f"{rows[0]['seconds_alone'] / alone:.0f}x, {rows[0]['seconds_in_batch'] / batch:.0f}x"
         table.add_row(name, str(k), f"{alone * 1000:.0f} ms", f"{batch * 1000:.1f} ms", faster, f"{accuracy:.0%}")
-        pictures.append(images[:10])
+        pictures.append(images[:10].float() / 255)
         captions.append(f"{name.removeprefix('fashion-')}, K={k}\n{alone * 1000:.0f} ms / image")
     Console().print(table)
     print(f"Recognised: the share of {SAMPLES} pictures in which a classifier sees the class that was asked for.")
@@ -102,14 +102,10 @@ def draw_models(out: Path, device: str, judge: Classifier) -> list[dict[str, Any
 
 
 @torch.inference_mode()
-def score(judge: Classifier, images: Float[Tensor, "n c h w"], labels: Tensor) -> dict[str, float]:
-    """How often the held-out classifier sees the class that was asked for, and its log-probability of it."""
+def recognised(judge: Classifier, images: UInt8[Tensor, "n c h w"], labels: Tensor) -> float:
+    """The share of images in which the held-out classifier sees the class that was asked for."""
     device = next(judge.parameters()).device
-    log_probability = judge(images.to(device)).log_softmax(dim=1).cpu()
-    return {
-        "accuracy": float((log_probability.argmax(dim=1) == labels).float().mean()),
-        "log_probability": float(log_probability.gather(1, labels[:, None]).mean()),
-    }
+    return float((judge(images.to(device).float() / 255).argmax(dim=1).cpu() == labels).float().mean())
 
 
 def distil_live(out: Path, device: str, judge: Classifier) -> list[dict[str, float]]:
@@ -119,21 +115,24 @@ def distil_live(out: Path, device: str, judge: Classifier) -> list[dict[str, flo
     pictures: list[Tensor] = []
 
     def watch(pipeline: Pipeline) -> dict[str, float]:
-        images, labels = draw_bytes(pipeline, SAMPLES * 2, LIVE.iterations, seed=0)
-        curve.append(score(judge, images.float() / 255, labels))
+        images, labels = draw_bytes(pipeline, 2 * SAMPLES, LIVE.iterations, seed=0)
         pictures.append(images[:10].float() / 255)
+        curve.append({"accuracy": recognised(judge, images, labels)})
+        print(f"after {updates_of(len(curve) - 1):3} updates: recognised {curve[-1]['accuracy']:.0%}", flush=True)
         return curve[-1]
 
     print("\nLive distillation of the bundled teacher (GSIM), from the teacher's own weights called once:")
-    untrained = dataclasses.replace(
-        teacher.config, draw=OneStep(clip=teacher.config.draw.clip), iterations=LIVE.iterations
-    )
-    before = watch(Pipeline(teacher.model, untrained))
-    print(f"before: accuracy {before['accuracy']:.2f} ({SAMPLES * 2} images)", flush=True)
+    one_step = OneStep(clip=teacher.config.draw.clip)
+    untrained = dataclasses.replace(teacher.config, draw=one_step, iterations=LIVE.iterations)
+    watch(Pipeline(teacher.model, untrained))
     with tempfile.TemporaryDirectory() as folder, open_run(Path(folder) / "live") as run:
         distill(teacher.model, teacher.config, LIVE, load_fashion_sample(), run, probe=watch)
-    updates = [max(0, min(i * LIVE.probe_every, LIVE.updates) - LIVE.warmup) for i in range(len(curve))]
-    captions = [f"{n} updates\naccuracy {figures['accuracy']:.2f}" for n, figures in zip(updates, curve, strict=True)]
+    captions = [f"{updates_of(i)} updates\n{one['accuracy']:.0%} recognised" for i, one in enumerate(curve)]
     title = f"One call per iteration, K={LIVE.iterations}, while it learns"
     save_picture(out / "distillation.png", grid(pictures, captions, title=title))
     return curve
+
+
+def updates_of(probe: int) -> int:
+    """How often the live student had learnt at a probe; its warm-up is the auxiliary network's alone."""
+    return max(0, min(probe * LIVE.probe_every, LIVE.updates) - LIVE.warmup)
