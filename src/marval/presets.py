@@ -34,15 +34,15 @@ PRESETS: tuple[Preset, ...] = get_args(Preset)
 class RunConfig(Checked):
     """What every training run has."""
 
-    updates: Count = 10_000
-    batch_size: Count = 128
-    seed: int = 0
-    gradient_clip: Positive = 1.0
+    updates: Count = 10_000  # of the network that is trained, one a batch
+    batch_size: Count = 128  # images an update, of all processes together
+    seed: int = 0  # of weights, masks and noise
+    gradient_clip: Positive = 1.0  # the largest norm of a gradient
     accumulate: Count = 1  # parts that a process's rows of a batch are computed in, to save memory
     checkpoint_blocks: bool = False  # recompute the transformer's activations in the backward pass, to save memory
     autocast: bool = True  # bf16 for the transformer; head, score arithmetic, decoder and rewards stay float32
-    save_every: Count = 250
-    log_every: Count = 10
+    save_every: Count = 250  # updates between two saved states
+    log_every: Count = 10  # updates between two lines of the log
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class TrainConfig(RunConfig):
     """How a teacher is trained. Training state is saved every `save_every` updates."""
 
     tokens_per_image: Count = 24  # masked tokens of an image that enter the loss
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = 1e-3  # AdamW's
     warmup: Whole | None = None  # updates of linear warm-up; 500, or half of a shorter run, when left out
     decay: Whole = 3000  # updates of linear decay to 0, at the end
     weight_decay: NotNegative = 0.02  # of the transformer's matrices only, as in MAR
-    ema_decay: Decay = 0.9995
-    label_drop: Share = 0.1
-    mask_ratio_min: Share = 0.0  # MAR: 0.7; low ratios teach the last iterations, which few tokens need
-    mask_ratio_std: Positive = 0.6  # MAR: 0.25
+    ema_decay: Decay = 0.9995  # of the averaged weights, which are the model
+    label_drop: Share = 0.1  # images that are trained without their class, for guidance
+    mask_ratio_min: Share = 0.0  # the smallest share of masked tokens; MAR: 0.7; low ones teach the last iterations
+    mask_ratio_std: Positive = 0.6  # of that share, below 1; MAR: 0.25
 
     @property
     def warmup_updates(self) -> int:
@@ -103,24 +103,24 @@ class DistillConfig(RunConfig):
     """How a student is distilled (GSIM). Where the paper is silent the values are ours, chosen by measurement."""
 
     updates: Count = 3000
-    objective: Objective = "sim"
+    objective: Objective = "sim"  # the loss of theta (docs/method.md)
     guidance: Guidance | None = None  # w of the teacher; its own when left out
     guidance_schedule: Schedule | None = None  # the teacher's own when left out
     timestep: Timestep = 755  # t*, the level at which the student is called
     batch_size: Count = 64
-    tokens_per_image: Count = 16
-    mask_ratio_min: Share = 0.0
-    mask_ratio_std: Positive = 0.6
+    tokens_per_image: Count = 16  # masked tokens of an image that enter the loss
+    mask_ratio_min: Share = 0.0  # the smallest share of masked tokens
+    mask_ratio_std: Positive = 0.6  # of that share, below 1
     learning_rate: Positive = 1e-4  # theta
     auxiliary_learning_rate: Positive = 1e-4  # phi
     auxiliary_steps: Count = 2  # updates of phi for one of theta
     warmup: Whole = 100  # first updates, in which only phi learns
     decay: Whole = 2000  # last updates, in which both learning rates fall to 0
-    ema_decay: Decay = 0.998
+    ema_decay: Decay = 0.998  # of the averaged weights, which are the model
     iterations: Count = 8  # the student's default K
     order: Order = "spread"  # the student's default order: at a small K neighbours must not be drawn at once
-    name: Name = "student"
-    probe_every: Count = 250
+    name: Name = "student"  # the model's name
+    probe_every: Count = 250  # updates between two small evaluations
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,23 +174,23 @@ class TuneConfig(RunConfig):
     iterations: Count = 8  # K
     gradient_iterations: Count = 1  # M, the last iterations that gradients flow through (docs/tuning.md)
     batch_size: Count = 32
-    learning_rate: Positive = 5e-6
+    learning_rate: Positive = 5e-6  # AdamW's
     hinge: Finite | None = None  # images with a reward above this push no further
     normalize: bool = False  # rewards minus their mean, over their deviation, on the untouched student's images
     anchor: NotNegative = 0.0  # weight of the anchor's loss
     anchor_to: Literal["teacher", "student"] = "teacher"  # GSIM to the guided teacher, or to the frozen student's score
     anchor_warmup: Whole = 100  # updates of phi alone, before the student's first
-    train: Literal["all", "head", "low-rank"] = "all"
+    train: Literal["all", "head", "low-rank"] = "all"  # what learns: the student, its head, or low-rank changes to it
     rank: Count = 8  # of low-rank training
-    prompt: Template = "a high-quality and harmonious picture of {}"
-    ema_decay: Decay = 0.99
+    prompt: Template = "a high-quality and harmonious picture of {}"  # for rewards; {} is the class's name
+    ema_decay: Decay = 0.99  # of the averaged weights, which are the model
     max_distance_ratio: Limit = 1.10  # stop when the Fréchet distance exceeds this times the student's
     min_diversity_ratio: NotNegative = 0.95  # stop when the diversity falls below this times the student's
     patience: Count = 3  # probes without a better held-out reward before stopping
-    name: Name = "tuned"
+    name: Name = "tuned"  # the model's name
     save_every: Count = 25
     log_every: Count = 5
-    probe_every: Count = 25
+    probe_every: Count = 25  # updates between two small evaluations
 
     def __post_init__(self) -> None:
         super().__post_init__()

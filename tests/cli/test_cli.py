@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from marval.cli import VERBS
-from marval.cli.options import read
+from marval.cli.options import options_of, read
 from marval.config import MARConfig
 from marval.model import MAR
 from marval.presets import TrainConfig
@@ -59,6 +59,7 @@ def test_help_has_groups_metavars_and_two_commands(verb, marval, monkeypatch):
     out = marval(*verb.split(), "--help").out
     assert out.count("\n  marval ") + out.count("\n  torchrun ") == 2
     assert max(map(len, out.splitlines())) <= 120
+    assert all(option.help for option in options_of(VERBS[verb]))
     assert "None" not in out
     assert "(default: )" not in out
 
@@ -71,8 +72,9 @@ def test_a_preset_gives_the_defaults_and_what_is_typed_lies_over_them(marval):
 
     read(verb, ["--updates", "7", "--warmup", "3"], "marval verb")()
     assert found == [TrainConfig(updates=7, warmup=3)]
-    assert "(default: 2048)" in marval("train", "--preset", "imagenet256-base", "--help").out
-    assert "(default: 128)" in marval("train", "--help").out
+    for preset, batch in (("imagenet256-base", 2048), ("fashion-mnist", 128)):
+        text = " ".join(marval("train", "--preset", preset, "--help").out.split())
+        assert f"of all processes together (default: {batch})" in text
 
 
 def test_sample_writes_pictures_and_a_grid(marval, work, tmp_path):

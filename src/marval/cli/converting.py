@@ -75,9 +75,7 @@ class Latents(Checked):
     images: Path | None = None  # one sub-folder of images per class; WordNet ids become ImageNet's names
     vae: str = ""  # a folder in diffusers' form (marval convert vae makes one), or a hub id
     image_size: Count = 256  # pixels a side, after a centre crop
-    scale: Positive | None = (
-        None  # of the latents; 1 / their standard deviation when left out (MAR on ImageNet: 0.2325)
-    )
+    scale: Positive | None = None  # of the latents; 1 / standard deviation when left out (ImageNet, KL-16: 0.2325)
     batch_size: Count = 32  # images encoded at a time (each with its mirror)
     device: str = "auto"  # auto, cpu, cuda, ...
 

@@ -82,6 +82,8 @@ class Option:
         """What stands for a value in the help."""
         if get_origin(self.plain) is Literal:
             return "{" + ",".join(get_args(self.plain)) + "}"
+        if self.positional:
+            return METAVARS.get(self.name, self.name.upper())
         folder = isinstance(self.default, Path) and not self.default.suffix
         kinds = {int: "N", float: "X", str: "NAME", Path: "DIR" if folder else "FILE"}
         return METAVARS.get(self.name) or kinds.get(self.plain, "")
@@ -180,7 +182,8 @@ def parser_of(function: Callable[..., Any], prog: str, preset: Any = PRESETS[0])
             parser.exit()
 
     options, width = options_of(function, preset), min(110, shutil.get_terminal_size().columns)
-    usage = [f"[{option.flag} ...]" if option.many else option.flag for option in options if option.positional]
+    forms = {EMPTY: "{}", None: "[{}]", (): "[{} ...]"}  # by the default
+    usage = [forms[option.default].format(option.flag) for option in options if option.positional]
     parser = Parser(
         prog=prog, usage=" ".join([prog, *usage, "[options]"]), add_help=False, allow_abbrev=False,
         description="\n\n".join(paragraphs(function, width)),
