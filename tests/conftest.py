@@ -5,7 +5,6 @@ it is missing. Those tests are marked `system`.
 """
 
 import signal
-from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
@@ -20,7 +19,6 @@ wait_passively()  # before torch is imported, here and in the processes that tes
 
 SYSTEM = {"fashion_train", "fashion_test", "chromium"}  # fixtures
 pytest_plugins = ["serving"]  # fixtures of the page's tests
-GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -62,23 +60,14 @@ def fashion_test():
 @pytest.fixture(scope="session")
 def reference():
     """Numbers recorded from the official MAR code, with a trained tiny model: name to tensor."""
-    from safetensors.torch import load_file
+    from recorded import recorded_numbers
 
-    return load_file(GOLDEN / "mar_tiny_reference.safetensors")
+    return recorded_numbers()
 
 
 @pytest.fixture(scope="session")
 def reference_model(reference):
     """The tiny model of the reference numbers."""
-    from marval.config import MARConfig
-    from marval.model import MAR
+    from recorded import recorded_model
 
-    config = MARConfig(
-        (4, 4), 16, 10,
-        encoder_dim=32, encoder_depth=2, encoder_heads=4, decoder_dim=32, decoder_depth=2, decoder_heads=4,
-        head_width=32, head_depth=2, buffer_size=4,
-    )  # fmt: skip
-    model = MAR(config)
-    weights = {k.removeprefix("weights."): v for k, v in reference.items() if k.startswith("weights.")}
-    model.load_state_dict(weights, strict=True)
-    return model.eval().requires_grad_(False)
+    return recorded_model(reference)

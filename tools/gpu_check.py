@@ -100,17 +100,10 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 def parity(check: Check) -> dict[str, float]:
     """The numbers of the official code (tests/golden), in float32 and under bf16 autocast."""
-    reference = {
-        name: t.to(check.device) for name, t in load_file(ROOT / "tests/golden/mar_tiny_reference.safetensors").items()
-    }
-    config = MARConfig(
-        (4, 4), 16, 10,
-        encoder_dim=32, encoder_depth=2, encoder_heads=4, decoder_dim=32, decoder_depth=2, decoder_heads=4,
-        head_width=32, head_depth=2, buffer_size=4,
-    )  # fmt: skip
-    model = MAR(config)
-    model.load_state_dict({k.removeprefix("weights."): v for k, v in reference.items() if k.startswith("weights.")})
-    model = model.to(check.device).eval().requires_grad_(False)
+    from recorded import recorded_model, recorded_numbers
+
+    reference = recorded_numbers(check.device)
+    model = recorded_model(reference)
     tokens = reference["latents"].flatten(2).transpose(1, 2)
     visible = torch.stack([(row == 0).nonzero()[:, 0] for row in reference["mask"]])
     everywhere = torch.arange(16, device=check.device).expand(2, -1)
