@@ -13,7 +13,7 @@ from tables import fill
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
-    [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("model_cards/*.md"), *ROOT.glob("models/*.md")]
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("model_cards/*.md"), *ROOT.glob("models/*.md")]
 )
 
 
@@ -34,11 +34,34 @@ def test_readmes_four_rows_are_those_of_the_results():
     for model, k in (("teacher", 16), ("student", 6), ("student", 16), ("tuned", 6)):
         seeds = [row for row in rows if (row["model"], row["iterations"]) == (f"fashion-{model}", k)]
         assert {row["samples"] for row in seeds} == {10_000}
-        fd, accuracy, diversity, gflops = (
-            statistics.mean(row[name] for row in seeds) for name in ("fd", "accuracy", "diversity", "gflops_per_image")
+        fd, accuracy, gflops = (
+            statistics.mean(row[name] for row in seeds) for name in ("fd", "accuracy", "gflops_per_image")
         )
-        expected.append(f"| fashion-{model} | {k} | {fd:.0f} | {accuracy:.3f} | {diversity:.1f} | {gflops:.1f} |")
+        expected.append(f"| fashion-{model} | {k} | {fd:.0f} | {accuracy:.3f} | {gflops:.1f} |")
     assert re.findall(r"^\| fashion-.*", (ROOT / "README.md").read_text(), re.MULTILINE) == expected
+
+
+def test_readme_is_short_and_its_numbers_are_those_of_the_results():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") <= 91
+    prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|^## .*?$|Python 3\.11", "", text, flags=re.DOTALL | re.MULTILINE)
+    numbers = re.findall(r"(?<![\w.-])\d[\d.,]*(?<=\d)", prose)
+    assert len(numbers) <= 30
+    values = {f"{value:,.{digits}f}" for value in result_means() for digits in range(4)}
+    assert [number for number in numbers if number not in values] == []
+
+
+def result_means():
+    """Every number in the rows of the results, and each figure's means over the seeds of a setting."""
+    for file in ROOT.glob("results/*.json"):
+        for part in json.loads(file.read_text()).values():
+            groups = {}
+            for row in part["rows"] if isinstance(part, dict) and "rows" in part else ():
+                setting = json.dumps([row.get(name) for name in ("model", "iterations", "draw", "samples", "batch")])
+                for name, value in row.items():
+                    if isinstance(value, int | float):
+                        groups.setdefault((setting, name), []).append(value)
+            yield from (value for values in groups.values() for value in (*values, statistics.mean(values)))
 
 
 def test_the_student_beats_every_point_of_the_teachers_curve_by_as_much_as_is_said():
