@@ -1,5 +1,6 @@
 """Recipes: a picture is drawn again exactly from what its PNG says, and what is no recipe is refused."""
 
+import base64
 import dataclasses
 import json
 import shutil
@@ -14,7 +15,7 @@ from marval.cli import main
 from marval.io.checkpoint import model_hash, save_model
 from marval.io.images import png_bytes, to_pil
 from marval.pipeline import Pipeline
-from marval.recipe import KEY, Recipe, batch_recipes, draw_recipe, find_pipelines, make_recipe, pack_upload, redraw
+from marval.recipe import KEY, Recipe, batch_recipes, draw_recipe, find_pipelines, make_recipe, redraw
 from marval.recipe import read_recipe as read
 from tiny import tiny_config, tiny_model
 
@@ -73,7 +74,7 @@ def test_an_edited_picture_is_drawn_again_exactly(folder, tiny, tmp_path):
 def test_an_edited_upload_is_drawn_again_exactly(folder, tiny):
     picture = Image.effect_noise((8, 8), 90)
     first = make_recipe(str(folder), model_hash(folder), tiny, 1, 3, 2)
-    recipe = dataclasses.replace(first, redrawn=(0, 1), upload=pack_upload(picture))
+    recipe = dataclasses.replace(first, redrawn=(0, 1), upload=base64.b64encode(png_bytes(picture)).decode())
     again = to_pil(redraw(Recipe.from_json(recipe.to_json()), find_pipelines(folder, "cpu")))
     assert again.crop((0, 2, 8, 8)).tobytes() == picture.crop((0, 2, 8, 8)).tobytes()  # tokens 2, ... are untouched
     assert again.crop((4, 0, 8, 2)).tobytes() == picture.crop((4, 0, 8, 2)).tobytes()

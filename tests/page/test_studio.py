@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from marval.config import OneStep
+from marval.config import OneStep, PixelSpace
 from marval.io.checkpoint import save_model
 from marval.io.images import to_pil
+from marval.model import MAR
 from marval.page import bundled
 from marval.page.studio import Studio, Wanted
 from marval.page.uploads import read_upload
 from marval.recipe import LONGEST, find_pipelines, read_recipe, redraw
+from marval.runtime.rng import generator
 from tiny import tiny_config, tiny_model
 from uploads import BAD_FILES, content, photo
 
@@ -238,6 +240,19 @@ def test_a_large_models_picture_is_not_decoded_more_often_than_drawing_allows(st
     assert len(shown) < 5
     assert pixels(shown[-1]["patches"])[..., -1].sum() > pixels(shown[0]["patches"])[..., -1].sum()
     assert events[-1]["seconds"] < taken - 0.3 * len(shown)  # which does not count as drawing
+
+
+def test_a_picture_of_256_pixels_in_64_iterations_is_sent_once(tmp_path):
+    """What the page gets while a large picture is drawn is not many times the picture."""
+    space = PixelSpace((256, 256), 3, 16, shift=0.5, scale=2.0)
+    mar = dataclasses.replace(tiny_config().mar, token_grid=(16, 16), token_dim=768)
+    config = dataclasses.replace(tiny_config(), space=space, mar=mar, draw=OneStep(clip=True))
+    save_model(tmp_path, MAR(mar).initialize(generator(0)), config)
+    studio, events = Studio.open([str(tmp_path)], "cpu"), []
+    last = studio.draw(studio.job(Wanted(str(tmp_path), "cross", iterations=64)), events.append)
+    assert len(events) == 63
+    sent = sum(len(json.dumps(event)) for event in events)
+    assert sent < 2 * len(json.dumps(last["picture"]["png"])) + 63 * 1000
 
 
 MEMORY = """

@@ -21,7 +21,7 @@ from marval.io.checkpoint import model_hash
 from marval.io.images import png_bytes, to_pil
 from marval.page.uploads import read_upload
 from marval.pipeline import Pipeline, find_model, load
-from marval.recipe import KEY, LONGEST, Recipe, draw_recipe, encode_picture, make_recipe, pack_upload, plain_name
+from marval.recipe import KEY, LONGEST, Recipe, draw_recipe, encode_picture, make_recipe, plain_name
 from marval.runtime.rng import generator
 from marval.sampling import draw_counts
 
@@ -247,19 +247,19 @@ class Studio:
         fitted = ImageOps.fit(read_upload(content, max(rows, columns)), (columns, rows))
         fitted = fitted.convert("L" if getattr(pipeline.config.space, "channels", 3) == 1 else "RGB")
         tokens = encode_picture(pipeline, fitted).float().cpu()
-        return picture_json(pipeline, Picture(tokens, upload=pack_upload(fitted)), "upload.png")
+        return picture_json(pipeline, Picture(tokens, upload=text_of(png_bytes(fitted))), "upload.png")
 
 
 def picture_json(pipeline: Pipeline, picture: Picture, file: str) -> Event:
     """A picture as a visitor gets it: `Picture.from_json` reads it, `png` and `file` are for saving it."""
     with torch.inference_mode():
         image = to_pil(pipeline.space.decode(picture.tokens[None].to(pipeline.device))[0])
-    recipe = None if picture.recipe is None else picture.recipe.to_json()
+    recipe = picture.recipe
     return {
-        "png": text_of(png_bytes(image, None if recipe is None else {KEY: recipe})),
+        "png": text_of(png_bytes(image, None if recipe is None else {KEY: recipe.to_json()})),
         "file": file,
         "tokens": text_of(picture.tokens.numpy().astype("<f4").tobytes()),
-        "recipe": None if recipe is None else json.loads(recipe),
+        "recipe": None if recipe is None else recipe.to_dict(),
         "upload": picture.upload,
     }
 
