@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,9 +21,15 @@ from marval.rewards.image_reward import load_image_reward
 from marval.rewards.text_image import load_text_image
 from marval.rewards.weights import CLIP
 
-# Images in [0, 1] and their prompts to one number per image, differentiable in the images. A prompt that was made for
-# a class knows it: see `marval.rewards.prompts.Prompt`.
-Reward = Callable[[Float[Tensor, "b c h w"], Sequence[str]], Float[Tensor, " b"]]
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores images: any function of images in [0, 1] and their prompts that returns one number per image.
+
+    It must be differentiable in the images. A prompt that was made for a class knows it: see `Prompt`.
+    """
+
+    def __call__(self, images: Float[Tensor, "b c h w"], prompts: Sequence[str], /) -> Float[Tensor, " b"]: ...
 
 
 # Named rewards: how to load each (by its name, a source and a device), and its source where none is named: a hub id, or
@@ -84,7 +91,7 @@ def parse_rewards(
 
 
 def reward_hash(reward: Reward) -> str:
-    """SHA-256 of a reward's weights, names and values; of code without any, of its file; "" where there is neither."""
+    """SHA-256 of a reward's weights, or of the file of code without weights; "" where there is neither."""
     if isinstance(reward, OwnCode):
         return reward_hash(reward.function) or reward.sha256
     modules = {"": reward} if isinstance(reward, nn.Module) else getattr(reward, "__dict__", {})
@@ -103,10 +110,10 @@ def reward_hash(reward: Reward) -> str:
 
 
 def checked(name: str, reward: Reward, images: Float[Tensor, "b c h w"], prompts: Sequence[str]) -> Tensor:
-    """What a reward says of images, if it may be used.
+    """Call a reward, and check what it returns.
 
     Raises:
-        ValueError: the reward has the wrong shape, no gradient, or a value that is not finite.
+        ValueError: the value has the wrong shape, no gradient reaches the images, or a number is not finite.
     """
     value = reward(images, prompts)
     if not isinstance(value, Tensor) or value.shape != (len(images),):
@@ -122,7 +129,7 @@ def checked(name: str, reward: Reward, images: Float[Tensor, "b c h w"], prompts
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """The weighted sum of named rewards; a call checks what each returns, as `checked` says."""
+    """The weighted sum of named rewards, each of them `checked`."""
 
     rewards: dict[str, tuple[Reward, float]]
 
@@ -134,14 +141,14 @@ class WeightedReward:
 
 
 def named_parts(reward: Reward) -> dict[str, tuple[Reward, float]]:
-    """The parts of a weighted reward; of another, itself under the name of its function or class."""
+    """The parts of a weighted reward; any other reward is its own one part, named after its function or class."""
     if isinstance(reward, WeightedReward):
         return reward.rewards
     return {getattr(reward, "__qualname__", type(reward).__qualname__): (reward, 1.0)}
 
 
 def reward_identity(reward: Reward) -> str:
-    """What tells one reward from another: names, factors, and the hashes of what they compute with."""
+    """Describe a reward for a resumed run to compare: names, weights in the sum, and the hashes of what they run."""
     parts = named_parts(reward).items()
     return ",".join(f"{name}={weight:g} (sha256 {reward_hash(part)})" for name, (part, weight) in parts)
 
@@ -150,9 +157,9 @@ def reward_identity(reward: Reward) -> str:
 def standardized(
     reward: Reward, images: Float[Tensor, "n c h w"], prompts: Sequence[str], batch_size: int = 32
 ) -> WeightedReward:
-    """The same reward with each part minus its mean and over its standard deviation on `images`.
+    """Give each part of a reward mean 0 and standard deviation 1 on `images`.
 
-    So parts of different scales share one sum as their weights say, and learning rate and anchor mean the same for
+    Parts of different scales then share one sum as their weights say, and learning rate and anchor mean the same for
     every reward.
 
     Raises:

@@ -70,7 +70,7 @@ class Classifier(nn.Module):
 
 
 class ClassifierReward:
-    """Log-probability of the class that the prompt was made for; nothing is read from its text."""
+    """Log-probability of the class that the prompt was made for; the prompt's text does not matter."""
 
     def __init__(self, classifier: Classifier):
         self.classifier = classifier.eval().requires_grad_(False)
@@ -80,7 +80,7 @@ class ClassifierReward:
         return self.classifier.log_probability(images, labels)
 
     def class_of(self, prompt: str) -> int:
-        """The number that the classifier gives the prompt's class.
+        """Look up the number of the prompt's class.
 
         Raises:
             ValueError: a prompt that was made for no class, or for one that the classifier does not know.
@@ -100,19 +100,19 @@ class ClassifierReward:
 
 
 def load_classifier_reward(name: str, source: str, device: torch.device | str = "cpu") -> ClassifierReward:
-    """The reward of a classifier's file, or of a bundled one by name."""
+    """Load the reward of a classifier's file, or of a bundled one by name."""
     return ClassifierReward(load_classifier(source).to(device))
 
 
 def save_classifier(file: Path, classifier: Classifier, figures: dict[str, object]) -> None:
-    """Write a classifier and what is known of it (`figures`) to one safetensors file."""
+    """Write a classifier and its figures (accuracy, epochs, ...) to one safetensors file."""
     fields = ("architecture", "channels", "class_names")
     about = {name: getattr(classifier, name) for name in fields}
     save_described(file, classifier, "classifier", {**about, "figures": figures})
 
 
 def classifier_file(name: Path | str) -> Path:
-    """Where a classifier lies: a bundled one by name ("fashion-classifier", "fashion-judge"), or a file.
+    """Find a classifier: a bundled one by name ("fashion-classifier", "fashion-judge"), or a file.
 
     Raises:
         ValueError: no such file.

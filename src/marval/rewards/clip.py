@@ -21,7 +21,7 @@ from marval.rewards.weights import (
     read_weights,
 )
 
-AESTHETIC = Part("trl-lib/ddpo-aesthetic-predictor", (("aesthetic-model.pth", "*.pth"),))
+AESTHETIC = Part((("aesthetic-model.pth", "*.pth"),))
 
 
 class ClipReward:
@@ -48,7 +48,7 @@ def image_embeddings(model: Any, pixels: Float[Tensor, "b 3 s s"]) -> Float[Tens
 
 
 def load_cosine(name: str, source: str, device: torch.device | str = "cpu") -> ClipReward:
-    """The reward `clip`, 100 times the cosine, of any CLIP; or `pickscore`, the cosine times its model's own scale.
+    """Load `clip`, 100 times the cosine of any CLIP, or `pickscore`, the cosine times its model's own scale.
 
     Hessel et al. 2021 cut the CLIP score off at 0, where it would have no gradient; here it is not.
 
@@ -87,12 +87,12 @@ class AestheticReward:
 
 
 def load_aesthetic(name: str, source: str, device: torch.device | str = "cpu") -> AestheticReward:
-    """LAION's improved aesthetic predictor (Schuhmann 2022): a linear head on CLIP ViT-L/14's embeddings.
+    """Load LAION's improved aesthetic predictor (Schuhmann 2022): a linear head on CLIP ViT-L/14's embeddings.
 
     Args:
         source: a folder with CLIP ViT-L/14 in transformers' form and the head's .pth beside it, or the head's hub id.
     """
-    folder, clip = find_parts(name, source, AESTHETIC, Part(CLIP.repo, IMAGE_FILES, CLIP.more))
+    folder, clip = find_parts(name, source, AESTHETIC, Part(IMAGE_FILES, CLIP.repo, CLIP.more))
     file, tensors = read_weights(name, folder, "*.pth")
     model = load_clip(name, clip).to(device)
     head = load_strict(lambda: ScoreHead(model.config.projection_dim), tensors, file).to(device)

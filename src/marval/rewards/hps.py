@@ -21,8 +21,8 @@ from marval.rewards.weights import (
     transformers,
 )
 
-WEIGHTS = Part("xswu/HPSv2", (("HPS_v2.1_compressed.pt", "*.pt"),))
-WORDS = Part(CLIP.repo, (TOKENIZER,), CLIP.more)  # all CLIPs of open_clip share OpenAI's vocabulary
+WEIGHTS = Part((("HPS_v2.1_compressed.pt", "*.pt"),))
+WORDS = Part((TOKENIZER,), CLIP.repo, CLIP.more)  # all CLIPs of open_clip share OpenAI's vocabulary
 HEADS_OF_WIDTH = {1280: 16}  # ViT-H's image tower; elsewhere a head has 64 channels
 
 # open_clip's names, and those of transformers' CLIPModel.
@@ -48,7 +48,7 @@ TRANSPOSED = ("visual_projection.weight", "text_projection.weight")  # open_clip
 
 
 def clip_tensors(tensors: Tensors) -> Tensors:
-    """open_clip's weights under the names of transformers' CLIPModel, with queries, keys and values apart."""
+    """Give open_clip's weights the names of transformers' CLIPModel; queries, keys and values come apart."""
     split: Tensors = {}
     for name, tensor in renamed(tensors, RENAMED).items():
         if match := re.fullmatch(r"(.*)\.attn\.in_proj_(weight|bias)", name):
@@ -60,7 +60,7 @@ def clip_tensors(tensors: Tensors) -> Tensors:
 
 
 def clip_config(tensors: Tensors) -> Any:
-    """The sizes of a CLIP in open_clip's form."""
+    """Read the sizes of a CLIP off open_clip's weights."""
 
     def tower(prefix: str, width: int) -> dict[str, Any]:
         return {
@@ -76,14 +76,14 @@ def clip_config(tensors: Tensors) -> Any:
     text = {
         **tower("transformer.resblocks.", text_width), "max_position_embeddings": length,
         "vocab_size": len(tensors["token_embedding.weight"]),
-        "eos_token_id": 2,  # says: the embedding is read at the highest token, as open_clip does
+        "eos_token_id": 2,  # makes CLIPModel read the embedding at the highest token, as open_clip does
     }  # fmt: skip
     projection = tensors["text_projection"].shape[1]
     return transformers("hps-v2").CLIPConfig(vision_config=vision, text_config=text, projection_dim=projection)
 
 
 def load_hps(name: str, source: str, device: torch.device | str = "cpu") -> ClipReward:
-    """HPSv2: the cosine of its CLIP (about 0.27; its tables show 100 times that); images are padded to a square.
+    """Load HPSv2: the cosine of its CLIP (about 0.27; its tables show 100 times that); images are padded to a square.
 
     Args:
         source: a folder with the checkpoint and CLIP's tokenizer, or the checkpoint's hub id.

@@ -23,8 +23,8 @@ from marval.rewards.weights import (
     transformers,
 )
 
-WEIGHTS = Part("zai-org/ImageReward", (("ImageReward.pt", "*.pt"),))
-WORDS = Part("google-bert/bert-base-uncased", (TOKENIZER,), ("tokenizer_config.json",))
+WEIGHTS = Part((("ImageReward.pt", "*.pt"),))
+WORDS = Part((TOKENIZER,), "google-bert/bert-base-uncased", ("tokenizer_config.json",))
 LENGTH = 35  # tokens of a prompt
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score, so that rewards have mean 0 and deviation 1
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
@@ -85,7 +85,7 @@ class ImageRewardScore:
 
 
 def blip_configs(tensors: Tensors) -> tuple[Any, Any]:
-    """The sizes of the image and the text encoder; a head has 64 channels in both."""
+    """Read the sizes of the image and the text encoder off the weights; an attention head has 64 channels in both."""
     library, image, text = transformers("image-reward"), "blip.visual_encoder.", "blip.text_encoder."
     width, _, patch, _ = tensors[f"{image}patch_embed.proj.weight"].shape
     words, text_width = tensors[f"{text}embeddings.word_embeddings.weight"].shape
@@ -106,7 +106,7 @@ def blip_configs(tensors: Tensors) -> tuple[Any, Any]:
 
 
 def load_image_reward(name: str, source: str, device: torch.device | str = "cpu") -> ImageRewardScore:
-    """ImageReward v1.0.
+    """Load ImageReward v1.0.
 
     Args:
         source: a folder with the checkpoint and BERT's tokenizer, or the checkpoint's hub id.

@@ -58,7 +58,7 @@ class TextImageReward:
 
 
 def sentence_encoder(device: torch.device | str = "cpu") -> Callable[[str], Float[Tensor, " t"]]:
-    """The packaged sentence encoder: a text to its embedding of length 1.
+    """Load the packaged sentence encoder, which maps a text to its embedding of length 1.
 
     Raises:
         ValueError: it is not installed.
@@ -78,7 +78,7 @@ def sentence_encoder(device: torch.device | str = "cpu") -> Callable[[str], Floa
 
 
 def save_head(file: Path, head: TextImageHead, about: dict[str, object]) -> None:
-    """Write a head and what is known of it to one safetensors file."""
+    """Write a head with a description (its classes, figures) to one safetensors file."""
     content = {"features": FEATURES, "sentences": SENTENCES, "width": head.text.out_features, **about}
     save_described(file, head, "text_image", content)
 
@@ -100,6 +100,6 @@ def load_head(name: Path | str) -> TextImageHead:
 
 
 def load_text_image(name: str, source: str, device: torch.device | str = "cpu") -> TextImageReward:
-    """The reward of a head's file, or of a bundled one by name."""
+    """Load the reward of a head's file, or of a bundled one by name."""
     head = load_head(source).to(device)
     return TextImageReward(EfficientNetFeatures().to(device), head, sentence_encoder(device))

@@ -22,27 +22,28 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """Files that a reward needs, and the hub repository that has them.
+    """Files that a reward needs, and the hub repository that has them where the user's source does not.
 
     Each entry of `files` holds patterns of which one must match; the first is the one that the repository has.
     """
 
-    repo: str
     files: tuple[tuple[str, ...], ...]
+    repo: str = ""
     more: tuple[str, ...] = ()  # fetched as well, where the repository has them
 
 
 TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt")
 IMAGE_FILES = (("config.json",), ("model*.safetensors", "pytorch_model*.bin"), ("preprocessor_config.json",))
 MORE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "*.safetensors.index.json")
-CLIP = Part("openai/clip-vit-large-patch14", (*IMAGE_FILES, TOKENIZER), MORE)
+CLIP = Part((*IMAGE_FILES, TOKENIZER), "openai/clip-vit-large-patch14", MORE)
 
 
 def find_parts(reward: str, source: str, first: Part, *others: Part) -> list[Path]:
-    """The folder of each part: `source` where it is a folder, else that of a hub repository in the local cache.
+    """Find the folder of each part: on disk, or in the cache of what is fetched from the Hugging Face hub.
 
     Args:
-        source: a folder that has all parts, or the repository of the first part; the others come from their own.
+        source: a folder with all parts, or the repository of the first part; the others are in repositories of their
+            own.
 
     Raises:
         ValueError: files are missing and cannot be fetched; the message says which to put where.
@@ -68,7 +69,7 @@ def find_parts(reward: str, source: str, first: Part, *others: Part) -> list[Pat
 
 
 def read_weights(reward: str, folder: Path, pattern: str) -> tuple[Path, Tensors]:
-    """The only file of a folder that matches a pattern, and its tensors (of its `state_dict`); nothing is executed.
+    """Find the only file of a folder that matches a pattern, and read its tensors; nothing in it is executed.
 
     Raises:
         ValueError: there are several such files, or as `read_checkpoint`.
@@ -82,7 +83,7 @@ def read_weights(reward: str, folder: Path, pattern: str) -> tuple[Path, Tensors
 
 
 def load_strict(network: Callable[[], nn.Module], tensors: Tensors, file: Path) -> Any:
-    """Build a frozen float32 network, whose sizes may be read off a checkpoint's tensors, and give it its weights.
+    """Build a network, which may read its sizes off a checkpoint's tensors, and load them; frozen, in float32.
 
     Raises:
         ValueError: a missing, unknown or misshapen tensor.
@@ -101,7 +102,7 @@ def load_strict(network: Callable[[], nn.Module], tensors: Tensors, file: Path) 
 
 
 def renamed(tensors: Tensors, patterns: Sequence[tuple[str, str]]) -> Tensors:
-    """The same tensors, each name changed by every (pattern, replacement) in turn."""
+    """Rename tensors by every (pattern, replacement) in turn."""
     names = {name: name for name in tensors}
     for pattern, replacement in patterns:
         names = {old: re.sub(pattern, replacement, new) for old, new in names.items()}
@@ -109,12 +110,12 @@ def renamed(tensors: Tensors, patterns: Sequence[tuple[str, str]]) -> Tensors:
 
 
 def depth(tensors: Tensors, prefix: str) -> int:
-    """How many layers have tensors under `prefix`."""
+    """Count the layers that have tensors under `prefix`."""
     return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
 
 
 def transformers(reward: str) -> ModuleType:
-    """The library of that name; it no longer reports, as errors are told in one line.
+    """Import the library of that name, and stop its progress bars and reports: marval tells errors in one line.
 
     Raises:
         ValueError: it is not installed.
@@ -130,7 +131,7 @@ def transformers(reward: str) -> ModuleType:
 
 
 def load_clip(reward: str, folder: Path) -> Any:
-    """A frozen CLIPModel in float32 from a folder in transformers' form.
+    """Load a frozen CLIPModel in float32 from a folder in transformers' form.
 
     Raises:
         ValueError: transformers is not installed; damaged files; or weights that are missing, unknown or misshapen.
@@ -151,7 +152,7 @@ def load_clip(reward: str, folder: Path) -> Any:
 
 
 def load_tokenizer(reward: str, folder: Path, kind: str = "CLIPTokenizer") -> Any:
-    """A tokenizer from its files.
+    """Load a tokenizer from its files.
 
     Raises:
         ValueError: transformers is not installed, or damaged files.
@@ -163,7 +164,7 @@ def load_tokenizer(reward: str, folder: Path, kind: str = "CLIPTokenizer") -> An
 
 
 def described_file(name: Path | str, maker: str) -> Path:
-    """The bundled file of that name ("fashion-judge"), or else the path itself.
+    """Find a bundled file by name ("fashion-judge"), or a file by its path.
 
     Args:
         maker: the command that makes such a file, for messages.
@@ -179,13 +180,13 @@ def described_file(name: Path | str, maker: str) -> Path:
 
 
 def save_described(file: Path, network: nn.Module, kind: str, about: dict[str, object]) -> None:
-    """Write a network's weights, and under the name `kind` what is known of it, to one safetensors file."""
+    """Write a network's weights and a description, under the name `kind`, to one safetensors file."""
     tensors = {name: t.detach().cpu() for name, t in network.state_dict().items()}
     write_tensors(file, tensors, {"format": "pt", kind: json.dumps(about)})
 
 
 def read_described(file: Path, kind: str, maker: str) -> tuple[dict[str, Any], Tensors]:
-    """What `save_described` wrote.
+    """Read what `save_described` wrote: the description and the tensors.
 
     Raises:
         ValueError: a damaged file, or one of another kind.
