@@ -10,7 +10,7 @@ import torch
 import marval
 from marval.config import Chain, OneStep
 from marval.data import FASHION_CLASSES
-from marval.evaluate.images import draw_bytes
+from marval.evaluate.draw import draw_bytes
 from marval.rewards import load_classifier
 from marval.train.classifier import classifier_accuracy
 

@@ -29,8 +29,7 @@ from torch import Tensor
 import marval
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep
 from marval.data import ImageData
-from marval.evaluate.flops import model_flops
-from marval.evaluate.timing import synchronize
+from marval.evaluate.speed import flops_per_image, synchronize
 from marval.losses.gsim import theta_loss
 from marval.model import MAR, NoiseSchedule
 from marval.presets import DistillConfig, TrainConfig, TuneConfig
@@ -371,7 +370,7 @@ def sampling_table(check: Check, size: str, settings: list[tuple[str, int, int, 
             else:
                 job = drawing(model, draw, iterations, batch, mode == "autocast")
             taken = check.seconds(job, 3 if role != "student" else 10)
-            flops = model_flops(config, draw_counts(model.config.num_tokens, iterations)).total
+            flops = flops_per_image(config, iterations)
             row |= {f"ms per image, {name}": value / batch * 1000 for name, value in taken.items()}
             row["share of bf16 peak"] = flops * batch / taken["median"] / bf16
             row["share of read limit"] = iterations * 2 * parameters / READ_BYTES_PER_SECOND / taken["median"]

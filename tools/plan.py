@@ -3,14 +3,12 @@
     python tools/plan.py imagenet256-base imagenet256-large imagenet256-huge
     python tools/plan.py imagenet256-base --gpus 4 --gpu-memory 24 --tflops 165 --efficiency 0.3
 
-Memory comes from running the very steps of training on fake tensors, which have shapes but no storage, and adding up
-what is alive; floating-point operations come from formulas (`marval.evaluate.flops`).
+The steps of training run on fake tensors, which have shapes but no storage; what is alive is added up, and the
+operations are counted.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,144 +16,125 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from tyro.conf import Positional
 
 from marval.config import MARConfig, Size
-from marval.evaluate.flops import Flops, context_flops, embedding_flops, head_flops, iteration_flops
-from marval.evaluate.memory import LiveMemory
 from marval.evaluate.results import write_results
 from marval.losses.gsim import phi_loss, theta_loss
 from marval.model import MAR, NoiseSchedule, TokenHead
 from marval.model.mar import Block
 from marval.presets import IMAGENET_IMAGES, DistillConfig, TuneConfig
 from marval.runtime.provenance import made_by
-from marval.sampling import DrawInOneStep, draw_counts, model_contexts
+from marval.sampling import DrawInOneStep, draw_counts, run
+from marval.sampling.loop import Start
 from marval.train.distill import predicted_eps, student_tokens, target_contexts
 
 GIB = 2**30
 FLOAT32 = 4
 FLOAT32_EFFICIENCY = 0.8  # of a GPU's float32 peak without tensor cores, which large products come near
 CACHE_BYTES_PER_CHANNEL = 2 * 2 * 2  # an image and its mirror, mean and log-variance, half precision
+aten = torch.ops.aten
+COUNTED = {
+    **flop_registry,  # of attention, torch counts only what runs on a GPU
+    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+
+Step = Callable[[int, bool], "Meter"]  # of so many images, with blocks that are recomputed or kept
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What one stage of a run needs."""
+class Meter(TorchDispatchMode):
+    """Adds up the bytes of the tensors that are alive while it is active, and the operations by precision."""
 
-    parameters: dict[str, int]  # of every network
-    weights: int  # bytes on one GPU, of all networks
-    gradients: int
-    optimizer: int
-    gathered: int  # whole layers that `fully_shard` gathers while they compute; 0 on one GPU
-    activations: dict[bool, tuple[int, int]]  # bytes without and with recomputation: fixed, and for one image
-    bf16_flops: int  # of a step, all GPUs together: the transformers, where the settings have autocast
-    float32_flops: int  # the heads; everything without autocast
-    steps: int
-    batch: int
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.flops = {torch.bfloat16: 0, torch.float32: 0}
+        self.seen: weakref.WeakKeyDictionary[torch.UntypedStorage, bool] = weakref.WeakKeyDictionary()
 
-    def peak(self, images: int, recompute: bool) -> int:
-        """Bytes on one GPU with `images` of the batch at a time."""
-        fixed, each = self.activations[recompute]
-        return self.weights + self.gradients + self.optimizer + self.gathered + fixed + each * images
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        if count := COUNTED.get(function._overloadpacket):
+            self.flops[args[0].dtype] += count(*args, **(kwargs or {}), out_val=result)
+        return result
 
-    def images_that_fit(self, memory: int, recompute: bool) -> int:
-        """The most images at a time in `memory` bytes; 0 when not even one fits."""
-        return max(0, (memory - self.peak(0, recompute)) // self.activations[recompute][1])
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage, once, until it is freed."""
+        if storage not in self.seen:
+            self.seen[storage] = True
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, storage.nbytes())
 
-    @property
-    def flops(self) -> int:
-        """Operations of a step, all GPUs together."""
-        return self.bf16_flops + self.float32_flops
-
-    def seconds(self, gpus: int, peak_flops: float, efficiency: float, float32_flops: float) -> float:
-        """Time of the whole run on GPUs that reach a share `efficiency` of `peak_flops` in bf16.
-
-        `float32_flops` is the peak of a GPU in float32 without tensor cores, which the training loops do not use there
-        (torch's default: no TF32); of it `FLOAT32_EFFICIENCY` is reached.
-        """
-        step = self.bf16_flops / (peak_flops * efficiency) + self.float32_flops / (float32_flops * FLOAT32_EFFICIENCY)
-        return self.steps * step / gpus
+    def _free(self, size: int) -> None:
+        self.now -= size
 
 
-def plan_distill(config: MARConfig, settings: DistillConfig, gpus: int) -> Plan:
-    """Stage 1: student, its EMA, teacher and auxiliary network."""
-    sizes = network_sizes(config)
-    networks = dict.fromkeys(("student", "EMA", "teacher"), sizes["MAR"]) | {"auxiliary": sizes["head"]}
-    conditions = 1 if settings.guidance == 1.0 else 2
-    masked = round(config.num_tokens * mean_mask_ratio(settings))
-    targets = min(masked, settings.tokens_per_image)
-    context = context_flops(config, config.num_tokens - masked, targets)
-    one_call, guided_call = head_flops(config, targets), head_flops(config, targets, conditions)
-    embeddings = embedding_flops(config, targets, 1, targets)
-    contexts = context * conditions  # the teacher's, forward
-    contexts += context * (4 if settings.checkpoint_blocks else 3)  # the student's, with its gradients
-    heads = 3 * (one_call + embeddings)  # the student's
-    heads += 2 * (one_call + guided_call)  # phi's and the teacher's: gradients of their input alone
-    heads += 3 * settings.auxiliary_steps * (one_call + embeddings)  # phi learns
-    flops = Flops(settings.batch_size * contexts, settings.batch_size * heads)
-    return _plan(
-        networks, sizes, ("student", "auxiliary"), gpus, flops, settings,
-        lambda images, recompute: distill_memory(config, settings, images, recompute),
-    )  # fmt: skip
+def distill_step(config: MARConfig, settings: DistillConfig, images: int, recompute: bool, masked: int) -> Meter:
+    """One part of an update of stage 1, with `masked` tokens hidden of each image."""
+    schedule, draw, targets = NoiseSchedule.full(), DrawInOneStep(), min(settings.tokens_per_image, masked)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        teacher, student = MAR(config).eval().requires_grad_(False), MAR(config).eval()
+        phi = TokenHead(
+            config.token_dim, config.decoder_dim, config.head_width, config.head_depth, config.learn_variance
+        )
+        student.checkpoint_blocks = recompute
+        free_gradients(student, phi)
+        places = torch.arange(config.num_tokens).expand(images, -1)
+        visible, hidden = places[:, : config.num_tokens - masked], places[:, config.num_tokens - masked :][:, :targets]
+        tokens, labels = torch.randn(images, config.num_tokens, config.token_dim), torch.zeros(images, dtype=torch.long)
+        inputs = (tokens, visible, hidden, labels)
+        z, eps = (torch.randn(images * targets, config.token_dim) for _ in range(2))
+        t, w, autocast = torch.zeros(len(z), dtype=torch.long), settings.guidance or 2.0, settings.autocast
+        with Meter() as meter:
+            with torch.no_grad():
+                c = target_contexts(teacher, inputs, guided=w != 1.0, autocast=autocast)
+            x_0 = student_tokens(student, draw, inputs, z, autocast)
+            phi.requires_grad_(False)
+            x_t = schedule.add_noise(x_0, eps, t)
+            teacher_eps, phi_eps = predicted_eps(teacher.head, x_t, t, c, w), predicted_eps(phi, x_t, t, c[:1])
+            theta_loss(settings.objective, teacher_eps, phi_eps, eps, x_t)[0].backward()
+            phi.requires_grad_(True)
+            x_0 = x_0.detach()
+            del x_t, teacher_eps, phi_eps
+            for _ in range(settings.auxiliary_steps):
+                phi_loss(predicted_eps(phi, schedule.add_noise(x_0, eps, t), t, c[:1]), eps).backward()
+    return meter
 
 
-def plan_tune(config: MARConfig, settings: TuneConfig, gpus: int) -> Plan:
-    """Stage 2: student and its EMA. The VAE's decoder and the reward, which are the user's choice, come on top."""
-    sizes = network_sizes(config)
-    networks = {"student": sizes["MAR"], "EMA": sizes["MAR"]}
-    counts, contexts, heads = draw_counts(config.num_tokens, settings.updates), 0, 0
-    for k, count in enumerate(counts):
-        once = iteration_flops(config, sum(counts[:k]), count, 1, guided=False)
-        learnt = k >= settings.updates - settings.gradient_iterations
-        contexts += once.context * (4 if learnt else 1)  # forward, recomputed, and twice that for the gradients
-        heads += once.head * (1 if not learnt else 3 if settings.checkpoint_blocks else 4)  # blocks alone recompute
-    flops = Flops(settings.batch_size * contexts, settings.batch_size * heads)
-    return _plan(
-        networks, sizes, ("student",), gpus, flops, settings,
-        lambda images, recompute: tune_memory(config, settings, images, recompute),
-    )  # fmt: skip
+def tune_step(config: MARConfig, settings: TuneConfig, images: int, recompute: bool, iterations: int) -> Meter:
+    """The drawing of stage 2 with its backward pass, of the last `iterations` of K only."""
+    draw, counts = DrawInOneStep(), draw_counts(config.num_tokens, settings.iterations)[-iterations:]
+    known = config.num_tokens - sum(counts)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        student = MAR(config).eval()
+        student.checkpoint_blocks = recompute
+        free_gradients(student)
+        tokens = torch.zeros(images, config.num_tokens, config.token_dim)
+        order = torch.arange(config.num_tokens).expand(images, -1)
+        start = Start(tokens, order, known, counts, torch.randn(1, *tokens.shape))
+        labels, learnt = torch.zeros(images, dtype=torch.long), settings.gradient_iterations
+        with Meter() as meter:
+            *_, (tokens, _) = run(student, draw, labels, start, learnt, settings.autocast)
+            tokens.sum().backward()
+    return meter
 
 
-def _plan(
-    networks: dict[str, int],
-    sizes: dict[str, int],
-    trained: tuple[str, ...],
-    gpus: int,
-    flops: Flops,
-    settings: DistillConfig | TuneConfig,
-    memory: Callable[[int, bool], int],
-) -> Plan:
-    activations = {}
-    for recompute in (False, True):
-        some, twice = memory(8, recompute), memory(16, recompute)  # with fewer, the weights' copies hide the rest
-        activations[recompute] = (2 * some - twice, (twice - some) // 8)
-    learnt = FLOAT32 * sum(networks[name] for name in trained)
-    return Plan(
-        parameters=networks,
-        weights=FLOAT32 * sum(networks.values()) // gpus,
-        gradients=learnt // gpus,
-        optimizer=2 * learnt // gpus,
-        gathered=0 if gpus == 1 else FLOAT32 * (sizes["outside blocks"] + 2 * max(sizes["block"], sizes["head"])),
-        activations=activations,
-        bf16_flops=flops.context if settings.autocast else 0,
-        float32_flops=flops.head if settings.autocast else flops.total,
-        steps=settings.updates,
-        batch=settings.batch_size,
-    )
+def free_gradients(*networks: nn.Module) -> None:
+    """Free every gradient as soon as it is whole: the plan counts their lasting (sharded) copies apart."""
 
+    def free(parameter: Tensor) -> None:
+        parameter.grad = None
 
-def network_sizes(config: MARConfig) -> dict[str, int]:
-    """Parameters of a MAR, of its head, of its largest block and of what is in neither."""
-    with torch.device("meta"):
-        model = MAR(config)
-    blocks = [count(module) for module in model.modules() if isinstance(module, Block)]
-    total, head = count(model), count(model.head)
-    return {"MAR": total, "head": head, "block": max(blocks), "outside blocks": total - head - sum(blocks)}
-
-
-def count(network: nn.Module) -> int:
-    """Parameters of a network."""
-    return sum(parameter.numel() for parameter in network.parameters())
+    for network in networks:
+        for parameter in network.parameters():
+            parameter.register_post_accumulate_grad_hook(free)
 
 
 def mean_mask_ratio(settings: DistillConfig) -> float:
@@ -167,156 +146,106 @@ def mean_mask_ratio(settings: DistillConfig) -> float:
     return float(1 + settings.mask_ratio_std**2 * density / mass)
 
 
-def fake_tensors() -> AbstractContextManager[Any]:
-    """Tensors made inside have shapes and types but no memory."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def distill_memory(
-    config: MARConfig, settings: DistillConfig, images: int, recompute: bool, masked: int | None = None
-) -> int:
-    """Bytes that one part of `images` images adds to weights, gradients and optimiser states, at its peak.
-
-    Args:
-        masked: tokens hidden of each image; their mean number when None.
-    """
-    schedule, draw = NoiseSchedule.full(), DrawInOneStep()
-    settings = dataclasses.replace(settings, guidance_schedule="constant", guidance=settings.guidance or 2.0)
-    masked = round(config.num_tokens * mean_mask_ratio(settings)) if masked is None else masked
-    shown, targets = config.num_tokens - masked, min(settings.tokens_per_image, masked)
-    with fake_tensors():
-        teacher, student = MAR(config).eval().requires_grad_(False), MAR(config).eval()
-        auxiliary = TokenHead(
-            config.token_dim, config.decoder_dim, config.head_width, config.head_depth, config.learn_variance
-        )
-        student.checkpoint_blocks = recompute
-        places = torch.arange(config.num_tokens).expand(images, -1)
-        z = torch.randn(images, targets, config.token_dim)
-        inputs = (
-            torch.randn(images, config.num_tokens, config.token_dim), places[:, :shown],
-            places[:, shown : shown + targets], torch.zeros(images, dtype=torch.long),
-        )  # fmt: skip
-        t, eps = torch.zeros(images * targets, dtype=torch.long), torch.randn(images * targets, config.token_dim)
-        for network in (student, auxiliary):
-            _free_gradients(network)
-        with LiveMemory() as live:
-            w, autocast = settings.guidance or 2.0, settings.autocast
-            with torch.no_grad():
-                c = target_contexts(teacher, inputs, guided=w != 1.0, autocast=autocast)
-            x_0 = student_tokens(student, draw, inputs, z.flatten(0, 1), autocast)
-            auxiliary.requires_grad_(False)
-            x_t = schedule.add_noise(x_0, eps, t)
-            teacher_eps, phi_eps = predicted_eps(teacher.head, x_t, t, c, w), predicted_eps(auxiliary, x_t, t, c[:1])
-            theta_loss(settings.objective, teacher_eps, phi_eps, eps, x_t)[0].backward()
-            auxiliary.requires_grad_(True)
-            x_0 = x_0.detach()
-            del x_t, teacher_eps, phi_eps
-            phi_loss(predicted_eps(auxiliary, schedule.add_noise(x_0, eps, t), t, c[:1]), eps).backward()
-    return live.peak
-
-
-def tune_memory(config: MARConfig, settings: TuneConfig, images: int, recompute: bool) -> int:
-    """As `distill_memory`, for the backward pass of a tuning step.
-
-    Without `recompute` that is one AR iteration, the largest: the others keep their tokens only. With it the last M
-    iterations are all kept, but for what is inside their blocks.
-    """
-    counts = draw_counts(config.num_tokens, settings.updates)
-    draw, largest = DrawInOneStep(), max(counts)
-    starts = [(sum(counts[:k]), count) for k, count in enumerate(counts)][-settings.gradient_iterations :]
-    shown_and_drawn = starts if recompute else [(config.num_tokens - largest, largest)]
-    with fake_tensors():
-        student = MAR(config).eval()
-        student.checkpoint_blocks = recompute
-        _free_gradients(student)
-        places = torch.arange(config.num_tokens).expand(images, -1)
-        labels = torch.zeros(images, dtype=torch.long)
-        with LiveMemory() as live:
-            tokens = torch.randn(images, config.num_tokens, config.token_dim, requires_grad=True)
-            kept = [tokens * 1.0 for _ in range(settings.gradient_iterations)]
-            total = kept[0].sum() * 0
-            for shown, drawn in shown_and_drawn:
-                positions = places[:, shown : shown + drawn]
-                with torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast):
-                    context = model_contexts(student, kept[0], places[:, :shown], positions, labels, guided=False)
-                noise = torch.randn(1, images * drawn, config.token_dim)
-                total = total + draw(student.head, context[0].float(), None, 1.0, noise).sum()
-            total.backward()
-    return live.peak
-
-
-def _free_gradients(network: nn.Module) -> None:
-    """Free every gradient as soon as it is whole: the plan counts their lasting (sharded) copies apart."""
-
-    def free(parameter: Tensor) -> None:
-        parameter.grad = None
-
-    for parameter in network.parameters():
-        parameter.register_post_accumulate_grad_hook(free)
-
-
 def cache_bytes(latent_channels: int = 16, side: int = 16, images: int = IMAGENET_IMAGES) -> int:
     """Size of a cache of latents (`marval cache`)."""
     return images * CACHE_BYTES_PER_CHANNEL * latent_channels * side * side
 
 
-def plan_rows(
-    size: Size, gpus: int, memory: int, peak_flops: float, efficiency: float, float32_flops: float
-) -> list[dict[str, Any]]:
-    """The plan of both stages of a preset on GPUs of `memory` bytes, as rows of a results file.
+def network_sizes(config: MARConfig) -> dict[str, int]:
+    """Parameters of the whole network, its head, its largest block, and what lies outside blocks and head."""
+
+    def count(network: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    with torch.device("meta"):
+        model = MAR(config)
+    blocks = [count(module) for module in model.modules() if isinstance(module, Block)]
+    total, head = count(model), count(model.head)
+    return {"MAR": total, "head": head, "block": max(blocks), "outside blocks": total - head - sum(blocks)}
+
+
+def distill_row(config: MARConfig, settings: DistillConfig, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Stage 1: student, its EMA, teacher and auxiliary network."""
+    masked = round(config.num_tokens * mean_mask_ratio(settings))
+
+    def step(images: int, recompute: bool) -> Meter:
+        return distill_step(config, settings, images, recompute, masked)
+
+    sizes, whole = network_sizes(config), step(1, settings.checkpoint_blocks)
+    networks = dict.fromkeys(("student", "EMA", "teacher"), sizes["MAR"]) | {"auxiliary": sizes["head"]}
+    return {"stage": "distill", **_row(sizes, networks, ("student", "auxiliary"), settings, machine, step, whole)}
+
+
+def tune_row(config: MARConfig, settings: TuneConfig, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Stage 2: student and its EMA. The VAE's decoder and the reward, which are the user's choice, come on top."""
+
+    def step(images: int, recompute: bool) -> Meter:
+        return tune_step(config, settings, images, recompute, settings.gradient_iterations)
+
+    sizes, whole = (
+        network_sizes(config),
+        tune_step(config, settings, 1, settings.checkpoint_blocks, settings.iterations),
+    )
+    networks = {"student": sizes["MAR"], "EMA": sizes["MAR"]}
+    return {"stage": "tune", **_row(sizes, networks, ("student",), settings, machine, step, whole)}
+
+
+def _row(
+    sizes: Mapping[str, int],
+    networks: Mapping[str, int],
+    trained: tuple[str, ...],
+    settings: DistillConfig | TuneConfig,
+    machine: Mapping[str, Any],
+    step: Step,
+    whole: Meter,
+) -> dict[str, Any]:
+    """A stage's row of the results: memory of a GPU in GiB, operations of an update, and days.
 
     Of the activations, `kept` are without recomputation and `recomputed` with `--checkpoint-blocks`; `images` is how
-    many of the batch fit at a time.
+    many of the batch fit at a time. `float32_tflops` is a GPU's peak without tensor cores, which the training loops do
+    not use in float32 (torch's default: no TF32).
+
+    Args:
+        step: measures a part of an update.
+        whole: an update of one image.
     """
-    config, rows = MARConfig.imagenet256(size), []
-    plans = {
-        "distill": plan_distill(config, DistillConfig.imagenet256(size), gpus),
-        "tune": plan_tune(config, TuneConfig.imagenet256(size), gpus),
-    }
-    for stage, plan in plans.items():
-        row: dict[str, Any] = {"preset": f"imagenet256-{size}", "stage": stage, "gpus": gpus, "gpu_gib": memory / GIB}
-        row |= {"tflops": peak_flops / 1e12, "efficiency": efficiency, "batch": plan.batch, "steps": plan.steps}
-        row |= {"float32_tflops": float32_flops / 1e12, "float32_pflop_per_step": plan.float32_flops / 1e15}
-        row |= {"parameters": plan.parameters, "weights_gib": plan.weights / GIB, "gradients_gib": plan.gradients / GIB}
-        row |= {"optimiser_gib": plan.optimizer / GIB, "gathered_gib": plan.gathered / GIB}
-        for how, (fixed, each) in zip(
-            ("kept", "recomputed"), (plan.activations[r] for r in (False, True)), strict=True
-        ):
-            images = min(plan.images_that_fit(memory, how == "recomputed"), -(-plan.batch // gpus))
-            row |= {f"{how}_fixed_gib": fixed / GIB, f"{how}_image_mib": each / 2**20, f"{how}_images": images}
-        days = plan.seconds(gpus, peak_flops, efficiency, float32_flops) / 86400
-        rows.append(row | {"pflop_per_step": plan.flops / 1e15, "days": days})
-    return rows
+    gpus, learnt = machine["gpus"], FLOAT32 * sum(networks[name] for name in trained)
+    gathered = 0 if gpus == 1 else FLOAT32 * (sizes["outside blocks"] + 2 * max(sizes["block"], sizes["head"]))
+    held = {"weights": FLOAT32 * sum(networks.values()) / gpus, "gradients": learnt / gpus}
+    held |= {"optimiser": 2 * learnt / gpus, "gathered": float(gathered)}
+    row: dict[str, Any] = {**machine, "batch": settings.batch_size, "updates": settings.updates}
+    row |= {"parameters": dict(networks), **{f"{name}_gib": value / GIB for name, value in held.items()}}
+    for how, recompute in (("kept", False), ("recomputed", True)):
+        some, twice = step(8, recompute).peak, step(16, recompute).peak  # with fewer, the weights' copies hide the rest
+        fixed, each = 2 * some - twice, (twice - some) / 8
+        fit = max(0, int((machine["gpu_gib"] * GIB - sum(held.values()) - fixed) // each))
+        row |= {f"{how}_fixed_gib": fixed / GIB, f"{how}_image_mib": each / 2**20}
+        row |= {f"{how}_images": min(fit, -(-settings.batch_size // gpus))}
+    half, single = (settings.batch_size * whole.flops[dtype] for dtype in (torch.bfloat16, torch.float32))
+    seconds = half / (machine["tflops"] * 1e12 * machine["efficiency"])
+    seconds += single / (machine["float32_tflops"] * 1e12 * FLOAT32_EFFICIENCY)
+    row |= {"pflop_per_step": (half + single) / 1e15, "float32_pflop_per_step": single / 1e15}
+    return row | {"days": settings.updates * seconds / gpus / 86400}
 
 
-def accumulated(row: Mapping[str, Any], images: int) -> int:
-    """Parts that one GPU's share of a batch goes in, `images` at a time."""
-    return -(-row["batch"] // (row["gpus"] * images))
-
-
-def report(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A preset's plan in lines."""
-    lines = [f"cache of latents: {cache_bytes() / 1e9:.1f} GB for {IMAGENET_IMAGES} images and their mirrors"]
-    for row in rows:
-        networks = ", ".join(f"{name} {number / 1e6:.1f}M" for name, number in row["parameters"].items())
-        lines += ["", f"{row['stage']}: {row['steps']} steps of {row['batch']} images on {row['gpus']} GPUs"]
-        lines.append(f"  parameters: {networks}")
-        kept = {name: row[f"{name}_gib"] for name in ("weights", "gradients", "optimiser")}
-        kept |= {"gathered layers": row["gathered_gib"]} if row["gpus"] > 1 else {}
-        lines.append("  GiB a GPU: " + ", ".join(f"{name} {value:.2f}" for name, value in kept.items()))
-        for how, named in (("kept", "without recomputation"), ("recomputed", "with --checkpoint-blocks")):
-            fit = row[f"{how}_images"]
-            parts = f"--accumulate {accumulated(row, fit)}" if fit else "not even one image fits"
-            lines.append(
-                f"  activations {named}: {row[f'{how}_fixed_gib']:.2f} GiB + {row[f'{how}_image_mib']:.0f} MiB an "
-                f"image; in {row['gpu_gib']:.0f} GiB: {fit} images at a time ({parts})"
-            )
+def report(row: Mapping[str, Any]) -> list[str]:
+    """A stage's plan in lines."""
+    networks = ", ".join(f"{name} {number / 1e6:.1f}M" for name, number in row["parameters"].items())
+    held = ", ".join(f"{name} {row[f'{name}_gib']:.2f}" for name in ("weights", "gradients", "optimiser", "gathered"))
+    lines = ["", f"{row['stage']}: {row['updates']} updates of {row['batch']} images on {row['gpus']} GPUs"]
+    lines += [f"  parameters: {networks}", f"  GiB a GPU: {held} (layers at a time)"]
+    for how, label in (("kept", "without recomputation"), ("recomputed", "with --checkpoint-blocks")):
+        fit = row[f"{how}_images"]
+        parts = f"--accumulate {-(-row['batch'] // (row['gpus'] * fit))}" if fit else "not even one image fits"
         lines.append(
-            f"  {row['pflop_per_step']:.2f} PFLOP a step, {row['float32_pflop_per_step']:.2f} of them the heads' in "
-            f"float32; {row['days']:.2f} days at {row['efficiency']:.0%} of {row['tflops']:.0f} TFLOP/s in bf16 and "
-            f"{FLOAT32_EFFICIENCY:.0%} of {row['float32_tflops']:g} in float32 a GPU"
+            f"  activations {label}: {row[f'{how}_fixed_gib']:.2f} GiB + {row[f'{how}_image_mib']:.0f} MiB an image; "
+            f"in {row['gpu_gib']:.0f} GiB: {fit} images at a time ({parts})"
         )
-    lines += ["", "tune: the VAE's decoder and the reward are not counted."]
+    lines.append(
+        f"  {row['pflop_per_step']:.2f} PFLOP an update, {row['float32_pflop_per_step']:.2f} of them the heads' in "
+        f"float32; {row['days']:.2f} days at {row['efficiency']:.0%} of {row['tflops']:.0f} TFLOP/s in bf16 and "
+        f"{FLOAT32_EFFICIENCY:.0%} of {row['float32_tflops']:g} in float32 a GPU"
+    )
     return lines
 
 
@@ -342,14 +271,24 @@ def main(
     """
     if not presets or min(gpus, gpu_memory, tflops, efficiency, float32_tflops) <= 0:
         raise ValueError("name at least one preset; the numbers must be above 0")
-    rows = []
+    machine = {"gpus": gpus, "gpu_gib": gpu_memory, "tflops": tflops, "efficiency": efficiency}
+    machine |= {"float32_tflops": float32_tflops}
+    rows: list[dict[str, Any]] = []
+    print(f"cache of latents: {cache_bytes() / 1e9:.1f} GB for {IMAGENET_IMAGES} images and their mirrors")
     for preset in presets:
         size = cast(Size, preset.removeprefix("imagenet256-"))
-        rows += plan_rows(size, gpus, int(gpu_memory * GIB), tflops * 1e12, efficiency, float32_tflops * 1e12)
-        print("\n".join([f"{preset}:", *report(rows[-2:])]))
+        config, distill, tune = (
+            MARConfig.imagenet256(size),
+            DistillConfig.imagenet256(size),
+            TuneConfig.imagenet256(size),
+        )
+        stages = [distill_row(config, distill, machine), tune_row(config, tune, machine)]
+        print("\n".join(["", f"{preset}:", *(line for row in stages for line in report(row))]))
+        rows += [{"preset": preset, **row} for row in stages]
+    print("\ntune: the VAE's decoder and the reward are not counted.")
     if out is not None:
         made = made_by(torch.device("cpu"))
-        write_results(out, "plan", [{**row, "made": made} for row in rows], 0)
+        write_results(out, "plan", [{**row, "made": made} for row in rows])
 
 
 if __name__ == "__main__":

@@ -8,49 +8,46 @@ A table stands between `<!-- table: KIND results/FILE.json -->` and `<!-- end --
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from marval.evaluate.results import (
-    Row,
-    by_setting,
-    markdown,
-    on_one_machine,
-    read_results,
-    setting,
-    version_of,
-)
-from marval.evaluate.tables import COLUMNS, models_of, notes_of, table_of
+from marval.evaluate.report import models_of, notes_of, quality_table
+from marval.evaluate.results import Results, Row, by_setting, on_one_machine, read_results, who
 from marval.io.files import write_text
 
 MARK = re.compile(r"<!-- table: (\S+) (\S+) -->(.*?)<!-- end -->", re.DOTALL)
 
 
-def quality(file: Path) -> str:
-    """Return quality by model and K, times where they were measured, and what the figures mean."""
-    without = [name for name in COLUMNS if name.endswith(("density", "coverage"))]
-    return "\n\n".join([markdown(*table_of(file, without)), " ".join(notes_of(file))]).rstrip()
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
 
 
-def speed(file: Path) -> str:
+def quality(results: Results) -> str:
+    """Return quality by model and K, times where they were measured with it, and what the figures mean."""
+    times = [row for row in results.get("timing", []) if row["decoded"]]
+    notes = notes_of({**results, "timing": times})
+    return "\n\n".join([markdown(*quality_table(results["quality"], times)), " ".join(notes)]).rstrip()
+
+
+def speed(results: Results) -> str:
     """Return each model's Fréchet distance over the teacher's at the same K, and its speed-ups.
 
     Only distances of equal numbers of images in one precision, and times of one machine in one precision, make ratios.
     A teacher counts as it was measured first, where it was measured at several T and w.
     """
-    results = read_results(file)
-    rows, (timing, left_out) = results["quality"]["rows"], on_one_machine(results.get("timing", {}).get("rows", []))
-    teacher, draws = models_of(rows)[0], {row["model"]: row["draw"] for row in reversed(rows)}
-    fd: dict[tuple[str, int, int, bool], float] = {}
-    for group in by_setting(row for row in rows if row["draw"] == draws[row["model"]] and "fd" in row).values():
-        key = (group[0]["model"], group[0]["iterations"], group[0]["samples"], bool(group[0].get("autocast")))
+    rows, (timing, left_out) = results["quality"], on_one_machine(results.get("timing", []))
+    teacher, first = models_of(rows)[0], {row["model"]: who(row) for row in reversed(rows)}
+    fd: dict[tuple[Any, ...], float] = {}
+    for group in by_setting(row for row in rows if who(row) == first[row["model"]] and "fd" in row):
+        key = tuple(group[0].get(name) for name in ("model", "iterations", "samples", "autocast"))
         fd.setdefault(key, statistics.mean(row["fd"] for row in group))
     precision = statistics.mode([bool(row.get("autocast")) for row in timing] or [False])
     seconds = {
         (row["model"], row["iterations"], row["batch"]): row["seconds_per_image"]
         for row in timing
-        if row["draw"] == draws.get(row["model"]) and bool(row.get("autocast")) == precision
+        if who(row) == first.get(row["model"]) and bool(row.get("autocast")) == precision
     }
     batches = sorted({batch for _, _, batch in seconds})
 
@@ -58,7 +55,7 @@ def speed(file: Path) -> str:
         slow, fast = seconds.get((teacher, k, batch)), seconds.get((model, k, batch))
         return f"{slow / fast:.0f}x" if slow and fast else ""
 
-    header = ["model", "K", "samples", f"FD / {teacher}'s", *(f"speed-up, batch {b}" for b in batches)]
+    header = ["model", "K", "samples", f"FD / {teacher}'s", *(f"speed-up, batch {batch}" for batch in batches)]
     lines = [
         [model, str(k), str(samples), f"{value / fd[same]:.3f}", *(speed_up(model, k, batch) for batch in batches)]
         for (model, k, samples, autocast), value in fd.items()
@@ -67,36 +64,38 @@ def speed(file: Path) -> str:
     return "\n\n".join([markdown(header, lines), *([left_out] if left_out else [])])
 
 
-def bench(file: Path) -> str:
-    """Return seconds per image, operations, and speed-up over the teacher."""
-    header = ["model", "K", "batch", "s / image", "of it the context network", "GFLOP / image"]
-    header += ["of the machine's peak", "speed-up", "by arithmetic alone"]
-    lines = []
-    for row in read_results(file)["bench"]["rows"]:
-        seconds = row["seconds_per_image"]
-        cells = [row["model"], str(row["iterations"]), str(row["batch"]), f"{seconds:.1f}"]
-        cells += [f"{row['context_seconds'] / seconds:.0%}", f"{row['gflops_per_image']:,.0f}"]
-        cells += [f"{row['fraction_of_peak']:.0%}"]
-        lines.append(cells + [f"{row[n]:.1f}x" if n in row else "" for n in ("speed_up", "speed_up_by_flops")])
+def bench(results: Results) -> str:
+    """Return seconds per image, operations, and speed-up over the teacher at the same K and batch size."""
+    lines, rows = [], results["timing"]
+    context = ["of it the context network"] if all("context_seconds" in row for row in rows) else []
+    header = ["model", "K", "batch", "s / image", *context, "GFLOP / image", "of the machine's peak", "speed-up"]
+    header += ["by arithmetic alone"]
+    for row in rows:
+        cells = [row["model"], str(row["iterations"]), str(row["batch"]), f"{row['seconds_per_image']:.1f}"]
+        cells += [f"{row['context_seconds'] / row['seconds_per_image']:.0%}"] if context else []
+        cells += [f"{row['gflops_per_image']:,.0f}", f"{row['fraction_of_peak']:.0%}"]
+        same = [r for r in rows if r["teacher"] and all(r[n] == row[n] for n in ("iterations", "batch", "autocast"))]
+        ratios = ["", ""]
+        if same and not row["teacher"]:
+            ratios = [f"{same[0][name] / row[name]:.1f}x" for name in ("seconds_per_image", "gflops_per_image")]
+        lines.append(cells + ratios)
     return markdown(header, lines)
 
 
-def rewards(file: Path) -> str:
+def rewards(results: Results) -> str:
     """Return mean rewards over class-name prompts, over all images of a model at one K."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in read_results(file).get("rewards", {}).get("rows", []):
-        groups.setdefault((*setting(row), row.get("prompt"), version_of(row)), []).append(row)
-    names = list(dict.fromkeys(name for rows in groups.values() for row in rows for name in row["rewards"]))
+    groups = by_setting(results["rewards"])
+    names = list(dict.fromkeys(name for rows in groups for row in rows for name in row["rewards"]))
 
     def cell(rows: list[Row], name: str) -> str:
-        found = [row["rewards"][name] for row in rows if name in row["rewards"]]
-        if not found:
+        parts = [row["rewards"][name] for row in rows if name in row["rewards"]]
+        if not parts:
             return ""
-        error = sum(part["standard_error"] ** 2 for part in found) ** 0.5 / len(found)
-        return f"{statistics.mean(part['mean'] for part in found):.4f} ± {error:.4f}"
+        error = sum(part["standard_error"] ** 2 for part in parts) ** 0.5 / len(parts)
+        return f"{statistics.mean(part['mean'] for part in parts):.4f} ± {error:.4f}"
 
     lines = []
-    for rows in groups.values():
+    for rows in groups:
         images, seeds = (str(sum(row[name] for row in rows)) for name in ("samples", "seeds"))
         cells = [rows[0]["model"], str(rows[0]["iterations"]), images, str(rows[0]["prompts"]), seeds]
         lines.append(cells + [cell(rows, name) for name in names])
@@ -104,16 +103,16 @@ def rewards(file: Path) -> str:
     return f"{table}\n\n± is one standard error of the mean, over the images."
 
 
-def plan(file: Path) -> str:
+def plan(results: Results) -> str:
     """Return the plan of full-size runs, a column for each preset."""
-    rows = read_results(file)["plan"]["rows"]
-    distill, tune = ([row for row in rows if row["stage"] in stage] for stage in (("distill",), ("tune", "finetune")))
+    rows = [{"updates": row.get("steps"), **row} for row in results["plan"]]  # its older name
+    distill, tune = ([row for row in rows if (row["stage"] == "distill") == first] for first in (True, False))
     memory = [f"{name}_gib" for name in ("weights", "gradients", "optimiser", "gathered")]
 
     def work(row: Row) -> str:
         return f"{row['pflop_per_step']:.2f}; {row['days']:.1f}"
 
-    of = "PFLOP a step of {batch:,} images; days for {steps:,} steps"
+    of = "PFLOP an update of {batch:,} images; days for {updates:,} updates"
     fit = f"images at a time in {distill[0]['gpu_gib']:.0f} GiB, with `--checkpoint-blocks`"
     lines: list[tuple[str, list[Row], Callable[[Row], str]]] = [
         ("distil: weights, gradients, optimiser, gathered layers (GiB a GPU)", distill,
@@ -128,22 +127,23 @@ def plan(file: Path) -> str:
     return markdown(header, [[label, *map(cell, stage)] for label, stage, cell in lines])
 
 
-TABLES = {  # and the parts of the results file that each is made of
+TABLES: dict[str, tuple[Callable[[Results], str], tuple[str, ...]]] = {  # and the parts that each is made of
     "quality": (quality, ("quality", "timing")),
     "speed": (speed, ("quality", "timing")),
-    "bench": (bench, ("bench",)),
+    "bench": (bench, ("timing",)),
     "rewards": (rewards, ("rewards",)),
     "plan": (plan, ("plan",)),
 }
 
 
-def made_by(file: Path, parts: tuple[str, ...]) -> str:
-    """Return the commands that made a results file's parts, and at which commit, from its own provenance."""
-    lines = []
-    for name, part in read_results(file).items():
-        for row in part["rows"] if name in parts else ():
-            made = {**part, **row.get("made", {})}
-            lines.append(f"- {name}: `{made['command']}` at commit {made['commit'][:7]}")
+def made_by(results: Results, parts: tuple[str, ...]) -> str:
+    """Return the commands that made the rows of some parts, and at which commit."""
+    lines = [
+        f"- {part}: `{row['made']['command']}` at commit {row['made']['commit'][:7]}"
+        for part, rows in results.items()
+        for row in rows
+        if part in parts
+    ]
     return "\n".join(["Made by", "", *dict.fromkeys(lines)])
 
 
@@ -160,8 +160,8 @@ def fill(text: str, root: Path) -> str:
             raise ValueError(f"unknown table {kind}: expected one of {', '.join(TABLES)}")
         if not (root / name).is_file():
             raise ValueError(f"{name} is not there: make it with --out {name}")
-        table, parts = TABLES[kind]
-        return f"<!-- table: {kind} {name} -->\n{table(root / name)}\n\n{made_by(root / name, parts)}\n<!-- end -->"
+        (table, parts), results = TABLES[kind], read_results(root / name)
+        return f"<!-- table: {kind} {name} -->\n{table(results)}\n\n{made_by(results, parts)}\n<!-- end -->"
 
     return MARK.sub(filled, text)
 

@@ -1,23 +1,22 @@
-"""Judge a tiny teacher's images, alone or under torchrun: python columns_run.py COUNT FOLDER OUT."""
+"""Score a tiny teacher's images, alone or under torchrun: python columns_run.py COUNT FOLDER OUT."""
 
 import sys
 from pathlib import Path
 
 import torch
 
-from marval.evaluate.evaluate import KeepImages, evaluations_of
+from marval.evaluate.evaluate import Quality, jobs_of
 from marval.pipeline import Pipeline
 from marval.runtime.distributed import start_workers
 from tiny import tiny_config, tiny_model
 
 
 def main(count, folder, out):
-    pipeline = Pipeline(tiny_model(), tiny_config())
-    models = [(Path(), pipeline)]
-    (evaluation,) = evaluations_of(models, ["hash"], iterations=(2,), samples=count, seeds=(3,), autocast=False)
+    models = [(None, Pipeline(tiny_model(), tiny_config()))]
+    (job,) = jobs_of(models, Quality((2,), count, (3,), keep_images=folder), Path("none.json"))
     with start_workers("cpu") as workers:
-        judge = lambda images, labels: {"labels": labels, "images": images}  # noqa: E731
-        columns = evaluation.columns(judge, KeepImages(folder), workers, lambda line: None)
+        score = lambda images, labels: {"labels": labels, "images": images}  # noqa: E731
+        columns = job.columns(score, workers, lambda line: None)
         assert bool(columns) == workers.main
         if workers.main:
             torch.save(columns, out)

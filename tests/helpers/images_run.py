@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from marval.evaluate import images
+from marval.evaluate import draw
 from marval.pipeline import Pipeline
 from marval.runtime.distributed import start_workers
 from tiny import tiny_config, tiny_model
@@ -12,16 +12,14 @@ from tiny import tiny_config, tiny_model
 
 def main(folder, count, pause):
     with start_workers("cpu") as workers:
-        pipeline = Pipeline(tiny_model(), tiny_config())
-        drawn = images.claim_folder(folder, {"model": "tiny"}, count, shard=4, workers=workers)
-        for _ in images.draw_shards(
-            pipeline, count, 3, 2, into=drawn, workers=workers, report=lambda line: time.sleep(pause)
-        ):
+        drawing = draw.Drawing(Pipeline(tiny_model(), tiny_config()), count, 3, 2, shard=4)
+        draw.claim_folder(folder, {"model": "tiny"}, workers)
+        for _ in draw.draw_shards(drawing, folder, workers, report=lambda line: time.sleep(pause)):
             pass
         workers.barrier()
-        images.write_pngs(drawn, workers)
+        draw.write_pngs(drawing, folder, workers)
         if workers.main:
-            images.write_npz(drawn)
+            draw.write_npz(drawing, folder)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from math import nan
 from pathlib import Path
 
 from marval.config import OneStep
-from marval.evaluate.images import draw_bytes
+from marval.evaluate.draw import draw_bytes
 from marval.presets import DistillConfig, TrainConfig, TuneConfig
 from marval.rewards import WeightedReward
 from marval.runtime import state

@@ -23,9 +23,9 @@ def timed(row, seconds, batch=1):
 
 
 def write(file, rows, times=()):
-    write_results(file, "quality", rows, 0)
+    write_results(file, "quality", rows)
     if times:
-        write_results(file, "timing", list(times), 0)
+        write_results(file, "timing", list(times))
     return file
 
 

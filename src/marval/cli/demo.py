@@ -21,8 +21,8 @@ from torch import Tensor
 
 from marval.config import OneStep
 from marval.data import load_fashion_sample
-from marval.evaluate.images import draw_bytes
-from marval.evaluate.timing import in_turns
+from marval.evaluate.draw import draw_bytes
+from marval.evaluate.speed import in_turns
 from marval.io.files import check_output, write_text
 from marval.io.images import grid, save_picture
 from marval.pipeline import Pipeline, load

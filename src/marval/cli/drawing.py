@@ -58,7 +58,7 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
     """
     import torch
 
-    from marval.evaluate.images import DRAWN
+    from marval.evaluate.draw import DRAWN
     from marval.io.checkpoint import model_hash
     from marval.io.images import grid, save_picture, square_rows, to_pil
     from marval.pipeline import find_model

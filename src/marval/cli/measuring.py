@@ -2,8 +2,6 @@
 
 import contextlib
 import signal
-import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from marval.config import Checked, Count, Order, Positive, Size, Template, Whole
 from marval.presets import TuneConfig
 
 if TYPE_CHECKING:
-    from marval.evaluate.evaluate import KeepImages
+    from marval.evaluate.evaluate import Quality
     from marval.evaluate.results import Models
     from marval.runtime.distributed import Workers
 
@@ -84,22 +82,17 @@ def evaluate(
         models: bundled models, models' or runs' folders; imagenet256-base, -large, -huge: a full-size teacher and its
             student with random weights (only with --samples 0)
     """
-    check_request(models, measured, against, results)
+    check_request(models, measured, sampling, against, results)
     with measuring_workers(results.device) as workers:
-        sizes = full_sizes(models)
-        if sizes:
-            if workers.main:
-                measure_full_size(sizes, measured, sampling, results.out, str(workers.device))
-            return
         loaded = models_to_measure(models, sampling, workers)
         if measured.rewards is not None:
-            measure_rewards(loaded, measured, sampling, results, workers)
+            score_images(loaded, measured, sampling, results, workers)
             return
         if measured.samples:
-            measure_quality(loaded, measured, sampling, against, results, workers)
+            judge_images(loaded, measured, sampling, against, results, workers)
         if workers.main:
             if measured.batches:
-                measure_speed(loaded, measured, sampling, results.out)
+                time_models(loaded, measured, sampling, results.out)
             show(loaded, measured, results)
 
 
@@ -109,13 +102,15 @@ def full_sizes(models: tuple[str, ...]) -> list[Size]:
     return [cast(Size, size) for size in sizes if size in get_args(Size)]
 
 
-def check_request(models: tuple[str, ...], measured: Measured, against: Against, results: Results) -> None:
+def check_request(
+    models: tuple[str, ...], measured: Measured, sampling: Sampling, against: Against, results: Results
+) -> None:
     """Refuse what cannot be measured, or written, before models are loaded.
 
     Raises:
         ValueError: settings that do not go together, a file that cannot be written, or one that holds other things.
     """
-    from marval.evaluate.plots import need_matplotlib
+    from marval.evaluate.report import need_matplotlib
     from marval.evaluate.results import read_results
     from marval.io.files import check_output
 
@@ -127,8 +122,8 @@ def check_request(models: tuple[str, ...], measured: Measured, against: Against,
     sizes = full_sizes(models)
     if sizes and (len(sizes) < len(models) or measured.samples):
         raise ValueError(f"imagenet256-{sizes[0]} has random weights: time it by itself, with --samples 0")
-    if results.image_format != "shards" and results.keep_images is None:
-        raise ValueError(f"--image-format {results.image_format}: say where with --keep-images DIR")
+    if measured.samples:
+        quality_settings(measured, sampling, results)
     if (measured.budget or results.plot) and not measured.batches:
         raise ValueError("--budget and --plot need times: name a batch size with --batches")
     if not measured.samples and not measured.batches:
@@ -151,97 +146,84 @@ def measuring_workers(device: str) -> Iterator["Workers"]:
 
 
 def models_to_measure(models: tuple[str, ...], sampling: Sampling, workers: "Workers") -> "Models":
-    """The models, a teacher once for each T and w."""
+    """The models, a teacher once for each T and w; full-size ones with random weights."""
     from marval.evaluate.inputs import load_models
+    from marval.evaluate.speed import random_pair
 
+    device, sizes = str(workers.device), full_sizes(models)
+    if sizes:
+        steps = next(iter(sampling.diffusion_steps), 100)
+        return [model for size in sizes for model in random_pair(size, device, steps)]
     return load_models(
-        models, str(workers.device), diffusion_steps=sampling.diffusion_steps, guidance=sampling.guidance,
+        models, device, diffusion_steps=sampling.diffusion_steps, guidance=sampling.guidance,
         temperature=sampling.temperature, order=sampling.order,
     )  # fmt: skip
 
 
-def measure_quality(
+def quality_settings(measured: Measured, sampling: Sampling, results: Results) -> "Quality":
+    """The images that are measured.
+
+    Raises:
+        ValueError: too few or too many of them, or a form of images without a folder that keeps them.
+    """
+    from marval.evaluate.evaluate import Quality
+
+    return Quality(
+        sampling.iterations, measured.samples, measured.seed, sampling.autocast, sampling.batch_size,
+        results.keep_images, results.image_format,
+    )  # fmt: skip
+
+
+def judge_images(
     models: "Models", measured: Measured, sampling: Sampling, against: Against, results: Results, workers: "Workers"
 ) -> None:
     """Draw images of every model and write their figures."""
-    from marval.evaluate.evaluate import evaluate
+    from marval.evaluate.evaluate import measure_quality
     from marval.evaluate.inputs import judge_for
 
-    judge = judge_for(
+    judged = judge_for(
         models[0][1], against.data, against.judge, workers, features=against.features, reference=against.reference,
         sample=REAL_SAMPLE,
     )  # fmt: skip
-    evaluate(
-        models, judge, iterations=sampling.iterations, samples=measured.samples, out=results.out, seeds=measured.seed,
-        autocast=sampling.autocast, batch_size=sampling.batch_size, keep=kept_images(results), workers=workers,
-    )  # fmt: skip
+    measure_quality(models, judged, quality_settings(measured, sampling, results), results.out, workers)
 
 
-def measure_rewards(
+def score_images(
     models: "Models", measured: Measured, sampling: Sampling, results: Results, workers: "Workers"
 ) -> None:
     """Draw images of every model and write their rewards."""
-    from marval.evaluate.rewards import evaluate_rewards
+    from marval.evaluate.rewards import measure_rewards
     from marval.rewards import find_reward
 
     names = [name.strip() for name in (measured.rewards or "").split(",")]
-    evaluate_rewards(
-        models, {name: find_reward(name, device=workers.device) for name in names}, prompt=measured.prompt,
-        iterations=sampling.iterations, samples=measured.samples, out=results.out, seeds=measured.seed,
-        autocast=sampling.autocast, batch_size=sampling.batch_size, keep=kept_images(results), workers=workers,
-    )  # fmt: skip
+    rewards = {name: find_reward(name, device=workers.device) for name in names}
+    settings = quality_settings(measured, sampling, results)
+    measure_rewards(models, rewards, measured.prompt, settings, results.out, workers)
 
 
-def kept_images(results: Results) -> "KeepImages | None":
-    """Where the images are kept, if they are."""
-    from marval.evaluate.evaluate import KeepImages
-
-    return None if results.keep_images is None else KeepImages(results.keep_images, results.image_format)
-
-
-def measure_speed(models: "Models", measured: Measured, sampling: Sampling, out: Path) -> None:
+def time_models(models: "Models", measured: Measured, sampling: Sampling, out: Path) -> None:
     """Time every model, in turns."""
-    from marval.evaluate.evaluate import time_models
+    from marval.evaluate.speed import Speed, measure_speed
 
-    time_models(
-        models, iterations=sampling.iterations, batches=measured.batches, repeats=measured.repeats, out=out,
-        autocast=sampling.autocast,
-    )  # fmt: skip
-
-
-def measure_full_size(sizes: list[Size], measured: Measured, sampling: Sampling, out: Path, device: str) -> None:
-    """Time full-size teachers and students with random weights."""
-    from marval.evaluate.bench import bench, random_pair
-
-    steps = next(iter(sampling.diffusion_steps), None)
-    pipelines = [
-        pipeline.with_chain(diffusion_steps=steps) if pipeline.config.draw.kind == "chain" else pipeline
-        for size in sizes
-        for pipeline in random_pair(size, device)
-    ]
-    bench(
-        pipelines, iterations=sampling.iterations, batches=measured.batches, repeats=measured.repeats, out=out,
-        autocast=sampling.autocast,
-    )  # fmt: skip
+    measure_speed(models, Speed(sampling.iterations, measured.batches, measured.repeats, sampling.autocast), out)
 
 
 def show(models: "Models", measured: Measured, results: Results) -> None:
-    """The table of what was measured; the best setting within the budget, and the plot."""
-    from marval.evaluate.pareto import best_within, points_of, verdicts
-    from marval.evaluate.plots import draw_pareto
-    from marval.evaluate.tables import print_table
+    """Print the tables of what was measured, the best setting within the budget, and the plot's file."""
+    from marval.evaluate.report import best_within, plot_curve, points_of, print_results, verdicts
+    from marval.evaluate.results import read_results
 
-    print_table(results.out)
+    print_results(results.out)
     if not (measured.samples and measured.batches):
         return
     batch, names = measured.batches[0], {pipeline.config.name for _, pipeline in models}
-    points = points_of(results.out, part="timing", batch=batch, samples=measured.samples, only=names, report=print)
+    points = points_of(read_results(results.out), batch, models=names, samples=measured.samples, report=print)
     for line in verdicts(points):
         print(line)
     if measured.budget is not None:
         print(best_within(points, measured.budget))
     if results.plot is not None:
-        draw_pareto(points, results.plot, batch)
+        plot_curve(points, results.plot, batch)
         print(results.plot)
 
 
@@ -259,28 +241,6 @@ def compare(first: Path, second: Path) -> None:
         first: a results file of marval evaluate
         second: another
     """
-    from rich.console import Console
-    from rich.table import Table
+    from marval.evaluate.compare import report
 
-    from marval.evaluate.compare import compare as compared
-
-    lines, rows = compared(first, second)
-    for line in summarized(lines):
-        print(line)
-    differ = [row for row in rows if row.verdict == "a difference"]
-    table = Table("setting", "figure", str(first), str(second), "change", "by chance, up to", title="Differences")
-    for row in differ:
-        change = f"{row.second - row.first:+.4g}"
-        table.add_row(row.setting, row.figure, f"{row.first:.6g}", f"{row.second:.6g}", change, f"{row.chance:.4g}")
-    if differ:
-        Console(width=None if sys.stdout.isatty() else 140).print(table)
-    for verdict, count in Counter(row.verdict for row in rows if row not in differ).items():
-        print(f"{count} of {len(rows)} figures: {verdict}")
-    print("Chance: 95 % of Student's t-test over seeds (paired where both have the same), over images or over rounds.")
-
-
-def summarized(lines: list[str]) -> list[str]:
-    """Lines on what made two files differ; of settings that one file alone has, the number."""
-    alone = Counter(line.partition(":")[0] for line in lines if line.startswith("only in "))
-    others = [line for line in lines if not line.startswith("only in ")]
-    return [*others, *(f"{where}: {count} settings" for where, count in alone.items())]
+    print("\n".join(report(first, second)))

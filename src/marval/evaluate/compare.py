@@ -1,11 +1,8 @@
-"""`marval compare`: what differs between two results files, and whether it is more than chance makes.
+"""What differs between two results files, and whether by more than chance makes.
 
-Figures of several seeds are compared by Student's t-test (two-sided, 5 %): paired where both sides have the same seeds,
-whose images have their noise in common; else with one variance for both sides, so that one seed on one side is enough
-where the other has several. Of one seed on each side nothing can be said. The seeds are those of the drawn images: what
-another training would give, no number of them tells. Figures that two versions of the metrics define differently are
-left out. Rewards are compared by their standard errors over images. Times differ where no round of one file is as fast
-as one of the other; times of two machines are compared, too, and said to be such.
+Chance is two standard errors of the difference: over seeds (of the differences of pairs, where both files have the
+same seeds, whose images share their noise; else with one variance for both sides), or over images for rewards. Times
+differ where no round of one file is as fast as one of the other. Seeds are those of the drawn images, not of trainings.
 """
 
 import math
@@ -17,45 +14,38 @@ from typing import Any
 
 from marval.evaluate.metrics import changed_between
 from marval.evaluate.results import (
+    MEASURE,
     Row,
     curve_of,
     figures_of,
+    how,
     named,
     read_results,
-    setting,
     standard_error,
-    timed_setting,
     version_of,
+    who,
 )
 
+PARTS = ("quality", "rewards", "timing")
 IDENTITY = ("sha256", "data_sha256", "order", "draw", "decoded")
 MADE = ("command", "commit", "device", "processes", "threads", "versions")
-KINDS = ("quality", "rewards", "timing", "bench")
-NORMAL = 1.96  # standard deviations within which 19 of 20 normal values lie
 UNKNOWN = {
-    "seeds": "no telling from one seed on each side, measure several (--seed 0 1 2)",
-    "rounds": "no telling from a single round, time several (--repeats 5)",
+    "seeds": "one seed on each side tells nothing: measure several (--seed 0 1 2)",
+    "rounds": "a single round tells nothing: time several (--repeats 5)",
 }
-# The 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; for
-# more of them the last one, which is too large by at most 14 %.
-QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One figure of one setting in both files.
-
-    Its mean over seeds or images, or median over rounds, of how many in each file, and how much chance makes them
-    differ (None: unknown).
-    """
+    """One figure of one setting in both files: its means, and how far apart chance may put them (None: unknown)."""
 
     setting: str
     figure: str
     first: float
     second: float
     chance: float | None
-    counts: tuple[int, int]
-    what: str = "seeds"
+    counts: tuple[int, int]  # of seeds, images or rounds in each file
+    unit: str = "seeds"
 
     @property
     def verdict(self) -> str:
@@ -64,12 +54,20 @@ class Difference:
         if difference == 0:
             return "the same"
         if self.chance is None:
-            return UNKNOWN[self.what]
+            return UNKNOWN[self.unit]
         return "a difference" if difference > self.chance else "no more than chance"
+
+    def __str__(self) -> str:
+        chance = "" if self.chance is None else f" ± {self.chance:.2g}"
+        counts = "{} and {}".format(*self.counts)
+        return (
+            f"{self.setting}: {self.figure} {self.first:.6g} -> {self.second:.6g} "
+            f"({self.second - self.first:+.4g}{chance}, {counts} {self.unit})"
+        )
 
 
 def compare(first: Path, second: Path) -> tuple[list[str], list[Difference]]:
-    """Lines on what made the two differ, and the differences of every figure that both have at one setting.
+    """Lines on what made the two differ, and every figure that both have at one setting.
 
     A setting is who draws (model, T, w) and how it was measured (K, number of samples or batch size, precision,
     prompt). Where each file holds one who draws, these are compared whoever they are: a teacher and a student, say.
@@ -79,64 +77,73 @@ def compare(first: Path, second: Path) -> tuple[list[str], list[Difference]]:
             features or data.
     """
     parts = [_read(file) for file in (first, second)]
-    said: list[str] = []
-    found: list[Difference] = []
-    for part in KINDS:
-        a, b = (_groups(results.get(part, {}).get("rows", []), part) for results in parts)
+    lines: list[str] = []
+    differences: list[Difference] = []
+    for part in PARTS:
+        a, b = (_groups(results.get(part, [])) for results in parts)
         if len({who for who, _ in a}) == len({who for who, _ in b}) == 1:
-            (who,) = {who for who, _ in a}
-            b = {(who, how): rows for (_, how), rows in b.items()}
+            ((same, _), *_) = a
+            b = {(same, how): rows for (_, how), rows in b.items()}
         for here, there, file in ((a, b, first), (b, a, second)):
-            said += [f"only in {file}: {_label(rows[0], part)}" for key, rows in here.items() if key not in there]
+            if alone := [_label(rows[0]) for key, rows in here.items() if key not in there]:
+                lines.append(f"only in {file}: {alone[0]}" + (f" and {len(alone) - 1} more" if alone[1:] else ""))
         for key in (key for key in a if key in b):
-            said += [line for line in _made_differently(a[key], b[key], part) if line not in said]
-            found += _differences(a[key], b[key], part)
-    if not found:
+            lines += [line for line in _made_differently(a[key], b[key]) if line not in lines]
+            differences += _differences(a[key], b[key], part)
+    if not differences:
         raise ValueError(
             f"{first} and {second} share no setting (model, T, w, K, samples or batch, precision): nothing to compare"
         )
-    return said, found
+    return lines, differences
 
 
-def _read(file: Path) -> dict[str, Any]:
+def report(first: Path, second: Path) -> list[str]:
+    """What `compare` finds, in lines: differences first, the rest counted."""
+    lines, every = compare(first, second)
+    counts = {verdict: sum(one.verdict == verdict for one in every) for verdict in [one.verdict for one in every]}
+    found = counts.pop("a difference", 0)
+    return [
+        *(str(one) for one in every if one.verdict == "a difference"),
+        f"{found} of {len(every)} figures differ by more than chance makes (±, two standard errors), which 1 in 20 may",
+        *(f"{count} of {len(every)} figures: {verdict}" for verdict, count in counts.items()),
+        *lines,
+    ]
+
+
+def _read(file: Path) -> dict[str, list[Row]]:
     if not file.is_file():
         raise ValueError(f"{file} is not there: write it with marval evaluate --out {file}")
     return read_results(file)
 
 
-def _groups(rows: Sequence[Row], part: str) -> dict[tuple[tuple[Any, ...], tuple[Any, ...]], list[Row]]:
+def _groups(rows: Sequence[Row]) -> dict[tuple[Any, Any], list[Row]]:
     """Rows by who draws and how it was measured; of several versions of the metrics those of the newest."""
-    found: dict[tuple[tuple[Any, ...], tuple[Any, ...]], list[Row]] = {}
+    groups: dict[tuple[Any, Any], list[Row]] = {}
     for row in rows:
-        key = setting(row) if part in ("quality", "rewards") else timed_setting(row)
-        found.setdefault((key[:3], (*key[3:], row.get("prompt"))), []).append(row)
-    newest = {key: max(version_of(row) for row in own) for key, own in found.items()}
-    return {key: [row for row in own if version_of(row) == newest[key]] for key, own in found.items()}
+        groups.setdefault((who(row), how(row)), []).append(row)
+    newest = {key: max(version_of(row) for row in own) for key, own in groups.items()}
+    return {key: [row for row in own if version_of(row) == newest[key]] for key, own in groups.items()}
 
 
-def _label(row: Row, part: str) -> str:
-    label = f"{named(row)}, " + (
-        f"{row['samples']} samples" if part in ("quality", "rewards") else f"batch {row['batch']}"
-    )
-    if part in ("timing", "bench"):
-        label += "".join(f", {name}" for name, on in (("bf16", "autocast"), ("compiled", "compiled")) if row.get(on))
-    return label
+def _label(row: Row, other: Row | None = None) -> str:
+    count = f"batch {row['batch']}" if "batch" in row else f"{row['samples']} samples"
+    parts = [named(row), count, *(name for name in ("autocast", "compiled") if row.get(name))]
+    if other is not None and curve_of(other) != curve_of(row):
+        parts.append(f"against {curve_of(other)}")
+    return ", ".join(parts)
 
 
-def _label_of(first: Row, second: Row, part: str) -> str:
-    label = _label(first, part)
-    return label if curve_of(first) == curve_of(second) else f"{label}, against {curve_of(second)}"
-
-
-def _made_differently(first: Sequence[Row], second: Sequence[Row], part: str) -> list[str]:
-    a, b, label = first[0], second[0], _label_of(first[0], second[0], part)
-    for name in ("features", "data_sha256", "classifier_sha256", "inception_sha256"):
-        found = [row.get(name) or None for row in (a, b)]
-        if None not in found and found[0] != found[1]:
-            raise ValueError(f"{label}: measured with {name} {found[0]!r} and {found[1]!r}: these do not compare")
-    lines = []
-    for name, before in changed_between(version_of(a), version_of(b)).items():
-        lines.append(f"{name} is not compared: by metrics {min(version_of(a), version_of(b))} it is {before}")
+def _made_differently(first: Sequence[Row], second: Sequence[Row]) -> list[str]:
+    a, b, label = first[0], second[0], _label(first[0], second[0])
+    for name in MEASURE:
+        both = [row.get(name) or None for row in (a, b)]
+        if None not in both and both[0] != both[1]:
+            raise ValueError(f"{label}: measured with {name} {both[0]!r} and {both[1]!r}: these do not compare")
+    older = min(version_of(a), version_of(b))
+    lines = [
+        f"{name} is not compared: by metrics {older} it is {before}"
+        for name, before in changed_between(version_of(a), version_of(b)).items()
+    ]
     for name in IDENTITY:
         if a.get(name) != b.get(name):
             lines.append(f"{label}: {name} {a.get(name, 'not recorded')} and {b.get(name, 'not recorded')}")
@@ -151,7 +158,7 @@ def _made_differently(first: Sequence[Row], second: Sequence[Row], part: str) ->
 
 
 def _differences(first: Sequence[Row], second: Sequence[Row], part: str) -> list[Difference]:
-    label = _label_of(first[0], second[0], part)
+    label = _label(first[0], second[0])
     if part == "quality":
         return _of_quality(first, second, label)
     if part == "rewards":
@@ -165,60 +172,41 @@ def _differences(first: Sequence[Row], second: Sequence[Row], part: str) -> list
 
 
 def _of_quality(first: Sequence[Row], second: Sequence[Row], label: str) -> list[Difference]:
-    found = []
-    changed = changed_between(*(version_of(rows[0]) for rows in (first, second)))
+    differences = []
+    changed = changed_between(version_of(first[0]), version_of(second[0]))
     for name in figures_of(first[0]):
         a, b = ({row.get("seed", 0): row[name] for row in rows if name in row} for rows in (first, second))
         if name == "gflops_per_image" or name in changed or not a or not b:
             continue
-        if a.keys() == b.keys():
-            chance = chance_of_pairs([b[seed] - a[seed] for seed in a])
-        else:
-            chance = chance_of([*a.values()], [*b.values()])
         means = statistics.mean(a.values()), statistics.mean(b.values())
-        found.append(Difference(label, name, *means, chance, (len(a), len(b))))
-    return found
+        differences.append(Difference(label, name, *means, chance_of(a, b), (len(a), len(b))))
+    return differences
 
 
-def _of_rewards(first: Sequence[Row], second: Sequence[Row], label: str) -> list[Difference]:
-    """Means over all images of both sides; their standard errors say what chance makes (1.96 of them, 5 %)."""
-    found = []
-    for name in first[0]["rewards"]:
-        sides = [[row["rewards"][name] for row in rows if name in row["rewards"]] for rows in (first, second)]
-        if not all(sides):
-            continue
-        weights = {one["sha256"] for side in sides for one in side if "sha256" in one}
-        if len(weights) > 1:
-            raise ValueError(
-                f"{label}: rewards {name} with weights {' and '.join(sorted(weights))}: these do not compare"
-            )
-        means = [statistics.mean(one["mean"] for one in side) for side in sides]
-        errors = [math.hypot(*(one["standard_error"] for one in side)) / len(side) for side in sides]
-        one, other = (sum(row["samples"] for row in rows if name in row["rewards"]) for rows in (first, second))
-        chance = NORMAL * math.hypot(*errors)
-        found.append(Difference(label, name, means[0], means[1], chance, (one, other), "images"))
-    return found
-
-
-def chance_of_pairs(differences: Sequence[float]) -> float | None:
-    """How far from 0 the mean of differences comes in 19 of 20 cases where there is none, by the paired t-test.
-
-    None: a single pair says nothing.
-    """
-    degrees = len(differences) - 1
-    if degrees < 1:
-        return None
-    return QUANTILES[min(degrees, len(QUANTILES)) - 1] * standard_error(differences)[1]
-
-
-def chance_of(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """How far apart the means of two samples of one distribution come in 19 of 20 cases, by Student's t.
-
-    None: one value on each side says nothing.
-    """
+def chance_of(first: dict[int, float], second: dict[int, float]) -> float | None:
+    """Two standard errors of the difference of the means of two sides, by seed; None for one seed on each."""
+    if first.keys() == second.keys():
+        pairs = [second[seed] - first[seed] for seed in first]
+        return 2 * standard_error(pairs)[1] if len(pairs) > 1 else None
     degrees = len(first) + len(second) - 2
     if degrees < 1:
         return None
-    squares = sum(statistics.pvariance(values) * len(values) for values in (first, second))
-    error = math.sqrt(squares / degrees * (1 / len(first) + 1 / len(second)))
-    return QUANTILES[min(degrees, len(QUANTILES)) - 1] * error
+    squares = sum(statistics.pvariance(side.values()) * len(side) for side in (first, second))
+    return 2 * math.sqrt(squares / degrees * (1 / len(first) + 1 / len(second)))
+
+
+def _of_rewards(first: Sequence[Row], second: Sequence[Row], label: str) -> list[Difference]:
+    differences = []
+    for name in first[0]["rewards"]:
+        sides = [[row for row in rows if name in row["rewards"]] for rows in (first, second)]
+        if not all(sides):
+            continue
+        scores = [[row["rewards"][name] for row in side] for side in sides]
+        weights = sorted({score["sha256"] for side in scores for score in side if "sha256" in score})
+        if len(weights) > 1:
+            raise ValueError(f"{label}: rewards {name} with weights {' and '.join(weights)}: these do not compare")
+        a, b = (statistics.mean(score["mean"] for score in side) for side in scores)
+        errors = [math.hypot(*(score["standard_error"] for score in side)) / len(side) for side in scores]
+        one, other = (sum(row["samples"] for row in side) for side in sides)
+        differences.append(Difference(label, name, a, b, 2 * math.hypot(*errors), (one, other), "images"))
+    return differences

@@ -35,13 +35,13 @@ class OwnFeatures(nn.Module):
         self.own, self.name = own, f"{own.spec} ({own.sha256[:12]})"
 
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
-        found = self.own(images)
-        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        rows = self.own(images)
+        if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != len(images):
+            shape = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
             raise ValueError(f"features {self.name}: returned {shape}, expected ({len(images)}, features)")
-        if not torch.isfinite(found).all():
+        if not rows.isfinite().all():
             raise ValueError(f"features {self.name}: some are not finite")
-        return found.float()
+        return rows.float()
 
 
 Features = EfficientNetFeatures | OwnFeatures
@@ -127,23 +127,20 @@ class Statistics:
 
 
 def frechet_distance(features: Float[Tensor, "n f"], real: Statistics) -> float:
-    """Fréchet distance between Gaussians fitted to `features` and to the real images (Heusel et al. 2017)."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
+    """Fréchet distance between Gaussians fitted to `features` and to the real images (Heusel et al. 2017), in float64.
 
-    class Given(nn.Module):  # torchmetrics asks a network for features: these are ready
-        num_features = features.shape[1]
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x
-
-    metric = FrechetInceptionDistance(feature=Given(), sync_on_compute=False)  # every process has all of them
-    metric.set_dtype(torch.float64)
-    metric.update(features.double(), real=False)
-    n, mean = real.count, real.mean
-    metric.real_features_num_samples = torch.tensor(n)
-    metric.real_features_sum = n * mean
-    metric.real_features_cov_sum = (n - 1) * real.covariance + n * mean[:, None] * mean
-    return float(metric.compute())
+    `|m - m_r|^2 + trace(S + S_r) - 2 trace((S S_r)^(1/2))`; with A A^T = S (the centred features) and B B^T = S_r the
+    last trace is the sum of the singular values of A^T B.
+    """
+    x = features.double()
+    centred = (x - x.mean(dim=0)) / (len(x) - 1) ** 0.5
+    values, vectors = torch.linalg.eigh(real.covariance.double())
+    root = vectors * values.clamp(min=0).sqrt()
+    if len(x) > x.shape[1]:  # a smaller matrix with the same singular values
+        centred = torch.linalg.qr(centred, mode="r").R
+    between = torch.linalg.svdvals(centred @ root).sum()
+    distance = (x.mean(dim=0) - real.mean).square().sum() + centred.square().sum() + values.sum() - 2 * between
+    return float(distance)
 
 
 def bundled_statistics(name: str) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int, UInt8
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from marval.data import ImageData
 from marval.evaluate.features import (
@@ -27,6 +27,7 @@ from marval.evaluate.features import (
 from marval.evaluate.fidelity import SPLITS, Columns, Reference
 from marval.evaluate.metrics import FEWEST, METRICS, MOST, RealSample, compute_device, expected_bias, sample_figures
 from marval.io.files import cache_folder, sha256_of, write_tensors
+from marval.pipeline import Pipeline
 from marval.rewards import Classifier, classifier_file, load_classifier
 from marval.runtime.progress import progress
 
@@ -42,7 +43,7 @@ class Judge:
     each; `figures_of` takes those of all.
     """
 
-    network: nn.Module
+    network: Features
     real: Statistics | None
     classifier: Classifier | None
     sample: Callable[[], RealSample] | None = None  # for KID and neighbours; called when these are measured
@@ -51,9 +52,14 @@ class Judge:
     reference: Reference | None = None
 
     @property
+    def prefix(self) -> str:
+        """What the names of figures on its features begin with."""
+        return self.network.prefix
+
+    @property
     def about(self) -> dict[str, str]:
         """What results say of it: the features' name and the SHA-256 of all that the figures depend on."""
-        about = {"features": getattr(self.network, "name", ""), "data_sha256": self.data_sha256}
+        about = {"features": self.network.name, "data_sha256": self.data_sha256}
         if self.classifier_sha256:
             about["classifier_sha256"] = self.classifier_sha256
         if self.reference is not None:
@@ -67,18 +73,18 @@ class Judge:
     @torch.inference_mode()
     def columns(self, images: UInt8[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> Columns:
         """What each image has by itself: its label, its features, what the classifier says, what Inception sees."""
-        found = {"labels": labels, "features": extract(self.network, images)}
+        columns = {"labels": labels, "features": extract(self.network, images)}
         if self.classifier is not None:
             device = next(self.classifier.parameters()).device
             logits = torch.cat(
                 [self.classifier(part.to(device).float() / 255).cpu() for part in images.split(CLASSIFIED)]
             )
             known = logits.isfinite().all(dim=1)  # of numbers that are none, the first would be the largest
-            found["accuracy"] = torch.where(known, (logits.argmax(dim=1) == labels).float(), math.nan)
-            found["log_probability"] = logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
+            columns["accuracy"] = torch.where(known, (logits.argmax(dim=1) == labels).float(), math.nan)
+            columns["log_probability"] = logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
         if self.reference is not None:
-            found |= self.reference.inception.columns(images)
-        return found
+            columns |= self.reference.inception.columns(images)
+        return columns
 
     def figures_of(self, columns: Columns) -> dict[str, float]:
         """Every figure of images, from their `columns`.
@@ -90,42 +96,43 @@ class Judge:
         Raises:
             ValueError: a figure is not finite.
         """
-        found = self._distances(columns["features"])
-        found["diversity"] = diversity_within_class(columns["features"], columns["labels"])
-        for name in ("accuracy", "log_probability"):
-            if name in columns:
-                found[name] = float(columns[name].mean())
+        features, figures = columns["features"], dict[str, float]()
+        if self.real is not None:
+            figures["fd"] = frechet_distance(features, self.real)
+        if self.sample is not None:
+            device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
+            near = sample_figures(features.to(compute_device(device)), self.sample())
+            figures |= {f"{self.prefix}_{name}": value for name, value in near.items()}
+        figures["diversity"] = diversity_within_class(features, columns["labels"])
+        figures |= {name: float(columns[name].mean()) for name in ("accuracy", "log_probability") if name in columns}
         if self.reference is not None:
-            found |= self.reference.figures(columns)
-        for name, value in found.items():
+            figures |= self.reference.figures(columns)
+        for name, value in figures.items():
             if not (math.isfinite(value) or (name == "diversity" and math.isnan(value))):
                 raise ValueError(f"{name} of {len(columns['labels'])} images is {value}: the features are not finite")
-        return found
-
-    @property
-    def fewest(self) -> int:
-        """The number of drawn images that every figure needs at least."""
-        return max(2, FEWEST if self.sample is not None else 0, SPLITS if self.reference is not None else 0)
+        return figures
 
     def check_count(self, count: int, option: str = "--samples") -> None:
         """Refuse a number of drawn images that some figure is not defined for.
 
         Raises:
-            ValueError: `count` is below `fewest`.
+            ValueError: `count` is too small.
         """
-        if count < self.fewest:
-            raise ValueError(f"{option} {count}: expected at least {self.fewest} for the figures that are measured")
+        fewest = max(2, FEWEST if self.sample is not None else 0, SPLITS if self.reference is not None else 0)
+        if count < fewest:
+            raise ValueError(f"{option} {count}: expected at least {fewest} for the figures that are measured")
 
-    def _distances(self, features: Float[Tensor, "n f"]) -> dict[str, float]:
-        found = {}
-        if self.real is not None:
-            found["fd"] = frechet_distance(features, self.real)
+    def check_images(self, pipeline: Pipeline) -> None:
+        """Judge two blank pictures such as a model draws: what cannot be judged is known before anything is drawn.
+
+        Raises:
+            ValueError: the real images are missing or too few, or the judge's networks do not take the pictures.
+        """
         if self.sample is not None:
-            device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
-            prefix = getattr(self.network, "prefix", "own")
-            near = sample_figures(features.to(compute_device(device)), self.sample())
-            found |= {f"{prefix}_{name}": value for name, value in near.items()}
-        return found
+            self.sample()
+        space = pipeline.config.space
+        blank = torch.zeros(2, getattr(space, "channels", 3), *space.image_size, dtype=torch.uint8)
+        self.columns(blank, torch.zeros(2, dtype=torch.long))
 
     def warning(self, count: int) -> tuple[str, float] | None:
         """A warning and the Fréchet distance's expected bias where `count` images are fewer than features, else None.

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable
 
-from marval.evaluate.images import draw_bytes
+from marval.evaluate.draw import draw_bytes
 from marval.evaluate.judge import Judge
 from marval.evaluate.rewards import reward_values
 from marval.pipeline import Pipeline
-from marval.rewards import Reward
+from marval.rewards import Reward, prompts_of
 from marval.runtime.distributed import Workers
 
 
@@ -22,9 +22,9 @@ def probe(
     prompt: str = "{}",
     report: Callable[[str], None] = print,
 ) -> Callable[[Pipeline], dict[str, float]]:
-    """A small evaluation on fixed seeds, for training loops: all of the judge's figures that can be measured.
+    """A small evaluation on fixed seeds: all of the judge's figures that so few images define.
 
-    All processes draw; the main one judges, tells the others, and says once what so few images do to the distance.
+    All processes draw; the main one judges and tells the others. It warns once of what few images do to the distance.
 
     Args:
         held_out: a reward whose mean over the images, with the prompts of `prompt`, becomes the figure `held_out`.
@@ -36,16 +36,16 @@ def probe(
 
     def measure(pipeline: Pipeline) -> dict[str, float]:
         images, labels = draw_bytes(pipeline, count, iterations, seed, workers=workers)
-        found: dict[str, float] = {}
+        figures: dict[str, float] = {}
         if workers.main:
-            found = {name: value for name, value in judge.figures(images, labels).items() if not math.isnan(value)}
-            classes, paired = len(pipeline.config.class_names), int((labels.bincount() > 1).sum())
-            if 0 < paired < classes:
-                found["diversity_classes"] = float(paired)  # diversity is the mean over these alone
+            figures = {name: value for name, value in judge.figures(images, labels).items() if not math.isnan(value)}
+            names, paired = pipeline.config.class_names, int((labels.bincount() > 1).sum())
+            if 0 < paired < len(names):
+                figures["diversity_classes"] = float(paired)  # diversity is the mean over these alone
             if held_out is not None:
-                names, device = pipeline.config.class_names, pipeline.device
-                values = reward_values({"held out": held_out}, images, labels, names, prompt, device=device)
-                found["held_out"] = float(values["held out"].mean())
-        return workers.agree(found)
+                prompts = prompts_of(prompt, names, labels.tolist())
+                values = reward_values({"held out": held_out}, images, prompts, pipeline.device)
+                figures["held_out"] = float(values["held out"].mean())
+        return workers.agree(figures)
 
     return measure

@@ -4,7 +4,7 @@ import statistics
 from importlib.resources import files
 from pathlib import Path
 
-from marval.evaluate.pareto import points_of
+from marval.evaluate.report import points_of
 from marval.evaluate.results import by_setting, read_results
 
 
@@ -18,7 +18,7 @@ def quality(file: str) -> dict[tuple[str, int], dict[str, float]]:
     names = ("fd", "diversity", "log_probability")
     return {
         (rows[0]["model"], rows[0]["iterations"]): {name: statistics.mean(row[name] for row in rows) for name in names}
-        for rows in by_setting(read_results(bundled(file))["quality"]["rows"]).values()
+        for rows in by_setting(read_results(bundled(file))["quality"])
     }
 
 
@@ -42,6 +42,6 @@ def tuning_rows() -> tuple[list[str], list[list[str]]]:
 def quality_points() -> dict[str, list[tuple[float, float, int]]]:
     """(milliseconds a picture at batch 1, FD-EfficientNet, K) of each bundled model, from the bundled results."""
     points: dict[str, list[tuple[float, float, int]]] = {}
-    for point in points_of(bundled("fashion-sweep.json"), part="timing", batch=1, mixed=True):
-        points.setdefault(point.model, []).append((point.seconds * 1000, point.fd, point.iterations))
+    for point in points_of(read_results(bundled("fashion-sweep.json")), 1, mixed=True):
+        points.setdefault(point.model, []).append((point.seconds * 1000, point.distance, point.iterations))
     return {name: points[name] for name in sorted(points, key=lambda name: name != "fashion-teacher")}

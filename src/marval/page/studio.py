@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from marval.config import Chain, Checked, Count, Guidance, Order, Rule, Share
-from marval.evaluate.timing import synchronize
+from marval.evaluate.speed import synchronize
 from marval.io.checkpoint import model_hash
 from marval.io.images import png_bytes, to_pil
 from marval.page.uploads import read_upload

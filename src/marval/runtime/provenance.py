@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = ("marval", "torch", "numpy", "torchmetrics", "torch-fidelity")
+PACKAGES = ("marval", "torch", "numpy", "torch-fidelity")
 
 
 def command_line() -> str:

@@ -13,7 +13,6 @@ import average
 from marval.config import OneStep
 from marval.io.checkpoint import load_model, save_model
 from marval.pipeline import Pipeline
-from marval.runtime.provenance import command_line
 from tiny import tiny_config, tiny_model
 
 
@@ -52,11 +51,3 @@ def test_the_animation_has_a_frame_for_each_iteration(tmp_path):
     frames = [np.asarray(frame.convert("L")) for frame in ImageSequence.Iterator(Image.open(tmp_path / "a.gif"))]
     assert len(frames) == 5
     assert all((a != b).any() for a, b in itertools.pairwise(frames))
-
-
-@pytest.mark.parametrize(
-    ("typed", "said"), [("/src/marval/__main__.py", "marval"), ("/checkout/tools/plan.py", "python tools/plan.py")]
-)
-def test_results_say_which_program_made_them(typed, said, monkeypatch):
-    monkeypatch.setattr("sys.argv", [typed, "--out", "a b"])
-    assert command_line() == f"{said} --out 'a b'"

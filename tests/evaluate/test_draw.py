@@ -10,8 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from marval.evaluate.images import SHARD, DrawnImages, claim_folder, draw_bytes, draw_shards, read_shard, write_npz
+from marval.evaluate.draw import (
+    SHARD,
+    Drawing,
+    claim_folder,
+    draw_bytes,
+    draw_shards,
+    read_shard,
+    shard_file,
+    write_npz,
+)
 from marval.pipeline import Pipeline
+from marval.runtime.distributed import Workers
 from processes import command, environment, launch
 from tiny import tiny_config, tiny_model
 
@@ -55,8 +65,8 @@ def test_a_killed_run_keeps_its_shards_and_ends_the_same(alone, tmp_path):
 
 def test_images_are_balanced_seeded_one_by_one_and_written_in_adms_format(alone):
     pipeline = Pipeline(tiny_model(), tiny_config())
-    drawn = DrawnImages(alone, COUNT, 4)
-    images, labels = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    drawing = Drawing(pipeline, COUNT, 3, 2, shard=4)
+    images, labels = (torch.cat(parts) for parts in list(zip(*draw_shards(drawing, alone), strict=True))[1:])
     assert labels.tolist() == [0, 1] * 9
     in_memory, same_labels = draw_bytes(pipeline, COUNT, 3, seed=2)
     assert torch.equal(images, in_memory)
@@ -72,34 +82,40 @@ def test_images_are_balanced_seeded_one_by_one_and_written_in_adms_format(alone)
     assert (np.asarray(Image.open(alone / "png/00011-1.png")) == images[11, 0].numpy()).all()
     (alone / ".images.npz.killed").write_text("half of one")  # what a kill leaves
     before = (alone / "images.npz").stat().st_mtime_ns
-    assert write_npz(drawn).stat().st_mtime_ns == before  # a whole one is kept
+    assert write_npz(drawing, alone).stat().st_mtime_ns == before  # a whole one is kept
     (alone / "images.npz").unlink()
-    again = write_npz(drawn)
+    again = write_npz(drawing, alone)
     assert (np.load(again)["arr_0"] == array).all()
     assert not list(alone.glob(".images*"))
+
+
+def test_drawn_images_do_not_depend_on_the_batch_size():
+    pipeline = Pipeline(tiny_model(), tiny_config())
+    images, _ = draw_bytes(pipeline, 7, 3, seed=2)
+    again, _ = draw_bytes(pipeline, 7, 3, seed=2, batch_size=2)
+    assert torch.equal(images, again)
 
 
 def test_another_models_images_and_damaged_shards_are_refused(tmp_path):
     pipeline = Pipeline(tiny_model(), tiny_config())
 
     def draw(sha256):
-        drawn = claim_folder(tmp_path / "a", {"sha256": sha256}, 6, shard=4)
-        list(draw_shards(pipeline, 6, 2, 0, into=drawn, report=lambda line: None))
-        return drawn
+        claim_folder(tmp_path / "a", {"sha256": sha256}, Workers())
+        list(draw_shards(Drawing(pipeline, 6, 2, shard=4), tmp_path / "a", report=lambda line: None))
 
-    drawn = draw("one")
+    draw("one")
     with pytest.raises(ValueError, match="holds images of sha256 'one', expected 'two': choose another --keep-images"):
         draw("two")
-    file, rows = drawn.shards[1]
+    file = shard_file(tmp_path / "a", 1)
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"damaged .* remove it and run the same command again"):
-        read_shard(file, rows)
+        read_shard(file, 2)
     file.unlink()
     draw("one")
-    assert len(read_shard(file, rows)[0]) == 2
+    assert len(read_shard(file, 2)) == 2
 
 
-def test_what_is_said_of_images_is_in_their_order_on_any_number_of_processes(tmp_path):
+def test_scores_are_in_the_images_order_on_any_number_of_processes(tmp_path):
     """Three shards on three processes; two of them gone, on two; some images drawn and some read."""
     count = 2 * SHARD + 7
     expected, labels = draw_bytes(Pipeline(tiny_model(), tiny_config()), count, 2, seed=3)

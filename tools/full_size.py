@@ -1,9 +1,9 @@
 """MAR-B with random weights on this machine; figures are printed and, with RESULTS, kept in that JSON file.
 
-python tests/full_size.py distill|save|tune IMAGES [RESULTS]: time and peak memory of one training step (save: and
+python tools/full_size.py distill|save|tune IMAGES [RESULTS]: time and peak memory of one training step (save: and
 of saving the state and the model).
 
-python tests/full_size.py speed K [RESULTS]: seconds of one guided image (T = 100) by the official loop in plain
+python tools/full_size.py speed K [RESULTS]: seconds of one guided image (T = 100) by the official loop in plain
 PyTorch, by our teacher and by our student.
 """
 
@@ -28,10 +28,10 @@ from marval.runtime.rng import generator
 from marval.sampling import DrawByChain, DrawInOneStep, sample
 from marval.train.distill import distill
 from marval.train.tune import tune
-from straightforward import straightforward
+from plan import GIB, distill_row, distill_step, tune_row, tune_step
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-from plan import distill_memory, plan_distill, plan_tune, tune_memory
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+from straightforward import straightforward
 
 
 class RandomLatents:
@@ -69,23 +69,24 @@ def report(figures):
     print(json.dumps(figures), flush=True)
     if len(sys.argv) > 3:
         out, stage, count = Path(sys.argv[3]), sys.argv[1], int(sys.argv[2])
-        rows = read_results(out).get("full-size", {}).get("rows", [])
-        kept = [row for row in rows if (row["stage"], row["count"]) != (stage, count)]
-        made = made_by(torch.device("cpu")) | {"command": f"python tests/full_size.py {stage} {count}"}
-        row = {"stage": stage, "count": count, **figures, "made": made}
-        write_results(out, "full-size", sorted([*kept, row], key=lambda row: (row["stage"], row["count"])), 0)
+        rows = read_results(out).get("full-size", [])
+        others = [row for row in rows if (row["stage"], row["count"]) != (stage, count)]
+        row = {"stage": stage, "count": count, **figures, "made": made_by(torch.device("cpu"))}
+        write_results(out, "full-size", sorted([*others, row], key=lambda row: (row["stage"], row["count"])))
 
 
 def planned(stage, images):
     """What `tools/plan.py` expects of such a step in one process, in bytes; of tuning, without the VAE."""
-    mar = MARConfig.imagenet256("base")
+    mar, machine = MARConfig.imagenet256("base"), {"gpus": 1, "gpu_gib": 80.0, "tflops": 1.0, "efficiency": 1.0}
+    machine["float32_tflops"] = 1.0
     if stage == "distill":
         settings = DistillConfig.imagenet256("base")
-        plan, added = plan_distill(mar, settings, 1), distill_memory(mar, settings, images, False, masked=256)
+        row, meter = distill_row(mar, settings, machine), distill_step(mar, settings, images, False, masked=256)
     else:
         settings = dataclasses.replace(TuneConfig.imagenet256("base"), iterations=4, gradient_iterations=1)
-        plan, added = plan_tune(mar, settings, 1), tune_memory(mar, settings, images, False)
-    return plan.weights + plan.gradients + plan.optimizer + added
+        row, meter = tune_row(mar, settings, machine), tune_step(mar, settings, images, False, 4)
+    held = sum(row[f"{name}_gib"] for name in ("weights", "gradients", "optimiser"))
+    return held * GIB + meter.peak
 
 
 def main(stage, images):

@@ -11,7 +11,7 @@ from marval.cli import VERBS
 from marval.rewards import KNOWN
 from tables import fill
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("model_cards/*.md"), *ROOT.glob("models/*.md")]
 )

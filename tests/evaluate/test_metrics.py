@@ -1,20 +1,23 @@
 """Figures of features against float64 references and known answers; ADM's reference by torch-fidelity's interface."""
 
 import hashlib
+import math
 import sys
 import types
 import urllib.error
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 
-from marval.data import ImageData
+from marval.data import ImageData, load_fashion_sample
 from marval.evaluate import fidelity
 from marval.evaluate.features import (
     EfficientNetFeatures,
     Statistics,
     bundled_statistics,
+    diversity_within_class,
     extract,
     find_features,
     frechet_distance,
@@ -23,8 +26,148 @@ from marval.evaluate.inputs import judge_for
 from marval.evaluate.judge import Judge, data_hash, judge_by_reference, load_judge
 from marval.evaluate.metrics import MOST, RealSample, expected_bias, kernel_distance, neighbour_figures
 from marval.pipeline import Pipeline, load
+from marval.rewards import ClassifierReward, prompts_of
+from marval.rewards.classifier import Classifier, load_classifier, save_classifier
 from marval.runtime.rng import generator
 from tiny import tiny_config, tiny_data, tiny_model
+from workspace import FEATURES
+
+
+@pytest.fixture(scope="module")
+def network():
+    return EfficientNetFeatures()
+
+
+def test_frechet_distance_equals_scipy_in_float64():
+    rng = np.random.default_rng(0)
+    real, drawn = rng.normal(size=(500, 12)), rng.normal(size=(300, 12)) @ rng.normal(size=(12, 12)) + 0.3
+    difference = real.mean(0) - drawn.mean(0)
+    first, second = np.cov(real, rowvar=False), np.cov(drawn, rowvar=False)
+    root = scipy.linalg.sqrtm(first @ second).real
+    expected = difference @ difference + np.trace(first + second - 2 * root)
+    statistics = Statistics.of(torch.from_numpy(real).split(70))
+    found = frechet_distance(torch.from_numpy(drawn), statistics)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(torch.from_numpy(real), statistics) == pytest.approx(0, abs=1e-6)
+
+
+def test_statistics_come_back_from_disk_and_other_features_are_refused(tmp_path):
+    features = torch.randn(200, 8, generator=generator("features"))
+    statistics = Statistics.of([features])
+    np.testing.assert_allclose(statistics.covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-9)
+    statistics.save(tmp_path / "s.safetensors")
+    again = Statistics.load(tmp_path / "s.safetensors")
+    assert again.count == 200
+    torch.testing.assert_close(again.covariance, statistics.covariance, rtol=1e-6, atol=1e-7)
+    from safetensors.torch import save_file
+
+    save_file(
+        {"mean": torch.zeros(3)}, tmp_path / "other.safetensors", metadata={"features": "Inception", "count": "1"}
+    )
+    with pytest.raises(ValueError, match="Inception"):
+        Statistics.load(tmp_path / "other.safetensors")
+
+
+def test_features_tell_real_images_from_blurred_ones_and_noise(network):
+    some = load_fashion_sample().images
+    real = Statistics.of([extract(network, some[::5])])
+    images = some[1::10]
+    blurred = torch.nn.functional.avg_pool2d(images.float(), 5, 1, 2).byte()
+    noise = torch.randint(0, 256, images.shape, generator=generator("noise"), dtype=torch.uint8)
+    distances = [frechet_distance(extract(network, x), real) for x in (images, blurred, noise)]
+    assert distances[0] * 1.5 < distances[1]
+    assert distances[1] * 1.5 < distances[2]
+
+
+def test_gradients_reach_every_pixel_of_the_features(network):
+    images = torch.rand(1, 1, 28, 28, generator=generator("pixels"), requires_grad=True)
+    x = images.expand(-1, 3, -1, -1) * 255 - 127
+    x = torch.nn.functional.interpolate(x / 128, (64, 64), mode="bilinear", antialias=True)
+    network.net.extract_features(x).square().sum().backward()
+    assert images.grad.isfinite().all()
+    assert (images.grad != 0).all()
+
+
+def test_diversity_is_the_mean_distance_within_a_class():
+    features = torch.tensor([[0.0, 0.0], [3.0, 4.0], [10.0, 0.0], [10.0, 1.0]])
+    assert diversity_within_class(features, torch.tensor([0, 0, 1, 1])) == pytest.approx((5 + 1) / 2)
+    assert diversity_within_class(features, torch.tensor([0, 0, 1, 2])) == pytest.approx(5)  # one image has no pair
+    assert math.isnan(diversity_within_class(features, torch.tensor([0, 1, 2, 3])))
+
+
+class Sure(Classifier):
+    """Takes an image's brightness for its class, by given log-odds."""
+
+    def __init__(self, odds):
+        super().__init__("plain", 1, ("a", "b", "c"))
+        self.odds = torch.nn.Parameter(torch.tensor(odds))
+
+    def forward(self, images):
+        seen = (images[:, 0, 0, 0] * 255).round().long()
+        return torch.nn.functional.one_hot(seen, 3).float() * self.odds
+
+
+def test_accuracy_and_log_probability_have_known_answers(network):
+    """600 images, more than are classified at a time: two in three are what they are called."""
+    labels = torch.arange(600) % 3
+    seen = torch.where(labels == 2, 0, labels)
+    images = seen.byte()[:, None, None, None].expand(-1, 1, 8, 8)
+    judge = Judge(network, None, Sure(2.0))
+    columns = judge.columns(images, labels)
+    assert columns["accuracy"].tolist() == [1.0, 1.0, 0.0] * 200
+    right, wrong = 2 - math.log(math.e**2 + 2), -math.log(math.e**2 + 2)
+    assert columns["log_probability"].tolist() == pytest.approx([right, right, wrong] * 200)
+    found = judge.figures(images, labels)
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert found["log_probability"] == pytest.approx((2 * right + wrong) / 3)
+    halves = [judge.columns(images[rows], labels[rows]) for rows in (slice(0, 250), slice(250, 600))]
+    together = {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+    assert judge.figures_of(together) == pytest.approx(found, rel=1e-5)
+
+
+def test_a_classifier_comes_back_from_disk_and_rewards_the_class_in_the_prompt(tmp_path):
+    for architecture in ("plain", "residual"):
+        classifier = Classifier(architecture, 1, ("shirt", "t-shirt", "bag")).eval()
+        save_classifier(tmp_path / "c.safetensors", classifier, {})
+        again = load_classifier(tmp_path / "c.safetensors")
+        images = torch.rand(3, 1, 28, 28, generator=generator("images"))
+        assert torch.equal(classifier(images), again(images))
+    reward = ClassifierReward(again)
+    images.requires_grad_(True)
+    values = reward(images, prompts_of("a picture of {}", again.class_names, [1, 0, 2]))
+    expected = again(images).log_softmax(dim=1)[[0, 1, 2], [1, 0, 2]]
+    assert torch.equal(values, expected)
+    values.sum().backward()
+    assert (images.grad != 0).any(dim=(1, 2, 3)).all()
+
+
+def test_diversity_counts_every_image_of_a_class():
+    """600 images: the first 200 of a class are alike, the rest are not."""
+    features = torch.randn(1200, 5, generator=generator("diversity"))
+    features[:400] = 0
+    labels = torch.arange(1200) % 2
+    expected = torch.stack([torch.pdist(features[labels == c].double()).mean() for c in (0, 1)]).mean()
+    assert diversity_within_class(features, labels) == pytest.approx(float(expected), rel=1e-9)
+    many = torch.randn(2300, 3, generator=generator("rows"))  # more rows than are done at a time
+    expected = float(torch.pdist(many.double()).mean())
+    assert diversity_within_class(many, torch.zeros(2300)) == pytest.approx(expected, rel=1e-9)
+    assert diversity_within_class(torch.full((50, 3), 7.1), torch.zeros(50)) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_damaged_cache_of_real_features_is_made_again(workspace):
+    data = tiny_data()
+    first = load_judge("folder:x", None, lambda: data, features=FEATURES, sample=40)
+    kernel = first.sample().kernel
+    for file in (workspace / "cache/marval").iterdir():
+        file.write_bytes(file.read_bytes()[:20])
+    again = load_judge("folder:x", None, lambda: data, features=FEATURES, sample=40)
+    assert again.sample().kernel == kernel
+    assert torch.equal(again.real.mean, first.real.mean)
+
+
+def test_a_sample_of_real_images_says_how_many_it_needs():
+    with pytest.raises(ValueError, match="5 real images: precision, recall, density and coverage need at least 6"):
+        RealSample.of(torch.rand(5, 3))
 
 
 def reference_kid(x, y):
@@ -178,7 +321,7 @@ def test_bundled_models_are_judged_without_reading_the_real_images(fashion_train
         read.append(spec)
         return data
 
-    monkeypatch.setattr("marval.data.load_images", counted)
+    monkeypatch.setattr("marval.evaluate.inputs.load_images", counted)
     pipeline = load("fashion-student", "cpu")
     judge = judge_for(pipeline, None, None)
     found = judge.figures(data.images[:100], data.labels[:100])

@@ -1,0 +1,273 @@
+"""Speed: seconds per image of models that take turns, the operations that it takes, and the machine's peak."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep, Size
+from marval.evaluate.draw import iterations_of
+from marval.evaluate.results import Models, Row, describe, merge_results, model_hashes, named, read_results
+from marval.io.files import check_output
+from marval.model import MAR
+from marval.pipeline import Pipeline
+from marval.runtime.progress import progress
+from marval.runtime.provenance import made_by
+from marval.runtime.rng import generator
+from marval.sampling import DrawTokens, draw_counts, draw_function, run
+from marval.sampling.fast import linear
+from marval.sampling.loop import Start
+
+SHORTEST = 0.3  # seconds that a timing lasts at least
+LONGEST = 20.0  # seconds that a batch may take while the best batch size is sought
+GAIN = 1.05  # a larger batch must draw this much more in a second, to be worth it
+GROWTH = 4
+PEAK_SIDE = {"cpu": 2048}  # of the square matrices whose product is the machine's peak; 8192 elsewhere
+
+Job = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What is timed."""
+
+    iterations: tuple[int, ...] = ()  # K; each model's own when empty
+    batches: tuple[int, ...] = ()  # batch sizes; 1 and the most efficient one of each model when empty
+    repeats: int = 5  # timed rounds, after one that warms up; 0: that one alone, for rounds of many minutes
+    autocast: bool = False  # draw in bf16
+
+    def __post_init__(self) -> None:
+        if self.repeats < 0 or any(batch < 1 for batch in self.batches):
+            raise ValueError(
+                f"--repeats {self.repeats} --batches {self.batches}: expected repeats from 0 and batches from 1"
+            )
+
+
+def measure_speed(models: Models, settings: Speed, out: Path, report: Callable[[str], None] = print) -> list[Row]:
+    """Time every model at every K and batch size, and keep the rows in `out`, in the place of those at one setting.
+
+    Times are of what `Pipeline.sample` does: pictures decoded and brought to the CPU (`decoded`); tokens alone where
+    a model with random weights has no decoder.
+
+    Raises:
+        ValueError: a K that a model has not, two models share a name, or `out` cannot be written or holds figures of
+            other weights under one.
+    """
+    check_output(out, folder=False)
+    device, autocast = models[0][1].device, settings.autocast
+    hashes = model_hashes(models, out)
+    runs = [
+        (pipeline, digest, k)
+        for (_, pipeline), digest in zip(models, hashes, strict=True)
+        for k in iterations_of(pipeline, settings.iterations)
+    ]
+    batches = settings.batches or worthwhile_batches([(pipeline, k) for pipeline, _, k in runs], autocast)
+    peak = peak_flops(device, autocast)
+    for batch in dict.fromkeys(batches):
+        rows = []
+        jobs = [drawing(pipeline, k, batch, autocast) for pipeline, _, k in runs]
+        for (pipeline, digest, k), seconds in zip(runs, in_turns(jobs, settings.repeats, device), strict=True):
+            row = timed_row(pipeline, k, batch, seconds, autocast)
+            flops = flops_per_image(pipeline.config, k)
+            row |= {"gflops_per_image": flops / 1e9, "peak_gflops_per_second": peak / 1e9}
+            row |= {"fraction_of_peak": flops / row["seconds_per_image"] / peak}
+            if device.type == "cuda":
+                row["memory_bytes"] = memory_of(pipeline, k, batch, autocast)
+            rows.append(row if digest is None else {**row, "sha256": digest})
+            report(
+                f"{named(row)}, batch {batch}: {row['seconds_per_image'] * 1000:.4g} ms/image, "
+                f"{row['fraction_of_peak']:.0%} of the machine's {peak / 1e9:.0f} GFLOP/s"
+            )
+        merge_results(out, "timing", rows)
+    return read_results(out)["timing"]
+
+
+def timed_row(pipeline: Pipeline, iterations: int, batch: int, seconds: Sequence[float], autocast: bool) -> Row:
+    """A row of timing from the seconds of each round: per image, the median, the fastest and the slowest."""
+    times = [one / batch for one in seconds]
+    return {
+        **describe(pipeline),
+        "iterations": iterations,
+        "batch": batch,
+        "autocast": autocast,
+        "decoded": decodes(pipeline),
+        "seconds_per_image": statistics.median(times),
+        "fastest": min(times),
+        "slowest": max(times),
+        "repeats": len(times),
+        "made": made_by(pipeline.device),
+    }
+
+
+# The timer
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for an accelerator; a CPU is always done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def seconds_of(job: Job, device: torch.device) -> float:
+    """Wall time of a job."""
+    synchronize(device)
+    began = time.perf_counter()
+    job()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def in_turns(jobs: Sequence[Job], repeats: int, device: torch.device) -> list[list[float]]:
+    """Time each job `repeats` times, round-robin, after a round that warms up; with 0 repeats only that round counts.
+
+    A drifting machine hits all jobs alike. Each time is the mean over at least `SHORTEST` seconds: a single short
+    run would time caches that the other jobs emptied.
+    """
+    times: list[list[float]] = [[] for _ in jobs]
+    with progress((repeats + 1) * len(jobs), "timing") as advance:
+        for repeat in range(repeats + 1):
+            for job, own in zip(jobs, times, strict=True):
+                taken = [seconds_of(job, device)]
+                while sum(taken) < SHORTEST:
+                    taken.append(seconds_of(job, device))
+                if repeat > 0 or repeats == 0:
+                    own.append(sum(taken) / len(taken))
+                advance(1)
+    return times
+
+
+def drawing(pipeline: Pipeline, iterations: int, batch: int, autocast: bool = False) -> Job:
+    """The job that is timed: draw a batch of pictures as users do."""
+    labels = [i % len(pipeline.config.class_names) for i in range(batch)]
+
+    def draw() -> None:
+        with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=autocast):
+            if decodes(pipeline):
+                pipeline.sample(labels, iterations=iterations, batch_size=batch)
+            else:
+                pipeline.sample_tokens(labels, seeds=range(batch), iterations=iterations, batch_size=batch).cpu()
+
+    return draw
+
+
+def decodes(pipeline: Pipeline) -> bool:
+    """Whether tokens can become pictures: a full-size model with random weights has no VAE."""
+    return getattr(pipeline.config.space, "vae", "") != "none"
+
+
+def best_batch(seconds: Callable[[int], float], most: int = 1024) -> int:
+    """The batch size, of 1, 4, 16 and so on, from which a larger one gains less than 5 %.
+
+    Args:
+        seconds: the time of one batch of a size.
+    """
+    batch, taken = 1, seconds(1)
+    while batch * GROWTH <= most and taken * GROWTH <= LONGEST:
+        try:
+            larger = seconds(batch * GROWTH)
+        except torch.OutOfMemoryError:
+            break
+        if batch * GROWTH / larger < GAIN * batch / taken:
+            break
+        batch, taken = batch * GROWTH, larger
+    return batch
+
+
+def worthwhile_batches(runs: Sequence[tuple[Pipeline, int]], autocast: bool) -> tuple[int, ...]:
+    """Batch sizes to time: 1, and each model's most efficient one at its smallest K; at most 1,024, on a CPU 64."""
+    sizes, smallest = {1}, dict[int, tuple[Pipeline, int]]()
+    for pipeline, k in sorted(runs, key=lambda run: -run[1]):
+        smallest[id(pipeline)] = pipeline, k
+    for pipeline, k in smallest.values():
+
+        def seconds(batch: int, pipeline: Pipeline = pipeline, k: int = k) -> float:
+            job = drawing(pipeline, k, batch, autocast)
+            first = seconds_of(job, pipeline.device)
+            return first if first > 1 else seconds_of(job, pipeline.device)  # a short one needs a warm-up
+
+        sizes.add(best_batch(seconds, 64 if pipeline.device.type == "cpu" else 1024))
+    return tuple(sorted(sizes))
+
+
+# The machine and the models
+
+
+@torch.inference_mode()
+def peak_flops(device: torch.device, autocast: bool, repeats: int = 7) -> float:
+    """The machine's floating-point operations a second in a large matrix product, the best of a few tries."""
+    dtype, side = torch.bfloat16 if autocast else torch.float32, PEAK_SIDE.get(device.type, 8192)
+    x, y = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    jobs: list[Job] = [lambda: linear(x, y, None), lambda: x @ y]
+    return 2 * side**3 / min(seconds_of(job, device) for _ in range(repeats) for job in jobs)
+
+
+def memory_of(pipeline: Pipeline, iterations: int, batch: int, autocast: bool) -> int:
+    """Bytes of the weights and, at the peak of drawing a batch, of all that CUDA's allocator holds besides."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in pipeline.model.parameters())
+    torch.cuda.reset_peak_memory_stats(pipeline.device)
+    before = torch.cuda.memory_allocated(pipeline.device)  # these weights, and other models'
+    drawing(pipeline, iterations, batch, autocast)()
+    return weights + torch.cuda.max_memory_allocated(pipeline.device) - before
+
+
+def flops_per_image(config: ModelConfig, iterations: int) -> int:
+    """Floating-point operations (2 per multiply-add) of matrix products and attention for one image, as torch counts.
+
+    An iteration's operations are a square of the visible tokens (in attention) and a line of the drawn ones, and a
+    chain's a line of its steps: a few small counts give the whole sum.
+    """
+    draw = config.draw
+    if isinstance(draw, Chain) and draw.diffusion_steps > 3:
+        short = [dataclasses.replace(config, draw=dataclasses.replace(draw, diffusion_steps=t)) for t in (2, 3)]
+        two, three = (flops_per_image(one, iterations) for one in short)
+        return two + (draw.diffusion_steps - 2) * (three - two)
+    constant, line, square, each = iteration_costs(config)
+    counts = draw_counts(config.mar.num_tokens, iterations)
+    visible = [sum(counts[:k]) for k in range(iterations)]
+    return sum(constant + line * v + square * v**2 + each * n for v, n in zip(visible, counts, strict=True))
+
+
+@functools.cache
+def iteration_costs(config: ModelConfig) -> tuple[int, int, int, int]:
+    """Operations of one AR iteration: a constant, and for the visible tokens, their square and the drawn tokens."""
+    draw_tokens = draw_function(config)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):  # tensors with shapes alone
+        model = MAR(config.mar).eval()
+        none, one, two, more = (iteration_flops(model, draw_tokens, v, n) for v, n in ((0, 1), (1, 1), (2, 1), (0, 2)))
+    square, each = (two - 2 * one + none) // 2, more - none
+    return none - each, one - none - square, square, each
+
+
+def iteration_flops(model: MAR, draw_tokens: DrawTokens, visible: int, drawn: int) -> int:
+    """Count the operations of one AR iteration that draws `drawn` tokens with `visible` ones known."""
+    mar = model.config
+    tokens = torch.zeros(1, mar.num_tokens, mar.token_dim)
+    noise = torch.zeros(draw_tokens.noise_draws, *tokens.shape)
+    start = Start(tokens, torch.arange(mar.num_tokens)[None], visible, [drawn], noise)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        list(run(model, draw_tokens, torch.zeros(1, dtype=torch.long), start))
+    return counter.get_total_flops()
+
+
+def random_pair(size: Size, device: torch.device | str, diffusion_steps: int = 100) -> Models:
+    """A full-size teacher (w = 3, linear) and its student, with the same random weights."""
+    mar = MARConfig.imagenet256(size)
+    model = MAR(mar).initialize(generator(0, "bench")).to(device).eval().requires_grad_(False)
+    space, names = LatentSpace((256, 256), "none"), tuple(map(str, range(mar.num_classes)))
+    draws: dict[str, Chain | OneStep] = {
+        "teacher": Chain(guidance=3.0, diffusion_steps=diffusion_steps),
+        "student": OneStep(),
+    }
+    return [
+        (None, Pipeline(model, ModelConfig(mar, space, draw, names, 64, f"imagenet256-{size}-{role}")))
+        for role, draw in draws.items()
+    ]

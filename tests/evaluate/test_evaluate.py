@@ -1,0 +1,344 @@
+"""Quality and rewards: rows that are right, resume and hide no fault; the verb on one and two processes."""
+
+import dataclasses
+import hashlib
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from marval.config import Chain, OneStep
+from marval.evaluate.draw import SHARD, draw_bytes
+from marval.evaluate.evaluate import Quality, measure_quality
+from marval.evaluate.features import Statistics, find_features
+from marval.evaluate.judge import Judge
+from marval.evaluate.metrics import METRICS
+from marval.evaluate.probe import probe
+from marval.evaluate.results import read_results
+from marval.evaluate.rewards import measure_rewards
+from marval.pipeline import Pipeline
+from marval.rewards.classifier import Classifier
+from marval.runtime.rng import generator
+from processes import marval
+from result_rows import quality
+from tiny import tiny_config, tiny_data, tiny_model
+from workspace import FEATURES, refused
+
+
+def measuring(*more, model="student", samples=8, features=FEATURES):
+    plain = ("--iterations", 2, "--samples", samples, "--batches", "--features", features)
+    return ("evaluate", model, *plain, *more)
+
+
+def plain_judge(classifier=None, sample=None):
+    network = find_features(FEATURES)
+    real = torch.rand(64, 8, generator=generator("real")) * 255
+    return Judge(network, Statistics.of([real], network.name), classifier, sample)
+
+
+def saved(workspace):
+    return [
+        (workspace / "student", Pipeline(tiny_model(), dataclasses.replace(tiny_config(), draw=OneStep(), name="s")))
+    ]
+
+
+def measure(workspace, judge=None, report=lambda line: None, **settings):
+    settings = {"iterations": (2,), "samples": 6, **settings}
+    return measure_quality(
+        saved(workspace), judge or plain_judge(), Quality(**settings), workspace / "r.json", report=report
+    )
+
+
+# Before the first picture is drawn
+
+
+@pytest.fixture
+def nothing_drawn(monkeypatch):
+    def draws(*_, **__):
+        raise AssertionError("drew first")
+
+    monkeypatch.setattr(Pipeline, "sample_tokens", draws)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (measuring("--out", "pictures"), ("pictures", "folder")),
+        (measuring("--out", "student/config.json"), ("not a results file",)),
+        (measuring("--out", "teacher/model.safetensors"), ("not a results file",)),
+        (measuring("--out", "student/config.json/a.json"), ("a.json",)),
+        (measuring("--batch-size", 0), ("--batch-size 0",)),
+        (measuring("--repeats", -1, "--batches", 1), ("--repeats -1",)),
+        (measuring("--batches", 0), ("--batches",)),
+        (measuring(samples=1), ("--samples 1",)),
+        (measuring(samples=5), ("--samples 5", "at least 6")),
+        (measuring(samples=1_000_001), ("1,000,000",)),
+        (measuring("--iterations", 17), ("--iterations 17", "1 to 16")),
+        (measuring("--guidance", 2), ("guidance", "baked in")),
+        (measuring(features="plain_features:flat"), ("plain_features:flat", "features)")),
+        (measuring("--data", "folder:nowhere"), ("nowhere",)),
+        (measuring("--judge", "nowhere"), ("nowhere",)),
+        (measuring("--judge", "fashion-judge"), ("--judge tells t-shirt", "cross, square")),
+        (measuring("--reference", "nowhere.npz"), ("nowhere.npz", "openaipublic", "SHA-256 b32732719497")),
+        (measuring("--keep-images", "pictures/cross/0.png"), ("0.png",)),
+        (measuring("--image-format", "png"), ("--keep-images DIR",)),
+        (measuring("--rewards", "classifier", "--judge", "j"), ("--judge", "not with --rewards")),
+        (("evaluate", "student", "--rewards", "math:f"), ("math has no function f",)),
+        (measuring(model="nowhere"), ("nowhere",)),
+        (("evaluate", "student", "impostor"), ("two different models are named student",)),
+        (("evaluate", "student", "fashion-student"), ("fashion-student and student draw other classes",)),
+        (("compare", "a.json", "b.json"), ("a.json is not there",)),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_anything_is_drawn(run, nothing_drawn, arguments, words):
+    refused(run(*arguments), *words)
+
+
+def test_too_few_real_images_are_refused_with_the_number_that_is_needed(run, workspace, nothing_drawn):
+    for name in ("cross", "square"):
+        for path in sorted((workspace / "pictures" / name).iterdir())[2:]:
+            path.unlink()
+    refused(run(*measuring("--data", "folder:pictures")), "at least 6", "--data")
+
+
+def test_a_folder_of_others_is_not_taken_for_images(run, workspace, nothing_drawn):
+    folder = workspace / "drawn" / "student-K2-seed0-8"
+    folder.mkdir(parents=True)
+    (folder / "shard-00000.safetensors").write_text("mine")
+    refused(run(*measuring("--keep-images", "drawn")), "holds files but no plan.json", "another --keep-images")
+    assert (folder / "shard-00000.safetensors").read_text() == "mine"
+    (folder / "plan.json").write_text("[]")
+    refused(run(*measuring("--keep-images", "drawn")), "plan.json is damaged")
+
+
+# Rows
+
+
+def test_results_resume_and_refuse_other_weights(workspace):
+    said = []
+    rows = measure(workspace, report=said.append, iterations=(2, 3, 2), samples=7)
+    assert [row["iterations"] for row in rows] == [2, 3]
+    assert [line.split()[0] for line in said] == ["warning:", "s", "s"]  # 7 images are fewer than 8 features
+    assert all(row["fd_bias"] > 0 and row["gflops_per_image"] > 0 and row["metrics"] == METRICS for row in rows)
+    measure(workspace, report=said.append, iterations=(2, 3), samples=7)
+    assert len(said) == 3  # nothing is drawn again
+    (with_accuracy,) = measure(
+        workspace, plain_judge(Classifier("plain", 1, ("cross", "square"))), iterations=(3,), samples=7
+    )[1:]
+    assert "accuracy" in with_accuracy  # a row without what is asked for is measured again
+    Pipeline(tiny_model(1), tiny_config()).save(workspace / "student")
+    with pytest.raises(ValueError, match="other weights named s"):
+        measure(workspace)
+
+
+def test_a_row_that_another_command_writes_meanwhile_stays(workspace):
+    def another(line):
+        if line.startswith("s K=2"):
+            measure(workspace, iterations=(5,))
+
+    assert sorted(row["iterations"] for row in measure(workspace, report=another, iterations=(2, 3))) == [2, 3, 5]
+
+
+@pytest.mark.parametrize("version", [METRICS + 1, None])
+def test_a_row_of_other_metrics_is_measured_again(workspace, version):
+    (first,) = measure(workspace)
+    content = json.loads((workspace / "r.json").read_text())
+    (old,) = content["quality"]["rows"]
+    old.update(fd=123.0, metrics=version)
+    (workspace / "r.json").write_text(json.dumps(content).replace(', "metrics": null', ""))
+    (again,) = measure(workspace)
+    assert (again["fd"], again["metrics"]) == (first["fd"], METRICS)
+
+
+def test_the_batch_size_changes_no_image_and_is_kept(workspace, monkeypatch):
+    drawn, sample = [], Pipeline.sample
+
+    def watched(self, classes, **settings):
+        drawn.append(len(classes))
+        return sample(self, classes, **settings)
+
+    monkeypatch.setattr(Pipeline, "sample", watched)
+    figures = []
+    for size in (None, 3):
+        figures += [measure(workspace, samples=7, batch_size=size)[0]["fd"]]
+        (workspace / "r.json").unlink()
+    assert drawn == [7, 3, 3, 1]
+    assert figures[0] == pytest.approx(figures[1])
+
+
+# Nothing that went wrong is hidden
+
+
+@pytest.mark.parametrize("draw", [OneStep(), Chain(guidance=1.5, diffusion_steps=4)])
+def test_a_model_that_draws_nan_is_no_model_that_draws_black(workspace, run, draw):
+    model = tiny_model()
+    model.head.final_layer.linear.bias.data[0] = float("nan")
+    config = dataclasses.replace(tiny_config(), draw=draw, name="broken", data="folder:pictures")
+    with pytest.raises(ValueError, match="finite"):
+        draw_bytes(Pipeline(model, config), 4, 2, seed=3)
+    Pipeline(model, config).save(workspace / "broken")
+    refused(run(*measuring(model="broken")), "diffloss.net.final_layer.linear.bias holds values that are not finite")
+    assert not read_results(workspace / "results/evaluate.json")
+
+
+def test_a_judge_that_says_nan_is_no_judge_that_says_something(workspace, monkeypatch):
+    """Its accuracy would be that of class 0, everywhere."""
+    classifier = Classifier("plain", 1, ("cross", "square")).eval()
+    next(classifier.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"(accuracy|log_probability) of seed 0, class cross is not finite \(6 of 6"):
+        measure(workspace, plain_judge(classifier))
+    with pytest.raises(ValueError, match=r"accuracy of 64 images is nan"):
+        plain_judge(classifier).figures(tiny_data().images, tiny_data().labels)
+    said = []
+    (one,) = measure(workspace, report=said.append, samples=2)
+    assert "diversity" not in one  # it is not defined for one image of a class
+    assert any("no diversity, which needs two images of a class" in line for line in said)
+    monkeypatch.setattr("marval.evaluate.judge.frechet_distance", lambda *_: float("nan"))
+    with pytest.raises(ValueError, match="fd of 6 images is nan"):
+        measure(workspace)
+
+
+def test_a_probe_of_training_warns_once_of_its_bias_and_refuses_too_few_images(workspace):
+    said = []
+    look = probe(plain_judge(), 4, 2, report=said.append)
+    assert len(said) == 1
+    assert "4 images are fewer than 8 features" in said[0]
+    assert {"fd", "diversity"} <= set(look(saved(workspace)[0][1]))
+    assert len(said) == 1
+    with pytest.raises(ValueError, match="--probe-samples 1: expected at least 2"):
+        probe(plain_judge(), 1, 2)
+
+
+# Rewards
+
+
+def test_rewards_are_recorded_with_images_prompts_and_seeds_and_not_scored_twice(workspace):
+    models, out, calls = saved(workspace), workspace / "rewards.json", []
+
+    def bright(images, prompts):
+        calls.append(len(images))
+        return images.mean(dim=(1, 2, 3))
+
+    def length(images, prompts):
+        return torch.tensor([float(len(prompt)) for prompt in prompts])
+
+    def run(rewards, prompt="one {}", seeds=(2,)):
+        return measure_rewards(models, rewards, prompt, Quality((3,), 7, seeds), out, report=lambda line: None)
+
+    run({"bright": bright})
+    (row,) = run({"bright": bright, "length": length})
+    assert calls == [7]
+    assert (row["samples"], row["prompts"], row["seeds"], row["first_seed"]) == (7, 2, 7, 2_000_000)
+    assert (row["prompt"], row["iterations"], row["model"]) == ("one {}", 3, "s")
+    images, labels = draw_bytes(models[0][1], 7, 3, seed=2)
+    expected = (images.float() / 255).mean(dim=(1, 2, 3))
+    assert row["rewards"]["bright"]["mean"] == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert row["rewards"]["bright"]["standard_error"] == pytest.approx(expected.std().item() / 7**0.5, rel=1e-2)
+    names = [len("one " + tiny_config().class_names[label]) for label in labels]
+    assert row["rewards"]["length"]["mean"] == pytest.approx(sum(names) / 7, rel=1e-5)
+    assert len(run({"bright": bright}, seeds=(2, 3))) == 2
+    with pytest.raises(ValueError, match="where the class"):
+        run({"bright": bright}, prompt="one")
+
+
+# The verb
+
+
+def test_two_processes_evaluate_as_one_and_say_what_made_the_row(workspace):
+    count, rows = SHARD + 10, []  # each process draws a shard
+    for processes in (1, 2):
+        done = marval(
+            *measuring("--keep-images", f"drawn-{processes}", "--image-format", "png", samples=count),
+            "--out", f"{processes}.json", cwd=workspace, processes=processes,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (row,) = read_results(workspace / f"{processes}.json")["quality"]
+        made = row.pop("made")
+        assert {"command", "commit", "device", "versions", "processes", "threads"} == set(made)
+        assert (made["processes"], made["threads"]) == (processes, 1)
+        assert len(list(workspace.glob(f"drawn-{processes}/*/png/*.png"))) == count
+        rows.append(row)
+    assert rows[0] == rows[1]
+    names = ("kid", "precision", "recall", "density", "coverage")
+    assert {"fd", "diversity", *(f"own_{name}" for name in names)} <= set(rows[0])
+    assert len(rows[0]["sha256"]) == len(rows[0]["data_sha256"]) == 64
+
+
+def test_two_processes_score_each_image_once_and_find_what_one_does(workspace):
+    found = []
+    for processes in (1, 2):
+        done = marval(
+            "evaluate", "student", "teacher", "--rewards", "plain_features:bright", "--samples", 11, "--seed", 0, 1,
+            "--out", f"rewards-{processes}.json", cwd=workspace, processes=processes,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert (workspace / "scored").read_text() == "." * 11 * 4  # two models, two seeds
+        (workspace / "scored").unlink()
+        assert done.stdout.count("tiny K=4, T=8, w=1.5, seed 1: ") == 1  # one process speaks
+        found.append(read_results(workspace / f"rewards-{processes}.json")["rewards"])
+        assert all(row.pop("made")["processes"] == processes for row in found[-1])
+    assert found[0] == found[1]
+    assert [(row["model"], row["seed"]) for row in found[0]] == [(m, s) for m in ("student", "tiny") for s in (0, 1)]
+
+
+def test_kept_images_serve_rows_that_are_measured_already_and_rewards(workspace, run):
+    arguments = measuring("--iterations", 2, 2, samples=6)
+    for more in ((), ("--keep-images", "kept", "--image-format", "npz")):
+        code, _, error = run(*arguments, *more)
+        assert code == 0, error
+        assert len(read_results(workspace / "results/evaluate.json")["quality"]) == 1
+    (archive,) = workspace.glob("kept/*/images.npz")
+    with np.load(archive) as content:
+        assert content["arr_0"].shape == (6, 8, 8, 3)
+        assert content["arr_1"].tolist() == [0, 1] * 3
+        mean = content["arr_0"].mean() / 255
+    scoring = ("evaluate", "student", "--rewards", "plain_features:bright", "--iterations", 2, "--samples", 6)
+    code, _, error = run(*scoring, "--keep-images", "kept", "--out", "rewards.json")
+    assert code == 0, error
+    (row,) = read_results(workspace / "rewards.json")["rewards"]
+    reward = row["rewards"]["plain_features:bright"]
+    assert reward["mean"] == pytest.approx(mean, rel=1e-4)
+    assert reward["sha256"] == hashlib.sha256((workspace / "plain_features.py").read_bytes()).hexdigest()
+    assert len(list((workspace / "kept").iterdir())) == 1  # the same images
+    with (workspace / "plain_features.py").open("a") as file:
+        file.write("# changed")
+    refused(run(*scoring, "--out", "rewards.json"), "rewards.json holds figures of a reward", "with other weights")
+
+
+def test_teachers_at_several_t_and_w_are_measured_in_quality_and_time(workspace, run):
+    code, said, error = run(
+        "evaluate", "teacher", "student", "--iterations", 2, 4, "--diffusion-steps", 2, 5, "--samples", 8,
+        "--features", FEATURES, "--batches", 1, 2, "--repeats", 1, "--out", "r.json",
+    )  # fmt: skip
+    assert code == 0, error
+    results = read_results(workspace / "r.json")
+    for part, count in (("quality", 6), ("timing", 12)):
+        assert len(results[part]) == count
+        assert {row["draw"].get("diffusion_steps") for row in results[part]} == {5, 2, None}
+    assert all(len(row["sha256"]) == 64 and row["decoded"] for row in results["timing"])
+    assert "images / s (batch)" in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        measuring("--repeats", -1, "--batches", 1),  # refused by every process, before they know each other
+        measuring("--out", "kept.json"),  # by the first alone: the others wait for it
+    ],
+    ids=["all", "one"],
+)
+def test_a_refusal_of_several_processes_is_said_once_and_ends_them_all(workspace, arguments):
+    row = quality("student", 2, features="others") | {"sha256": None}
+    (workspace / "kept.json").write_text(json.dumps({"quality": {"rows": [row]}}))
+    began = time.monotonic()
+    done = marval(*arguments, cwd=workspace, processes=3)
+    assert done.returncode != 0
+    assert done.stderr.count("marval: ") == 1, done.stderr
+    assert done.stderr.count("Traceback") == 1  # torchrun's own
+    codes = re.findall(r"exitcode  : (-?\d+)", done.stderr)  # torchrun stops (-15) who is late on a busy machine
+    assert "2" in codes, done.stderr
+    assert set(codes) <= {"2", "-15"}, done.stderr
+    assert time.monotonic() - began < 120

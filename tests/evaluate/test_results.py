@@ -1,0 +1,212 @@
+"""Results files: what is read, merged and refused; and two of them compared."""
+
+import json
+
+import pytest
+import scipy.stats
+
+from marval.evaluate.compare import compare, report
+from marval.evaluate.metrics import METRICS
+from marval.evaluate.results import check_measure, check_names, merge_results, read_results, write_results
+from result_rows import quality, teacher, timed, write
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "null", "{", '{"quality": 1}', '{"quality": []}', '{"quality": {}}', '{"quality": {"rows": {}}}',
+        '{"quality": {"rows": [1]}}', '{"quality": {"rows": [{}]}}', '{"quality": {"quality": {"rows": []}}}',
+        '{"timing": {"rows": [{"model": "s", "draw": {}, "iterations": 4, "batch": 1}]}}', '{"name": "marval"}',
+        '{"quality": {"rows": [{"model": "s", "draw": 3, "iterations": 4, "samples": 2}]}}', "[" * 100_000,
+        '{"quality": {"rows": [{"model": "s", "draw": {}, "iterations": 4, "samples": 2, "fd": NaN}]}}', "\x00\xff",
+    ],
+)  # fmt: skip
+def test_what_is_no_results_file_is_refused_in_one_line(tmp_path, text):
+    file = tmp_path / "r.json"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"r\.json is not a results file \([^\n]*\): choose another --out$"):
+        read_results(file)
+
+
+def test_files_of_older_versions_are_read_under_todays_names(tmp_path):
+    old = quality(draw={"kind": "chain", "steps": 50, "guidance": 3.0}, kid=0.5)
+    time = {"model": "s", "draw": {"steps": 50}, "iterations": 8, "batch": 1, "seconds_per_image": 1.0}
+    parts = {"quality": {"command": "marval evaluate", "rows": [old]}, "bench": {"rows": [time]}}
+    (tmp_path / "r.json").write_text(json.dumps(parts))
+    results = read_results(tmp_path / "r.json")
+    (row,), (timing,) = results["quality"], results["timing"]
+    assert row["draw"]["diffusion_steps"] == timing["draw"]["diffusion_steps"] == 50
+    assert row["own_kid"] == 0.5
+    assert "kid" not in row
+    assert (row["made"]["command"], timing["decoded"]) == ("marval evaluate s", False)
+
+
+def row(k, **changes):
+    return {**quality(k=k, samples=8, metrics=METRICS), **changes}
+
+
+def write_ten(out, first):
+    for k in range(10):
+        merge_results(out, "quality", [row(10 * first + k)])
+
+
+def test_two_commands_on_one_file_lose_no_row(tmp_path):
+    """Four processes write ten rows each, one at a time, into one file."""
+    import multiprocessing
+
+    out = tmp_path / "r.json"
+    work = [multiprocessing.get_context("fork").Process(target=write_ten, args=(out, first)) for first in range(4)]
+    for process in work:
+        process.start()
+    for process in work:
+        process.join()
+    assert sorted(r["iterations"] for r in read_results(out)["quality"]) == list(range(40))
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_rows_replace_their_own_kind_and_refuse_other_weights(tmp_path):
+    out = tmp_path / "r.json"
+    merge_results(out, "quality", [row(2, fd=1.0), row(3, fd=2.0), row(2, seed=1, fd=3.0)])
+    merge_results(out, "quality", [row(2, fd=5.0)])
+    assert sorted(r["fd"] for r in read_results(out)["quality"]) == [2.0, 3.0, 5.0]
+    with pytest.raises(ValueError, match="other weights named s"):
+        merge_results(out, "quality", [row(4, sha256="b")])
+    with pytest.raises(ValueError, match="expected 'other'"):
+        merge_results(out, "quality", [row(4, features="other")])
+    for name in ("clip", "other"):  # two commands that score the same images by different rewards
+        merge_results(out, "rewards", [row(2, prompt="{}", rewards={name: {"mean": 1.0, "standard_error": 0.1}})])
+    (scored,) = read_results(out)["rewards"]
+    assert set(scored["rewards"]) == {"clip", "other"}
+
+
+def test_a_file_holds_one_model_under_a_name_one_kind_of_features_and_one_data_set(tmp_path):
+    with pytest.raises(ValueError, match="two different models are named s"):
+        check_names([("s", "a"), ("s", "b")], {})
+    check_names([("s", "a"), ("s", "a"), ("t", "b")], {})
+    with pytest.raises(ValueError, match="other weights named s"):
+        check_names([("s", "x")], {"quality": [quality()]}, tmp_path)
+    check_measure({"features": "E", "data_sha256": "d" * 64}, [quality()], tmp_path)
+    with pytest.raises(ValueError, match="has features 'E', expected 'my:net'"):
+        check_measure({"features": "my:net"}, [quality()], tmp_path)
+
+
+# Two files compared
+
+
+def test_differences_come_first_and_the_rest_is_counted(tmp_path):
+    first = write(tmp_path / "a.json", [quality(seed=s, fd=f) for s, f in ((0, 10.0), (1, 11.0), (2, 12.0))])
+    rows = [quality(seed=s, fd=f, sha256="b" * 64) for s, f in ((0, 12.0), (1, 12.5), (2, 13.0))]
+    second = write(tmp_path / "b.json", [*rows, quality(k=16), quality(k=32)])
+    lines = report(first, second)
+    assert lines[0] == "s K=8, 100 samples: fd 11 -> 12.5 (+1.5 ± 0.58, 3 and 3 seeds)"
+    assert lines[1].startswith("1 of 2 figures differ")
+    assert lines[2] == "1 of 2 figures: the same"
+    assert any("sha256" in line and "a" * 64 in line and "b" * 64 in line for line in lines)
+    assert f"only in {second}: s K=16, 100 samples and 1 more" in lines
+    assert {difference.verdict for difference in compare(first, first)[1]} == {"the same"}
+    one = write(tmp_path / "one.json", [quality("tuned", fd=9.0)])  # one model each: compared under different names
+    _, alone = compare(write(tmp_path / "other.json", [quality()]), one)
+    assert alone[0].verdict.startswith("one seed on each side tells nothing")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared", "verdict"),
+    [
+        ([10.0, 10.2, 9.9], [10.9], False, "a difference"),
+        ([10.0, 10.2], [10.3], False, "no more than chance"),
+        ([10.0, 12.0, 14.0], [10.5, 12.6, 14.5], True, "a difference"),  # by pairs only: the seeds differ by more
+        ([10.0, 12.0, 14.0], [10.5, 12.6, 14.5], False, "no more than chance"),
+        ([10.0, 10.4, 9.7, 10.1, 10.3, 9.8], [10.6, 10.2, 10.9, 10.7, 10.3, 10.5], True, "a difference"),
+        ([10.0, 10.2, 9.9], [10.1, 10.0, 10.3], True, "no more than chance"),
+    ],
+)
+def test_chance_is_two_standard_errors_of_the_difference(first, second, shared, verdict, tmp_path):
+    """Of pairs where both sides have the same seeds; else with one variance for both sides, as Student's."""
+    files = [
+        write(tmp_path / f"{name}.json", [quality(seed=start + seed, fd=fd) for seed, fd in enumerate(values)])
+        for name, start, values in (("a", 0, first), ("b", 0 if shared else 100, second))
+    ]
+    _, (difference, _) = compare(*files)
+    assert (difference.figure, difference.verdict) == ("fd", verdict)
+    assert difference.counts == (len(first), len(second))
+    statistic = (scipy.stats.ttest_rel if shared else scipy.stats.ttest_ind)(first, second).statistic
+    assert difference.chance == pytest.approx(2 * (difference.first - difference.second) / statistic)
+
+
+def test_times_differ_where_their_rounds_do_not_overlap(tmp_path):
+    def file(name, **changes):
+        row = timed(quality(), 1.0) | {"fastest": 0.9, "slowest": 1.2, "repeats": 3} | changes
+        return write(tmp_path / name, [], [row])
+
+    base = file("base.json")
+    for name, verdict, changes in (
+        ("apart", "a difference", {"seconds_per_image": 1.4, "fastest": 1.21, "slowest": 1.5}),
+        ("over", "no more than chance", {"seconds_per_image": 1.4, "fastest": 1.19, "slowest": 1.5}),
+        ("faster", "a difference", {"seconds_per_image": 0.8, "fastest": 0.7, "slowest": 0.89}),
+        ("once", "a single round tells nothing", {"seconds_per_image": 9.0, "repeats": 1}),
+    ):
+        (difference,) = compare(base, file(f"{name}.json", **changes))[1]
+        assert difference.verdict.startswith(verdict)
+    with pytest.raises(ValueError, match="share no setting"):
+        compare(base, file("bf16.json", autocast=True))
+
+
+def test_a_teacher_and_a_student_compare_where_each_file_holds_one(tmp_path):
+    a = write(tmp_path / "t.json", [teacher(8, 100, fd, seed=s) for s, fd in ((0, 12.0), (1, 12.1), (2, 11.9))])
+    b = write(tmp_path / "s.json", [quality(seed=s, fd=fd) for s, fd in ((0, 9.0), (1, 9.1), (2, 9.2))])
+    lines, differences = compare(a, b)
+    assert differences[0].setting == "t K=8, T=100, w=3, 100 samples, against s"
+    assert (differences[0].verdict, differences[0].counts) == ("a difference", (3, 3))
+    assert any("draw" in line for line in lines)
+    several = write(tmp_path / "two.json", [teacher(8, 100, 12.0), teacher(8, 10, 30.0)])
+    with pytest.raises(ValueError, match="share no setting"):  # which of the two chains?
+        compare(several, b)
+
+
+def rewarded(seed, **rewards):
+    scores = {name: {"mean": mean, "standard_error": error} for name, (mean, error) in rewards.items()}
+    return quality(seed=seed, prompt="a {}", rewards=scores)
+
+
+def test_rewards_compare_by_their_standard_errors_and_weights(tmp_path):
+    """Two seeds of 100 images each against one: two standard errors of the difference of their means."""
+    files = [tmp_path / f"{name}.json" for name in "abcd"]
+    other = rewarded(0, clip=(20.0, 0.3))
+    other["rewards"]["clip"]["sha256"] = "2" * 64
+    for file, rows in zip(
+        files,
+        (
+            [rewarded(0, clip=(20.0, 0.3)), rewarded(1, clip=(20.4, 0.4))],
+            [rewarded(0, clip=(21.0, 0.6), other=(1.0, 0.1))],
+            [rewarded(0, clip=(21.6, 0.6))],
+            [other],
+        ),
+        strict=True,
+    ):
+        write_results(file, "rewards", rows)
+    (one,) = compare(files[0], files[1])[1]
+    assert (one.figure, one.first, one.second, one.counts) == ("clip", pytest.approx(20.2), 21.0, (200, 100))
+    assert one.chance == pytest.approx(2 * (0.25**2 + 0.6**2) ** 0.5)
+    assert one.verdict == "no more than chance"
+    assert compare(files[0], files[2])[1][0].verdict == "a difference"
+    other["rewards"]["clip"]["sha256"] = "1" * 64
+    write_results(files[0], "rewards", [other])
+    with pytest.raises(ValueError, match=r"rewards clip with weights 1+ and 2+: these do not compare"):
+        compare(files[0], files[3])
+
+
+def test_compare_refuses_what_does_not_compare(tmp_path):
+    first = write(tmp_path / "a.json", [quality()])
+    with pytest.raises(ValueError, match="features 'E' and 'my:net'"):
+        compare(first, write(tmp_path / "features.json", [quality(features="my:net")]))
+    with pytest.raises(ValueError, match=r"data_sha256 'd+' and 'e+'"):
+        compare(first, write(tmp_path / "data.json", [quality(data_sha256="e" * 64)]))
+    with pytest.raises(ValueError, match="share no setting"):
+        compare(first, write(tmp_path / "k.json", [quality(k=3)]))
+    with pytest.raises(ValueError, match=r"nowhere\.json is not there"):
+        compare(first, tmp_path / "nowhere.json")
+    old = quality(diversity=40.0)
+    new = write(tmp_path / "new.json", [old | {"metrics": METRICS, "diversity": 30.0}])
+    lines, differences = compare(write(tmp_path / "old.json", [old]), new)
+    assert "diversity" not in {difference.figure for difference in differences}
+    assert any("diversity is not compared: by metrics 1 it is of the first 200" in line for line in lines)

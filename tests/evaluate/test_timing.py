@@ -1,0 +1,123 @@
+"""Speed: jobs take turns, rows say what was timed, and operations are those that torch counts."""
+
+import dataclasses
+import statistics
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from marval.config import Chain, OneStep
+from marval.evaluate.results import read_results
+from marval.evaluate.speed import Speed, best_batch, flops_per_image, in_turns, measure_speed, peak_flops
+from marval.pipeline import Pipeline
+from tiny import tiny_config, tiny_model
+
+
+def pipeline_of(draw, name="tiny"):
+    return Pipeline(tiny_model(), dataclasses.replace(tiny_config(), draw=draw, name=name))
+
+
+def tiny_pair():
+    return [(None, pipeline_of(Chain(2.0, diffusion_steps=50), "teacher")), (None, pipeline_of(OneStep(), "student"))]
+
+
+class Clock:
+    """Stands still, but for the jobs, which take their time and leave their name."""
+
+    def __init__(self, monkeypatch, drift=0.0):
+        self.now, self.said, self.drift = 0.0, [], drift
+        monkeypatch.setattr("marval.evaluate.speed.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("marval.evaluate.speed.synchronize", lambda device: self.said.append("wait"))
+
+    def job(self, name, seconds):
+        def run():
+            self.said.append(name)
+            self.now += seconds * (1 + self.drift * len(self.said))
+
+        return run
+
+
+def test_jobs_take_turns_after_a_warm_up_and_short_ones_are_repeated(monkeypatch):
+    clock = Clock(monkeypatch)
+    times = in_turns([clock.job("long", 2.0), clock.job("short", 0.125)], 2, torch.device("cpu"))
+    names = ["long", "short", "short", "short"] * 3  # 0.3 s at least; one round warms up
+    assert clock.said == [word for name in names for word in ("wait", name, "wait")]
+    assert times == [[2.0, 2.0], [0.125, 0.125]]
+    once = Clock(monkeypatch)
+    assert in_turns([once.job("minutes", 100.0)], 0, torch.device("cpu")) == [[100.0]]
+
+
+def test_a_drifting_machine_hits_all_alike(monkeypatch):
+    """A machine that gets slower and slower: medians of jobs in turns keep their ratio, one after the other not."""
+    clock = Clock(monkeypatch, drift=0.003)
+    slow, fast = in_turns([clock.job("slow", 2.0), clock.job("fast", 1.0)], 9, torch.device("cpu"))
+    assert statistics.median(slow) / statistics.median(fast) == pytest.approx(2.0, rel=0.02)
+    apart = Clock(monkeypatch, drift=0.003)
+    (fast,), (slow,) = (in_turns([apart.job(n, s)], 9, torch.device("cpu")) for n, s in (("fast", 1.0), ("slow", 2.0)))
+    assert statistics.median(slow) / statistics.median(fast) > 2.1
+
+
+def test_rows_are_of_their_own_model_k_and_batch_and_replace_those_at_the_same_setting(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def drawing(pipeline, iterations, batch, autocast=False):
+        seconds = {"teacher": 10.0, "student": 1.0}[pipeline.config.name] * iterations * batch
+        return clock.job("draw", seconds * (0.5 if autocast else 1))
+
+    monkeypatch.setattr("marval.evaluate.speed.drawing", drawing)
+    monkeypatch.setattr("marval.evaluate.speed.peak_flops", lambda *_: 1e12)
+    out, pair = tmp_path / "r.json", tiny_pair()
+    rows = measure_speed(pair, Speed((2, 4, 4), (1, 8), 3), out, report=str)
+    assert [(row["model"], row["iterations"], row["batch"]) for row in rows] == [
+        (model, k, batch) for batch in (1, 8) for model in ("teacher", "student") for k in (2, 4)
+    ]
+    for row in rows:
+        expected = {"teacher": 10.0, "student": 1.0}[row["model"]] * row["iterations"]
+        assert row["seconds_per_image"] == row["fastest"] == row["slowest"] == pytest.approx(expected)
+        flops = row["gflops_per_image"] * 1e9
+        assert row["fraction_of_peak"] == pytest.approx(flops / expected / 1e12, rel=1e-5)
+        assert (row["repeats"], row["decoded"], row["made"]["processes"]) == (3, True, 1)
+    monkeypatch.setattr(clock, "job", lambda name, seconds: lambda: setattr(clock, "now", clock.now + 2 * seconds))
+    measure_speed(pair[:1], Speed((2,), (1,), 0), out, report=str)
+    measure_speed(pair[:1], Speed((2,), (1,), 0, autocast=True), out, report=str)
+    after = {(r["model"], r["iterations"], r["batch"], r["autocast"]): r for r in read_results(out)["timing"]}
+    assert len(after) == len(rows) + 1
+    assert after["teacher", 2, 1, False]["seconds_per_image"] == 40.0
+    assert after["teacher", 2, 1, True]["seconds_per_image"] == 20.0
+    assert after["teacher", 4, 1, False]["seconds_per_image"] == 40.0
+
+
+def test_the_best_batch_is_where_a_larger_one_gains_nothing(tmp_path, monkeypatch):
+    assert best_batch(lambda batch: 1.0 if batch <= 16 else batch / 16) == 16
+    assert best_batch(lambda batch: float(batch)) == 1
+    assert best_batch(lambda batch: 1e-3, most=64) == 64
+    assert best_batch(lambda batch: 30.0) == 1  # a run of minutes is not tried larger
+    asked = []
+    monkeypatch.setattr("marval.evaluate.speed.best_batch", lambda seconds, most: asked.append(seconds(2)) or 2)
+    monkeypatch.setattr("marval.evaluate.speed.SHORTEST", 0.0)
+    rows = measure_speed(tiny_pair(), Speed((4, 2), repeats=0), tmp_path / "r.json", report=str)
+    assert {row["batch"] for row in rows} == {1, 2}
+    assert len(asked) == 2  # one for each model
+
+
+def test_the_peak_is_no_less_than_a_product_reaches():
+    x = torch.randn(256, 256)
+    (seconds,) = in_turns([lambda: x @ x], 3, torch.device("cpu"))
+    assert peak_flops(torch.device("cpu"), autocast=False, repeats=1) > 0.1 * 2 * 256**3 / min(seconds)
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 16])
+@pytest.mark.parametrize(
+    "draw", [OneStep(), Chain(guidance=1.0, diffusion_steps=5), Chain(guidance=1.5, diffusion_steps=7)]
+)
+def test_operations_are_those_of_a_whole_image(draw, iterations):
+    """The counter knows neither oneDNN's layers, which need inference mode, nor the CPU's flash attention."""
+    pipeline = pipeline_of(draw)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        from marval.sampling import draw_function, sample
+
+        labels = torch.tensor([0])
+        sample(pipeline.model, draw_function(pipeline.config), labels, iterations=iterations, seeds=[0])
+    assert flops_per_image(pipeline.config, iterations) == counter.get_total_flops()
