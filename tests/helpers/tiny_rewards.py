@@ -2,6 +2,7 @@
 
 import json
 import string
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -54,17 +55,27 @@ def write_clip(folder, width=64):
     return model
 
 
+def part(**children):
+    """A module with these parameters and modules in it."""
+    module = nn.Module()
+    for name, child in children.items():
+        setattr(module, name, child)
+    return module
+
+
+def empty(*shape):
+    return nn.Parameter(torch.empty(shape))
+
+
 class OpenClipBlock(nn.Module):
     """open_clip's residual attention block."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", nn.GELU())
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.attn = nn.MultiheadAttention(width, max(1, width // 64), batch_first=True)
+        layers = {"c_fc": nn.Linear(width, 4 * width), "gelu": nn.GELU(), "c_proj": nn.Linear(4 * width, width)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x, mask=None):
         y = self.ln_1(x)
@@ -73,9 +84,7 @@ class OpenClipBlock(nn.Module):
 
 
 def tower(width, depth):
-    transformer = nn.Module()
-    transformer.resblocks = nn.ModuleList([OpenClipBlock(width, max(1, width // 64)) for _ in range(depth)])
-    return transformer
+    return part(resblocks=nn.ModuleList([OpenClipBlock(width) for _ in range(depth)]))
 
 
 class OpenClip(nn.Module):
@@ -83,19 +92,14 @@ class OpenClip(nn.Module):
 
     def __init__(self, words, width=128, text_width=64, embedding=40, length=16):
         super().__init__()
-        self.visual = nn.Module()
-        self.visual.class_embedding = nn.Parameter(torch.empty(width))
-        self.visual.positional_embedding = nn.Parameter(torch.empty((SIDE // 8) ** 2 + 1, width))
-        self.visual.conv1 = nn.Conv2d(3, width, 8, 8, bias=False)
-        self.visual.ln_pre, self.visual.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.visual.transformer = tower(width, 2)
-        self.visual.proj = nn.Parameter(torch.empty(width, embedding))
-        self.transformer = tower(text_width, 3)
-        self.token_embedding = nn.Embedding(words, text_width)
-        self.positional_embedding = nn.Parameter(torch.empty(length, text_width))
-        self.ln_final = nn.LayerNorm(text_width)
-        self.text_projection = nn.Parameter(torch.empty(text_width, embedding))
-        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+        self.visual = part(
+            class_embedding=empty(width), positional_embedding=empty((SIDE // 8) ** 2 + 1, width),
+            conv1=nn.Conv2d(3, width, 8, 8, bias=False), ln_pre=nn.LayerNorm(width), ln_post=nn.LayerNorm(width),
+            transformer=tower(width, 2), proj=empty(width, embedding),
+        )  # fmt: skip
+        self.token_embedding, self.positional_embedding = nn.Embedding(words, text_width), empty(length, text_width)
+        self.transformer, self.ln_final = tower(text_width, 3), nn.LayerNorm(text_width)
+        self.text_projection, self.logit_scale = empty(text_width, embedding), nn.Parameter(torch.tensor(2.0))
 
     def forward(self, pixels, tokens):
         """The cosine of each image with its text."""
@@ -122,23 +126,23 @@ def write_hps(folder):
     return network
 
 
+def attention(q, k, v, mask=None):
+    """Attention of heads with 64 channels (or one head)."""
+    q, k, v = (x.unflatten(-1, (max(1, x.shape[-1] // 64), -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+
 class TimmBlock(nn.Module):
     """The block of BLIP's image encoder (timm's)."""
 
     def __init__(self, width):
         super().__init__()
-        self.heads = max(1, width // 64)
         self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
-        self.attn, self.mlp = nn.Module(), nn.Module()
-        self.attn.qkv, self.attn.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp.fc1, self.mlp.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.attn = part(qkv=nn.Linear(width, 3 * width), proj=nn.Linear(width, width))
+        self.mlp = part(fc1=nn.Linear(width, 4 * width), fc2=nn.Linear(4 * width, width))
 
     def forward(self, x):
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in self.attn.qkv(self.norm1(x)).chunk(3, dim=-1)
-        )
-        x = x + self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.attn.proj(attention(*self.attn.qkv(self.norm1(x)).chunk(3, dim=-1)))
         return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
 
 
@@ -147,31 +151,30 @@ class BertLayer(nn.Module):
 
     def __init__(self, width, image_width):
         super().__init__()
-        self.heads = max(1, width // 64)
-        for name, inputs in (("attention", width), ("crossattention", image_width)):
-            part = nn.Module()
-            part.self, part.output = nn.Module(), nn.Module()
-            part.self.query = nn.Linear(width, width)
-            part.self.key, part.self.value = nn.Linear(inputs, width), nn.Linear(inputs, width)
-            part.output.dense, part.output.LayerNorm = nn.Linear(width, width), nn.LayerNorm(width, eps=1e-12)
-            self.add_module(name, part)
-        self.intermediate, self.output = nn.Module(), nn.Module()
-        self.intermediate.dense = nn.Linear(width, 2 * width)
-        self.output.dense, self.output.LayerNorm = nn.Linear(2 * width, width), nn.LayerNorm(width, eps=1e-12)
 
-    def attend(self, part, x, source, mask):
-        q, k, v = (
-            layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer, y in ((part.self.query, x), (part.self.key, source), (part.self.value, source))
-        )
-        mask = None if mask is None else mask[:, None, None].bool()
-        attended = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-        return part.output.LayerNorm(part.output.dense(attended) + x)
+        def attend(inputs):
+            layers = {"query": nn.Linear(width, width), "key": nn.Linear(inputs, width)}
+            inner = part(**layers, value=nn.Linear(inputs, width))
+            outer = part(dense=nn.Linear(width, width), LayerNorm=nn.LayerNorm(width, eps=1e-12))
+            return nn.ModuleDict({"self": inner, "output": outer})
+
+        self.attention, self.crossattention = attend(width), attend(image_width)
+        self.intermediate = part(dense=nn.Linear(width, 2 * width))
+        self.output = part(dense=nn.Linear(2 * width, width), LayerNorm=nn.LayerNorm(width, eps=1e-12))
 
     def forward(self, x, mask, image):
-        x = self.attend(self.attention, x, x, mask)
-        x = self.attend(self.crossattention, x, image, None)
+        mask = mask[:, None, None].bool()
+        for layer, source, seen in ((self.attention, None, mask), (self.crossattention, image, None)):
+            inner, outer, source = layer["self"], layer["output"], x if source is None else source
+            attended = attention(inner.query(x), inner.key(source), inner.value(source), seen)
+            x = outer.LayerNorm(outer.dense(attended) + x)
         return self.output.LayerNorm(self.output.dense(F.gelu(self.intermediate.dense(x))) + x)
+
+
+def score_layers(inputs):
+    """The five layers of the heads of ImageReward and of the aesthetic predictor, by their numbers."""
+    widths = (inputs, 1024, 128, 64, 16, 1)
+    return nn.ModuleDict({str(i): nn.Linear(*widths[n : n + 2]) for n, i in enumerate((0, 2, 4, 6, 7))})
 
 
 class OriginalImageReward(nn.Module):
@@ -179,25 +182,22 @@ class OriginalImageReward(nn.Module):
 
     def __init__(self, words, width=128, text_width=64):
         super().__init__()
-        blip = self.blip = nn.Module()
-        vision = blip.visual_encoder = nn.Module()
-        vision.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        vision.pos_embed = nn.Parameter(torch.empty(1, (SIDE // 8) ** 2 + 1, width))
-        vision.patch_embed = nn.Module()
-        vision.patch_embed.proj = nn.Conv2d(3, width, 8, 8)
-        vision.blocks = nn.ModuleList([TimmBlock(width) for _ in range(2)])
-        vision.norm = nn.LayerNorm(width, eps=1e-6)
-        text = blip.text_encoder = nn.Module()
-        text.embeddings, text.encoder = nn.Module(), nn.Module()
-        text.embeddings.word_embeddings = nn.Embedding(words, text_width)
-        text.embeddings.position_embeddings = nn.Embedding(40, text_width)
-        text.embeddings.LayerNorm = nn.LayerNorm(text_width, eps=1e-12)
-        text.embeddings.register_buffer("position_ids", torch.arange(40)[None])
-        text.encoder.layer = nn.ModuleList([BertLayer(text_width, width) for _ in range(3)])
-        blip.vision_proj, blip.text_proj = nn.Linear(width, 8), nn.Linear(text_width, 8)
-        self.mlp = nn.Module()
-        widths = (text_width, 1024, 128, 64, 16, 1)
-        self.mlp.layers = nn.ModuleDict({str(i): nn.Linear(*widths[n : n + 2]) for n, i in enumerate((0, 2, 4, 6, 7))})
+        vision = part(
+            cls_token=empty(1, 1, width), pos_embed=empty(1, (SIDE // 8) ** 2 + 1, width),
+            patch_embed=part(proj=nn.Conv2d(3, width, 8, 8)),
+            blocks=nn.ModuleList([TimmBlock(width) for _ in range(2)]), norm=nn.LayerNorm(width, eps=1e-6),
+        )  # fmt: skip
+        embeddings = part(
+            word_embeddings=nn.Embedding(words, text_width), position_embeddings=nn.Embedding(40, text_width),
+            LayerNorm=nn.LayerNorm(text_width, eps=1e-12),
+        )  # fmt: skip
+        embeddings.register_buffer("position_ids", torch.arange(40)[None])
+        encoder = part(layer=nn.ModuleList([BertLayer(text_width, width) for _ in range(3)]))
+        self.blip = part(
+            visual_encoder=vision, text_encoder=part(embeddings=embeddings, encoder=encoder),
+            vision_proj=nn.Linear(width, 8), text_proj=nn.Linear(text_width, 8),
+        )  # fmt: skip
+        self.mlp = part(layers=score_layers(text_width))
 
     def forward(self, pixels, tokens, mask):
         vision, text = self.blip.visual_encoder, self.blip.text_encoder
@@ -205,8 +205,7 @@ class OriginalImageReward(nn.Module):
         x = torch.cat([vision.cls_token.expand(len(x), -1, -1), x], dim=1) + vision.pos_embed
         for block in vision.blocks:
             x = block(x)
-        image = vision.norm(x)
-        embeddings = text.embeddings
+        image, embeddings = vision.norm(x), text.embeddings
         y = embeddings.word_embeddings(tokens) + embeddings.position_embeddings.weight[: tokens.shape[1]]
         y = embeddings.LayerNorm(y)
         for layer in text.encoder.layer:
@@ -228,10 +227,7 @@ def write_image_reward(folder):
 def write_aesthetic(folder):
     """A CLIP and the aesthetic head's checkpoint beside it; both are returned."""
     model = write_clip(folder)
-    widths = (24, 1024, 128, 64, 16, 1)
-    head = nn.ModuleDict({str(i): nn.Linear(*widths[n : n + 2]) for n, i in enumerate((0, 2, 4, 6, 7))})
-    random_weights(head, "aesthetic")
-    torch.save(
-        {f"layers.{name}": t for name, t in head.state_dict().items()}, folder / "sac+logos+ava1-l14-linearMSE.pth"
-    )
+    head = random_weights(score_layers(24), "aesthetic")
+    tensors = {f"layers.{name}": tensor for name, tensor in head.state_dict().items()}
+    torch.save(tensors, folder / "sac+logos+ava1-l14-linearMSE.pth")
     return model, head

@@ -8,7 +8,9 @@ import pytest
 
 from marval.cli import main
 from marval.presets import TrainConfig
+from marval.runtime.distributed import Workers
 from marval.runtime.folder import open_run
+from marval.runtime.log import LOG, Log
 from marval.train.teacher import train_teacher
 from pictures import make_pictures
 from tiny import tiny_config, tiny_data
@@ -33,6 +35,16 @@ def test_the_events_are_the_logs_figures_also_after_a_resumed_run(tmp_path):
         scalars = events.Scalars(name)
         assert [scalar.step for scalar in scalars] == [1, 2, 3, 4]
         assert [scalar.value for scalar in scalars] == pytest.approx([line[name] for line in lines], rel=1e-5)
+
+
+def test_what_was_written_beyond_the_saved_state_is_void(tmp_path):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, values in ((0, (1.0, 2.0, 9.0)), (2, (3.0, 4.0))):
+        log = Log(tmp_path / LOG, Workers(), start, 4, 8, tensorboard=True)
+        for i, value in enumerate(values):
+            log(start + i + 1, {"loss": value})
+    events = reading.EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
 
 
 def test_without_the_package_nothing_starts(tmp_path, monkeypatch):

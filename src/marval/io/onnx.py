@@ -66,7 +66,7 @@ def packages() -> ModuleType:
 
 
 def export_onnx(model: MAR, config: ModelConfig, iterations: int, file: Path) -> float:
-    """Write a student with K = `iterations` to an ONNX file, and compare it with `sample` on the same noise.
+    """Write a student (on the CPU, in float32) for K = `iterations` as ONNX, and compare it with `sample`.
 
     Inputs: `labels` (b,) int64, `noise` (b, L, C) float32, `order` (b, L) int64, the positions in the order in which
     they are drawn. Output: `images` (b, channels, height, width) in [0, 1], or `latents` for the VAE.
@@ -118,7 +118,10 @@ def trial(student: Student, batch: int = 3) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def exported(student: Student, given: dict[str, Tensor]) -> torch.onnx.ONNXProgram:
-    """The ONNX program of a student, for batches of any size."""
+    """The ONNX program of a student, for batches of any size.
+
+    The networks read the batch off `x.shape[0]`, as `len(x)` would fix it.
+    """
     name = "images" if student.config.space.kind == "pixels" else "latents"
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of a torchvision that is not needed
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
