@@ -425,7 +425,7 @@ def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> 
     updates = itertools.count()
 
     def one() -> None:
-        anchor_step(held, student, next(updates), 1.0, learning=True)  # what an update of distillation computes
+        anchor_step(held, student, next(updates), 1.0, learnt=1)  # what an update of distillation computes
         adam.step(1e-6)
 
     taken = check.seconds(one, 4)

@@ -38,7 +38,7 @@ def predictions(seed, n=32, c=5):
     return randn(n, c, seed=seed), randn(n, c, seed=seed + 1), randn(n, c, seed=seed + 2)
 
 
-# --- identities (design.md, section 1.2) ---
+# --- identities ---
 
 
 @settings(deadline=None, max_examples=30)
@@ -59,21 +59,6 @@ def test_squared_distance_gives_sids_loss(seed, weight, t):
     l1, l2 = gsim_terms(teacher_eps, phi_eps, eps, squared)
     found = l1 + weight * l2
     torch.testing.assert_close(found, 2 * (a / sigma) ** 2 * sid, rtol=1e-6, atol=1e-6)
-
-
-@settings(deadline=None, max_examples=30)
-@given(seed=seeds, t=st.integers(20, 980))
-def test_squared_distance_gives_sids_loss_in_scores(seed, t):
-    """The same with scores `s = -eps / sigma`: `(1 - alpha) |y|^2 + (s_T - s_phi)^T (s_phi - grad log p)`."""
-    teacher_eps, phi_eps, eps = predictions(seed)
-    sigma = FULL.sigma[t].double()
-    s_teacher, s_phi, log_p = (-e / sigma for e in (teacher_eps, phi_eps, eps))
-    l1, l2 = gsim_terms(teacher_eps, phi_eps, eps, squared)
-    for alpha in (0.5, 1.0, 1.1):
-        y = s_phi - s_teacher
-        sid = (1 - alpha) * y.square().sum(1) - (y * (s_phi - log_p)).sum(1)
-        found = l1 + 2 * (1 - alpha) * l2
-        torch.testing.assert_close(found, 2 * sigma**2 * sid, rtol=1e-6, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=30)
@@ -102,9 +87,7 @@ def test_returned_gradients_of_the_distances_equal_autograds(distance, scale):
 
 
 def test_pseudo_huber_is_zero_at_zero_and_almost_the_norm_far_out():
-    value, slope = pseudo_huber(torch.zeros(2, 3, dtype=torch.float64))
-    assert value.tolist() == [0.0, 0.0]
-    assert slope.abs().max() == 0
+    assert pseudo_huber(torch.zeros(2, 3, dtype=torch.float64))[0].tolist() == [0.0, 0.0]
     y = randn(32, 5, seed=0)
     torch.testing.assert_close(pseudo_huber(y)[0], y.norm(dim=1) - HUBER_RADIUS, rtol=1e-9, atol=1e-9)
 
@@ -128,12 +111,9 @@ def test_named_objectives_are_their_terms():
         torch.testing.assert_close(loss, per_token.mean(), rtol=1e-9, atol=1e-12)
 
 
-def test_auxiliary_loss_is_the_mean_square_and_keeps_its_gradient():
-    predicted, eps = randn(6, 3, seed=0).requires_grad_(True), randn(6, 3, seed=1)
-    loss = phi_loss(predicted, eps)
-    torch.testing.assert_close(loss, ((predicted - eps) ** 2).sum() / 18)
-    loss.backward()
-    torch.testing.assert_close(predicted.grad, 2 * (predicted.detach() - eps) / 18)
+def test_phis_loss_is_the_mean_square():
+    predicted, eps = randn(6, 3, seed=0), randn(6, 3, seed=1)
+    torch.testing.assert_close(phi_loss(predicted, eps), ((predicted - eps) ** 2).sum() / 18)
 
 
 # --- Gaussians, whose scores are known ---
@@ -192,16 +172,11 @@ def test_gradient_vanishes_where_the_student_is_the_teacher(objective):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("side", [-1, 1])
-def test_descent_moves_a_shifted_student_towards_the_teacher(objective, side):
-    gradients = student_gradients(objective, 0.5 + 0.4 * side, 0.8, 0.5, 0.8)
-    assert side * standard_errors_from_zero(gradients)[0] > 8
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("side", [-1, 1])
-def test_descent_moves_a_scaled_student_towards_the_teacher(objective, side):
-    gradients = student_gradients(objective, 0.5, 0.8 * 1.5**side, 0.5, 0.8)
-    assert side * standard_errors_from_zero(gradients)[1] > 8
+def test_descent_moves_a_shifted_and_a_scaled_student_towards_the_teacher(objective, side):
+    shifted = student_gradients(objective, 0.5 + 0.4 * side, 0.8, 0.5, 0.8)
+    assert side * standard_errors_from_zero(shifted)[0] > 8
+    scaled = student_gradients(objective, 0.5, 0.8 * 1.5**side, 0.5, 0.8)
+    assert side * standard_errors_from_zero(scaled)[1] > 8
 
 
 def test_gradient_of_l1_is_that_of_the_distance_through_the_students_score():

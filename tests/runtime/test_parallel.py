@@ -1,6 +1,7 @@
-"""Several processes do what one does, states move between numbers of processes, and kills lose nothing."""
+"""Several processes do what one does, states move between numbers of processes, and kills and signals lose nothing."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -8,21 +9,12 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from marval.runtime.distributed import Workers
+from marval.runtime.distributed import Workers, start_workers
 from processes import command, environment, launch
+from training import log_of, weights_of
 
 SCRIPT = "parallel_run.py"
-STAGES = ["train", "distill", "tune", "anchored"]
-
-
-def weights(out):
-    return load_file(out / "model/model.safetensors")
-
-
-def log_of(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def assert_close(first, second, tolerance=1e-5):
@@ -38,7 +30,7 @@ def assert_close(first, second, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Every stage by one process, 20 steps, started when it is first asked for."""
+    """Every stage by one process, 20 updates, started when it is first asked for."""
     runs = {}
 
     def run(stage):
@@ -50,11 +42,12 @@ def alone(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize(
+    ("stage", "processes"), [("train", 2), ("distill", 3), ("tune", 2), ("anchored", 2), ("anchored", 3)]
+)
 def test_processes_equal_one(stage, processes, alone, tmp_path):
     launch(SCRIPT, processes, stage, tmp_path / "run", 20)
-    assert_close(weights(alone(stage)), weights(tmp_path / "run"))
+    assert_close(weights_of(alone(stage)), weights_of(tmp_path / "run"))
     one, many = log_of(alone(stage)), log_of(tmp_path / "run")
     assert len(one) == len(many) >= 20
     for first, second in zip(one, many, strict=True):
@@ -65,7 +58,7 @@ def test_processes_equal_one(stage, processes, alone, tmp_path):
 @pytest.mark.parametrize("stage", ["train", "anchored"])
 def test_accumulation_and_checkpointing_change_nothing(stage, alone, tmp_path):
     launch(SCRIPT, 1, stage, tmp_path / "run", 20, "accumulate=3", "checkpoint_blocks=1")
-    assert_close(weights(alone(stage)), weights(tmp_path / "run"))
+    assert_close(weights_of(alone(stage)), weights_of(tmp_path / "run"))
 
 
 def test_a_state_saved_by_two_is_resumed_by_one_and_by_three(alone, tmp_path):
@@ -74,12 +67,12 @@ def test_a_state_saved_by_two_is_resumed_by_one_and_by_three(alone, tmp_path):
         out = tmp_path / f"on-{processes}"
         subprocess.run(["cp", "-r", tmp_path / "two", out], check=True)
         launch(SCRIPT, processes, "distill", out, 20, "--resume")
-        assert_close(weights(alone("distill")), weights(out))
+        assert_close(weights_of(alone("distill")), weights_of(out))
         assert [line["update"] for line in log_of(out)] == list(range(1, 21))
 
 
 def kill_at_random(stage, out, kills, rng):
-    """Run `stage` to 20 steps, killed hard `kills` times at random moments and resumed each time."""
+    """Run `stage` to 20 updates, killed hard `kills` times at random moments and resumed each time."""
     for _ in range(kills):
         resume = ["--resume"] if list(out.glob("state-*/run.json")) else []
         process = subprocess.Popen(
@@ -98,13 +91,13 @@ def kill_at_random(stage, out, kills, rng):
 @pytest.mark.parametrize(("stage", "kills"), [("train", 3), pytest.param("distill", 20, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_from_a_whole_state_and_ends_the_same(stage, kills, alone, tmp_path):
     kill_at_random(stage, tmp_path / "run", kills, random.Random(0))
-    first, second = weights(alone(stage)), weights(tmp_path / "run")
+    first, second = weights_of(alone(stage)), weights_of(tmp_path / "run")
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert len(list((tmp_path / "run").glob("state-*"))) == 1
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_and_exits_cleanly(processes, alone, tmp_path):
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_signal_saves_and_exits_cleanly(processes, number, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(
         command(SCRIPT, processes, "train", out, 100_000, "save_every=100000"),
@@ -112,14 +105,44 @@ def test_sigterm_saves_and_exits_cleanly(processes, alone, tmp_path):
     )  # fmt: skip
     while not (out / "log.jsonl").is_file() and process.poll() is None:
         time.sleep(0.05)
-    process.terminate()
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    if processes == 1:  # torchrun's own exit code says that it was terminated
+    if processes == 1:  # torchrun's own exit code says that it was stopped
         assert process.returncode == 0, errors
     (state,) = out.glob("state-*")
-    step = json.loads((state / "run.json").read_text())["update"]
-    assert log_of(out)[-1]["update"] == step >= 1
+    update = json.loads((state / "run.json").read_text())["update"]
+    assert log_of(out)[-1]["update"] == update >= 1
     assert (out / "model/model.safetensors").is_file()
+    assert not (out / ".lock").exists()
+
+
+def interrupted(updates, times):
+    """Press Ctrl-C so many times in a loop's first update; what a run does then."""
+    done = 0
+    with start_workers("cpu") as workers:
+        for _ in workers.updates(3, 3 + updates):
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+            done += 1
+            if workers.stopping():
+                break
+        assert done == 1
+
+
+def test_ctrl_c_lets_an_update_end_and_the_second_one_does_not():
+    interrupted(1, 0)
+    with pytest.raises(KeyboardInterrupt, match="what it did is saved"):
+        interrupted(9, 1)
+    with pytest.raises(KeyboardInterrupt, match="at once"):
+        interrupted(9, 2)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_reward_that_is_not_finite_on_one_process_ends_all_of_them_with_its_words(tmp_path):
+    script = command(SCRIPT, 2, "tune", tmp_path / "run", 20, "broken_rank=1")
+    done = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.count("ValueError: reward mine: not finite for the prompt") == 2
 
 
 def test_rows_are_shared_out_without_gap_or_overlap():

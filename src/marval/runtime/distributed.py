@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -51,11 +51,11 @@ class Workers:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """True for the process that writes and prints."""
         return self.rank == 0
 
     def parts(self, batch: int, accumulate: int = 1) -> list[slice]:
-        """This process's rows of a batch, in `accumulate` parts of nearly equal size.
+        """Cut a batch: this process's rows, in `accumulate` parts of nearly equal size.
 
         Raises:
             ValueError: fewer rows than parts.
@@ -70,7 +70,7 @@ class Workers:
         return [slice(cuts[i], cuts[i + 1]) for i in own]
 
     def share(self, rows: slice, batch: int) -> float:
-        """The weight of a part's mean loss, for gradients that add up to the batch's (FSDP averages over processes)."""
+        """The weight of a part's mean in the batch's; times the number of processes, whose gradients are averaged."""
         return (rows.stop - rows.start) * self.count / batch
 
     def place(self, network: MAR | TokenHead) -> None:
@@ -84,15 +84,16 @@ class Workers:
         self._shard(network)
 
     def _shard(self, module: nn.Module) -> None:
-        # Resharding after every forward lets `requires_grad` take effect at the next one.
         called = next((names for kind, names in CALLED.items() if isinstance(module, kind)), ())
+        # Resharding after every forward lets `requires_grad` take effect at the next one.
         fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
         for name in called:
             register_fsdp_forward_method(module, name)
 
     def mean(self, figures: dict[str, Tensor | float]) -> dict[str, float]:
-        """Figures averaged over the processes; one read from the device."""
-        values = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in _on_cpu(figures)])
+        """Average figures over the processes, with one read from the device."""
+        on_device = [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in figures.values()]
+        values = torch.stack(on_device).detach().cpu().double()
         if self.mesh is not None:
             dist.all_reduce(values)
             values /= self.count
@@ -105,44 +106,43 @@ class Workers:
         sizes = [total * (i + 1) // self.count - total * i // self.count for i in range(self.count)]
         padded = torch.zeros(max(sizes), *rows.shape[1:], dtype=rows.dtype)
         padded[: len(rows)] = rows.cpu()
-        found = [torch.empty_like(padded) for _ in range(self.count)]
-        dist.all_gather(found, padded)
-        return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+        everyone = [torch.empty_like(padded) for _ in range(self.count)]
+        dist.all_gather(everyone, padded)
+        return torch.cat([part[:size] for part, size in zip(everyone, sizes, strict=True)])
 
     def agree(self, value: Value) -> Value:
         """The main process's value, on every process."""
         if self.mesh is None:
             return value
-        found: list[Any] = [value]
-        dist.broadcast_object_list(found)
-        return found[0]
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
 
     def collect(self, value: Value) -> list[Value]:
         """Every process's value by rank, on the main process; nothing on the others."""
         if self.mesh is None:
             return [value]
-        found: list[Any] = [None] * self.count if self.main else []
-        dist.gather_object(value, found if self.main else None)
-        return found
+        values: list[Any] = [None] * self.count if self.main else []
+        dist.gather_object(value, values if self.main else None)
+        return values
 
     def together(self, job: Callable[P, Value], *args: P.args, **kwargs: P.kwargs) -> Value:
-        """This process's `job(...)`, which every process does; a ValueError of one is raised on all of them."""
-        found: list[Value] = []
+        """Do a job that every process does; a ValueError of one is raised on all of them."""
+        if self.mesh is None:
+            return job(*args, **kwargs)
+        result: list[Value] = []
         problem = ""
         try:
-            found.append(job(*args, **kwargs))
+            result.append(job(*args, **kwargs))
         except ValueError as error:
-            if self.mesh is None:
-                raise
             problem = str(error) or type(error).__name__
-        if self.mesh is not None:
-            failed = torch.tensor(int(bool(problem)))
-            dist.all_reduce(failed)
-            if failed:
-                problems = [""] * self.count
-                dist.all_gather_object(problems, problem)
-                raise ValueError(next(text for text in problems if text))
-        return found[0]
+        failed = torch.tensor(int(bool(problem)))
+        dist.all_reduce(failed)
+        if failed:
+            problems = [""] * self.count
+            dist.all_gather_object(problems, problem)
+            raise ValueError(next(text for text in problems if text))
+        return result[0]
 
     def updates(self, start: int, end: int) -> Iterator[int]:
         """The updates of a training loop that asks `stopping` after each: from here on Ctrl-C lets it save first."""
@@ -150,7 +150,7 @@ class Workers:
         yield from range(start, end)
 
     def stopping(self) -> bool:
-        """Whether any process was asked to stop (SIGTERM, Ctrl-C); all of them get the same answer."""
+        """Tell whether any process was asked to stop (SIGTERM, Ctrl-C); all of them get the same answer."""
         if self.mesh is None:
             return self.stop.is_set()
         asked = torch.tensor(int(self.stop.is_set()))
@@ -164,13 +164,8 @@ class Workers:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded; every process must ask."""
+    """Gather a tensor that may be sharded; every process must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def whole_state(network: nn.Module) -> dict[str, Tensor]:
-    """A network's whole weights on the CPU; every process must ask."""
-    return {name: whole(tensor).detach().cpu() for name, tensor in network.state_dict().items()}
 
 
 @contextlib.contextmanager
@@ -237,12 +232,3 @@ def _process_group(device: str) -> Iterator[tuple[int, int, torch.device, Device
         # Gloo's threads outlive the group (DTensor's caches hold it) and may still be letting go of the last
         # collective's tensors; one that asks for the GIL of a finished interpreter aborts the process.
         time.sleep(GLOO_SECONDS)
-
-
-def _on_cpu(figures: dict[str, Tensor | float]) -> list[Tensor | float]:
-    on_device = [value for value in figures.values() if isinstance(value, Tensor)]
-    if not on_device:
-        return list(figures.values())
-    read: Float[Tensor, " f"] = torch.stack([value.detach().float() for value in on_device]).cpu()
-    tensors = iter(read.unbind())
-    return [next(tensors) if isinstance(value, Tensor) else value for value in figures.values()]

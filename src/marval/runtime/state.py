@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from marval.config import ModelConfig
 from marval.io.checkpoint import save_tensors
 from marval.model import MAR
-from marval.runtime.distributed import Workers, whole_state
+from marval.runtime.distributed import Workers, whole
 from marval.runtime.folder import RUN, Run, compare_settings, saved_states
 from marval.runtime.log import LOG, cut_log
 from marval.runtime.optim import Optimizer
@@ -149,7 +149,7 @@ def check_finite(where: str, tensors: Mapping[str, Tensor], workers: Workers) ->
 
 def save_network(folder: Path, network: MAR, config: ModelConfig, workers: Workers) -> None:
     """Write a (sharded) network as a model that anyone can load."""
-    tensors = whole_state(network)
+    tensors = {name: whole(tensor).detach().cpu() for name, tensor in network.state_dict().items()}
     check_finite(f"for {folder}", tensors, workers)
     if workers.main:
         save_tensors(folder, tensors, config)

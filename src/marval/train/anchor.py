@@ -19,14 +19,12 @@ from marval.sampling import DrawTokens, draw_function
 from marval.spaces import TokenSpace
 from marval.train.distill import (
     Drawn,
-    batch_guidance,
     masked_parts,
     phi_steps,
     predicted_eps,
     student_tokens,
     target_contexts,
 )
-from marval.train.draws import gsim_draws
 
 
 @dataclass(frozen=True)
@@ -102,12 +100,6 @@ class AnchorNetworks:
         """The networks that a resumed run needs."""
         return {"auxiliary": self.phi, **({} if self.reference is None else {"reference": self.reference})}
 
-    @torch.no_grad()
-    def freeze_reference(self) -> None:
-        """Keep phi as it is now, having learnt the untouched student's score, as what the student is held to."""
-        if self.reference is not None:
-            torch._foreach_copy_(list(self.reference.parameters()), list(self.phi.parameters()))
-
 
 def place_anchor(
     anchor: Anchor, config: ModelConfig, space: TokenSpace, workers: Workers, *, to_student: bool
@@ -120,29 +112,33 @@ def place_anchor(
     workers.place(anchor.teacher.eval().requires_grad_(False))
     workers.place(phi.requires_grad_(True))
     workers.place(reference.requires_grad_(False))
+    phi_adam = Optimizer(phi, settings.gradient_clip, (0.0, 0.999))
+    phi.requires_grad_(False)  # but in its own steps
     return AnchorNetworks(
-        anchor.teacher, phi, Optimizer(phi, settings.gradient_clip, (0.0, 0.999)), reference if to_student else None,
+        anchor.teacher, phi, phi_adam, reference if to_student else None,
         settings, config, anchor.data, space, NoiseSchedule.full(workers.device), draw_function(config), workers,
     )  # fmt: skip
 
 
-def anchor_step(held: AnchorNetworks, student: MAR, update: int, weight: float, *, learning: bool) -> Figures:
+def anchor_step(held: AnchorNetworks, student: MAR, update: int, weight: float, learnt: int) -> Figures:
     """Leave `weight` times the gradients of the GSIM loss in the student, let phi follow it, and return the figures.
 
-    Without `learning` the student only draws, so that phi can catch up. `marval.train.distill` says what each line is.
+    Args:
+        learnt: updates that the student has learnt in; while it is below 0 the student only draws, so that phi can
+            catch up. At 0 the reference becomes what phi is then. `marval.train.distill` says what each line is.
     """
     settings, schedule, phi = held.settings, held.schedule, held.phi
-    draws = gsim_draws(settings, held.config.mar, update, held.workers.device)
-    w = batch_guidance(settings, draws, held.config.mar.num_tokens)
+    if held.reference is not None and learnt == 0:
+        with torch.no_grad():
+            torch._foreach_copy_(list(held.reference.parameters()), list(phi.parameters()))
     score = held.teacher.head if held.reference is None else held.reference
     figures, drawn = Figures(), list[Drawn]()
-    phi.requires_grad_(False)
-    for share, inputs, part in masked_parts(draws, update, settings, held.data, held.space, held.workers):
+    for share, w, inputs, part in masked_parts(update, settings, held.config.mar, held.data, held.space, held.workers):
         with torch.no_grad():
             c = target_contexts(held.teacher, inputs, guided=w != 1.0, autocast=settings.autocast)
-        with torch.set_grad_enabled(learning):
+        with torch.set_grad_enabled(learnt >= 0):
             x_0 = student_tokens(student, held.draw, inputs, part.z, settings.autocast)
-        if learning:
+        if learnt >= 0:
             t, eps = part.theta
             x_t = schedule.add_noise(x_0, eps, t)
             target_eps, phi_eps = predicted_eps(score, x_t, t, c, w), predicted_eps(phi, x_t, t, c[:1])

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from marval.config import Chain, ModelConfig, OneStep
+from marval.config import Chain, MARConfig, ModelConfig, OneStep
 from marval.data import TrainingData, batch_indices
 from marval.losses.gsim import phi_loss, theta_loss
 from marval.model import MAR, NoiseSchedule, TokenHead
@@ -56,21 +56,21 @@ def revealed_after(visible: int, tokens: int, iterations: int) -> float:
     return min(1 - math.cos(angle), (tokens - 1) / tokens)
 
 
-def batch_guidance(settings: DistillConfig, draws: GSIMDraws, tokens: int) -> float:
-    """The teacher's w in the contexts of a batch of images of so many tokens."""
-    w, schedule = settings.known_guidance
-    return guidance_at(w, schedule, revealed_after(draws.visible.shape[1], tokens, settings.iterations))
-
-
 def masked_parts(
-    draws: GSIMDraws, update: int, settings: DistillConfig, data: TrainingData, space: TokenSpace, workers: Workers
-) -> Iterator[tuple[float, Inputs, GSIMDraws]]:
-    """This process's parts of a batch of masked real images: each one's weight in the batch's mean, and its draws."""
+    update: int, settings: DistillConfig, mar: MARConfig, data: TrainingData, space: TokenSpace, workers: Workers
+) -> Iterator[tuple[float, float, Inputs, GSIMDraws]]:
+    """Load and mask a batch of real images, part by part of this process's share.
+
+    Each part comes with its weight in the batch's mean, the teacher's w, what context networks see, and its draws.
+    """
+    draws = gsim_draws(settings, mar, update, workers.device)
+    w, schedule = settings.known_guidance
+    w = guidance_at(w, schedule, revealed_after(draws.visible.shape[1], mar.num_tokens, settings.iterations))
     indices = batch_indices(len(data), settings.batch_size, update, settings.seed)
     for rows in workers.parts(settings.batch_size, settings.accumulate):
         part, stream = draws.part(rows), (settings.seed, "data", update)
         tokens, labels = data.tokens(indices, rows, space, workers.device, stream)
-        yield workers.share(rows, settings.batch_size), (tokens, part.visible, part.targets, labels), part
+        yield workers.share(rows, settings.batch_size), w, (tokens, part.visible, part.targets, labels), part
 
 
 def target_contexts(model: MAR, inputs: Inputs, *, guided: bool, autocast: bool) -> Float[Tensor, "g n d"]:
@@ -128,18 +128,12 @@ def phi_steps(
     return figures
 
 
-class Networks(NamedTuple):
-    """What is trained, beside the frozen teacher."""
+def copy_networks(
+    teacher: MAR, settings: DistillConfig, workers: Workers
+) -> tuple[MAR, MAR, TokenHead, dict[str, Optimizer]]:
+    """Copy theta (the student), its average and phi from the teacher, freeze all but theta, and put them in place.
 
-    student: MAR  # theta
-    ema: MAR
-    phi: TokenHead
-    theta_adam: Optimizer
-    phi_adam: Optimizer
-
-
-def copy_networks(teacher: MAR, settings: DistillConfig, workers: Workers) -> Networks:
-    """Copy student and phi from the teacher, and freeze it; all of them are put in place, in evaluation mode.
+    The optimizers are theta's ("student") and phi's ("auxiliary"); phi learns in `phi_steps` alone.
 
     Raises:
         ValueError: a batch that cannot be split over the processes.
@@ -147,10 +141,12 @@ def copy_networks(teacher: MAR, settings: DistillConfig, workers: Workers) -> Ne
     workers.parts(settings.batch_size, settings.accumulate)
     student, ema, phi = copy.deepcopy(teacher), copy.deepcopy(teacher), copy.deepcopy(teacher.head)
     for network, learns in ((teacher, False), (student, True), (ema, False), (phi, True)):
-        workers.place(network.eval().requires_grad_(learns))
+        workers.place(network.eval().requires_grad_(learns))  # eval: dropout stays off
     student.checkpoint_blocks = settings.checkpoint_blocks
-    theta_adam, phi_adam = (Optimizer(network, settings.gradient_clip, (0.0, 0.999)) for network in (student, phi))
-    return Networks(student, ema, phi, theta_adam, phi_adam)
+    learning = {"student": student, "auxiliary": phi}
+    adams = {name: Optimizer(network, settings.gradient_clip, (0.0, 0.999)) for name, network in learning.items()}
+    phi.requires_grad_(False)
+    return student, ema, phi, adams
 
 
 def distill(
@@ -159,7 +155,6 @@ def distill(
     settings: DistillConfig,
     data: TrainingData,
     run: Run,
-    *,
     probe: Probe | None = None,
 ) -> int:
     """Distil `teacher` into a one-step student, leave its EMA in the run's `model`, and return the last update.
@@ -168,14 +163,12 @@ def distill(
         probe: figures of a model, logged every `settings.probe_every` updates (a small Fréchet distance).
 
     Raises:
-        ValueError: the teacher is a student already, the run has other settings, or too many updates in a row had
-            gradients that are not finite.
+        ValueError: the teacher is a student, the run has other settings, or gradients are not finite again and again.
     """
     config, settings = student_config(teacher_config, settings)
     origin = {"data_set": data_identity(data), "teacher": model_identity(teacher_config.name, teacher)}
     workers, device, autocast = run.workers, run.workers.device, settings.autocast
-    student, ema, phi, theta_adam, phi_adam = copy_networks(teacher, settings, workers)
-    adams = {"student": theta_adam, "auxiliary": phi_adam}
+    student, ema, phi, adams = copy_networks(teacher, settings, workers)
     described = {**config.to_dict(), **dataclasses.asdict(settings), **origin}
     state = State(run, described, {"student": student, "auxiliary": phi, "ema": ema}, adams)
     start, _ = state.load()
@@ -185,12 +178,9 @@ def distill(
     for update in workers.updates(start, settings.updates):
         learnt = update - settings.warmup  # until then only phi learns
         factor = learning_rate_factor(max(learnt, 0), 1, settings.decay, settings.updates - settings.warmup)
-        draws = gsim_draws(settings, config.mar, update, device)
         figures, drawn = Figures(), list[Drawn]()
-        w = batch_guidance(settings, draws, config.mar.num_tokens)
         with fast_attention(device):
-            phi.requires_grad_(False)
-            for share, inputs, part in masked_parts(draws, update, settings, data, space, workers):
+            for share, w, inputs, part in masked_parts(update, settings, config.mar, data, space, workers):
                 with torch.no_grad():
                     c = target_contexts(teacher, inputs, guided=w != 1.0, autocast=autocast)
                 with torch.set_grad_enabled(learnt >= 0):
@@ -205,9 +195,10 @@ def distill(
                 add_means(figures, share, token_square=x_0.square(), real_square=inputs[0].square())
                 drawn.append(Drawn(share, c[:1], x_0.detach(), part.phi))
             if learnt >= 0:
-                figures["gradient_norm"] = theta_adam.step(settings.learning_rate * factor)
+                figures["gradient_norm"] = adams["student"].step(settings.learning_rate * factor)
                 update_ema(ema, student, learnt, settings.ema_decay)
-            figures |= phi_steps(phi, phi_adam, drawn, schedule, settings.auxiliary_learning_rate * factor)
+            rate = settings.auxiliary_learning_rate * factor
+            figures |= phi_steps(phi, adams["auxiliary"], drawn, schedule, rate)
 
         now = due(update + 1, settings, workers, 0 if probe is None else settings.probe_every)
         if probe is not None and now.probe:

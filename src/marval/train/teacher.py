@@ -104,8 +104,8 @@ def train_teacher(
         init: start from these weights instead of fresh ones.
 
     Raises:
-        ValueError: `init` has other sizes than `config`, the run has other settings, or too many updates in a row had
-            gradients that are not finite.
+        ValueError: `init` has other sizes than `config`, the run has other settings, or gradients are not finite again
+            and again.
     """
     if init is not None and init.config != config.mar:
         raise ValueError(f"the initial model's sizes are {init.config}, the data asks for {config.mar}")

@@ -148,13 +148,12 @@ def tune(
         ValueError: the model is a teacher, the run has other settings, an anchor without a teacher, or a bad reward.
     """
     config, settings, anchor = tuned_config(student_config, settings, anchor)
-    origin = {**described(config, settings, reward, anchor), "student": model_identity(student_config.name, student)}
+    origin = {"student": model_identity(student_config.name, student), **described(config, settings, reward, anchor)}
     workers, device = run.workers, run.workers.device
     space, draw = token_space(config.space, device), draw_function(config)
     if settings.normalize:
         reward = standardized(reward, *first_images(student, config, space, settings, device))
-    networks = copy_networks(student, config, settings, space, anchor, workers)
-    student, ema, held, adams = networks
+    student, ema, held, adams = networks = copy_networks(student, config, settings, space, anchor, workers)
     state, keeper = State(run, origin, networks.named, adams), Keeper(settings)
     start, kept = state.load()
     keeper.load_state_dict(kept)
@@ -172,14 +171,12 @@ def tune(
         figures = Figures()
         with fast_attention(device):
             if held is not None:
-                if learnt == 0:
-                    held.freeze_reference()
-                figures |= anchor_step(held, student, update, settings.anchor, learning=learnt >= 0)
+                figures |= anchor_step(held, student, update, settings.anchor, learnt)
             if learnt >= 0:
                 for share, labels, how in tune_parts(settings, config, update, workers):
                     tokens = sample(student, draw, labels.to(device), **how)
-                    prompts = prompts_of(settings.prompt, config.class_names, labels.tolist())
                     images = space.decode(tokens)
+                    prompts = prompts_of(settings.prompt, config.class_names, labels.tolist())
                     loss, rewards = workers.together(policy_loss, reward, images, prompts, settings.hinge)
                     (loss * share).backward()
                     add_means(figures, share, reward=rewards)

@@ -1,0 +1,172 @@
+"""A run's folder: it has one run of one origin, a whole state or the one before, and says why it refuses another."""
+
+import dataclasses
+import errno
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from marval.io.checkpoint import load_model, save_model
+from marval.model import MAR
+from marval.pipeline import load
+from marval.rewards import WeightedReward
+from marval.runtime import state as state_module
+from marval.runtime.state import shard_files
+from processes import environment
+from tiny import tiny_config, tiny_data, tiny_model
+from training import anchor_of, brightness, log_of, run_anchored, run_distill, run_train, run_tune, state_of
+
+
+def other_data():
+    """Images of which one pixel differs."""
+    data = tiny_data()
+    data.images[5, 0, 0, 0] += 1
+    return data
+
+
+def darkness(images, prompts):
+    return -images.mean(dim=(1, 2, 3))
+
+
+def weighted(weight):
+    return WeightedReward({"mine:brightness": (brightness, weight)})
+
+
+@pytest.mark.parametrize(
+    ("run", "first", "second", "words"),
+    [
+        (run_train, {}, {"batch_size": 4}, "batch_size was 8, now 4"),
+        (run_train, {}, {"data": other_data()}, "data_set was 64 images"),
+        (run_train, {}, {"init": tiny_model()}, "init was fresh weights, now init"),
+        (run_distill, {}, {"teacher": 1}, "teacher was tiny"),
+        (run_distill, {}, {"data": other_data()}, "data_set was 64 images"),
+        (run_tune, {}, {"reward": darkness}, "reward was brightness=1 .*, now darkness=1"),
+        (run_tune, {"reward": weighted(1.0)}, {"reward": weighted(-1.0)}, "reward was mine:brightness=1 .*=-1"),
+        (run_tune, {}, {"student": 1}, "student was tiny"),
+        (run_tune, {}, {"prompt": "one {}"}, "prompt was a high-quality and harmonious picture of {}, now one {}"),
+        (run_anchored, {}, {"anchored": anchor_of(2)}, "teacher was teacher"),
+        (run_anchored, {}, {"anchored": anchor_of(guidance=3.0)}, "anchoring.guidance was 1.5, now 3.0"),
+        (run_anchored, {}, {"anchored": anchor_of(data=other_data())}, "anchor_data was 64 images"),
+    ],
+)
+def test_resuming_refuses_another_origin_and_names_both(run, first, second, words, tmp_path):
+    run(tmp_path / "run", updates=2, **first)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(ValueError, match=rf"holds another run: .*{words}.*--resume may change updates, "):
+        run(tmp_path / "run", resume=True, updates=2, **{**first, **second})
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_resuming_may_change_what_it_lists_and_nothing_starts_over_a_run(tmp_path):
+    with pytest.raises(ValueError, match="nothing to resume"):
+        run_train(tmp_path / "run", resume=True)
+    assert not (tmp_path / "run").exists()
+    run_train(tmp_path / "run")
+    with pytest.raises(ValueError, match="--resume"):
+        run_train(tmp_path / "run")
+    longer = {"updates": 8, "warmup": 3, "decay": 1, "learning_rate": 2e-3, "save_every": 3, "accumulate": 2}
+    assert run_train(tmp_path / "run", resume=True, **longer) == 8
+    shutil.move(tmp_path / "run", tmp_path / "elsewhere")
+    assert load(tmp_path / "elsewhere/model").sample(["cross"], seed=3).shape == (1, 1, 8, 8)
+
+
+def test_a_state_that_says_less_is_resumed_with_a_warning(tmp_path, capsys):
+    run_train(tmp_path)
+    (file,) = tmp_path.glob("state-*/run.json")
+    about = json.loads(file.read_text())
+    for name in ("data_set", "init"):
+        del about["settings"][name]
+    file.write_text(json.dumps(about))
+    assert run_train(tmp_path, resume=True, updates=8) == 8
+    assert "another version of marval, which did not say data_set, init" in capsys.readouterr().err
+
+
+def test_a_damaged_state_is_one_clear_error(tmp_path):
+    run_train(tmp_path, updates=2)
+    (state,) = tmp_path.glob("state-*")
+    (shard,) = state.glob("*.safetensors")
+    content = shard.read_bytes()
+    for damaged in (content[:1000], b"", content[:-5]):
+        shard.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged"):
+            run_train(tmp_path, resume=True)
+    shard.write_bytes(content)
+    (state / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        run_train(tmp_path, resume=True)
+
+
+def test_a_full_disk_leaves_the_last_state(tmp_path, monkeypatch):
+    run_train(tmp_path, updates=2)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as later:
+        later.setattr(state_module.dcp, "save", full)
+        with pytest.raises(ValueError, match=r"No space left.*the last good state is kept"):
+            run_train(tmp_path, resume=True)
+    assert len(state_of(tmp_path, 2)) > 10
+    assert not list(tmp_path.glob(".state-*"))
+    assert run_train(tmp_path, resume=True) == 6
+
+
+def test_a_large_state_is_written_in_files_of_bounded_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(state_module, "FILE_BYTES", 20_000)
+    tensors = {"a": torch.zeros(5000), "b": torch.zeros(50_000), "c": torch.zeros(1), "d": torch.zeros(4000)}
+    assert shard_files(tensors) == {"a": 1, "b": 2, "c": 3, "d": 3}
+    run_train(tmp_path, updates=2)
+    (state,) = tmp_path.glob("state-*")
+    files = sorted(state.glob("*.safetensors"))
+    largest = max(tensor.nbytes for file in files for tensor in load_file(file).values())
+    assert len(files) > 3
+    assert all(file.stat().st_size < 20_000 + largest + 20_000 for file in files)
+
+
+def test_two_runs_cannot_have_one_folder_and_a_killed_one_does_not_block(tmp_path):
+    out = tmp_path / "run"
+    script = f"""
+import time
+from pathlib import Path
+from marval.runtime.folder import open_run
+with open_run(Path({str(out)!r})):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", script], env=environment(), stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=r"run.*\.lock is held by another command"):
+        run_train(out)
+    assert not (out / "log.jsonl").exists()
+    holder.kill()
+    holder.wait()
+    assert (out / ".lock").exists()
+    run_train(out, updates=2)
+    assert not (out / ".lock").exists()
+
+
+def test_a_refused_run_leaves_nothing_behind_and_a_new_one_begins_a_new_log(tmp_path):
+    with pytest.raises(ValueError, match="sizes"):
+        run_train(tmp_path / "runs" / "deep", init=MAR(dataclasses.replace(tiny_config().mar, buffer_size=3)))
+    with pytest.raises(ValueError, match=r"a batch of 8 cannot be split over 1 processes x 9 parts"):
+        run_train(tmp_path / "runs" / "deep", accumulate=9)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "log.jsonl").write_text('{"update": 99}\n')
+    run_train(tmp_path, updates=2)
+    assert [line["update"] for line in log_of(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_model_that_is_not_finite_is_refused_where_it_is_read(value, tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.state_dict()["diffloss.net.final_layer.linear.bias"][1] = value
+    save_model(tmp_path, model, tiny_config(), torch.bfloat16)
+    with pytest.raises(ValueError, match=r"final_layer.linear.bias holds values that are not finite"):
+        load_model(tmp_path)

@@ -1,0 +1,145 @@
+"""Configurations and settings check themselves where they are made; presets are sound; old checkpoints load."""
+
+import dataclasses
+import json
+import math
+from typing import get_args, get_type_hints
+
+import pytest
+
+from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep, PixelSpace
+from marval.io.checkpoint import add_guidance, load_model, save_model
+from marval.pipeline import bundled_models, load
+from marval.presets import DistillConfig, TrainConfig, TuneConfig, settings_of
+from marval.train.anchor import anchor_settings
+from tiny import tiny_config, tiny_model
+
+STAGES = (TrainConfig, DistillConfig, TuneConfig)
+ZERO_IS_FINE = {
+    "seed", "warmup", "decay", "anchor_warmup", "timestep", "guidance", "anchor", "weight_decay", "label_drop",
+    "mask_ratio_min", "ema_decay", "hinge", "min_diversity_ratio",
+}  # fmt: skip
+
+
+def numbers(stage, kind):
+    """The names of a stage's settings that are numbers of this kind."""
+    return [name for name, hint in get_type_hints(stage).items() if kind in (hint, *get_args(hint))]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_number_is_refused_out_of_its_range(stage):
+    for name in [*numbers(stage, int), *numbers(stage, float)]:
+        bad = [] if name in ZERO_IS_FINE else [0]
+        bad += [] if name in ("seed", "hinge") else [-1]
+        if name in numbers(stage, float):
+            bad = [*map(float, bad), math.nan, *([] if name == "max_distance_ratio" else [math.inf])]
+        else:
+            bad += [2**63]
+        for value in bad:
+            with pytest.raises(ValueError, match=rf"^{name} {value!r}: expected "):
+                stage(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["a/b", "a\\b", ".hidden", "..", "a\nb", "a\x00", "x" * 101, "/etc", "\ud800"])
+def test_names_that_are_paths_are_refused(name):
+    with pytest.raises(ValueError, match="plain name"):
+        dataclasses.replace(tiny_config(), name=name)
+    with pytest.raises(ValueError, match="plain name"):
+        ModelConfig.from_dict({**tiny_config().to_dict(), "name": name})
+
+
+@pytest.mark.parametrize("name", ["", "tuned 2.0 (K=8)", "größer", "模型", "a:b", "x" * 100])
+def test_other_names_are_fine(name):
+    assert dataclasses.replace(tiny_config(), name=name).name == name
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Chain(guidance=math.nan), "guidance nan"),
+        (lambda: Chain(temperature=-1.0), "temperature -1.0"),
+        (lambda: OneStep(timestep=999), "timestep 999.*explodes"),
+        (lambda: OneStep(guidance=-1.0), "guidance -1"),
+        (lambda: PixelSpace((28, 28), 1, 0, 0.3, 3.0), "patch 0"),
+        (lambda: PixelSpace((28, 28), 1, 5, 0.3, 3.0), "28x28 pixels.*multiples of a token's 5"),
+        (lambda: PixelSpace((28, 28), 1, 4, 0.3, math.nan), "scale nan"),
+        (lambda: LatentSpace((256, 256), "kl16", vae_stride=0), "vae_stride 0"),
+        (lambda: LatentSpace((30, 30), "kl16"), "30x30 pixels.*multiples of a token's 16"),
+        (lambda: LatentSpace((32, 32), "kl16", scale=0.0), "scale 0.0"),
+        (lambda: MARConfig((4, 4), 16, 3, 16, 1, -2, 16, 1, 2, 16, 1), "encoder_heads -2"),
+        (lambda: MARConfig((4, 4), 16, 3, 16, 1, 3, 16, 1, 2, 16, 1), "3 attention heads for 16 channels"),
+        (lambda: MARConfig((0, 4), 16, 3, 16, 1, 2, 16, 1, 2, 16, 1), r"token_grid \(0, 4\)"),
+        (lambda: dataclasses.replace(tiny_config(), iterations=0), "iterations 0"),
+        (lambda: dataclasses.replace(tiny_config(), class_names=("one",)), "1 class names: expected 2"),
+        (lambda: DistillConfig(updates=50), "updates 50: expected more than the 100 of the warm-up"),
+        (lambda: TuneConfig(updates=100, anchor=0.5), "updates 100: expected more than the 100 of the warm-up"),
+        (lambda: TrainConfig(updates=50, warmup=51), "warmup 51: expected at most the 50 updates"),
+        (lambda: TuneConfig(gradient_iterations=9), "gradient_iterations 9: expected at most the 8"),
+        (lambda: TuneConfig(prompt="{x}"), r"prompt '\{x\}': expected exactly one \{\}"),
+        (lambda: settings_of(TrainConfig, "imagenet"), "unknown preset 'imagenet': expected one of fashion-mnist, "),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_short_runs_have_a_short_warm_up_and_presets_are_sound():
+    assert [TrainConfig(updates=n).warmup_updates for n in (1, 3, 800, 10_000)] == [0, 1, 400, 500]
+    assert TrainConfig(updates=800, warmup=700).warmup_updates == 700
+    for size in ("base", "large", "huge"):
+        assert settings_of(DistillConfig, f"imagenet256-{size}").objective == "gsim"
+        assert settings_of(TuneConfig, f"imagenet256-{size}").gradient_iterations == 4
+    assert settings_of(DistillConfig, "fashion-mnist") == DistillConfig()
+    TuneConfig(updates=50)  # without an anchor its warm-up is not used
+    TuneConfig(max_distance_ratio=math.inf, min_diversity_ratio=0.0, patience=10**9)  # never stop
+
+
+def test_the_full_size_teacher_has_mars_recipe():
+    settings = settings_of(TrainConfig, "imagenet256-large")
+    assert settings.learning_rate == 1e-4 * settings.batch_size / 256
+    epoch = 1_281_167 / settings.batch_size
+    assert settings.updates / epoch == pytest.approx(400, rel=1e-3)
+    assert settings.warmup / epoch == pytest.approx(100, rel=1e-3)
+    assert (settings.mask_ratio_min, settings.mask_ratio_std, settings.label_drop) == (0.7, 0.25, 0.1)
+    assert (settings.weight_decay, settings.ema_decay, settings.gradient_clip) == (0.02, 0.9999, 3.0)
+    assert settings.tokens_per_image == MARConfig.imagenet256("large").num_tokens
+    assert settings.decay == 0  # a constant rate
+
+
+def test_an_anchor_pulls_to_what_was_distilled_by_the_recipe_of_the_preset():
+    student = dataclasses.replace(tiny_config(), draw=OneStep(guidance=1.2, guidance_schedule="constant"), iterations=5)
+    recipe = settings_of(DistillConfig, "imagenet256-base")
+    anchored = anchor_settings(recipe, student, TuneConfig(batch_size=6, accumulate=2, autocast=False, seed=3))
+    assert (anchored.guidance, anchored.guidance_schedule, anchored.iterations) == (1.2, "constant", 5)
+    assert (anchored.batch_size, anchored.accumulate, anchored.autocast, anchored.seed) == (6, 2, False, 3)
+    for name in ("tokens_per_image", "mask_ratio_min", "mask_ratio_std", "objective", "auxiliary_learning_rate"):
+        assert getattr(anchored, name) == getattr(recipe, name)
+
+
+def test_a_teacher_that_calls_its_diffusion_steps_steps_still_loads():
+    older = json.loads(json.dumps(tiny_config().to_dict()))
+    older["draw"]["steps"] = older["draw"].pop("diffusion_steps")
+    assert ModelConfig.from_dict(older) == tiny_config()
+
+
+@pytest.mark.parametrize("name", bundled_models())
+def test_bundled_models_load(name):
+    draw = load(name).config.draw
+    assert isinstance(draw, Chain if name == "fashion-teacher" else OneStep)
+    if isinstance(draw, OneStep):
+        assert (draw.guidance, draw.guidance_schedule) == (1.6, "linear")  # the mean of 1.5, 1.8 and 1.5: see the card
+
+
+def test_older_students_load_and_their_config_json_may_say_the_guidance(tmp_path):
+    config = dataclasses.replace(tiny_config(), draw=OneStep(guidance=1.2, guidance_schedule="linear"))
+    older = config.to_dict()
+    del older["draw"]["guidance"], older["draw"]["guidance_schedule"]
+    file = tmp_path / "model.safetensors"
+    assert add_guidance(older, file) == older  # nothing beside it
+    save_model(tmp_path, tiny_model(), config)
+    assert add_guidance(older, file)["draw"] == config.to_dict()["draw"]
+    (tmp_path / "config.json").write_text('{"draw": {"guidance": 9, "guidance_schedule": "constant"}}')
+    assert load_model(tmp_path)[1] == config  # weights that say it themselves are believed
+    (tmp_path / "config.json").write_text("nonsense")
+    assert add_guidance(older, file) == older

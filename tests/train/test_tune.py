@@ -1,0 +1,161 @@
+"""Tuning's parts: rewards and what may be wrong with them, prompts, the keeper, low rank, precision."""
+
+import dataclasses
+import string
+
+import pytest
+import torch
+
+from marval.config import OneStep
+from marval.losses.reward import policy_loss
+from marval.pipeline import load
+from marval.presets import TuneConfig
+from marval.rewards import ClassifierReward, Prompt, WeightedReward, prompts_of, standardized
+from marval.rewards.classifier import Classifier
+from marval.runtime.distributed import Workers
+from marval.runtime.rng import generator
+from marval.sampling import DrawInOneStep, draw_function, sample
+from marval.train.keeper import Keeper
+from marval.train.low_rank import add_low_rank, merged
+from marval.train.tune import trainable
+from tiny import tiny_config, tiny_model
+from training import TUNE, brightness, run_tune, state_of
+
+
+@pytest.mark.parametrize("template", ["a high-quality and harmonious picture of {}", "{}", "no class", "car: {}"])
+@pytest.mark.parametrize("names", [tuple(string.ascii_lowercase), ("car", "picture"), ("shirt", "t-shirt", "a {} b")])
+def test_the_classifier_judges_the_class_that_was_asked_for(names, template):
+    classifier = Classifier("plain", 1, names).eval()
+    images = torch.rand(len(names), 1, 28, 28, generator=generator("images"))
+    labels = list(reversed(range(len(names))))
+    rewards = ClassifierReward(classifier)(images, prompts_of(template, names, labels))
+    expected = classifier(images).log_softmax(dim=1)[torch.arange(len(names)), labels]
+    torch.testing.assert_close(rewards, expected)
+
+
+def test_a_prompt_is_a_text_that_knows_its_class_and_others_are_refused():
+    prompt = Prompt.of("a picture of {}, or {}", "a {x} b")
+    assert prompt == "a picture of a {x} b, or a {x} b"
+    assert prompt.class_name == "a {x} b"
+    for template in ("{x}", "a {class}", "{0} {}"):
+        with pytest.raises(ValueError, match="no other braces"):
+            Prompt.of(template, "bag")
+    reward = ClassifierReward(Classifier("plain", 1, ("car", "dog")))
+    with pytest.raises(ValueError, match=r"'a car' was made for no class"):
+        reward(torch.zeros(1, 1, 28, 28), ["a car"])
+    with pytest.raises(ValueError, match=r"does not know 'cat': it tells car, dog apart; .* --classifier FILE"):
+        reward(torch.zeros(1, 1, 28, 28), [Prompt.of("a {}", "cat")])
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda images, prompts: images.mean(), "expected one number per image"),
+        (lambda images, prompts: images.detach().mean(dim=(1, 2, 3)), "no gradient"),
+        (lambda images, prompts: images.mean(dim=(1, 2, 3)) * float("nan"), "not finite for the prompt"),
+    ],
+)
+def test_a_bad_reward_is_named(reward, message, tmp_path):
+    with pytest.raises(ValueError, match=f"reward mine: .*{message}"):
+        run_tune(tmp_path, reward=WeightedReward({"mine": (reward, 1.0)}))
+    load(tmp_path)  # the student that it started from
+
+
+def test_a_reward_that_becomes_nan_names_the_prompt_and_keeps_state_and_model(tmp_path):
+    calls = []
+
+    def breaks(images, prompts):
+        calls.append(1)
+        broken = torch.tensor(["square" in prompt for prompt in prompts])
+        return torch.where(broken, torch.nan, brightness(images, prompts)) if len(calls) > 3 else images.mean((1, 2, 3))
+
+    with pytest.raises(ValueError, match=r"reward mine: not finite for the prompt 'a high-quality .* square'"):
+        run_tune(tmp_path, reward=WeightedReward({"mine": (breaks, 1.0)}), updates=99, batch_size=8)
+    assert all(value.isfinite().all() for value in state_of(tmp_path, 2).values())
+    assert load(tmp_path).sample([0]).isfinite().all()
+
+
+def test_a_hinge_stops_good_images_from_pushing():
+    images = torch.tensor([0.2, 0.5, 0.9]).view(3, 1, 1, 1).requires_grad_(True)
+    loss, rewards = policy_loss(lambda x, prompts: x.sum(dim=(1, 2, 3)), images, ["a"] * 3, hinge=0.6)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(0.2 + 0.5 + 0.6) / 3)
+    torch.testing.assert_close(rewards, torch.tensor([0.2, 0.5, 0.9]))
+    torch.testing.assert_close(images.grad.flatten(), torch.tensor([-1 / 3, -1 / 3, 0.0]))
+
+
+def test_normalized_rewards_have_mean_0_and_deviation_1_part_by_part():
+    images = torch.rand(50, 1, 4, 4, generator=generator("images"))
+    both = WeightedReward({"mean": (brightness, 1.0), "big": (lambda x, prompts: 1000 * x[:, 0, 0, 0], 0.5)})
+    normalized = standardized(both, images, ["a"] * 50)
+    for part, _ in normalized.rewards.values():
+        values = part(images, ["a"] * 50)
+        assert values.mean().item() == pytest.approx(0, abs=1e-5)
+        assert values.std().item() == pytest.approx(1, rel=1e-5)
+    assert [weight for _, weight in normalized.rewards.values()] == [1.0, 0.5]
+    with pytest.raises(ValueError, match=r"reward same: it is 3 for all of 50 images"):
+        standardized(WeightedReward({"same": (lambda x, p: 0 * x.sum((1, 2, 3)) + 3, 1.0)}), images, ["a"] * 50)
+
+
+def test_the_keeper_uses_the_figures_that_there_are():
+    def see(*figures):
+        keeper = Keeper(TuneConfig(patience=2))
+        return [keeper.see(one) for one in figures], keeper.stopped
+
+    assert see({"fd": 1.0}, {"fd": 1.05}, {"fd": 1.0}) == ([True, True, True], "")
+    assert see({"fd": 1.0}, {"fd": 1.2})[1].startswith("the Fréchet distance rose to 1.20")
+    assert see({"fd": 1.0, "diversity": 2.0}, {"fd": 1.0, "diversity": 1.0})[1].startswith("the diversity fell")
+    best, why = see(*({"fd": 1.0, "held_out": x, "log_probability": -x} for x in (0.1, 0.3, 0.2, 0.2)))
+    assert best == [True, True, False, False]  # by the held-out reward, though the classifier disagrees
+    assert "held-out reward did not rise in 2 probes" in why
+
+
+def test_low_rank_factors_reach_every_use_of_a_weight_and_merge():
+    """Also where a block multiplies by slices of its weight."""
+    plain, network = tiny_model(), add_low_rank(tiny_model(), 2, seed=0)
+    draw = draw_function(dataclasses.replace(tiny_config(), draw=OneStep()))
+
+    def drawn(model, **how):
+        return sample(model, draw, torch.tensor([0, 1]), iterations=3, seeds=[1, 2], **how)
+
+    before = drawn(plain)
+    assert torch.equal(drawn(network), before)
+    factors = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    assert all(name.endswith((".a", ".b")) for name in factors)
+    drawn(network, gradient_iterations=3).square().sum().backward()
+    reached = {name for name, p in factors.items() if name.endswith(".b") and "res_blocks" not in name}
+    assert any("decoder_blocks.1.attn.qkv" in name for name in reached)
+    assert all(factors[name].grad.any() for name in reached)  # the gates of the head's blocks are closed at first
+    for parameter in factors.values():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    changed = drawn(network)
+    assert (changed - before).abs().max() > 1e-3
+    torch.testing.assert_close(drawn(merged(network)), changed)
+    assert merged(network).state_dict().keys() == plain.state_dict().keys()
+    with pytest.raises(ValueError, match="one process, not in 2"):
+        trainable(tiny_model(), dataclasses.replace(TUNE, train="low-rank"), Workers(count=2))
+
+
+def test_tuning_computes_contexts_in_bf16_and_the_rest_in_float32():
+    model, dtypes, gradients = tiny_model().requires_grad_(True), {}, {}
+
+    def watch(name):
+        return lambda module, inputs, output: dtypes.setdefault(name, set()).add(output.dtype)
+
+    model.decoder_blocks[0].mlp.register_forward_hook(watch("transformer"))
+    model.head.final_layer.register_forward_hook(watch("head"))
+    for autocast in (False, True):
+        dtypes.clear()
+        how = {"iterations": 4, "seeds": [1, 2], "gradient_iterations": 2, "autocast": autocast}
+        tokens = sample(model, DrawInOneStep(), torch.tensor([0, 1]), **how)
+        assert tokens.dtype == torch.float32
+        tokens.square().sum().backward()
+        assert dtypes["transformer"] == {torch.bfloat16 if autocast else torch.float32}
+        assert dtypes["head"] == {torch.float32}
+        gradients[autocast] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+    assert gradients[True].keys() == gradients[False].keys()
+    for name, exact in gradients[False].items():
+        if exact.abs().max() > 1e-3 and not name.endswith("qkv.bias"):
+            similarity = torch.cosine_similarity(exact.flatten(), gradients[True][name].flatten(), dim=0)
+            assert similarity > 0.98, name  # none of them vanishes, though two iterations ran without gradients before
