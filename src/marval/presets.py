@@ -87,7 +87,7 @@ class TrainConfig(RunConfig):
 
 
 def check_warmup(name: str, warmup: int, updates: int) -> None:
-    """Whether a run goes on after its warm-up.
+    """Check that a run is longer than its warm-up.
 
     Raises:
         ValueError: it ends within it.
@@ -148,7 +148,7 @@ class DistillConfig(RunConfig):
 
     @property
     def known_guidance(self) -> tuple[float, Schedule]:
-        """w and its schedule.
+        """Return w and its schedule.
 
         Raises:
             ValueError: the settings leave them to a teacher.

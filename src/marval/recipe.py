@@ -121,7 +121,7 @@ def plain_name(class_name: str) -> str:
 def make_recipe(
     name: str, weights: str, pipeline: Pipeline, label: int, seed: int, iterations: int, order: Order | None = None
 ) -> Recipe:
-    """The recipe of a picture that `pipeline` draws, with its own order when None."""
+    """Describe a picture that `pipeline` draws; in the model's own order when `order` is None."""
     config = pipeline.config
     chain: dict[str, Any] = {}
     if isinstance(config.draw, Chain):
@@ -182,7 +182,7 @@ def find_pipelines(name: str | Path | None, device: str) -> Callable[[Recipe], P
 
 
 def named_models(name: str | Path) -> list[Path]:
-    """The model that somebody named; or, where it is a folder without weights of its own, the models in it.
+    """Find the model of this name or, in a folder without weights of its own, the models in it.
 
     Raises:
         ValueError: there is none.
@@ -203,7 +203,7 @@ def draw_recipe(
     before: Float[Tensor, "l c"] | None = None,
     on_iteration: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Float[Tensor, "l c"]:
-    """The picture's tokens. An edit keeps the tokens of `before` to the bit, but for those that it redraws.
+    """Draw a recipe's tokens. An edit keeps the tokens of `before` to the bit, except those that it redraws.
 
     Args:
         on_iteration: as that of `marval.sampling.sample`, for the picture alone.
@@ -237,7 +237,7 @@ def draw_recipe(
 
 
 def redraw(recipe: Recipe, find: Callable[[Recipe], Pipeline]) -> Float[Tensor, "c h w"]:
-    """The picture again, edits and all, on the CPU; `find` gives the model of a recipe.
+    """Draw the picture again with its edits, on the CPU; `find` returns a recipe's model.
 
     Raises:
         ValueError: as `draw_recipe` and `find`, or a damaged upload.
@@ -275,7 +275,7 @@ def encode_picture(pipeline: Pipeline, picture: Image.Image) -> Float[Tensor, "l
 
 
 def read_recipe(file: Path) -> tuple[Recipe, Image.Image]:
-    """The recipe in a PNG file's metadata, and the picture as it is.
+    """Read the recipe in a PNG file's metadata, and the picture.
 
     Raises:
         ValueError: no such file, not a PNG, too many pixels, or none of marval's recipes in it.

@@ -134,5 +134,5 @@ def distil_live(out: Path, device: str, judge: Classifier) -> list[dict[str, flo
 
 
 def updates_of(probe: int) -> int:
-    """How often the live student had learnt at a probe; its warm-up is the auxiliary network's alone."""
+    """Count the updates of the live student before a probe; in its warm-up only the auxiliary network learns."""
     return max(0, min(probe * LIVE.probe_every, LIVE.updates) - LIVE.warmup)

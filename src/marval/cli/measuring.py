@@ -137,7 +137,7 @@ def check_request(
 
 @contextlib.contextmanager
 def measuring_workers(device: str) -> Iterator["Workers"]:
-    """The processes that draw; SIGTERM ends them at once, as there is nothing to save: finished rows are whole."""
+    """Start the processes that draw. SIGTERM ends them at once: finished rows are whole, so nothing is lost."""
     from marval.runtime.distributed import start_workers
 
     with start_workers(usable_device(device)) as workers:
@@ -146,7 +146,7 @@ def measuring_workers(device: str) -> Iterator["Workers"]:
 
 
 def models_to_measure(models: tuple[str, ...], sampling: Sampling, workers: "Workers") -> "Models":
-    """The models, a teacher once for each T and w; full-size ones with random weights."""
+    """Load the models: a teacher once for each T and w, full-size models with random weights."""
     from marval.evaluate.inputs import load_models
     from marval.evaluate.speed import random_pair
 

@@ -106,7 +106,7 @@ class Option:
         group.add_argument(self.flag, dest=self.place, **more)
 
     def value_of(self, typed: Any) -> Any:
-        """The value of what was typed.
+        """Convert what was typed to a value.
 
         Raises:
             ValueError: it is of another type, or breaks a rule.
@@ -125,7 +125,7 @@ RECIPE = "recipe"
 
 
 def options_of(function: Callable[..., Any], preset: Any = PRESETS[0]) -> list[Option]:
-    """Everything that can be typed for a function, with the defaults of a preset."""
+    """List the options of a function, with the defaults of a preset."""
     hints, found = get_type_hints(function, include_extras=True), []
     for name, parameter in inspect.signature(function).parameters.items():
         kind = hints[name]
@@ -151,13 +151,13 @@ def defaults_of(group: Any, preset: Any) -> Any:
 
 
 def comments_of(group: Any) -> dict[str, str]:
-    """The comments behind a dataclass's fields, by field."""
+    """Read the comment behind each of a dataclass's fields."""
     sources = "".join(inspect.getsource(one) for one in group.__mro__[-2::-1] if hasattr(one, "__dataclass_fields__"))
     return dict(re.findall(r"^    (\w+): .*?  # (.*)$", sources, re.MULTILINE))
 
 
 def paragraphs(function: Callable[..., Any], width: int) -> Iterator[str]:
-    """A docstring's text before its "Args:", in lines of this width; commands to copy stay whole."""
+    """Wrap a docstring's text before its "Args:" to this width; commands to copy stay whole."""
     text = inspect.cleandoc(function.__doc__ or "").partition("\nArgs:\n")[0]
     for part in text.split("\n\n"):
         commands = part.startswith(("marval ", "torchrun "))
@@ -199,7 +199,7 @@ def parser_of(function: Callable[..., Any], prog: str, preset: Any = PRESETS[0])
 
 
 def read(function: Callable[..., None], arguments: Sequence[str], prog: str) -> Callable[[], None]:
-    """A function with the arguments that were typed for it, ready to be called.
+    """Parse what was typed for a function, and return the function with these arguments, ready to be called.
 
     Raises:
         ValueError: an unknown option, a missing argument, or a value that does not fit; the option is named.
@@ -225,7 +225,7 @@ def read(function: Callable[..., None], arguments: Sequence[str], prog: str) -> 
 
 
 def with_fields(group: Any, fields: Mapping[str, Any]) -> Any:
-    """The group with these values.
+    """Return the group with these values.
 
     Raises:
         ValueError: they do not fit together; the first word, a field's name, becomes its flag.

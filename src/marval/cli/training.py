@@ -39,7 +39,7 @@ class Run(Checked):
 
     @contextlib.contextmanager
     def start(self, device: str) -> "Iterator[folder.Run]":
-        """The processes that share the work, with the run's folder to themselves."""
+        """Start the processes that share the work, and lock the run's folder for them."""
         from marval.runtime.distributed import start_workers
         from marval.runtime.folder import open_run
 
@@ -202,7 +202,7 @@ def tune(student: str, *, rewards: Rewards, settings: TuneConfig, output: TunedR
 
 
 def surprises(pipeline: "Pipeline", samples: int, held_out: bool, anchor: "Anchor | None") -> Iterator[str]:
-    """What a tuning run says before it starts, where it is not what one would expect."""
+    """Yield what a user should know before tuning starts: what stops the run, and how the anchor is guided."""
     classes = len(pipeline.config.class_names)
     if not held_out:
         yield (
@@ -265,7 +265,7 @@ def train_classifier(*, what: Classifier) -> None:
 
 
 def with_size(spec: str, size: str | None) -> tuple[int, int] | None:
-    """The rows and columns that `--size` says for a folder's images; None where it says nothing.
+    """Read rows and columns from `--size`; None where it is left out.
 
     Raises:
         ValueError: not a size that can be cut, or the data have a size of their own.
@@ -278,7 +278,7 @@ def with_size(spec: str, size: str | None) -> tuple[int, int] | None:
 
 
 def with_few_tokens(settings: Settings, pipeline: "Pipeline") -> Settings:
-    """The settings for a model that may have fewer tokens than the default K, and a line that says so."""
+    """Lower K to the model's number of tokens where that is smaller, and print a line that says so."""
     fitting = settings.within(pipeline.config.mar.num_tokens)
     if fitting != settings:
         name, count = pipeline.config.name, fitting.iterations
@@ -287,7 +287,7 @@ def with_few_tokens(settings: Settings, pipeline: "Pipeline") -> Settings:
 
 
 def say_where(run: "folder.Run", done: int, total: int) -> None:
-    """The last line of a training run."""
+    """Print the last line of a training run."""
     if run.workers.main:
         more = "; go on with --resume" if done < total else ""
         print(f"{run.folder / 'model'}: {done} of {total} updates done{more}")

@@ -37,7 +37,7 @@ UNKNOWN = {
 
 @dataclass(frozen=True)
 class Difference:
-    """One figure of one setting in both files: its means, and how far apart chance may put them (None: unknown)."""
+    """A figure at one setting in both files: both means, and the difference that chance can make (None: unknown)."""
 
     setting: str
     figure: str
@@ -67,7 +67,7 @@ class Difference:
 
 
 def compare(first: Path, second: Path) -> tuple[list[str], list[Difference]]:
-    """Lines on what made the two differ, and every figure that both have at one setting.
+    """Compare two files: lines on how each was made, and a `Difference` for every figure at a setting of both.
 
     A setting is who draws (model, T, w) and how it was measured (K, number of samples or batch size, precision,
     prompt). Where each file holds one who draws, these are compared whoever they are: a teacher and a student, say.
@@ -98,7 +98,7 @@ def compare(first: Path, second: Path) -> tuple[list[str], list[Difference]]:
 
 
 def report(first: Path, second: Path) -> list[str]:
-    """What `compare` finds, in lines: differences first, the rest counted."""
+    """Write what `compare` finds as lines: differences first, the rest counted."""
     lines, every = compare(first, second)
     counts = {verdict: sum(one.verdict == verdict for one in every) for verdict in [one.verdict for one in every]}
     found = counts.pop("a difference", 0)
@@ -117,7 +117,7 @@ def _read(file: Path) -> dict[str, list[Row]]:
 
 
 def _groups(rows: Sequence[Row]) -> dict[tuple[Any, Any], list[Row]]:
-    """Rows by who draws and how it was measured; of several versions of the metrics those of the newest."""
+    """Group rows by model and by measurement; rows of older versions of the metrics are left out."""
     groups: dict[tuple[Any, Any], list[Row]] = {}
     for row in rows:
         groups.setdefault((who(row), how(row)), []).append(row)

@@ -38,7 +38,7 @@ Labels = Int[Tensor, " n"]
 
 @dataclass(frozen=True)
 class Drawing:
-    """The images of one evaluation: who draws them, how many, at which K and seed."""
+    """The images of one evaluation: the model that draws them, their number, K and seed."""
 
     pipeline: Pipeline
     count: int
@@ -86,7 +86,7 @@ class Drawing:
 
 
 def iterations_of(pipeline: Pipeline, iterations: Sequence[int]) -> tuple[int, ...]:
-    """The numbers K that are asked for, each once, or the model's default.
+    """Return the numbers K to measure, each once; the model's default where none is asked for.
 
     Raises:
         ValueError: a K that the model has not.
@@ -99,7 +99,7 @@ def iterations_of(pipeline: Pipeline, iterations: Sequence[int]) -> tuple[int, .
 
 
 def check_finite(what: str, values: Shaped[Tensor, "n *rest"], names: Sequence[str]) -> None:
-    """Refuse values that are not finite: as bytes they would be black, in means they would spread.
+    """Refuse values that are not finite. As bytes they would be black, and they would spoil every mean.
 
     Raises:
         ValueError: some are not; the first one's name is said.
@@ -137,7 +137,7 @@ def draw_shards(
     report: Callable[[str], None] = print,
     label: str = "drawing images",
 ) -> Iterator[tuple[range, Images, Labels]]:
-    """This process's shards, one by one: the images' numbers, the images, their labels.
+    """Draw this process's shards, and yield the numbers, images and labels of each.
 
     Args:
         folder: keeps them (see `claim_folder`); what is there is read, not drawn. All processes must see it.
@@ -163,12 +163,12 @@ def draw_shards(
 
 
 def shard_file(folder: Path, number: int) -> Path:
-    """Where a shard lies."""
+    """Name the file of a shard."""
     return folder / f"shard-{number:05d}.safetensors"
 
 
 def read_shard(file: Path, count: int) -> Images:
-    """A shard's images.
+    """Read a shard's images.
 
     Raises:
         ValueError: it is missing or damaged.

@@ -70,7 +70,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Job:
-    """What one row measures: some images, and the settings that identify them."""
+    """One evaluation: images to draw, and the settings that identify their row."""
 
     drawing: Drawing
     key: Row
@@ -79,7 +79,7 @@ class Job:
 
     @property
     def plan(self) -> Row:
-        """What the folder's images are of."""
+        """Describe the images of the folder."""
         return {**self.key, "shard": self.drawing.shard}
 
     def check(self) -> None:
@@ -199,7 +199,7 @@ def measure_quality(
 
 
 def defined_figures(judge: Judge, columns: Columns, job: Job, report: Report) -> dict[str, float]:
-    """The judge's figures; a diversity that is not defined is left out, with a message."""
+    """Compute the judge's figures; leave out a diversity that is not defined, with a message."""
     figures = judge.figures_of(columns)
     if math.isnan(figures["diversity"]):
         report(f"{job.key['model']}: no diversity, which needs two images of a class: raise --samples")
@@ -227,12 +227,12 @@ def check_alike(pipelines: Sequence[Pipeline]) -> None:
 
 
 def holds(row: Row, key: Row) -> bool:
-    """Whether a row is of `key`, by today's metrics."""
+    """Tell whether a row was measured at `key`, by today's metrics."""
     return version_of(row) == METRICS and all(row.get(name) == value for name, value in key.items())
 
 
 def complete(row: Row, key: Row, judge: Judge) -> bool:
-    """Whether a row holds all figures of `key` that the judge gives, by today's metrics."""
+    """Tell whether a row has every figure that the judge gives at `key`, by today's metrics."""
     wanted: dict[str, object] = {"fd": judge.real, f"{judge.prefix}_kid": judge.sample, "accuracy": judge.classifier}
     wanted["fid"] = judge.reference
     return holds(row, key) and all(name in row for name, source in wanted.items() if source is not None)

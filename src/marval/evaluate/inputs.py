@@ -26,7 +26,7 @@ def load_models(
     temperature: float | None = None,
     order: Order | None = None,
 ) -> list[tuple[Path, Pipeline]]:
-    """Models with their folders, each once; a teacher once for each T (the largest first) and w.
+    """Load models with their folders, each once; a teacher once for each T (the largest first) and w.
 
     Raises:
         ValueError: no model is named, one cannot be loaded, two share a name, or a teacher's settings are given
@@ -64,7 +64,7 @@ def judge_for(
     sample: int = 0,
     limit: int | None = None,
 ) -> Judge:
-    """What the model's images are judged by: a classifier or the bundled one, and the real images' features.
+    """Make the judge of a model's images: a classifier, or the bundled one, and the real images' features.
 
     Args:
         workers: where features and classifier compute; all but the main one only draw, and need no real images.
@@ -108,7 +108,7 @@ def judge_for(
 
 
 def training_judge(pipeline: Pipeline, data: str | None, classifier: Path | None, workers: Workers) -> Judge:
-    """The judge of a training run's probes, with a sample of the real images.
+    """Make the judge of a training run's probes, with a sample of the real images.
 
     Raises:
         ValueError: as `judge_for`.
@@ -117,7 +117,7 @@ def training_judge(pipeline: Pipeline, data: str | None, classifier: Path | None
 
 
 def check_classifier(judge: Judge, pipeline: Pipeline) -> None:
-    """A judge's classifier tells the model's classes apart, in pictures such as it draws.
+    """Check that a judge's classifier has the model's classes and channels.
 
     Raises:
         ValueError: other classes, or another number of channels.

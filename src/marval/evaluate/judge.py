@@ -53,7 +53,7 @@ class Judge:
 
     @property
     def prefix(self) -> str:
-        """What the names of figures on its features begin with."""
+        """The prefix of the names of figures on its features."""
         return self.network.prefix
 
     @property
@@ -67,12 +67,12 @@ class Judge:
         return about
 
     def figures(self, images: UInt8[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> dict[str, float]:
-        """As `figures_of`, of images in memory."""
+        """Compute `figures_of` images in memory."""
         return self.figures_of(self.columns(images, labels))
 
     @torch.inference_mode()
     def columns(self, images: UInt8[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> Columns:
-        """What each image has by itself: its label, its features, what the classifier says, what Inception sees."""
+        """Compute what each image has by itself: label, features, and outputs of the classifier and of Inception."""
         columns = {"labels": labels, "features": extract(self.network, images)}
         if self.classifier is not None:
             device = next(self.classifier.parameters()).device
@@ -123,7 +123,7 @@ class Judge:
             raise ValueError(f"{option} {count}: expected at least {fewest} for the figures that are measured")
 
     def check_images(self, pipeline: Pipeline) -> None:
-        """Judge two blank pictures such as a model draws: what cannot be judged is known before anything is drawn.
+        """Judge two blank pictures of the model's form, so that a judge that cannot is found before anything is drawn.
 
         Raises:
             ValueError: the real images are missing or too few, or the judge's networks do not take the pictures.
@@ -189,7 +189,7 @@ def data_hash(data: ImageData) -> str:
 
 
 def held_out(network: Features, classifier: Path | None, device: torch.device | str) -> Judge:
-    """A judge that knows no real images yet."""
+    """Make a judge without real images: it can score single images, but compute no distance."""
     if classifier is None:
         return Judge(network, None, None)
     digest = sha256_of(classifier_file(classifier))

@@ -21,7 +21,7 @@ FEWEST = max(NEIGHBOURS) + 1  # images that have such neighbours
 
 @dataclass(frozen=True)
 class RealSample:
-    """Features of some real images, and what they have among themselves."""
+    """Features of real images, with their neighbour distances and mean kernel."""
 
     features: Float[Tensor, "m f"]
     radius: Float[Tensor, "2 m"]  # see `neighbour_distances`
@@ -48,7 +48,7 @@ class RealSample:
 
 
 def sample_figures(drawn: Float[Tensor, "n f"], real: RealSample) -> dict[str, float]:
-    """KID and what `neighbour_figures` finds, on the features' device.
+    """Compute KID and `neighbour_figures` on the features' device.
 
     float64: of an accelerator without it, bring the features to the CPU.
 
@@ -60,7 +60,7 @@ def sample_figures(drawn: Float[Tensor, "n f"], real: RealSample) -> dict[str, f
 
 
 def changed_between(first: int, second: int) -> dict[str, str]:
-    """The figures that two versions of the metrics define differently, and what they were in the older one."""
+    """Return the figures that two versions of the metrics define differently, each with its older definition."""
     versions = range(min(first, second) + 1, max(first, second) + 1)
     found: dict[str, str] = {}
     for version in versions:
@@ -69,7 +69,7 @@ def changed_between(first: int, second: int) -> dict[str, str]:
 
 
 def compute_device(device: torch.device) -> torch.device:
-    """Where distances between many images are computed: on the device if it has float64, else on the CPU."""
+    """Choose where to compute distances between many images: the device if it has float64, else the CPU."""
     return device if device.type == "cuda" else torch.device("cpu")
 
 

@@ -99,7 +99,7 @@ def _cell(values: list[float], name: str) -> str:
 
 
 def _milliseconds(times: Sequence[Row], row: Row, batch: int) -> str:
-    """The time at the precision of the row's images; one of the other precision says so."""
+    """Format the time in the precision of the row's images; a time in the other precision says so."""
     here = [t for t in times if who(t) == who(row) and t["iterations"] == row["iterations"] and t["batch"] == batch]
     for time in sorted(here, key=lambda time: _precision(time) != _precision(row)):
         mark = "" if _precision(time) == _precision(row) else f" ({_precision(time)})"
@@ -252,12 +252,12 @@ def _same_setting(timed: Row, row: Row) -> bool:
 
 
 def _runs_as(timed: Row, row: Row) -> bool:
-    """Whether a time is of what drew the images of a row of quality."""
+    """Tell whether a time was measured on the model, weights and precision of a row of quality."""
     return _precision(timed) == _precision(row) and timed["decoded"] and not timed.get("compiled")
 
 
 def best_within(points: Sequence[Point], seconds: float) -> str:
-    """A sentence: the setting with the smallest Fréchet distance that takes at most `seconds` an image.
+    """Name, in a sentence, the setting with the smallest Fréchet distance that takes at most `seconds` an image.
 
     Raises:
         ValueError: there are no points.
@@ -275,7 +275,7 @@ def best_within(points: Sequence[Point], seconds: float) -> str:
 
 
 def verdicts(points: Sequence[Point]) -> list[str]:
-    """For every student: which of the teachers' points it does not beat in both time and distance at once."""
+    """List for every student the teachers' points that it does not beat in both time and distance at once."""
     teachers, lines = [point for point in points if point.teacher], []
     for name in dict.fromkeys(point.model for point in points if not point.teacher):
         students = [point for point in points if point.model == name]

@@ -180,12 +180,12 @@ def check_measure(about: Row, rows: Sequence[Row], out: Path) -> None:
 
 
 def who(row: Row) -> tuple[Any, ...]:
-    """Who draws: model, T and w (None for a student)."""
+    """Return who draws: model, T and w (None for a student)."""
     return row["model"], row["draw"].get("diffusion_steps"), row["draw"].get("guidance")
 
 
 def how(row: Row) -> tuple[Any, ...]:
-    """How it was measured, but for the seed: K, samples, bf16, prompt, batch size, compiled."""
+    """Return how a row was measured, without the seed: K, samples, bf16, prompt, batch size, compiled."""
     return (
         row["iterations"], row.get("samples"), bool(row.get("autocast")), row.get("prompt"), row.get("batch"),
         bool(row.get("compiled")),
@@ -193,31 +193,31 @@ def how(row: Row) -> tuple[Any, ...]:
 
 
 def identity(row: Row) -> str:
-    """What a row measures: a row of the same identity measures the same again."""
+    """Identify what a row measures: rows of one identity repeat the same measurement."""
     own = [] if "batch" in row else [row.get(name) for name in ("draw", "order", "sha256", "seed")]
     return json.dumps([who(row), how(row), own])
 
 
 def version_of(row: Row) -> int:
-    """The version of the metrics that a row was measured by; the first ones did not say."""
+    """Return the metrics' version of a row; the first rows do not record it."""
     return int(row.get("metrics", 1))
 
 
 def curve_of(row: Row) -> str:
-    """Model and, for a teacher, T and w, as reports say it."""
+    """Name who draws a row for reports: the model and, for a teacher, T and w."""
     draw = row["draw"]
     chain = f", T={draw['diffusion_steps']}, w={draw['guidance']:g}" if "diffusion_steps" in draw else ""
     return f"{row['model']}{chain}"
 
 
 def named(row: Row) -> str:
-    """The same with K."""
+    """Name a row for reports: `curve_of` with K."""
     model, _, chain = curve_of(row).partition(", ")
     return f"{model} K={row['iterations']}" + (f", {chain}" if chain else "")
 
 
 def by_setting(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows grouped by all but their seed; those of other versions of the metrics are apart."""
+    """Group rows that differ in the seed only; rows of different versions of the metrics stay apart."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((who(row), how(row), version_of(row)), []).append(row)
@@ -225,7 +225,7 @@ def by_setting(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def on_one_machine(rows: Sequence[Row]) -> tuple[list[Row], str]:
-    """The times of the newest row's machine and number of threads, and a sentence on those left out.
+    """Keep the times of the newest row's machine and number of threads; say in a sentence what is left out.
 
     Times of two machines make no ratio.
     """
@@ -245,11 +245,11 @@ def on_one_machine(rows: Sequence[Row]) -> tuple[list[Row], str]:
 
 
 def standard_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error, which every ± in tables and reports is; 0 for a single value."""
+    """Compute the mean and its standard error, the ± of tables and reports; 0 for a single value."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return statistics.fmean(values), error
 
 
 def figures_of(row: Row) -> dict[str, float]:
-    """The measured figures of a row of quality: every fractional number."""
+    """Return the measured figures of a row of quality: every floating-point number."""
     return {name: value for name, value in row.items() if isinstance(value, float)}

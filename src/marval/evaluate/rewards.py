@@ -26,7 +26,7 @@ def reward_values(
     device: torch.device | str = "cpu",
     batch_size: int = 50,
 ) -> dict[str, Float[Tensor, " n"]]:
-    """Every reward of every image, on the CPU.
+    """Compute every reward of every image, on the CPU.
 
     Raises:
         ValueError: a reward is not finite or has the wrong shape.
@@ -96,7 +96,7 @@ def measure_rewards(
 
 
 def mean_and_error(values: Float[Tensor, " n"]) -> dict[str, float]:
-    """Mean, and its standard error over images."""
+    """Compute the mean and its standard error over images."""
     mean, error = standard_error(values.double().tolist())
     return {"mean": float(f"{mean:.6g}"), "standard_error": float(f"{error:.3g}")}
 

@@ -118,7 +118,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(job: Job, device: torch.device) -> float:
-    """Wall time of a job."""
+    """Measure the wall time of a job."""
     synchronize(device)
     began = time.perf_counter()
     job()
@@ -160,12 +160,12 @@ def drawing(pipeline: Pipeline, iterations: int, batch: int, autocast: bool = Fa
 
 
 def decodes(pipeline: Pipeline) -> bool:
-    """Whether tokens can become pictures: a full-size model with random weights has no VAE."""
+    """Tell whether tokens can become pictures: a full-size model with random weights has no VAE."""
     return getattr(pipeline.config.space, "vae", "") != "none"
 
 
 def best_batch(seconds: Callable[[int], float], most: int = 1024) -> int:
-    """The batch size, of 1, 4, 16 and so on, from which a larger one gains less than 5 %.
+    """Find the batch size, among 1, 4, 16 and so on, from which a larger one gains less than 5 %.
 
     Args:
         seconds: the time of one batch of a size.
@@ -203,7 +203,7 @@ def worthwhile_batches(runs: Sequence[tuple[Pipeline, int]], autocast: bool) -> 
 
 @torch.inference_mode()
 def peak_flops(device: torch.device, autocast: bool, repeats: int = 7) -> float:
-    """The machine's floating-point operations a second in a large matrix product, the best of a few tries."""
+    """Measure the machine's floating-point operations a second in a large matrix product, the best of a few tries."""
     dtype, side = torch.bfloat16 if autocast else torch.float32, PEAK_SIDE.get(device.type, 8192)
     x, y = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     jobs: list[Job] = [lambda: linear(x, y, None), lambda: x @ y]
@@ -222,8 +222,8 @@ def memory_of(pipeline: Pipeline, iterations: int, batch: int, autocast: bool) -
 def flops_per_image(config: ModelConfig, iterations: int) -> int:
     """Floating-point operations (2 per multiply-add) of matrix products and attention for one image, as torch counts.
 
-    An iteration's operations are a square of the visible tokens (in attention) and a line of the drawn ones, and a
-    chain's a line of its steps: a few small counts give the whole sum.
+    A few small counts give the whole sum: an iteration's operations grow with the square of the visible tokens (in
+    attention) and linearly with the drawn tokens, a chain's linearly with its steps.
     """
     draw = config.draw
     if isinstance(draw, Chain) and draw.diffusion_steps > 3:
@@ -238,7 +238,7 @@ def flops_per_image(config: ModelConfig, iterations: int) -> int:
 
 @functools.cache
 def iteration_costs(config: ModelConfig) -> tuple[int, int, int, int]:
-    """Operations of one AR iteration: a constant, and for the visible tokens, their square and the drawn tokens."""
+    """Fit an AR iteration's operations: a constant, and factors of visible tokens, their square, and drawn tokens."""
     draw_tokens = draw_function(config)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):  # tensors with shapes alone
         model = MAR(config.mar).eval()

@@ -38,13 +38,13 @@ def hub() -> ModuleType:
 
 
 def reason_of(error: Exception) -> str:
-    """Why the hub did not answer as it should, in a few words."""
+    """Say in a few words why the hub did not answer."""
     line = next(iter(str(error).splitlines()), "")[:200]
     return REASONS.get(type(error).__name__, f"{type(error).__name__}: {line}".rstrip(": "))
 
 
 def fetch(repo_id: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """The folder of a repository's files that match `patterns`, from the network or, without one, from the cache.
+    """Fetch a repository's files that match `patterns`, or find them in the cache, and return their folder.
 
     Call it with names that a person typed, never with names that a file holds.
 
@@ -74,7 +74,7 @@ def fetch_model(repo_id: str, revision: str | None = None) -> Path:
 def push_model(
     repo_id: str, model: MAR, config: ModelConfig, *, private: bool = False, license: str | None = None
 ) -> str:
-    """Upload weights, configuration and model card to a repository, which is made first; its address is returned.
+    """Create a repository, upload weights, configuration and model card, and return its address.
 
     Args:
         license: the hub's name of the weights' licence, such as "apache-2.0"; the card names none when None.

@@ -58,7 +58,7 @@ class OwnCode:
 
     @property
     def sha256(self) -> str:
-        """Of the file that it is written in; "" where there is none."""
+        """SHA-256 of the file that it is written in; "" where there is none."""
         return sha256_of(self.file) if self.file is not None and self.file.is_file() else ""
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
@@ -115,7 +115,7 @@ def load_file(file: Path) -> ModuleType:
 
 
 def in_one_line(error: BaseException) -> str:
-    """An error of a user's code: file, line, kind and message; its own message where none of the code is the user's."""
+    """Describe an error of a user's code in one line: file, line, kind and message."""
     message = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"

@@ -9,7 +9,7 @@ from marval.evaluate.results import by_setting, read_results
 
 
 def bundled(name: str) -> Path:
-    """A results file that ships with the package."""
+    """Find a results file that ships with the package."""
     return Path(str(files("marval"))) / "assets" / name
 
 

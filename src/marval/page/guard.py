@@ -1,4 +1,4 @@
-"""What stands before every request: who may ask, from where, and how much; the browser is forbidden other hosts."""
+"""Checks before every request: who may ask, from where, and how much. The browser may load nothing from other hosts."""
 
 import asyncio
 import base64

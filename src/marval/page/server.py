@@ -39,12 +39,12 @@ class _LeftError(Exception):
 
 
 def line_of(error: Exception) -> str:
-    """What an error says, in one line."""
+    """Return an error's message in one line."""
     return " ".join(str(getattr(error, "detail", error)).split())[:LONGEST_LINE]
 
 
 async def body_of(request: Request) -> bytes:
-    """The whole body of a request.
+    """Read the whole body of a request.
 
     Raises:
         HTTPException: it does not arrive in time (408).
@@ -73,7 +73,7 @@ class Drawings(StreamingResponse):
                 await super().__call__(scope, receive, send)
 
     async def lines(self) -> AsyncGenerator[str, None]:
-        """The answer's lines."""
+        """Yield the answer's lines."""
         try:
             for index, job in enumerate(self.jobs):
                 async with contextlib.aclosing(self.events(job)) as events:
@@ -86,7 +86,7 @@ class Drawings(StreamingResponse):
             yield json.dumps({"error": BROKEN}) + "\n"
 
     async def events(self, job: Job) -> AsyncGenerator[Event, None]:
-        """One picture's; a slow reader holds up nobody else, for they wait here and not in the drawing thread."""
+        """Yield one picture's events. They wait in a queue, so a slow reader does not hold up the drawing thread."""
         loop, left = asyncio.get_running_loop(), threading.Event()
         shown: asyncio.Queue[Event | None] = asyncio.Queue()
 
@@ -107,7 +107,7 @@ class Drawings(StreamingResponse):
 
 
 def build(studio: Studio) -> Starlette:
-    """The page of a studio."""
+    """Build the web application of a studio."""
     turns, measured = Turns(), {"curves": quality_points(), "tuning": tuning_rows()}
 
     async def models(request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""Whose picture is drawn next: one at a time, and nobody takes every place."""
+"""Turns: one picture is drawn at a time, and nobody takes every place."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ def network_of(host: str) -> str:
 
 
 class Turns:
-    """The drawing thread, shared out: a turn goes to the visitor whose last one is longest ago.
+    """Share the drawing thread: the next turn goes to the visitor whose last turn was longest ago.
 
     One thread draws, so that times stay honest. All methods belong to the server's event loop.
     """

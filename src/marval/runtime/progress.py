@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then elsewhere, nothing for what is soon done."""
+"""Progress of long work: a bar on a terminal, a line now and then elsewhere, nothing for short work."""
 
 import contextlib
 import sys

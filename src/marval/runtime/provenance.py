@@ -17,7 +17,7 @@ PACKAGES = ("marval", "torch", "numpy", "torch-fidelity")
 
 
 def command_line() -> str:
-    """What was typed: marval, or a script of the source's tools."""
+    """Return the command as typed: marval, or a script in tools/."""
     script = Path(sys.argv[0])
     program = ["python", f"tools/{script.name}"] if script.parent.name == "tools" else ["marval"]
     return shlex.join([*program, *sys.argv[1:]])
@@ -25,7 +25,7 @@ def command_line() -> str:
 
 @functools.cache
 def commit() -> str:
-    """The commit of the code that runs, "-dirty" where the package's code differs from it."""
+    """Return the commit of the running code, with "-dirty" where the package's code differs from it."""
 
     def git(*arguments: str) -> str:
         package = Path(__file__).parents[1]
@@ -41,7 +41,7 @@ def commit() -> str:
 
 
 def made_by(device: "torch.device", processes: int = 1) -> dict[str, Any]:
-    """Of one row: command, commit, device, processes and the threads of each, versions of what is installed."""
+    """Describe how a row was made: command, commit, device, processes and threads, installed versions."""
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
@@ -60,7 +60,7 @@ def made_by(device: "torch.device", processes: int = 1) -> dict[str, Any]:
 
 
 def provenance(seed: int) -> dict[str, Any]:
-    """Of a whole file or part: command, commit, seed, versions, machine."""
+    """Describe how a file or part was made: command, commit, seed, versions, machine."""
     import torch
 
     return {

@@ -35,7 +35,7 @@ def watch() -> None:
 
 
 def announce(error: ValueError | OSError) -> None:
-    """Where `watch` does, say why this process refuses, unless another has, and end; elsewhere do nothing."""
+    """Under `watch`, print why this process refuses, unless another was first, and end; elsewhere do nothing."""
     if not _watching.is_set():
         return
     _refused.set()

@@ -11,7 +11,7 @@ Seeds = SupportsIndex | Iterable[SupportsIndex]
 
 
 def whole_number(value: Any) -> int:
-    """An integer of any type (Python's, NumPy's, torch's) as Python's own.
+    """Convert an integer of any type (Python's, NumPy's, torch's) to Python's own.
 
     Raises:
         TypeError: it is none; neither are True and False.
@@ -25,7 +25,7 @@ def whole_number(value: Any) -> int:
 
 
 def generator(*stream: SupportsIndex | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator seeded by the names and numbers in `stream`, for example `generator(seed, "batch", step)`.
+    """Make a generator seeded by the names and numbers in `stream`, for example `generator(seed, "batch", step)`.
 
     Raises:
         TypeError: the stream holds anything but names and whole numbers.
@@ -36,7 +36,7 @@ def generator(*stream: SupportsIndex | str, device: torch.device | str = "cpu") 
 
 
 def image_seeds(seeds: Seeds, count: int) -> list[int]:
-    """A seed for each of `count` images: those given, or a single number and the ones that follow it.
+    """Return a seed for each of `count` images: the seeds given, or those that count on from a single number.
 
     Whole numbers of any type and size, also negative ones; NumPy arrays and tensors of up to one dimension.
 

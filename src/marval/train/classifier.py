@@ -24,7 +24,7 @@ def shift(images: Float[Tensor, "b c h w"], rng: torch.Generator, most: int = 1)
 
 
 def plan_steps(images: int, epochs: int) -> tuple[int, int]:
-    """The batch's size and the number of steps: at least 16 steps an epoch where there are images for them.
+    """Choose batch size and number of steps: at least 16 steps an epoch where there are enough images.
 
     Raises:
         ValueError: no epochs.
@@ -36,7 +36,7 @@ def plan_steps(images: int, epochs: int) -> tuple[int, int]:
 
 
 def check_classes(data: ImageData) -> None:
-    """Whether there is anything to tell apart.
+    """Check that there are at least two classes.
 
     Raises:
         ValueError: there is one class only.
@@ -104,7 +104,7 @@ def train_classifier(
 
 @torch.inference_mode()
 def classifier_accuracy(classifier: Classifier, data: ImageData, batch_size: int = 1000) -> float:
-    """The share of `data` that the classifier gets right."""
+    """Compute the share of `data` that the classifier gets right."""
     device = next(classifier.parameters()).device
     right = 0
     for indices in torch.arange(len(data)).split(batch_size):

@@ -46,7 +46,7 @@ def tuned_config(
 
 
 def described(config: ModelConfig, settings: TuneConfig, reward: Reward, anchor: Anchor | None) -> dict[str, Any]:
-    """Everything that a resumed run must share, but for the student itself."""
+    """Describe what a resumed run must share, except the student itself."""
     found = {**config.to_dict(), **dataclasses.asdict(settings), "reward": reward_identity(reward)}
     if anchor is not None:
         found |= {"anchor_data": data_identity(anchor.data), "anchoring": dataclasses.asdict(anchor.settings)}
@@ -117,7 +117,7 @@ def copy_networks(
 def tune_parts(
     settings: TuneConfig, config: ModelConfig, update: int, workers: Workers
 ) -> Iterator[tuple[float, Tensor, dict[str, Any]]]:
-    """This process's parts of a batch: each one's weight in the batch's mean, its classes, and how to draw it."""
+    """Yield this process's parts of a batch: the weight in the batch's mean, the classes, and arguments of `sample`."""
     how = {
         "iterations": settings.iterations, "gradient_iterations": settings.gradient_iterations,
         "orders": config.order, "autocast": settings.autocast,
