@@ -2,27 +2,30 @@
 
 import dataclasses
 import difflib
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float
+from PIL.Image import Image
 from torch import Tensor
 
+from marval.classes import class_numbers
 from marval.config import Chain, ModelConfig, Schedule
 from marval.io.checkpoint import WEIGHTS, load_model, save_model
 from marval.io.hub import HUB_ID, fetch_model, push_model
+from marval.io.images import to_pil
 from marval.io.vae import vae_beside
 from marval.model import MAR
-from marval.runtime.rng import Seeds, image_seeds, whole_number
-from marval.sampling import Orders, check_finite, draw_function, drawing_orders, sample
+from marval.runtime.rng import Seeds, image_seeds
+from marval.sampling import Orders, check_finite, draw_function, drawing_orders, prepare, run
 from marval.sampling.fast import few_threads
 from marval.spaces import TokenSpace, token_space
 
 ImageHook = Callable[[int, Float[Tensor, "b c h w"], Bool[Tensor, "b l"]], None]
+TokenHook = Callable[[int, Float[Tensor, "b l c"], Bool[Tensor, "b l"]], None]
 
 
 def bundled_models() -> dict[str, Path]:
@@ -74,7 +77,7 @@ def load(name: str | Path, device: torch.device | str = "cpu", *, revision: str 
 
 
 class Pipeline:
-    """Draws images with a teacher or a student."""
+    """A teacher or a student with all that it needs to draw images: network, token space, and its way to draw."""
 
     def __init__(self, model: MAR, config: ModelConfig, space: TokenSpace | None = None):
         self.model, self.config = model, config
@@ -89,6 +92,15 @@ class Pipeline:
     def default_iterations(self) -> int:
         """K where none is asked for: the model's own, or its number of tokens where that is smaller."""
         return min(self.config.iterations, self.config.mar.num_tokens)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
+        """Move the weights and the token space, change the weights' precision, and return the pipeline itself.
+
+        Tokens stay float32, whatever the weights are; so does a VAE.
+        """
+        self.model.to(device=device, dtype=dtype)
+        self.space = self.space.to(self.device)
+        return self
 
     def with_chain(
         self,
@@ -121,73 +133,40 @@ class Pipeline:
         Raises:
             ValueError: an unknown class; the nearest names are suggested.
         """
-        names = self.config.class_names
-        numbers = {name: number for number, name in enumerate(names)}
-        composed = {normalized(name): number for name, number in reversed(numbers.items())}
-        found = []
-        for item in classes:
-            text = str(item)
-            try:
-                number = int(item) if isinstance(item, str) and item.strip().isdecimal() else whole_number(item)
-            except TypeError:
-                number = -1
-            if isinstance(item, str) and (item in numbers or normalized(item) in composed):
-                found.append(numbers.get(item, composed.get(normalized(item), 0)))
-            elif 0 <= number < len(names):
-                found.append(number)
-            else:
-                near = difflib.get_close_matches(text, names, n=3, cutoff=0.5) or names[:10]
-                known = ", ".join(repr(name) for name in near)
-                raise ValueError(f"unknown class {text!r}: expected a number from 0 to {len(names) - 1}, or {known}")
-        return found
+        return class_numbers(classes, self.config.class_names)
 
-    def listed_labels(self, texts: Sequence[str]) -> list[int]:
-        """The classes that texts name: each a class's name, whatever it holds, or names and numbers between commas.
+    def __call__(
+        self,
+        classes: str | SupportsIndex | Iterable[str | SupportsIndex],
+        *,
+        generator: torch.Generator | None = None,
+        num_images: int = 1,
+        output_type: Literal["pil", "pt"] = "pil",
+        **settings: Any,
+    ) -> list[Image] | Float[Tensor, "b c h w"]:
+        """Draw images in the manner of diffusers' pipelines.
+
+        Args:
+            classes: one class or several, each a name or a number.
+            generator: gives every image its seed; without it `seed` counts, as in `sample`.
+            num_images: images of each class, which follow each other.
+            output_type: "pil" for a list of PIL images, "pt" for the tensor that `sample` returns.
+            settings: further arguments of `sample`.
 
         Raises:
-            ValueError: as `labels`.
+            ValueError: as `sample`; an unknown `output_type`, or both a generator and a seed.
         """
-        known = {normalized(name) for name in self.config.class_names}
-        found: list[int] = []
-        for text in texts:
-            parts = [text] if text in self.config.class_names else text.split(",")
-            while parts:  # the most parts that are one name, as names may hold commas
-                count = next((n for n in range(len(parts), 1, -1) if normalized(",".join(parts[:n])) in known), 1)
-                found += self.labels([",".join(parts[:count])])
-                parts = parts[count:]
-        return found
-
-    def sample_tokens(
-        self,
-        labels: Iterable[SupportsIndex],
-        *,
-        seeds: Seeds,
-        iterations: int | None = None,
-        order: Orders | None = None,
-        batch_size: int = 64,
-        known: tuple[Float[Tensor, "b l c"], Bool[Tensor, "b l"]] | None = None,
-        on_iteration: Callable[[int, Tensor, Tensor], None] | None = None,
-    ) -> Float[Tensor, "b l c"]:
-        """Tokens of one image per label; see `marval.sampling.sample`."""
-        labels = self.labels(labels)
-        seeds, order = image_seeds(seeds, len(labels)), self._order(order, len(labels))
-        draw, parts, mar = draw_function(self.config), [], self.config.mar
-        numbers = min(len(labels), batch_size) * (mar.buffer_size + mar.num_tokens) * mar.decoder_dim
-        with torch.inference_mode(), few_threads(numbers, self.device):
-            for rows in batches(len(labels), batch_size):
-                parts.append(
-                    sample(
-                        self.model,
-                        draw,
-                        torch.tensor(labels[rows], device=self.device),
-                        iterations=self.default_iterations if iterations is None else iterations,
-                        seeds=seeds[rows],
-                        orders=order[rows] if isinstance(order, Tensor) else order,
-                        known=None if known is None else (known[0][rows], known[1][rows]),
-                        on_iteration=on_iteration,
-                    )
-                )
-        return torch.cat(parts)
+        if output_type not in ("pil", "pt"):
+            raise ValueError(f"output_type {output_type!r}: expected 'pil' or 'pt'")
+        one = isinstance(classes, str) or not isinstance(classes, Iterable)
+        labels = [label for label in self.labels([classes] if one else classes) for _ in range(num_images)]
+        if generator is not None:
+            if "seed" in settings:
+                raise ValueError("a generator and a seed: expected one of them")
+            drawn = torch.randint(2**62, (len(labels),), generator=generator, device=generator.device)
+            settings["seed"] = drawn.tolist()
+        images = self.sample(labels, **settings)
+        return images if output_type == "pt" else [to_pil(image) for image in images]
 
     def sample(
         self,
@@ -201,7 +180,7 @@ class Pipeline:
         keep: Bool[Tensor, "b l"] | None = None,
         on_iteration: ImageHook | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """One image per class in `classes` (names or numbers), in [0, 1], on the CPU.
+        """Draw one image for each class in `classes` (names or numbers), in [0, 1], on the CPU.
 
         Args:
             seed: the first image's seed (the next ones count on from it), or a seed for each image.
@@ -234,30 +213,26 @@ class Pipeline:
         keep: Bool[Tensor, "b l"] | None = None,
         on_iteration: ImageHook | None = None,
     ) -> Iterator[Float[Tensor, "b c h w"]]:
-        """The images of `sample`, a batch at a time, to save each before the next is drawn.
-
-        Raises:
-            ValueError: as `sample`; what is asked for is checked at once, before the first batch is.
-        """
+        """Draw the images of `sample` a batch at a time, when each is asked for; arguments are checked at once."""
         labels = self.labels(classes)
-        every = batches(len(labels), batch_size)
+        count, tokens = len(labels), self.config.mar.num_tokens
+        every = batches(count, batch_size)
+        seeds, order = image_seeds(seed, count), self._order(order, count)
         if (images is None) != (keep is None):
             raise ValueError("inpainting needs both `images` and `keep`")
-        seeds, order = image_seeds(seed, len(labels)), self._order(order, len(labels))
         if images is not None and keep is not None:
-            if len(images) != len(labels) or keep.shape != (len(labels), self.config.mar.num_tokens):
+            if len(images) != count or keep.shape != (count, tokens):
                 raise ValueError(
-                    f"{len(images)} images and a mask of shape {tuple(keep.shape)} for {len(labels)} classes of "
-                    f"{self.config.mar.num_tokens} tokens: expected an image and a row of the mask for each class"
+                    f"{len(images)} images and a mask of shape {tuple(keep.shape)} for {count} classes of {tokens} "
+                    "tokens: expected an image and a row of the mask for each class"
                 )
             hidden = int((~keep).sum(dim=1).max())
             iterations = min(self.default_iterations, hidden) if iterations is None else iterations
 
         def draw(rows: slice) -> Tensor:
-            return self._draw(
-                labels[rows], seeds[rows], iterations, order[rows] if isinstance(order, Tensor) else order,
-                None if images is None or keep is None else (images[rows], keep[rows]), on_iteration,
-            ).clone()  # fmt: skip
+            inpainted = None if images is None or keep is None else (images[rows], keep[rows])
+            settings = {"seeds": seeds[rows], "iterations": iterations, "order": part_of(order, rows)}
+            return self._draw(labels[rows], inpainted, on_iteration, **settings).clone()
 
         return map(draw, every)
 
@@ -265,32 +240,61 @@ class Pipeline:
     def _draw(
         self,
         labels: list[int],
-        seeds: list[int],
-        iterations: int | None,
-        order: Orders | None,
-        kept: tuple[Float[Tensor, "b c h w"], Bool[Tensor, "b l"]] | None,
+        inpainted: tuple[Float[Tensor, "b c h w"], Bool[Tensor, "b l"]] | None,
         on_iteration: ImageHook | None,
+        **settings: Any,
     ) -> Float[Tensor, "b c h w"]:
-        """One batch of `sample`; `kept` are the images and the mask of inpainting."""
-        known = None
-        if kept is not None:
-            images, keep = kept[0].to(self.device), kept[1].to(self.device)
+        """One batch of `sample`, with the images and the mask of inpainting, and settings of `sample_tokens`."""
+        known, names = None, [f"seed {seed}, class {label}" for seed, label in zip(settings["seeds"], labels)]
+        if inpainted is not None:
+            images, keep = (x.to(self.device) for x in inpainted)
             if keep.all():
                 return images.cpu()
             known = (self.space.encode(images), keep)
 
         def show(k: int, tokens: Tensor, drawn: Tensor) -> None:
             if on_iteration is not None:
-                check_finite(tokens, seeds, labels)
+                check_finite(tokens, names)
                 on_iteration(k, self.space.decode(tokens).cpu(), drawn.cpu())
 
         tokens = self.sample_tokens(
-            labels, seeds=seeds, iterations=iterations, order=order, batch_size=len(labels), known=known,
-            on_iteration=None if on_iteration is None else show,
-        )  # fmt: skip
+            labels, batch_size=len(labels), known=known, on_iteration=on_iteration and show, **settings
+        )
         drawn = self.space.decode(tokens)
-        check_finite(drawn, seeds, labels)
-        return (drawn if kept is None else restore_known(drawn, images.to(drawn), keep, self.config)).cpu()
+        check_finite(drawn, names)
+        return (drawn if known is None else restore_known(drawn, images.to(drawn), keep, self.config)).cpu()
+
+    @torch.inference_mode()
+    def sample_tokens(
+        self,
+        labels: Iterable[SupportsIndex],
+        *,
+        seeds: Seeds,
+        iterations: int | None = None,
+        order: Orders | None = None,
+        batch_size: int = 64,
+        known: tuple[Float[Tensor, "b l c"], Bool[Tensor, "b l"]] | None = None,
+        on_iteration: TokenHook | None = None,
+    ) -> Float[Tensor, "b l c"]:
+        """Draw the tokens of one image for each label; arguments are those of `sample` and `sampling.prepare`."""
+        labels = self.labels(labels)
+        seeds, order = image_seeds(seeds, len(labels)), self._order(order, len(labels))
+        iterations = self.default_iterations if iterations is None else iterations
+        draw, parts = draw_function(self.config, self.device), []
+        for rows in batches(len(labels), batch_size):
+            part = None if known is None else (known[0][rows], known[1][rows])
+            start = prepare(
+                self.model, draw, iterations=iterations, seeds=seeds[rows], orders=part_of(order, rows), known=part
+            )
+            condition = self.model.embed(torch.tensor(labels[rows], device=self.device))
+            with few_threads(self.config.mar, len(condition), self.device):
+                for k, (tokens, places) in enumerate(run(self.model, draw, condition, start)):
+                    if on_iteration is not None:
+                        hidden = torch.zeros_like(start.order, dtype=torch.bool)
+                        on_iteration(k + 1, tokens, hidden.scatter(1, places, True))
+            check_finite(tokens, [f"seed {seed}, class {label}" for seed, label in zip(seeds[rows], labels[rows])])
+            parts.append(tokens)
+        return torch.cat(parts)
 
     def _order(self, order: Orders | None, count: int) -> Orders:
         """The order to draw in; positions as a row for each of `count` images, on the CPU."""
@@ -308,9 +312,9 @@ class Pipeline:
         return push_model(repo_id, self.model, self.config, private=private, license=license)
 
 
-def normalized(name: str) -> str:
-    """A class's name as people type it: without spaces around it, letters with their accents composed."""
-    return unicodedata.normalize("NFC", name.strip())
+def part_of(order: Orders, rows: slice) -> Orders:
+    """The order of some images."""
+    return order[rows] if isinstance(order, Tensor) else order
 
 
 def batches(count: int, size: int) -> list[slice]:

@@ -3,6 +3,7 @@
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,17 +19,17 @@ class TokenSpace(Protocol):
 
     def decode(self, tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b c h w"]: ...
 
+    def to(self, device: torch.device) -> "TokenSpace": ...
+
 
 def patchify(x: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b l d"]:
     """Cut into `patch` x `patch` squares, row by row; a token lists its channels, then its rows, then its columns."""
-    x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # b c rows p columns q
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return F.pixel_unshuffle(x, patch).flatten(2).mT
 
 
 def unpatchify(tokens: Float[Tensor, "b l d"], grid: tuple[int, int], patch: int) -> Float[Tensor, "b c h w"]:
     """The inverse of `patchify`; `grid` is (rows, columns) of tokens."""
-    x = tokens.unflatten(2, (-1, patch, patch)).unflatten(1, grid)  # b rows columns c p q
-    return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    return F.pixel_shuffle(tokens.mT.unflatten(2, grid), patch)
 
 
 class Pixels:
@@ -45,6 +46,10 @@ class Pixels:
         """Tokens to images, clamped to [0, 1]."""
         images = unpatchify(tokens, self.config.token_grid, self.config.patch)
         return (images / self.config.scale + self.config.shift).clamp(0, 1)
+
+    def to(self, device: torch.device) -> "Pixels":
+        """The space itself: it holds nothing."""
+        return self
 
 
 class Latents:
@@ -72,6 +77,13 @@ class Latents:
                     f"with ({expected[:12]}...): put that one back"
                 )
         return self.loaded
+
+    def to(self, device: torch.device) -> "Latents":
+        """The space itself, its VAE moved."""
+        self.device = device
+        if self.loaded is not None:
+            self.loaded.to(device)
+        return self
 
     def tokens(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
         """Latents to tokens."""

@@ -4,13 +4,14 @@ Cosine schedule of Nichol & Dhariwal 2021 (arXiv 2102.09672), 1000 steps; respac
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 NUM_TIMESTEPS = 1000
+Index = int | Int[Tensor, " n"]
 
 
 def cosine_alpha_bars(steps: int = NUM_TIMESTEPS, max_beta: float = 0.999) -> Float[Tensor, " t"]:
@@ -38,19 +39,18 @@ def respaced_timesteps(steps: int, total: int = NUM_TIMESTEPS) -> Int[Tensor, " 
 class NoiseSchedule:
     """The forward process at chosen time steps; entry i of each table belongs to `timesteps[i]`.
 
-    `NoiseSchedule.full()` has all 1000 steps (training), `NoiseSchedule.respaced(T)` the T of a chain.
-    Tables are float32 on one device: index them with the step's index, not with its time step.
+    `NoiseSchedule.full()` has all 1000 steps (training), `NoiseSchedule.respaced(T)` the T of a chain. Methods take
+    the index i of a step, not its time step: one for each row, or one number for all. Tables are float32 on one
+    device; with one number a table on the CPU serves tokens on any device, and none waits for another.
     """
 
-    timesteps: Tensor  # time steps as the head knows them, in [0, 999]
-    alpha: Tensor  # sqrt(abar)
-    sigma: Tensor  # sqrt(1 - abar)
-    log_beta: Tensor  # log of the step's forward variance, the upper end of the learned range
-    log_posterior_variance: Tensor  # log of the posterior variance, the lower end; entry 0 repeats entry 1
-    posterior_mean_x0: Tensor  # coefficient of x_0 in the posterior mean
-    posterior_mean_xt: Tensor  # coefficient of x_t in the posterior mean
-    numbers: dict[str, list[float]] = field(repr=False, compare=False)  # the tables once more: samplers never sync
-    copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    timesteps: Int[Tensor, " s"]  # as the head knows them, in [0, 999]
+    alpha: Float[Tensor, " s"]  # sqrt(abar)
+    sigma: Float[Tensor, " s"]  # sqrt(1 - abar)
+    log_beta: Float[Tensor, " s"]  # log of the step's forward variance, the upper end of the learned range
+    log_posterior_variance: Float[Tensor, " s"]  # its log, the lower end of the range; entry 0 repeats entry 1
+    posterior_mean_x0: Float[Tensor, " s"]  # coefficient of x_0 in the posterior mean
+    posterior_mean_xt: Float[Tensor, " s"]  # coefficient of x_t in the posterior mean
 
     @classmethod
     def at(cls, timesteps: Int[Tensor, " s"], device: torch.device | str = "cpu") -> "NoiseSchedule":
@@ -68,9 +68,7 @@ class NoiseSchedule:
             "posterior_mean_x0": beta * previous.sqrt() / (1 - abar),
             "posterior_mean_xt": (1 - previous) * (1 - beta).sqrt() / (1 - abar),
         }
-        tables = {name: table.float() for name, table in tables.items()}
-        numbers = {name: table.tolist() for name, table in tables.items()}
-        return cls(timesteps.to(device), **{name: t.to(device) for name, t in tables.items()}, numbers=numbers)
+        return cls(timesteps.to(device), **{name: table.float().to(device) for name, table in tables.items()})
 
     @classmethod
     def full(cls, device: torch.device | str = "cpu") -> "NoiseSchedule":
@@ -82,45 +80,24 @@ class NoiseSchedule:
         """`steps` of the 1000, evenly spaced."""
         return cls.at(respaced_timesteps(steps), device)
 
-    def times_on(self, device: torch.device) -> Float[Tensor, " s"]:
-        """The time steps as the head takes them; copied to a device once, so that samplers never wait for it."""
-        if device not in self.copies:
-            self.copies[device] = self.timesteps.float().to(device)
-        return self.copies[device]
-
-    def at_step(self, table: str, i: Int[Tensor, " n"] | int) -> Float[Tensor, "n 1"] | float:
-        """A table's entries at a batch of indices, as a column; at one index, a plain number."""
-        return self.numbers[table][i] if isinstance(i, int) else getattr(self, table)[i, None]
-
-    def add_noise(
-        self, x_0: Float[Tensor, "n c"], eps: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int
-    ) -> Float[Tensor, "n c"]:
+    def add_noise(self, x_0: Float[Tensor, "n c"], eps: Float[Tensor, "n c"], i: Index) -> Float[Tensor, "n c"]:
         """`x_t = alpha_t x_0 + sigma_t eps`."""
-        return self.at_step("alpha", i) * x_0 + self.at_step("sigma", i) * eps
+        return _column(self.alpha, i) * x_0 + _column(self.sigma, i) * eps
 
-    def x0_from_eps(
-        self, x_t: Float[Tensor, "n c"], eps: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int
-    ) -> Float[Tensor, "n c"]:
+    def x0_from_eps(self, x_t: Float[Tensor, "n c"], eps: Float[Tensor, "n c"], i: Index) -> Float[Tensor, "n c"]:
         """`x_0 = (x_t - sigma_t eps) / alpha_t`."""
-        return (x_t - self.at_step("sigma", i) * eps) / self.at_step("alpha", i)
+        return (x_t - _column(self.sigma, i) * eps) / _column(self.alpha, i)
 
-    def eps_from_x0(
-        self, x_t: Float[Tensor, "n c"], x_0: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int
-    ) -> Float[Tensor, "n c"]:
-        """`eps = (x_t - alpha_t x_0) / sigma_t`."""
-        return (x_t - self.at_step("alpha", i) * x_0) / self.at_step("sigma", i)
-
-    def score_from_eps(self, eps: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int) -> Float[Tensor, "n c"]:
-        """`s(x_t) = -eps / sigma_t`."""
-        return -eps / self.at_step("sigma", i)
-
-    def log_variance(self, variance_channel: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int) -> Float[Tensor, "n c"]:
+    def log_variance(self, variance_channel: Float[Tensor, "n c"], i: Index) -> Float[Tensor, "n c"]:
         """Learned range (arXiv 2102.09672, equation 15): channel -1 is the posterior's variance, +1 is beta."""
         fraction = (variance_channel + 1) / 2
-        return fraction * self.at_step("log_beta", i) + (1 - fraction) * self.at_step("log_posterior_variance", i)
+        return fraction * _column(self.log_beta, i) + (1 - fraction) * _column(self.log_posterior_variance, i)
 
-    def posterior_mean(
-        self, x_0: Float[Tensor, "n c"], x_t: Float[Tensor, "n c"], i: Int[Tensor, " n"] | int
-    ) -> Float[Tensor, "n c"]:
+    def posterior_mean(self, x_0: Float[Tensor, "n c"], x_t: Float[Tensor, "n c"], i: Index) -> Float[Tensor, "n c"]:
         """The mean of `q(x_{t-1} | x_t, x_0)` (arXiv 2006.11239, equation 7)."""
-        return self.at_step("posterior_mean_x0", i) * x_0 + self.at_step("posterior_mean_xt", i) * x_t
+        return _column(self.posterior_mean_x0, i) * x_0 + _column(self.posterior_mean_xt, i) * x_t
+
+
+def _column(table: Float[Tensor, " s"], i: Index) -> Tensor:
+    """A table's entry for each row; a single one for a single index."""
+    return table[i] if isinstance(i, int) else table[i, None]

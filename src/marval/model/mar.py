@@ -135,22 +135,20 @@ class MAR(nn.Module):
         self.head.initialize(generator)
         return self
 
-    def class_embedding(
-        self, labels: Int[Tensor, " b"], drop: Float[Tensor, " b"] | None = None
-    ) -> Float[Tensor, "b d"]:
-        """Class embeddings; where `drop` is 1 the null embedding stands in (label drop, and guidance)."""
-        embedding = self.class_emb(labels)
-        return embedding if drop is None else torch.lerp(embedding, self.fake_latent, drop[:, None])
+    def embed(self, labels: Int[Tensor, " b"], drop: Float[Tensor, " b"] | None = None) -> Float[Tensor, "b d"]:
+        """The condition that a class is; the null condition where `drop` is 1 (label drop, in training)."""
+        condition = self.class_emb(labels)
+        return condition if drop is None else torch.lerp(condition, self.fake_latent, drop[:, None])
 
-    def null_embedding(self, batch: int) -> Float[Tensor, "b d"]:
-        """The null class, `batch` times."""
+    def null_condition(self, batch: int) -> Float[Tensor, "b d"]:
+        """The condition without a class, for each image of a batch."""
         return self.fake_latent.repeat(batch, 1)  # no view: sharded weights are freed after the call
 
     def encode(
         self,
         tokens: Float[Tensor, "b l c"],
         visible: Int[Tensor, "b v"],
-        class_embedding: Float[Tensor, "b d"],
+        condition: Float[Tensor, "b d"],
     ) -> Float[Tensor, "b n d"]:
         """Encode the buffer and the visible tokens; hidden tokens are neither read nor computed."""
         buffer = self.config.buffer_size
@@ -158,7 +156,7 @@ class MAR(nn.Module):
         given = gather_rows(tokens, visible).to(self.z_proj.weight.dtype)  # tokens are float32 whatever the weights are
         x = torch.cat(
             [
-                class_embedding[:, None] + places[:, :buffer],
+                condition[:, None] + places[:, :buffer],
                 self.z_proj(given) + gather_rows(places[:, buffer:], visible),
             ],
             dim=1,
@@ -197,7 +195,28 @@ class MAR(nn.Module):
         tokens: Float[Tensor, "b l c"],
         visible: Int[Tensor, "b v"],
         positions: Int[Tensor, "b q"],
-        class_embedding: Float[Tensor, "b d"],
+        condition: Float[Tensor, "b d"],
     ) -> Float[Tensor, "b q e"]:
         """The context vector `c` of every token at `positions`, given the tokens at `visible`."""
-        return self.decode(self.encode(tokens, visible, class_embedding), visible, positions)
+        return self.decode(self.encode(tokens, visible, condition), visible, positions)
+
+    def start(self, *conditions: Float[Tensor, "b d"]) -> Float[Tensor, "g b d"]:
+        """The state of images without tokens, under each condition: one, or the condition and the null condition."""
+        return torch.stack(conditions)
+
+    def advance(
+        self,
+        state: Float[Tensor, "g b d"],
+        tokens: Float[Tensor, "b l c"],
+        visible: Int[Tensor, "b v"],
+        positions: Int[Tensor, "b q"],
+    ) -> tuple[Float[Tensor, "g n e"], Float[Tensor, "g b d"]]:
+        """The contexts at `positions` under each condition, flattened over the batch, and the next state.
+
+        `visible` grows at its end from call to call, so that a network with a cache can read what is new and no more.
+        This one remembers the conditions and computes everything again, all conditions in one pass.
+        """
+        groups = len(state)
+        inputs = (x.expand(groups, *x.shape).flatten(0, 1) for x in (tokens, visible, positions))
+        context = self.context(*inputs, state.flatten(0, 1))
+        return context.unflatten(0, (groups, -1)).flatten(1, 2), state

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from marval.config import MARConfig
 from marval.model.head import ExactLinear
 from marval.model.mar import MAR, MLP, Attention
 
@@ -119,14 +120,12 @@ def _fast_copy(module: M) -> M:
 
 
 @contextlib.contextmanager
-def few_threads(numbers: int, device: torch.device) -> Iterator[None]:
+def few_threads(config: MARConfig, batch: int, device: torch.device) -> Iterator[None]:
     """Let one thread draw a small batch on a CPU whose threads wait passively: to wake the others takes longer.
 
     One picture of fashion-student (K = 8) took 24 ms so, 49 ms with two threads; of 16, each 6.5 ms either way.
-
-    Args:
-        numbers: how many the decoder's input holds.
     """
+    numbers = batch * (config.buffer_size + config.num_tokens) * config.decoder_dim
     passive = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
     if not passive or device.type != "cpu" or numbers > ONE_THREAD:
         yield
