@@ -15,6 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LEVELS = {
     "config": 0,
     "runtime.rng": 0,
+    "classes": 1,
     "runtime.progress": 0,
     "runtime.provenance": 0,
     "runtime.refusal": 0,

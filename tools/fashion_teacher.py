@@ -24,7 +24,7 @@ from marval.pipeline import Pipeline, load
 from marval.presets import TrainConfig
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import open_run
-from marval.sampling import draw_function, sample
+from marval.sampling import draw_function, prepare, run
 from marval.train.teacher import teacher_config, train_teacher
 
 
@@ -32,14 +32,15 @@ from marval.train.teacher import teacher_config, train_teacher
 def draw_pictures(pipeline: Pipeline, count: int, guidance: float, batch: int = 2500) -> np.ndarray:
     """`count` pictures as bytes, classes in turn; noise is drawn on the device, from one seed."""
     device, mar = pipeline.device, pipeline.config.mar
-    draw = draw_function(pipeline.with_chain(guidance=guidance).config)
+    draw = draw_function(pipeline.with_chain(guidance=guidance).config, device)
     parts = []
     for first in range(0, count, batch):
         rows = min(batch, count - first)
         rng = torch.Generator(device).manual_seed(first)
         noise = torch.randn(draw.noise_draws, rows, mar.num_tokens, mar.token_dim, generator=rng, device=device)
         labels = torch.arange(first, first + rows, device=device) % mar.num_classes
-        tokens = sample(pipeline.model, draw, labels, iterations=16, seeds=range(first, first + rows), noise=noise)
+        start = prepare(pipeline.model, draw, iterations=16, seeds=range(first, first + rows), noise=noise)
+        *_, (tokens, _) = run(pipeline.model, draw, pipeline.model.embed(labels), start)
         parts.append((pipeline.space.decode(tokens) * 255).round().byte().cpu().numpy())
     return np.concatenate(parts)
 

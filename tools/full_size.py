@@ -137,7 +137,7 @@ def speed(iterations):
 
     def ours(draw):
         with torch.inference_mode():
-            return sample(model, draw, labels, iterations=iterations, seeds=[0])
+            return sample(model, draw, model.embed(labels), iterations=iterations, seeds=[0])
 
     jobs = {
         "student": lambda: ours(DrawInOneStep()),

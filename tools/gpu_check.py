@@ -37,7 +37,7 @@ from marval.runtime.distributed import Workers
 from marval.runtime.folder import open_run
 from marval.runtime.optim import Optimizer
 from marval.runtime.provenance import provenance
-from marval.sampling import DrawByChain, DrawInOneStep, draw_counts, draw_function, model_contexts, sample
+from marval.sampling import DrawByChain, DrawInOneStep, draw_counts, draw_function, sample
 from marval.spaces import token_space
 from marval.train.anchor import Anchor, anchor_step, place_anchor
 from marval.train.distill import distill, predicted_eps, student_tokens, target_contexts
@@ -109,11 +109,11 @@ def parity(check: Check) -> dict[str, float]:
     found = {}
     for name, autocast in (("float32", False), ("bf16", True)):
         with torch.autocast(check.device.type, torch.bfloat16, enabled=autocast):
-            context = model.context(tokens, visible, everywhere, model.class_embedding(reference["labels"]))
+            context = model.context(tokens, visible, everywhere, model.embed(reference["labels"]))
             head = model.head(reference["head.x_t"], reference["head.t"].float(), reference["z"].flatten(0, 1))
-            chain = DrawByChain(Chain(guidance=3.0, diffusion_steps=10))
-            contexts = reference["z"].flatten(0, 1), reference["z_uncond"].flatten(0, 1)
-            drawn = chain(model.head, *contexts, 3.0, reference["chain.noise"][:-1])
+            chain = DrawByChain(Chain(guidance=3.0, diffusion_steps=10), device=check.device)
+            contexts = torch.stack([reference["z"].flatten(0, 1), reference["z_uncond"].flatten(0, 1)])
+            drawn = chain(model.head, contexts, 3.0, reference["chain.noise"][:-1])
         found[f"{name} context"] = difference(context, reference["z"])
         found[f"{name} head"] = difference(head, reference["head.out"])
         found[f"{name} chain"] = difference(drawn, reference["chain.tokens"])
@@ -159,7 +159,7 @@ def gsim_gradients(check: Check) -> dict[str, float]:
         z, t, eps = part.z.to(device), part.theta.t.to(device), part.theta.eps.to(device)
         with torch.no_grad():
             c = target_contexts(teacher, inputs, guided=True, autocast=False)
-        x_0 = student_tokens(student, draw_function(config), inputs, z, False)
+        x_0 = student_tokens(student, draw_function(config, check.device), inputs, z, False)
         x_t = schedule.add_noise(x_0, eps, t)
         teacher_eps, phi_eps = predicted_eps(teacher.head, x_t, t, c, 1.5), predicted_eps(phi, x_t, t, c[:1])
         theta_loss(settings.objective, teacher_eps, phi_eps, eps, x_t)[0].backward()
@@ -288,7 +288,7 @@ def drawing(model: MAR, draw: Any, iterations: int, batch: int, autocast: bool) 
     @torch.inference_mode()
     def run() -> Tensor:
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=autocast):
-            return sample(model, draw, labels, iterations=iterations, seeds=range(batch), orders="random")
+            return sample(model, draw, model.embed(labels), iterations=iterations, seeds=range(batch), orders="random")
 
     return run
 
@@ -304,9 +304,9 @@ class GraphedStudent:
                 block.compile(dynamic=True)
         self.counts = draw_counts(model.config.num_tokens, iterations)
         total, channels = model.config.num_tokens, model.config.token_dim
-        schedule = NoiseSchedule.at(torch.tensor([755]), device)
-        self.alpha, self.sigma = schedule.numbers["alpha"][0], schedule.numbers["sigma"][0]
-        self.time = schedule.timesteps.float()
+        schedule = NoiseSchedule.at(torch.tensor([755]))
+        self.alpha, self.sigma = schedule.alpha.item(), schedule.sigma.item()
+        self.time = schedule.timesteps.float().to(device)
         self.labels = torch.arange(batch, device=device)
         self.noise = torch.randn(batch, total, channels, device=device)
         self.order = torch.stack([torch.randperm(total, device=device) for _ in range(batch)])
@@ -328,7 +328,8 @@ class GraphedStudent:
         for count in self.counts:
             visible, positions = self.order[:, :shown], self.order[:, shown : shown + count]
             shown += count
-            context = model_contexts(self.model, tokens.bfloat16(), visible, positions, self.labels, guided=False)[0]
+            state = self.model.start(self.model.embed(self.labels))
+            context = self.model.advance(state, tokens.bfloat16(), visible, positions)[0][0]
             index = positions[..., None].expand(-1, -1, tokens.shape[-1])
             x_t = self.sigma * self.noise.gather(1, index).flatten(0, 1)
             eps = head.denoise(x_t.bfloat16(), head.embed_context(context) + time)[:, : head.token_dim].float()
@@ -353,7 +354,7 @@ def sampling_table(check: Check, size: str, settings: list[tuple[str, int, int, 
     for role, iterations, batch, mode in settings:
         draw_config: Chain | OneStep = Chain(guidance=3.0) if role != "student" else OneStep()
         config = random_config(model, draw_config)
-        draw = draw_function(config)
+        draw = draw_function(config, check.device)
         row: dict[str, Any] = {"size": size, "role": role, "iterations": iterations, "batch": batch, "mode": mode}
         job: Callable[[], Any]
         try:
@@ -448,7 +449,7 @@ def trace(check: Check) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     model = full_size(check, "base")
-    job = drawing(model, DrawInOneStep(OneStep()), 4, 1, True)
+    job = drawing(model, DrawInOneStep(OneStep(), device=check.device), 4, 1, True)
     job()
     activities = [ProfilerActivity.CPU] + ([] if check.dry_run else [ProfilerActivity.CUDA])
     with profile(activities=activities) as profiler:

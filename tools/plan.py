@@ -119,9 +119,10 @@ def tune_step(config: MARConfig, settings: TuneConfig, images: int, recompute: b
         tokens = torch.zeros(images, config.num_tokens, config.token_dim)
         order = torch.arange(config.num_tokens).expand(images, -1)
         start = Start(tokens, order, known, counts, torch.randn(1, *tokens.shape))
-        labels, learnt = torch.zeros(images, dtype=torch.long), settings.gradient_iterations
+        labels = torch.zeros(images, dtype=torch.long)
+        how = {"gradient_iterations": settings.gradient_iterations, "autocast": settings.autocast}
         with Meter() as meter:
-            *_, (tokens, _) = run(student, draw, labels, start, learnt, settings.autocast)
+            *_, (tokens, _) = run(student, draw, student.embed(labels), start, **how)
             tokens.sum().backward()
     return meter
 

@@ -158,8 +158,9 @@ class Pipeline:
         """
         if output_type not in ("pil", "pt"):
             raise ValueError(f"output_type {output_type!r}: expected 'pil' or 'pt'")
-        one = isinstance(classes, str) or not isinstance(classes, Iterable)
-        labels = [label for label in self.labels([classes] if one else classes) for _ in range(num_images)]
+        if isinstance(classes, str) or not isinstance(classes, Iterable):
+            classes = [classes]
+        labels = [label for label in self.labels(classes) for _ in range(num_images)]
         if generator is not None:
             if "seed" in settings:
                 raise ValueError("a generator and a seed: expected one of them")
@@ -245,7 +246,7 @@ class Pipeline:
         **settings: Any,
     ) -> Float[Tensor, "b c h w"]:
         """One batch of `sample`, with the images and the mask of inpainting, and settings of `sample_tokens`."""
-        known, names = None, [f"seed {seed}, class {label}" for seed, label in zip(settings["seeds"], labels)]
+        known, names = None, image_names(settings["seeds"], labels)
         if inpainted is not None:
             images, keep = (x.to(self.device) for x in inpainted)
             if keep.all():
@@ -292,7 +293,7 @@ class Pipeline:
                     if on_iteration is not None:
                         hidden = torch.zeros_like(start.order, dtype=torch.bool)
                         on_iteration(k + 1, tokens, hidden.scatter(1, places, True))
-            check_finite(tokens, [f"seed {seed}, class {label}" for seed, label in zip(seeds[rows], labels[rows])])
+            check_finite(tokens, image_names(seeds[rows], labels[rows]))
             parts.append(tokens)
         return torch.cat(parts)
 
@@ -310,6 +311,11 @@ class Pipeline:
     def push_to_hub(self, repo_id: str, *, private: bool = False, license: str | None = None) -> str:
         """Upload the model with a card to the Hugging Face hub, and return its address; see `marval.io.hub`."""
         return push_model(repo_id, self.model, self.config, private=private, license=license)
+
+
+def image_names(seeds: list[int], labels: list[int]) -> list[str]:
+    """What an error calls each image."""
+    return [f"seed {seed}, class {label}" for seed, label in zip(seeds, labels, strict=True)]
 
 
 def part_of(order: Orders, rows: slice) -> Orders:

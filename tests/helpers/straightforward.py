@@ -20,7 +20,7 @@ def straightforward(model, chain, labels, iterations, seeds):
     for count in draw_counts(total, iterations):
         visible, positions = orders[:, :shown], orders[:, shown : shown + count]
         shown += count
-        embedding = torch.cat([model.class_embedding(labels), model.null_embedding(batch)])
+        embedding = torch.cat([model.embed(labels), model.null_condition(batch)])
         z = model.context(torch.cat([tokens, tokens]), torch.cat([visible, visible]), everywhere, embedding)
         index = torch.cat([positions, positions])[..., None]
         z = z.gather(1, index.expand(-1, -1, z.shape[-1])).flatten(0, 1)

@@ -13,7 +13,7 @@ from marval.config import LatentSpace, OneStep
 from marval.io.onnx import Student, export_onnx
 from marval.pipeline import Pipeline
 from marval.runtime.rng import generator
-from marval.sampling import draw_function, sample
+from marval.sampling import draw_function, prepare, run
 from marval.spaces import token_space
 from tiny import tiny_config, tiny_model
 
@@ -42,10 +42,9 @@ def test_the_command_writes_a_student_that_draws_the_same_images_in_onnxruntime(
         order = torch.stack([torch.randperm(16, generator=rng) for _ in range(batch)])
         labels = torch.arange(batch) % 2
         (images,) = runner.run(["images"], {"labels": labels.numpy(), "noise": noise.numpy(), "order": order.numpy()})
-        tokens = sample(
-            model, draw_function(config), labels, iterations=iterations, seeds=range(batch), orders=order,
-            noise=noise[None],
-        )  # fmt: skip
+        draw = draw_function(config)
+        start = prepare(model, draw, iterations=iterations, seeds=range(batch), orders=order, noise=noise[None])
+        *_, (tokens, _) = run(model, draw, model.embed(labels), start)
         np.testing.assert_allclose(images, token_space(config.space).decode(tokens), atol=1e-4)
     about = runner.get_modelmeta().custom_metadata_map
     assert (about["iterations"], json.loads(about["class_names"])) == (str(iterations), ["cross", "square"])

@@ -45,7 +45,7 @@ def test_presets_have_the_published_number_of_parameters(size, millions):
 def test_hidden_tokens_do_not_influence_the_context():
     model = small_model()
     tokens, visible, positions, labels = inputs()
-    embedding = model.class_embedding(labels)
+    embedding = model.embed(labels)
     expected = model.context(tokens, visible, positions, embedding)
     hidden = torch.ones(BATCH, 12, dtype=torch.bool).scatter(1, visible, False)
     spoiled = torch.where(hidden[..., None], torch.nan, tokens)
@@ -55,7 +55,7 @@ def test_hidden_tokens_do_not_influence_the_context():
 def test_every_visible_token_influences_every_context():
     model = small_model()
     tokens, visible, positions, labels = inputs()
-    embedding = model.class_embedding(labels)
+    embedding = model.embed(labels)
     expected = model.context(tokens, visible, positions, embedding)
     for place in range(visible.shape[1]):
         changed = tokens.clone()
@@ -67,17 +67,17 @@ def test_every_visible_token_influences_every_context():
 def test_images_of_a_batch_do_not_influence_each_other():
     model = small_model()
     tokens, visible, positions, labels = inputs()
-    together = model.context(tokens, visible, positions, model.class_embedding(labels))
+    together = model.context(tokens, visible, positions, model.embed(labels))
     for i in range(BATCH):
         row = slice(i, i + 1)
-        alone = model.context(tokens[row], visible[row], positions[row], model.class_embedding(labels[row]))
+        alone = model.context(tokens[row], visible[row], positions[row], model.embed(labels[row]))
         torch.testing.assert_close(together[row], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_the_order_in_which_visible_positions_are_named_does_not_matter():
     model = small_model()
     tokens, visible, positions, labels = inputs()
-    embedding = model.class_embedding(labels)
+    embedding = model.embed(labels)
     expected = model.context(tokens, visible, positions, embedding)
     for shuffle in (visible.flip(1), visible.roll(2, dims=1), visible.sort(dim=1).values):
         assert not torch.equal(shuffle, visible)
@@ -87,7 +87,7 @@ def test_the_order_in_which_visible_positions_are_named_does_not_matter():
 def test_contexts_follow_the_order_of_the_asked_positions():
     model = small_model()
     tokens, visible, positions, labels = inputs()
-    embedding = model.class_embedding(labels)
+    embedding = model.embed(labels)
     expected = model.context(tokens, visible, positions, embedding).flip(1)
     found = model.context(tokens, visible, positions.flip(1), embedding)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -97,9 +97,9 @@ def test_contexts_follow_the_order_of_the_asked_positions():
 def test_label_drop_gives_the_null_class_and_only_there():
     model = small_model()
     labels = torch.tensor([1, 4])
-    found = model.class_embedding(labels, torch.tensor([0.0, 1.0]))
+    found = model.embed(labels, torch.tensor([0.0, 1.0]))
     assert torch.equal(found[0], model.class_emb.weight[1])
-    assert torch.equal(found[1], model.null_embedding(1)[0])
+    assert torch.equal(found[1], model.null_condition(1)[0])
     assert not torch.equal(found[1], model.class_emb.weight[4])
 
 
@@ -109,7 +109,7 @@ def test_context_and_head_run_in_other_dtypes(dtype, tolerance):
     t, outputs = torch.tensor([3.0, 990.0]).repeat_interleave(7), {}
     for kind in (torch.float32, dtype):
         model = small_model().to(kind)
-        context = model.context(tokens.to(kind), visible, positions, model.class_embedding(labels)).flatten(0, 1)
+        context = model.context(tokens.to(kind), visible, positions, model.embed(labels)).flatten(0, 1)
         x_t = torch.randn(14, CHANNELS, generator=generator("x_t")).to(kind)
         outputs[kind] = (context, model.head(x_t, t, context))
     for single, other in zip(outputs[torch.float32], outputs[dtype], strict=True):

@@ -36,7 +36,7 @@ def run_chain(outputs, noise):
         return outputs[len(shown) - 1][None]
 
     head.denoise = denoise
-    result = DrawByChain(Chain(diffusion_steps=steps))(head, torch.zeros(TOKENS, 2), None, 1.0, noise)
+    result = DrawByChain(Chain(diffusion_steps=steps))(head, torch.zeros(1, TOKENS, 2), 1.0, noise)
     return [*shown, result]
 
 
@@ -112,31 +112,16 @@ def test_variance_channel_spans_the_posterior_variance_and_beta():
 
 @settings(deadline=None, max_examples=50)
 @given(t=st.integers(0, 990), seed=st.integers(0, 1000))
-def test_conversions_between_noise_and_clean_token_are_inverse(t, seed):
+def test_the_noise_gives_the_clean_token_back(t, seed):
     x_0, eps = randn(4, 3, seed=seed), randn(4, 3, seed=seed + 1)
     x_t = FULL.add_noise(x_0, eps, t)
-    torch.testing.assert_close(FULL.eps_from_x0(x_t, x_0, t), eps, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(FULL.x0_from_eps(x_t, eps, t), x_0, rtol=1e-4, atol=1e-4)
-    # from any prediction, not only from the true noise
-    guess = randn(4, 3, seed=seed + 2)
-    torch.testing.assert_close(FULL.eps_from_x0(x_t, FULL.x0_from_eps(x_t, guess, t), t), guess, rtol=1e-4, atol=1e-4)
-
-
-@settings(deadline=None, max_examples=50)
-@given(t=st.integers(0, 990), seed=st.integers(0, 1000))
-def test_score_is_the_gradient_of_the_log_density(t, seed):
-    x_0, eps = randn(4, 3, seed=seed), randn(4, 3, seed=seed + 1)
-    x_t = FULL.add_noise(x_0, eps, t)
-    abar = cosine_alpha_bars()[t]
-    score = -(x_t.double() - abar.sqrt() * x_0.double()) / (1 - abar)
-    assert relative_error(FULL.score_from_eps(FULL.eps_from_x0(x_t, x_0, t), t).double(), score) < 1e-4
-    assert relative_error(FULL.score_from_eps(eps, t).double(), score) < 1e-3
 
 
 def test_a_batch_of_levels_equals_each_level_alone():
     t = torch.tensor([0, 20, 755, 990])
     x_0, eps = randn(4, 3, seed=0), randn(4, 3, seed=1)
-    for convert in (FULL.add_noise, FULL.x0_from_eps, FULL.eps_from_x0, FULL.posterior_mean):
+    for convert in (FULL.add_noise, FULL.x0_from_eps, FULL.posterior_mean):
         alone = torch.cat([convert(x_0[i : i + 1], eps[i : i + 1], int(t[i])) for i in range(4)])
         torch.testing.assert_close(convert(x_0, eps, t), alone)
 

@@ -6,7 +6,7 @@ import torch
 from marval.config import MARConfig
 from marval.model import MAR
 from marval.runtime.rng import generator
-from marval.sampling.fast import FastLinear, linear, prepare_for_drawing
+from marval.sampling.fast import FastLinear, few_threads, linear, prepare_for_drawing
 from tiny import tiny_model
 
 
@@ -61,3 +61,17 @@ def test_nothing_is_prepared_where_onednn_is_of_no_use():
         with torch.autocast("cpu", torch.bfloat16):
             assert prepare_for_drawing(model, 100) is model
         assert prepare_for_drawing(model.bfloat16(), 100) is model
+
+
+def test_small_batches_are_drawn_by_one_thread_where_threads_wait_passively(monkeypatch):
+    threads, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        for policy, batch in (("passive", 1), ("PASSIVE", 400), ("ACTIVE", 1)):
+            monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+            with few_threads(tiny_model().config, batch, torch.device("cpu")):
+                seen.append(torch.get_num_threads())
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [1, 2, 2]

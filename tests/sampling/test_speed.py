@@ -28,7 +28,7 @@ def test_teacher_is_no_slower_than_the_straightforward_loop_and_draws_the_same(b
     for _ in range(3):
         began = time.perf_counter()
         with torch.inference_mode():
-            ours = sample(model, DrawByChain(chain, RANGE), labels, iterations=8, seeds=seeds)
+            ours = sample(model, DrawByChain(chain, RANGE), model.embed(labels), iterations=8, seeds=seeds)
         times["ours"].append(time.perf_counter() - began)
         began = time.perf_counter()
         theirs = straightforward(model, chain, labels, 8, seeds)

@@ -83,7 +83,8 @@ def test_a_tuning_step_costs_what_torch_counts_of_a_real_one():
     settings = TuneConfig(iterations=4, gradient_iterations=2, batch_size=1, autocast=False)
     model = tiny_model().requires_grad_(True)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        drawn = sample(model, DrawInOneStep(), torch.tensor([0]), iterations=4, seeds=[0], gradient_iterations=2)
+        condition = model.embed(torch.tensor([0]))
+        drawn = sample(model, DrawInOneStep(), condition, iterations=4, seeds=[0], gradient_iterations=2)
         drawn.sum().backward()
     planned = sum(tune_step(TINY, settings, 1, False, 4).flops.values())
     assert planned == pytest.approx(counter.get_total_flops(), rel=0.03)  # fused attention's backward differs a little
@@ -129,9 +130,8 @@ def tuning_peak(config, iterations, learnt):
     """Bytes that a tuning step of one image adds at its peak: K iterations, gradients through the last M, `learnt`."""
     model = MAR(config).initialize(generator("peak")).eval()
     with Meter() as meter:
-        tokens = sample(
-            model, DrawInOneStep(), torch.tensor([0]), iterations=iterations, seeds=[0], gradient_iterations=learnt
-        )
+        condition = model.embed(torch.tensor([0]))
+        tokens = sample(model, DrawInOneStep(), condition, iterations=iterations, seeds=[0], gradient_iterations=learnt)
         tokens.square().sum().backward()
     return meter.peak
 
@@ -165,7 +165,13 @@ def test_blocks_or_iterations_are_computed_again_and_never_both():
         calls.clear()
         model.decoder_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
         tokens = sample(
-            model, DrawInOneStep(), labels, iterations=4, seeds=[0, 1], gradient_iterations=2, autocast=False
+            model,
+            DrawInOneStep(),
+            model.embed(labels),
+            iterations=4,
+            seeds=[0, 1],
+            gradient_iterations=2,
+            autocast=False,
         )
         tokens.square().sum().backward()
         assert len(calls) == 4 + 2

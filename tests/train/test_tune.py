@@ -116,7 +116,7 @@ def test_low_rank_factors_reach_every_use_of_a_weight_and_merge():
     draw = draw_function(dataclasses.replace(tiny_config(), draw=OneStep()))
 
     def drawn(model, **how):
-        return sample(model, draw, torch.tensor([0, 1]), iterations=3, seeds=[1, 2], **how)
+        return sample(model, draw, model.embed(torch.tensor([0, 1])), iterations=3, seeds=[1, 2], **how)
 
     before = drawn(plain)
     assert torch.equal(drawn(network), before)
@@ -147,7 +147,7 @@ def test_tuning_computes_contexts_in_bf16_and_the_rest_in_float32():
     for autocast in (False, True):
         dtypes.clear()
         how = {"iterations": 4, "seeds": [1, 2], "gradient_iterations": 2, "autocast": autocast}
-        tokens = sample(model, DrawInOneStep(), torch.tensor([0, 1]), **how)
+        tokens = sample(model, DrawInOneStep(), model.embed(torch.tensor([0, 1])), **how)
         assert tokens.dtype == torch.float32
         tokens.square().sum().backward()
         assert dtypes["transformer"] == {torch.bfloat16 if autocast else torch.float32}

@@ -58,6 +58,7 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
     """
     import torch
 
+    from marval.classes import listed_class_numbers
     from marval.evaluate.draw import DRAWN
     from marval.io.checkpoint import model_hash
     from marval.io.images import grid, save_picture, square_rows, to_pil
@@ -75,8 +76,8 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
         diffusion_steps=drawing.diffusion_steps, guidance=drawing.guidance, temperature=drawing.temperature
     )
     k, order, count, out = drawing.iterations, drawing.order, images.count, output.out
-    every = range(len(pipeline.config.class_names))
-    chosen = pipeline.listed_labels(images.classes) if images.classes else every
+    names = pipeline.config.class_names
+    chosen = listed_class_numbers(images.classes, names) if images.classes else range(len(names))
     labels = [chosen[i % len(chosen)] for i in range(count)]
     if k is not None:
         draw_counts(pipeline.config.mar.num_tokens, k)  # refuses it before anything is made

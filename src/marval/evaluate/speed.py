@@ -254,7 +254,7 @@ def iteration_flops(model: MAR, draw_tokens: DrawTokens, visible: int, drawn: in
     noise = torch.zeros(draw_tokens.noise_draws, *tokens.shape)
     start = Start(tokens, torch.arange(mar.num_tokens)[None], visible, [drawn], noise)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        list(run(model, draw_tokens, torch.zeros(1, dtype=torch.long), start))
+        list(run(model, draw_tokens, model.embed(torch.zeros(1, dtype=torch.long)), start))
     return counter.get_total_flops()
 
 

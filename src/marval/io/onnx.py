@@ -39,7 +39,7 @@ class Student(nn.Module):
     ) -> Float[Tensor, "b c2 h w"]:
         """Images in [0, 1] where tokens are pixels, else the VAE's latents."""
         start = Start(torch.zeros_like(noise), order, 0, self.counts, noise[None])
-        *_, (tokens, _) = run(self.model, self.draw, labels, start)
+        *_, (tokens, _) = run(self.model, self.draw, self.model.embed(labels), start)
         return self.picture(tokens)
 
     def picture(self, tokens: Float[Tensor, "b l c"]) -> Float[Tensor, "b c2 h w"]:
@@ -111,8 +111,8 @@ def trial(student: Student, batch: int = 3) -> tuple[dict[str, Tensor], Tensor]:
     noise = torch.randn(batch, mar.num_tokens, mar.token_dim, generator=rng)
     order = torch.stack([random_order(mar.token_grid, seed) for seed in range(batch)])
     tokens = sample(
-        student.model, student.draw, labels, iterations=len(student.counts), seeds=range(batch), orders=order,
-        noise=noise[None],
+        student.model, student.draw, student.model.embed(labels), iterations=len(student.counts), seeds=0,
+        orders=order, noise=noise[None],
     )  # fmt: skip
     return {"labels": labels, "noise": noise, "order": order}, student.picture(tokens)
 

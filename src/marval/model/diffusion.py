@@ -59,7 +59,7 @@ class NoiseSchedule:
         previous = torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])
         beta = 1 - abar / previous
         variance = beta * (1 - previous) / (1 - abar)
-        variance = torch.cat([variance[1:2], variance[1:]])  # entry 0 would be log 0
+        variance[0] = variance[1] if len(variance) > 1 else beta[0]  # it is 0, which has no log
         tables = {
             "alpha": abar.sqrt(),
             "sigma": (1 - abar).sqrt(),

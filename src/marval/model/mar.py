@@ -217,6 +217,6 @@ class MAR(nn.Module):
         This one remembers the conditions and computes everything again, all conditions in one pass.
         """
         groups = len(state)
-        inputs = (x.expand(groups, *x.shape).flatten(0, 1) for x in (tokens, visible, positions))
-        context = self.context(*inputs, state.flatten(0, 1))
+        tokens, visible, positions = (torch.cat([x] * groups) for x in (tokens, visible, positions))
+        context = self.context(tokens, visible, positions, state.flatten(0, 1))
         return context.unflatten(0, (groups, -1)).flatten(1, 2), state

@@ -33,7 +33,7 @@ P = ParamSpec("P")
 
 # What is called besides `forward`: FSDP gathers the weights at these calls.
 CALLED = {
-    MAR: ("context", "class_embedding", "null_embedding"),
+    MAR: ("context", "embed", "null_condition"),
     TokenHead: ("denoise", "embed_context", "embed_time", "modulate"),
 }
 

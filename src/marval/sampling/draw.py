@@ -1,6 +1,6 @@
 """The two ways to draw a token: the teacher's diffusion chain and the student's one step."""
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from marval.model import NoiseSchedule, TokenHead
 GUARDED_STEPS = 1  # T = 100: a chain's first step enlarges an error of eps 316 times, the second 1.5, others lessen it
 MODULATED_ROWS = 1024  # tokens x conditions x steps whose modulations are computed, and held, together
 Guidance = float | Float[Tensor, " n"]
+G = TypeVar("G", bound=Guidance)
 
 
 @runtime_checkable
@@ -167,6 +168,6 @@ def guided_eps(eps: Float[Tensor, "g n c"], guidance: Guidance) -> Float[Tensor,
     return torch.lerp(eps[1], eps[0], guidance[:, None].to(eps) if isinstance(guidance, Tensor) else guidance)
 
 
-def guidance_at(guidance: Guidance, schedule: Schedule, revealed: float) -> Guidance:
+def guidance_at(guidance: G, schedule: Schedule, revealed: float) -> G:
     """w at a revealed fraction of the tokens: constant, or `1 + (w - 1) * revealed` (MAR, section 5)."""
-    return guidance if schedule == "constant" else 1 + (guidance - 1) * revealed
+    return guidance if schedule == "constant" else 1 + (guidance - 1) * revealed  # type: ignore[return-value]

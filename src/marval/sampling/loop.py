@@ -16,7 +16,6 @@ from marval.sampling.fast import prepare_for_drawing
 from marval.sampling.orders import Orders, draw_counts, drawing_orders
 
 
-
 def image_noise(seed: int, draws: int, tokens: int, channels: int) -> Float[Tensor, "s l c"]:
     """One image's noise: a start for each position (the same for every `draws`), then `draws - 1` steps."""
     rng = generator(seed, "image")
@@ -43,6 +42,7 @@ def prepare(
     seeds: Sequence[int],
     orders: Orders = "random",
     known: tuple[Float[Tensor, "b l c"], Bool[Tensor, "b l"]] | None = None,
+    noise: Float[Tensor, "s b l c"] | None = None,
 ) -> Start:
     """Check what is asked for, and bring what the AR loop reads to the model's device.
 
@@ -53,6 +53,7 @@ def prepare(
         seeds: one for each image, which depends on it, its condition and its order, and not on its batch.
         orders: see `drawing_orders`.
         known: tokens and a mask of those to keep (inpainting); every image keeps the same number.
+        noise: the Gaussian draws for every position, instead of those that the seeds give.
 
     Raises:
         ValueError: too many iterations, a bad order, or a bad mask.
@@ -73,8 +74,10 @@ def prepare(
         if not tokens.isfinite().all():
             raise ValueError("the known tokens hold values that are not finite: expected the tokens of real images")
     counts = draw_counts(config.num_tokens - shown, iterations)
-    noise = [image_noise(seed, draw.noise_draws, config.num_tokens, config.token_dim) for seed in seeds]
-    return Start(tokens, order.to(device), shown, counts, torch.stack(noise, dim=1).to(device, dtype))
+    if noise is None:
+        of_images = [image_noise(seed, draw.noise_draws, config.num_tokens, config.token_dim) for seed in seeds]
+        noise = torch.stack(of_images, dim=1)
+    return Start(tokens, order.to(device), shown, counts, noise.to(device, dtype))
 
 
 def run(
@@ -101,6 +104,8 @@ def run(
         autocast: compute contexts in bf16; the head stays in float32.
     """
     config, tokens, shown = model.config, start.tokens, start.known
+    if guidance is not None and not draw.needs_null:
+        raise ValueError(f"guidance {guidance} for a way to draw that needs no null contexts: expected None")
     guidance = draw.guidance if guidance is None else guidance
     conditions = [condition]
     if draw.needs_null:
@@ -108,7 +113,9 @@ def run(
     model = prepare_for_drawing(model, len(start.counts) * draw.noise_draws)
     state = model.start(*conditions)
 
-    def iterate(state: Tensor, tokens: Tensor, visible: Tensor, positions: Tensor, w: Guidance) -> tuple[Tensor, Tensor]:
+    def iterate(
+        state: Tensor, tokens: Tensor, visible: Tensor, positions: Tensor, w: Guidance
+    ) -> tuple[Tensor, Tensor]:
         # A region of its own in every iteration: autocast's cache must not keep what was cast without gradients.
         with torch.autocast(tokens.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
             contexts, state = model.advance(state, tokens, visible, positions)

@@ -116,7 +116,8 @@ def place_anchor(
     phi.requires_grad_(False)  # but in its own steps
     return AnchorNetworks(
         anchor.teacher, phi, phi_adam, reference if to_student else None,
-        settings, config, anchor.data, space, NoiseSchedule.full(workers.device), draw_function(config), workers,
+        settings, config, anchor.data, space, NoiseSchedule.full(workers.device), draw_function(config, workers.device),
+        workers,
     )  # fmt: skip
 
 

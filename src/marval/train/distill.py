@@ -21,7 +21,7 @@ from marval.runtime.folder import Run, data_identity, model_identity
 from marval.runtime.log import LOG, Figures, Log, add_means, due
 from marval.runtime.optim import Optimizer, fast_attention, learning_rate_factor, update_ema
 from marval.runtime.state import State, save_network
-from marval.sampling import DrawTokens, draw_function, guidance_at, guided_eps, model_contexts
+from marval.sampling import DrawTokens, draw_function, guidance_at, guided_eps
 from marval.spaces import TokenSpace, token_space
 from marval.train.draws import GSIMDraws, NoiseLevels, gsim_draws
 
@@ -75,16 +75,19 @@ def masked_parts(
 
 def target_contexts(model: MAR, inputs: Inputs, *, guided: bool, autocast: bool) -> Float[Tensor, "g n d"]:
     """The contexts `c` of the targets in float32: conditional and, when `guided`, null."""
-    with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=autocast):
-        return model_contexts(model, *inputs, guided=guided).float()
+    tokens, visible, targets, labels = inputs
+    conditions = [model.embed(labels), *([model.null_condition(len(labels))] if guided else [])]
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
+        contexts, _ = model.advance(model.start(*conditions), tokens, visible, targets)
+    return contexts.float()
 
 
 def student_tokens(
     student: MAR, draw: DrawTokens, inputs: Inputs, z: Float[Tensor, "n c"], autocast: bool
 ) -> Float[Tensor, "n c"]:
     """`x_0 = g_theta(z, c_theta)`: one AR iteration, all targets at once."""
-    c_theta = target_contexts(student, inputs, guided=False, autocast=autocast)[0]
-    return draw(student.head, c_theta, None, 1.0, z[None])
+    c_theta = target_contexts(student, inputs, guided=False, autocast=autocast)
+    return draw(student.head, c_theta, 1.0, z[None])
 
 
 def predicted_eps(
@@ -173,7 +176,7 @@ def distill(
     state = State(run, described, {"student": student, "auxiliary": phi, "ema": ema}, adams)
     start, _ = state.load()
     log = Log(run.folder / LOG, workers, start, settings.updates, settings.batch_size, run.tensorboard)
-    space, schedule, draw = token_space(config.space, device), NoiseSchedule.full(device), draw_function(config)
+    space, schedule, draw = token_space(config.space, device), NoiseSchedule.full(device), draw_function(config, device)
 
     for update in workers.updates(start, settings.updates):
         learnt = update - settings.warmup  # until then only phi learns

@@ -75,8 +75,8 @@ def teacher_loss(
 ) -> Float[Tensor, ""]:
     """The diffusion loss of some images' targets (`draws.part`), in the context of their visible tokens."""
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
-        embedding = model.class_embedding(labels, draws.drop)
-        context = model.context(tokens, draws.visible, draws.targets, embedding).flatten(0, 1)
+        condition = model.embed(labels, draws.drop)
+        context = model.context(tokens, draws.visible, draws.targets, condition).flatten(0, 1)
         x_0 = gather_rows(tokens, draws.targets).flatten(0, 1)
         return denoising_loss(model.head, schedule, x_0, context, *draws.levels).mean()
 

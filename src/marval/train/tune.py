@@ -150,7 +150,7 @@ def tune(
     config, settings, anchor = tuned_config(student_config, settings, anchor)
     origin = {"student": model_identity(student_config.name, student), **described(config, settings, reward, anchor)}
     workers, device = run.workers, run.workers.device
-    space, draw = token_space(config.space, device), draw_function(config)
+    space, draw = token_space(config.space, device), draw_function(config, device)
     if settings.normalize:
         reward = standardized(reward, *first_images(student, config, space, settings, device))
     student, ema, held, adams = networks = copy_networks(student, config, settings, space, anchor, workers)
@@ -174,7 +174,7 @@ def tune(
                 figures |= anchor_step(held, student, update, settings.anchor, learnt)
             if learnt >= 0:
                 for share, labels, how in tune_parts(settings, config, update, workers):
-                    tokens = sample(student, draw, labels.to(device), **how)
+                    tokens = sample(student, draw, student.embed(labels.to(device)), **how)
                     images = space.decode(tokens)
                     prompts = prompts_of(settings.prompt, config.class_names, labels.tolist())
                     loss, rewards = workers.together(policy_loss, reward, images, prompts, settings.hinge)
