@@ -24,7 +24,7 @@ from marval.pipeline import Pipeline, load
 from marval.presets import TrainConfig
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import open_run
-from marval.sampling import draw_function, prepare, run
+from marval.sampling import draw_function, sample
 from marval.train.teacher import teacher_config, train_teacher
 
 
@@ -39,8 +39,8 @@ def draw_pictures(pipeline: Pipeline, count: int, guidance: float, batch: int = 
         rng = torch.Generator(device).manual_seed(first)
         noise = torch.randn(draw.noise_draws, rows, mar.num_tokens, mar.token_dim, generator=rng, device=device)
         labels = torch.arange(first, first + rows, device=device) % mar.num_classes
-        start = prepare(pipeline.model, draw, iterations=16, seeds=range(first, first + rows), noise=noise)
-        *_, (tokens, _) = run(pipeline.model, draw, pipeline.model.embed(labels), start)
+        condition = pipeline.model.embed(labels)
+        tokens = sample(pipeline.model, draw, condition, iterations=16, seeds=first, noise=noise)
         parts.append((pipeline.space.decode(tokens) * 255).round().byte().cpu().numpy())
     return np.concatenate(parts)
 

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -151,19 +152,22 @@ def sample(
     *,
     iterations: int,
     seeds: Seeds,
-    orders: Orders = "random",
     gradient_iterations: int = 0,
     autocast: bool = False,
+    **settings: Any,
 ) -> Float[Tensor, "b l c"]:
     """Draw the tokens of a batch of images in `iterations` AR iterations (MAR, algorithm of section 3.3).
 
-    Arguments are those of `prepare` and `run`; `seeds` may be the first image's, from which the next ones count on.
+    Args:
+        seeds: one for each image, or the first image's, from which the next ones count on.
+        gradient_iterations, autocast: see `run`.
+        settings: `orders`, `known` and `noise`; see `prepare`.
 
     Raises:
         ValueError: as `prepare`; a wrong number of seeds; or a model that draws values that are not finite.
     """
     seeds = image_seeds(seeds, len(condition))
-    start = prepare(model, draw, iterations=iterations, seeds=seeds, orders=orders)
+    start = prepare(model, draw, iterations=iterations, seeds=seeds, **settings)
     steps = run(model, draw, condition, start, gradient_iterations=gradient_iterations, autocast=autocast)
     *_, (tokens, _) = steps
     check_finite(tokens, [f"seed {seed}" for seed in seeds])
