@@ -120,7 +120,7 @@ def tune_step(config: MARConfig, settings: TuneConfig, images: int, recompute: b
         order = torch.arange(config.num_tokens).expand(images, -1)
         start = Start(tokens, order, known, counts, torch.randn(1, *tokens.shape))
         labels = torch.zeros(images, dtype=torch.long)
-        how = {"gradient_iterations": settings.gradient_iterations, "autocast": settings.autocast}
+        how: dict[str, Any] = {"gradient_iterations": settings.gradient_iterations, "autocast": settings.autocast}
         with Meter() as meter:
             *_, (tokens, _) = run(student, draw, student.embed(labels), start, **how)
             tokens.sum().backward()
