@@ -3,7 +3,8 @@
 import pytest
 from PIL import Image
 
-from marval.evaluate.report import best_within, plot_curve, points_of, print_results, verdicts
+from marval.evaluate.curve import best_within, plot_curve, points_of, verdicts
+from marval.evaluate.report import print_results
 from marval.evaluate.results import read_results, write_results
 from result_rows import quality, teacher, timed, write, write_curve
 

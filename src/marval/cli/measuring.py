@@ -25,7 +25,7 @@ class Measured(Checked):
 
     samples: Whole = 10_000  # images for the figures of quality; 0: none
     seed: tuple[int, ...] = (0,)  # of the samples; several: a row for each, and their spread
-    batches: tuple[Count, ...] = (1, 64)  # batch sizes to time, all models in turns; nothing behind it: no timing
+    batches: tuple[Count, ...] = (1, 64)  # batch sizes to time (imagenet256-*: 1 and the best); nothing after it: none
     repeats: Whole = 5  # timed rounds after one that warms up; 0: only that one, for runs of many minutes
     budget: Positive | None = None  # seconds an image (at the first batch size): name the best setting within them
     rewards: str | None = None  # measure these instead, over all classes, as "clip,image-reward"; nothing is timed
@@ -110,7 +110,7 @@ def check_request(
     Raises:
         ValueError: settings that do not go together, a file that cannot be written, or one that holds other things.
     """
-    from marval.evaluate.report import need_matplotlib
+    from marval.evaluate.curve import need_matplotlib
     from marval.evaluate.results import read_results
     from marval.io.files import check_output
 
@@ -205,12 +205,15 @@ def time_models(models: "Models", measured: Measured, sampling: Sampling, out: P
     """Time every model, in turns."""
     from marval.evaluate.speed import Speed, measure_speed
 
-    measure_speed(models, Speed(sampling.iterations, measured.batches, measured.repeats, sampling.autocast), out)
+    random = models[0][0] is None and measured.batches == Measured().batches  # 64 full-size images may take an hour
+    batches = () if random else measured.batches
+    measure_speed(models, Speed(sampling.iterations, batches, measured.repeats, sampling.autocast), out)
 
 
 def show(models: "Models", measured: Measured, results: Results) -> None:
     """Print the tables of what was measured, the best setting within the budget, and the plot's file."""
-    from marval.evaluate.report import best_within, plot_curve, points_of, print_results, verdicts
+    from marval.evaluate.curve import best_within, plot_curve, points_of, verdicts
+    from marval.evaluate.report import print_results
     from marval.evaluate.results import read_results
 
     print_results(results.out)
@@ -228,7 +231,7 @@ def show(models: "Models", measured: Measured, results: Results) -> None:
 
 
 def compare(first: Path, second: Path) -> None:
-    """Say what differs between two results files, and whether a difference is more than chance over seeds makes.
+    """Say what differs between two results files by more than two standard errors: differences first, the rest counted.
 
     marval compare results/fashion-sweep.json results/mine.json
     marval compare student.json tuned.json

@@ -107,13 +107,14 @@ class Reference:
         """
         pool = columns["pool"]
         score = self.inception.score(columns["logits"])
-        found = {"fid": frechet_distance(pool, self.pool), "inception_score": score[0], "inception_score_std": score[1]}
+        figures = {"fid": frechet_distance(pool, self.pool), "inception_score": score[0]}
+        figures["inception_score_std"] = score[1]
         if self.spatial is not None:
-            found["sfid"] = frechet_distance(columns["spatial"], self.spatial)
+            figures["sfid"] = frechet_distance(columns["spatial"], self.spatial)
         if self.pictures:
             near = sample_figures(pool.to(compute_device(self.inception.device)), self.sample)
-            found |= {f"inception_{name}": value for name, value in near.items()}
-        return found
+            figures |= {f"inception_{name}": value for name, value in near.items()}
+        return figures
 
 
 class Inception:
@@ -163,8 +164,8 @@ class Inception:
 
     def score(self, logits: Float[Tensor, "n l"]) -> tuple[float, float]:
         """Inception Score: mean and standard deviation over the splits (Salimans et al. 2016)."""
-        found = self.isc(logits, splits=SPLITS)
-        return found["inception_score_mean"], found["inception_score_std"]
+        score = self.isc(logits, splits=SPLITS)
+        return score["inception_score_mean"], score["inception_score_std"]
 
 
 def _statistics(mean: Any, covariance: Any, features: str) -> Statistics:

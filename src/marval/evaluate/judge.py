@@ -31,7 +31,7 @@ from marval.pipeline import Pipeline
 from marval.rewards import Classifier, classifier_file, load_classifier
 from marval.runtime.progress import progress
 
-CLASSIFIED = 500  # images at a time
+PART = 500  # images at a time
 REAL_SAMPLE = tuple(field.name for field in dataclasses.fields(RealSample))
 
 
@@ -76,9 +76,7 @@ class Judge:
         columns = {"labels": labels, "features": extract(self.network, images)}
         if self.classifier is not None:
             device = next(self.classifier.parameters()).device
-            logits = torch.cat(
-                [self.classifier(part.to(device).float() / 255).cpu() for part in images.split(CLASSIFIED)]
-            )
+            logits = torch.cat([self.classifier(part.to(device).float() / 255).cpu() for part in images.split(PART)])
             known = logits.isfinite().all(dim=1)  # of numbers that are none, the first would be the largest
             columns["accuracy"] = torch.where(known, (logits.argmax(dim=1) == labels).float(), math.nan)
             columns["log_probability"] = logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
@@ -150,19 +148,19 @@ class Judge:
         )
 
 
+def real_features(network: Features, images: UInt8[Tensor, "n c h w"]) -> Iterator[Float[Tensor, "_ f"]]:
+    """Features of the real images, part by part."""
+    with progress(len(images), "features of the real images") as advance:
+        for part in images.split(PART):
+            yield extract(network, part)
+            advance(len(part))
+
+
 def real_statistics(images: Callable[[], ImageData], network: Features, digest: str, cache: Path) -> Statistics:
     """Statistics of the real images, read from `cache` where they are there, else computed and kept there."""
     with contextlib.suppress(ValueError):  # none there, or a damaged one
         return Statistics.load(cache, network.name)
-    data = images()
-    with progress(len(data), "features of the real images") as advance:
-
-        def parts() -> Iterator[Float[Tensor, "_ f"]]:
-            for part in data.images.split(500):
-                yield extract(network, part)
-                advance(len(part))
-
-        Statistics.of(parts(), network.name, digest).save(cache)
+    Statistics.of(real_features(network, images().images), network.name, digest).save(cache)
     return Statistics.load(cache, network.name)  # kept in float32: so that the first run finds what later ones do
 
 
@@ -172,15 +170,10 @@ def real_sample(images: Callable[[], ImageData], network: Features, count: int, 
         return RealSample(**{name: content.get_tensor(name) for name in REAL_SAMPLE})
     data = images()
     count = min(count, len(data))
-    chosen = (torch.arange(count) * len(data) // count).split(500)
-    with progress(count, "features of real images") as advance:
-        parts = []
-        for some in chosen:
-            parts.append(extract(network, data.images[some]))
-            advance(len(some))
-    found = RealSample.of(torch.cat(parts))
-    write_tensors(cache, {name: getattr(found, name) for name in REAL_SAMPLE}, {"features": network.name})
-    return found
+    some = data.images[torch.arange(count) * len(data) // count]
+    sample = RealSample.of(torch.cat([*real_features(network, some)]))
+    write_tensors(cache, {name: getattr(sample, name) for name in REAL_SAMPLE}, {"features": network.name})
+    return sample
 
 
 def data_hash(data: ImageData) -> str:
@@ -226,12 +219,12 @@ def load_judge(
 
     @functools.cache
     def images() -> ImageData:
-        found = real_images()
-        if data == "fashion-mnist" and data_hash(found) != bundled.data_sha256:
+        real = real_images()
+        if data == "fashion-mnist" and data_hash(real) != bundled.data_sha256:
             raise ValueError(
                 "Fashion-MNIST's images are not those of marval's statistics: name them by fashion-mnist:DIR"
             )
-        return found
+        return real
 
     digest = bundled.data_sha256 if data == "fashion-mnist" else data_hash(images())
     key = f"{digest[:16]}-{hashlib.sha256(network.name.encode()).hexdigest()[:8]}"
@@ -244,9 +237,9 @@ def load_judge(
 
     @functools.cache
     def some() -> RealSample:
-        found = real_sample(images, network, count, cache)
+        sample = real_sample(images, network, count, cache)
         images.cache_clear()  # their features are all that is needed from here on
-        return found
+        return sample
 
     return dataclasses.replace(
         held_out(network, classifier, device), real=real, sample=some if count else None, data_sha256=digest

@@ -61,11 +61,10 @@ def sample_figures(drawn: Float[Tensor, "n f"], real: RealSample) -> dict[str, f
 
 def changed_between(first: int, second: int) -> dict[str, str]:
     """Return the figures that two versions of the metrics define differently, each with its older definition."""
-    versions = range(min(first, second) + 1, max(first, second) + 1)
-    found: dict[str, str] = {}
-    for version in versions:
-        found = {**BEFORE.get(version, {}), **found}
-    return found
+    changed: dict[str, str] = {}
+    for version in range(min(first, second) + 1, max(first, second) + 1):
+        changed = {**BEFORE.get(version, {}), **changed}
+    return changed
 
 
 def compute_device(device: torch.device) -> torch.device:

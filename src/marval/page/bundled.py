@@ -4,7 +4,7 @@ import statistics
 from importlib.resources import files
 from pathlib import Path
 
-from marval.evaluate.report import points_of
+from marval.evaluate.curve import points_of
 from marval.evaluate.results import by_setting, read_results
 
 
