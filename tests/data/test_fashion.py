@@ -2,10 +2,11 @@
 
 import gzip
 import hashlib
-import http.server
+import io
 import struct
-import threading
+from http.client import IncompleteRead
 from pathlib import Path
+from urllib.error import HTTPError
 
 import numpy as np
 import pytest
@@ -39,51 +40,37 @@ def places(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hosts(monkeypatch):
-    """Local web servers in the place of the addresses: `hosts(answer, ...)`, each path -> (status, length, body)."""
-    servers = []
+    """`hosts(answer, ...)`: what the addresses answer, in order: a function of the file's name, or an error."""
 
     def start(*answers):
-        for answer in answers:
+        answer_of = dict(zip((f"http://host-{i}/" for i in range(len(answers))), answers, strict=True))
+        monkeypatch.setattr(fashion, "URLS", tuple(answer_of))
 
-            class Handler(http.server.BaseHTTPRequestHandler):
-                def do_GET(self, answer=answer):
-                    status, length, body = answer(self.path)
-                    self.send_response(status)
-                    self.send_header("Content-Length", str(length))
-                    self.end_headers()
-                    self.wfile.write(body)
+        def urlopen(url, timeout):
+            answer = answer_of[url[: url.rindex("/") + 1]]
+            if isinstance(answer, Exception):
+                raise answer
+            return io.BytesIO(answer(Path(url).stem))
 
-                def log_message(self, *_):
-                    pass
+        monkeypatch.setattr("urllib.request.urlopen", urlopen)
 
-            servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-            threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
-        monkeypatch.setattr(fashion, "URLS", tuple(f"http://127.0.0.1:{s.server_port}/" for s in servers))
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    return start
 
 
-def packed(name, level=9):
-    return gzip.compress(CONTENT[Path(name).stem], level)
+def sound(name):
+    return gzip.compress(CONTENT[name])
 
 
-def sound(path):
-    return 200, len(packed(path)), packed(path)
+def cut(name):
+    return sound(name)[:-30]
 
 
-def portal(path):
-    return 200, len(PAGE), PAGE
+def portal(name):
+    return PAGE
 
 
-def cut(path):
-    return 200, len(packed(path)), packed(path)[:-30]
-
-
-def missing(path):
-    return 404, 0, b""
+MISSING = HTTPError("url", 404, "Not Found", {}, None)
+BROKEN_OFF = IncompleteRead(b"")
 
 
 def whole(data):
@@ -125,14 +112,14 @@ def test_files_are_recognised_however_they_are_packed(places, tmp_path, level, s
 def test_every_wrong_answer_tries_the_next_place_and_what_is_fetched_is_kept(places, hosts, capsys):
     system, cache = places
     for name in CONTENT:
-        (system / f"{name}.gz").write_bytes(packed(name)[:-30])
+        (system / f"{name}.gz").write_bytes(sound(name)[:-30])
         (cache / f"{name}.gz").write_bytes(PAGE)
     with pytest.raises(ValueError, match="cannot find"):
         load_fashion_mnist(fetch=False)
-    hosts(missing, portal, cut, sound)
+    hosts(MISSING, BROKEN_OFF, portal, cut, sound)
     assert whole(load_fashion_mnist())
     assert "Fetching" in capsys.readouterr().err
-    hosts(missing)
+    hosts(MISSING)
     assert whole(load_fashion_mnist())
     assert "Fetching" not in capsys.readouterr().err
     for name, content in CONTENT.items():  # an unpacked file serves where the packed one is damaged
@@ -143,9 +130,9 @@ def test_every_wrong_answer_tries_the_next_place_and_what_is_fetched_is_kept(pla
 
 def test_the_error_names_every_place_what_is_wrong_with_it_and_what_to_do(places, hosts, tmp_path):
     system, cache = places
-    (system / "train-images-idx3-ubyte.gz").write_bytes(packed("train-images-idx3-ubyte")[:100])
+    (system / "train-images-idx3-ubyte.gz").write_bytes(sound("train-images-idx3-ubyte")[:100])
     (cache / "train-images-idx3-ubyte").write_bytes(b"x" * 100)
-    hosts(missing, portal, cut)
+    hosts(MISSING, portal, cut)
     with pytest.raises(ValueError, match="cannot find Fashion-MNIST's train-images-idx3-ubyte") as caught:
         load_fashion_mnist()
     message = str(caught.value)
@@ -177,6 +164,6 @@ def test_a_cache_that_cannot_be_written_to_still_serves(places, hosts, monkeypat
         disk.setattr(fashion, "atomic_path", full)
         assert whole(load_fashion_mnist())
     for name in CONTENT:  # as in a container whose image brought the files along
-        (places[1] / f"{name}.gz").write_bytes(packed(name))
+        (places[1] / f"{name}.gz").write_bytes(sound(name))
     monkeypatch.setattr(fashion, "cache_folder", lambda: tmp_path / "elsewhere")
     assert whole(load_fashion_mnist(fetch=False))

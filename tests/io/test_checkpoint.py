@@ -1,6 +1,7 @@
 """Models on disk: they come back as they were, strictly; and files are written whole or not at all."""
 
 import dataclasses
+import errno
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep
 from marval.io.checkpoint import WEIGHTS, load_model, save_model
-from marval.io.files import atomic_folder, atomic_path
+from marval.io.files import atomic_folder, atomic_path, locked
 from marval.io.images import grid, to_pil
 from tiny import tiny_config, tiny_model
 
@@ -78,6 +79,18 @@ def test_a_write_that_fails_leaves_the_old_files_and_nothing_else(write, tmp_pat
         fails(OSError(28, "No space left on device"))
     assert file.read_text() == "old"
     assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["a", "a.txt"]
+
+
+def test_a_disk_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path / "lock", wait=True), locked(tmp_path / "lock", wait=False):
+        pass
+    assert not (tmp_path / "lock").exists()
 
 
 def test_pictures_round_and_grids_hold_every_image():

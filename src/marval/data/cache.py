@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -89,8 +89,8 @@ def _claim(out: Path, plan: dict[str, Any]) -> None:
             before = {}
         changed = [key for key, value in plan.items() if before.get(key) != value]
         if changed:
-            told = [CHANGES.get(key, f"{key} was {before.get(key)}, now {plan[key]}") for key in changed]
-            raise ValueError(f"{out} caches something else ({', '.join(told)}): choose another folder, or remove it")
+            changes = [CHANGES.get(key, f"{key} was {before.get(key)}, now {plan[key]}") for key in changed]
+            raise ValueError(f"{out} caches something else ({', '.join(changes)}): choose another folder, or remove it")
     write_text(out / PLAN, json.dumps(plan, indent=1) + "\n")
 
 
@@ -103,11 +103,10 @@ def _write_shards(encoder: "_Encoder", shards: Sequence[Sequence[Labelled]], out
         for i in missing:
             if workers.stop.is_set():
                 return
-            tensors, metadata = encoder.shard(shards[i])
+            tensors, metadata = encoder.shard(shards[i], advance)
             damaged += metadata["corrupt"]
             write_tensors(shard_file(out, i), tensors, {"marval": json.dumps(metadata)})
             check_damaged(damaged, total, ADVICE.format(out))
-            advance(len(shards[i]))
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,9 @@ class _Encoder:
         picture = centre_crop(read_image(Path(file[0])).convert("RGB"), self.image_size)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
-    def shard(self, files: Sequence[Labelled]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def shard(
+        self, files: Sequence[Labelled], advance: Callable[[int], None]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Encode a shard's files; the next ones are decoded meanwhile.
 
         Returns:
@@ -162,20 +163,14 @@ class _Encoder:
             if images:
                 moments.append(self.moments(torch.stack([image for image, _ in images])))
                 labels += [label for _, label in images]
+            advance(len(batch))
         encoded = torch.cat(moments) if moments else torch.zeros(0, 2, 2, 0, 0)
         if not encoded.half().isfinite().all():
-            raise ValueError(
-                f"the VAE encodes some of {files[0][0]} and the next images to numbers that are not finite"
-            )
+            raise ValueError(f"the VAE encodes some of {files[0][0]} and the next to numbers that are not finite")
         mean, log_variance = (part.double() for part in encoded.chunk(2, dim=2))
         square = mean.square() + log_variance.clamp(-30, 20).exp()
-        metadata = {
-            "sum": mean.sum().item(),
-            "square": square.sum().item(),
-            "numbers": mean.numel(),
-            "corrupt": damaged,
-        }
-        return {"moments": encoded.half(), "labels": torch.tensor(labels, dtype=torch.long)}, metadata
+        sums = {"sum": mean.sum().item(), "square": square.sum().item(), "numbers": mean.numel()}
+        return {"moments": encoded.half(), "labels": torch.tensor(labels).long()}, {**sums, "corrupt": damaged}
 
 
 def _write_index(out: Path, about: dict[str, Any], shards: int) -> None:

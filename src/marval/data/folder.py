@@ -5,7 +5,7 @@ import hashlib
 import os
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,8 @@ def list_folder(root: Path) -> Folder:
         raise ValueError(f"{printable(root)} is not a folder: expected one with a sub-folder of images for each class")
     skipped: Skipped = defaultdict(list)
     above = {_identity(str(parent)) for parent in (root.resolve(), *root.resolve().parents)}
-    folders, loose = _entries(str(root), above, skipped)
+    entries, loose = _entries(str(root), skipped)
+    folders = list(_unread(entries, above, skipped))
     images = [_images(folder, {*above, _identity(folder)}, skipped) for folder in folders]
     if loose and not any(images):
         folders, images = [str(root.resolve())], [loose]
@@ -65,24 +66,24 @@ def list_folder(root: Path) -> Folder:
         say_once(f"{printable(root)} has no sub-folders of images: its images, {len(loose)}, are one class, {name!r}")
     elif loose:
         skipped["images beside the folders of classes"] += [os.path.basename(file) for file in loose]
-    told = _describe(skipped)
+    left_out = _describe(skipped)
     if not any(images):
         raise ValueError(
             f"{printable(root)} holds no images: expected DIR/CLASS/IMAGE.png, one sub-folder for each class"
-            + (f"; it holds {told}" if told else "")
+            + (f"; it holds {left_out}" if left_out else "")
         )
     empty = [printable(os.path.basename(folder)) for folder, files in zip(folders, images, strict=True) if not files]
     if empty:
         raise ValueError(
             f"{printable(root)}: no images in {', '.join(empty[:5])}; remove such folders or fill them"
-            + (f" (left out: {told})" if told else "")
+            + (f" (left out: {left_out})" if left_out else "")
         )
     files = [(file, label) for label, of_class in enumerate(images) for file in of_class]
-    return Folder(root, _class_names(folders), files, told)
+    return Folder(root, _class_names(folders), files, left_out)
 
 
-def _entries(folder: str, read: set[tuple[int, int]], skipped: Skipped) -> tuple[list[str], list[str]]:
-    """The sub-folders, except those in `read`, and the images directly in a folder."""
+def _entries(folder: str, skipped: Skipped) -> tuple[list[str], list[str]]:
+    """The sub-folders and the images directly in a folder."""
     folders, images = [], []
     try:
         with os.scandir(folder) as content:
@@ -94,8 +95,6 @@ def _entries(folder: str, read: set[tuple[int, int]], skipped: Skipped) -> tuple
         is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
         if entry.name.startswith(".") or (is_folder and entry.name in NO_CLASSES):
             skipped["hidden"].append(entry.name)
-        elif is_folder and _identity(entry.path) in read:
-            skipped["links to folders that were read already"].append(entry.name)
         elif is_folder:
             folders.append(entry.path)
         elif suffix not in readable_suffixes():
@@ -109,12 +108,19 @@ def _entries(folder: str, read: set[tuple[int, int]], skipped: Skipped) -> tuple
 
 def _images(folder: str, read: set[tuple[int, int]], skipped: Skipped) -> list[str]:
     """All images below a class's folder; each folder once, by whatever links it is reached."""
-    folders, images = _entries(folder, read, skipped)
-    for path in folders:
-        if _identity(path) not in read:
-            read.add(_identity(path))
-            images += _images(path, read, skipped)
+    folders, images = _entries(folder, skipped)
+    for path in _unread(folders, read, skipped):
+        read.add(_identity(path))
+        images += _images(path, read, skipped)
     return images
+
+
+def _unread(folders: Sequence[str], read: set[tuple[int, int]], skipped: Skipped) -> Iterator[str]:
+    for path in folders:
+        if _identity(path) in read:
+            skipped["links to folders that were read already"].append(os.path.basename(path))
+        else:
+            yield path
 
 
 def _identity(path: str) -> tuple[int, int]:

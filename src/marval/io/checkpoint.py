@@ -189,9 +189,9 @@ def add_guidance(about: dict[str, Any], file: Path) -> dict[str, Any]:
     draw, beside = about.get("draw"), file.parent / "config.json"
     if isinstance(draw, dict) and draw.get("kind") == "one_step" and "guidance" not in draw and beside.is_file():
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            told_beside = json.loads(beside.read_text())["draw"]
+            draw_beside = json.loads(beside.read_text())["draw"]
             names = ("guidance", "guidance_schedule")
-            about = {**about, "draw": {**draw, **{name: told_beside[name] for name in names}}}
+            about = {**about, "draw": {**draw, **{name: draw_beside[name] for name in names}}}
     return about
 
 

@@ -1,6 +1,7 @@
 """Files written so that a reader, or a crash, never meets half of one; and their hashes."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -12,6 +13,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP}  # what network disks without locks answer
 
 
 def cache_folder() -> Path:
@@ -113,7 +116,7 @@ def write_text(target: Path | str, text: str) -> None:
 def locked(path: Path | str, wait: bool) -> Iterator[None]:
     """Hold an exclusive lock on the file `path`, which is made for it and removed afterwards.
 
-    It keeps out only those who ask for it. A killed process loses its lock.
+    It keeps out only those who ask for it, and nobody on disks without locks. A killed process loses its lock.
 
     Args:
         wait: for another holder to end.
@@ -129,7 +132,8 @@ def locked(path: Path | str, wait: bool) -> Iterator[None]:
     except Timeout:
         raise ValueError(f"{path} is held by another command: wait for it to end") from None
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+        if error.errno not in NO_LOCKS:
+            raise ValueError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
     try:
         yield
     finally:

@@ -202,9 +202,9 @@ def grid(
     column_labels: Sequence[str] = (),
     title: str = "",
     scale: int = 3,
-    gap: int = 4,
 ) -> Image.Image:
     """Lay out rows of images, with a label before each row (of one or more lines), above each column, and a title."""
+    gap = 4
     cells = [[to_pil(image, scale) for image in row] for row in rows]
     width, height = cells[0][0].size
     font = ImageFont.load_default(13)
