@@ -46,7 +46,7 @@ def main() -> None:
         file = error.filename if isinstance(error, OSError) else None
         complain(f"{file}: {error.strerror}" if file and isinstance(error, OSError) else str(error), 2)
     except KeyboardInterrupt as interrupt:
-        training = sys.argv[1] in ("train", "distill", "tune")
+        training = sys.argv[1:2] in (["train"], ["distill"], ["tune"])
         told = str(interrupt) or ("nothing was saved" if training else "")
         complain("interrupted" + (f": {told}" if told else ""), 130)
 

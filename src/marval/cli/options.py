@@ -151,8 +151,12 @@ def defaults_of(group: Any, preset: Any) -> Any:
 
 
 def comments_of(group: Any) -> dict[str, str]:
-    """Read the comment behind each of a dataclass's fields."""
-    sources = "".join(inspect.getsource(one) for one in group.__mro__[-2::-1] if hasattr(one, "__dataclass_fields__"))
+    """Read the comment behind each of a dataclass's fields; none where Python runs without its sources."""
+    classes = [one for one in group.__mro__[-2::-1] if hasattr(one, "__dataclass_fields__")]
+    try:
+        sources = "".join(map(inspect.getsource, classes))
+    except OSError:
+        return {}
     return dict(re.findall(r"^    (\w+): .*?  # (.*)$", sources, re.MULTILINE))
 
 
