@@ -1,11 +1,13 @@
 """Results files: what is read, merged and refused; and two of them compared."""
 
 import json
+import sys
 
 import pytest
 import scipy.stats
 
-from marval.evaluate.compare import compare, report
+from marval.cli import main
+from marval.evaluate.compare import compare
 from marval.evaluate.metrics import METRICS
 from marval.evaluate.results import check_measure, check_names, merge_results, read_results, write_results
 from result_rows import quality, teacher, timed, write
@@ -93,14 +95,16 @@ def test_a_file_holds_one_model_under_a_name_one_kind_of_features_and_one_data_s
 # Two files compared
 
 
-def test_differences_come_first_and_the_rest_is_counted(tmp_path):
+def test_differences_come_first_and_the_rest_is_counted(tmp_path, monkeypatch, capsys):
     first = write(tmp_path / "a.json", [quality(seed=s, fd=f) for s, f in ((0, 10.0), (1, 11.0), (2, 12.0))])
     rows = [quality(seed=s, fd=f, sha256="b" * 64) for s, f in ((0, 12.0), (1, 12.5), (2, 13.0))]
     second = write(tmp_path / "b.json", [*rows, quality(k=16), quality(k=32)])
-    lines = report(first, second)
-    assert lines[0] == "s K=8, 100 samples: fd 11 -> 12.5 (+1.5 ± 0.58, 3 and 3 seeds)"
-    assert lines[1].startswith("1 of 2 figures differ")
-    assert lines[2] == "1 of 2 figures: the same"
+    monkeypatch.setattr(sys, "argv", ["marval", "compare", str(first), str(second)])
+    main()
+    table, lines = (part.split("\n") for part in capsys.readouterr().out.split("1 of 2 figures differ"))
+    cells = [cell.strip() for cell in table[3].strip("│").split("│")]
+    assert cells == ["s K=8, 100 samples", "fd", "11", "12.5", "+1.5", "± 0.58", "3 and 3 seeds"]
+    assert lines[1] == "1 of 2 figures: the same"
     assert any("sha256" in line and "a" * 64 in line and "b" * 64 in line for line in lines)
     assert f"only in {second}: s K=16, 100 samples and 1 more" in lines
     assert {difference.verdict for difference in compare(first, first)[1]} == {"the same"}

@@ -2,6 +2,8 @@
 
 import contextlib
 import signal
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,10 +219,10 @@ def show(models: "Models", measured: Measured, results: Results) -> None:
     from marval.evaluate.results import read_results
 
     print_results(results.out)
-    if not (measured.samples and measured.batches):
+    if not measured.batches:
         return
-    batch, names = measured.batches[0], {pipeline.config.name for _, pipeline in models}
-    points = points_of(read_results(results.out), batch, models=names, samples=measured.samples, report=print)
+    batch, names, samples = measured.batches[0], {p.config.name for _, p in models}, measured.samples or None
+    points = points_of(read_results(results.out), batch, models=names, samples=samples, report=print)
     for line in verdicts(points):
         print(line)
     if measured.budget is not None:
@@ -244,6 +246,23 @@ def compare(first: Path, second: Path) -> None:
         first: a results file of marval evaluate
         second: another
     """
-    from marval.evaluate.compare import report
+    from rich.console import Console
+    from rich.table import Table
 
-    print("\n".join(report(first, second)))
+    from marval.evaluate.compare import compare as differences_between
+
+    lines, figures = differences_between(first, second)
+    counts = Counter(figure.verdict for figure in figures)
+    found = counts.pop("a difference", 0)
+    if found:
+        table = Table("setting", "figure", "first", "second", "change", "by chance", "counts")
+        for one in figures:
+            if one.verdict == "a difference":
+                change, counted = f"{one.second - one.first:+.4g}", "{} and {} ".format(*one.counts) + one.unit
+                values = f"{one.first:.6g}", f"{one.second:.6g}", change, f"± {one.chance:.2g}", counted
+                table.add_row(one.setting, one.figure, *values)
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print(f"{found} of {len(figures)} figures differ by more than chance makes (two standard errors; 1 in 20 may)")
+    for verdict, count in counts.items():
+        print(f"{count} of {len(figures)} figures: {verdict}")
+    print("\n".join(lines))

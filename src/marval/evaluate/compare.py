@@ -57,14 +57,6 @@ class Difference:
             return UNKNOWN[self.unit]
         return "a difference" if difference > self.chance else "no more than chance"
 
-    def __str__(self) -> str:
-        chance = "" if self.chance is None else f" ± {self.chance:.2g}"
-        counts = "{} and {}".format(*self.counts)
-        return (
-            f"{self.setting}: {self.figure} {self.first:.6g} -> {self.second:.6g} "
-            f"({self.second - self.first:+.4g}{chance}, {counts} {self.unit})"
-        )
-
 
 def compare(first: Path, second: Path) -> tuple[list[str], list[Difference]]:
     """Compare two files: lines on how each was made, and a `Difference` for every figure at a setting of both.
@@ -95,19 +87,6 @@ def compare(first: Path, second: Path) -> tuple[list[str], list[Difference]]:
             f"{first} and {second} share no setting (model, T, w, K, samples or batch, precision): nothing to compare"
         )
     return lines, differences
-
-
-def report(first: Path, second: Path) -> list[str]:
-    """Write what `compare` finds as lines: differences first, the rest counted."""
-    lines, every = compare(first, second)
-    counts = {verdict: sum(one.verdict == verdict for one in every) for verdict in [one.verdict for one in every]}
-    found = counts.pop("a difference", 0)
-    return [
-        *(str(one) for one in every if one.verdict == "a difference"),
-        f"{found} of {len(every)} figures differ by more than chance makes (±, two standard errors), which 1 in 20 may",
-        *(f"{count} of {len(every)} figures: {verdict}" for verdict, count in counts.items()),
-        *lines,
-    ]
 
 
 def _read(file: Path) -> dict[str, list[Row]]:
