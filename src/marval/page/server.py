@@ -21,6 +21,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from marval.config import Order
+from marval.io.files import one_line
 from marval.page.bundled import quality_points, tuning_rows
 from marval.page.guard import Guard, is_local
 from marval.page.studio import Event, Job, Studio, Wanted
@@ -29,18 +30,12 @@ from marval.page.turns import Turns, network_of
 MOST_PICTURES = 64  # of one request
 CONNECTIONS = 128
 PATIENCE = 60  # seconds for a request to arrive
-LONGEST_LINE = 300
 BROKEN = "something went wrong here; it has been logged"
 log = logging.getLogger("uvicorn.error")
 
 
 class _LeftError(Exception):
     """Nobody waits for this picture any more."""
-
-
-def line_of(error: Exception) -> str:
-    """Return an error's message in one line."""
-    return " ".join(str(getattr(error, "detail", error)).split())[:LONGEST_LINE]
 
 
 async def body_of(request: Request) -> bytes:
@@ -80,7 +75,7 @@ class Drawings(StreamingResponse):
                     async for event in events:
                         yield json.dumps({"index": index, **event}) + "\n"
         except ValueError as error:
-            yield json.dumps({"error": line_of(error)}) + "\n"
+            yield json.dumps({"error": one_line(error)}) + "\n"
         except Exception:
             log.exception("the page could not draw a picture")
             yield json.dumps({"error": BROKEN}) + "\n"
@@ -140,9 +135,9 @@ def build(studio: Studio) -> Starlette:
         return network_of(request.client.host if request.client else "")
 
     def refuse(request: Request, error: Exception) -> Response:
-        return JSONResponse(
-            {"error": line_of(error)}, getattr(error, "status_code", 400), getattr(error, "headers", None)
-        )
+        if isinstance(error, HTTPException):
+            return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+        return JSONResponse({"error": one_line(error)}, 400)
 
     def fail(request: Request, error: Exception) -> Response:  # Starlette raises it again, and uvicorn logs its trace
         return JSONResponse({"error": BROKEN}, 500)

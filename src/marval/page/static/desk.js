@@ -1,0 +1,153 @@
+// The Edit tab: a picture on the desk, the ones before it, and what is painted over.
+
+import { $, $$, fit, h, models, open, read } from "./controls.js";
+import { ask, Cell, draw, pngUrl, refuse, say } from "./drawing.js";
+
+const MOST_UNDO = 30;
+const desk = { picture: null, past: [], painted: [] };
+const cells = () => $$("#edit [data-token]");
+const pressed = (cell) => cell.getAttribute("aria-pressed") === "true";
+const grid = () => models[$("#edit [name=model]").value].token_grid;
+
+function put(picture, painted = []) {
+  if (desk.picture) desk.past = [...desk.past, desk.picture].slice(-MOST_UNDO);
+  Object.assign(desk, { picture, painted });
+  show();
+}
+
+// Show the picture on the desk, or the canvas of one that is being drawn, under a button for each token.
+function show(canvas = null) {
+  const { picture, painted } = desk, [rows, columns] = grid();
+  if (!picture && !canvas) return;
+  const url = picture && pngUrl(picture.png);
+  const buttons = Array.from({ length: rows * columns }, (_, i) => h("button", {
+    type: "button", "data-token": i, "aria-pressed": String(painted.includes(i)), tabindex: i ? -1 : 0,
+    "aria-label": `row ${Math.floor(i / columns) + 1}, column ${(i % columns) + 1}`,
+  }));
+  const label = "Tokens: paint with the pointer, or move with the arrow keys and press Space";
+  const over = h("div", { class: "cells", role: "group", "aria-label": label }, buttons);
+  over.style.setProperty("--columns", columns);
+  const tools = ["all", "none", "invert"].map((tool) => h("button", { type: "button", "data-tool": tool }, tool));
+  const recipe = picture?.recipe ? " with its recipe" : " (an upload has no recipe until a part of it is redrawn)";
+  const saving = picture ? [h("a", { href: url, download: picture.file }, "Save this picture as PNG"), recipe] : [];
+  const shown = canvas ?? h("img", { src: url, alt: "the picture to edit" });
+  $("#edit .canvas").replaceChildren(
+    h("div", { class: painted.length ? "painter fresh" : "painter" }, shown, over),
+    h("div", { class: "tools" }, h("span", { role: "group", "aria-label": "Paint" }, tools), h("output")),
+    h("p", { class: "soft" }, saving),
+  );
+  count();
+}
+
+function count() {
+  desk.painted = cells().flatMap((cell, i) => (pressed(cell) ? [i] : []));
+  $("#edit output").textContent = `${desk.painted.length} of ${cells().length} tokens painted`;
+}
+
+function paint(some, value) {
+  $("#edit .painter").classList.remove("fresh"); // what was redrawn is no longer outlined but painted
+  some.forEach((cell) => cell.setAttribute("aria-pressed", String(value(cell))));
+  count();
+}
+
+function wirePainter(area) {
+  let brush = null; // what the pointer paints while it is down
+  const under = (event) => document.elementFromPoint(event.clientX, event.clientY)?.closest("[data-token]");
+  area.addEventListener("pointerdown", (event) => {
+    const cell = under(event);
+    if (!cell || event.button !== 0) return;
+    brush = !pressed(cell);
+    paint([cell], () => brush);
+  });
+  area.addEventListener("pointermove", (event) => {
+    const cell = brush === null ? null : under(event);
+    if (cell && pressed(cell) !== brush) paint([cell], () => brush);
+  });
+  for (const name of ["pointerup", "pointercancel"]) addEventListener(name, () => (brush = null));
+  area.addEventListener("click", (event) => {
+    const tool = event.target.dataset.tool, cell = event.target.closest("[data-token]");
+    if (tool) paint(cells(), { all: () => true, none: () => false, invert: (one) => !pressed(one) }[tool]);
+    else if (cell && event.detail === 0) paint([cell], (one) => !pressed(one)); // by the keyboard
+  });
+  area.addEventListener("keydown", (event) => {
+    const at = cells().indexOf(event.target), columns = grid()[1];
+    const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
+    if (at < 0 || !step) return;
+    event.preventDefault();
+    const next = cells()[at + step];
+    if (!next) return;
+    event.target.tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
+  });
+}
+
+// Put a picture from another place of the page onto the desk, with its model and class, and open the tab.
+export function takeToDesk(picture, wanted) {
+  const form = $("#edit");
+  form.drawing?.abort();
+  form.drawing = null; // whose line says what follows
+  $("[name=model]", form).value = wanted.model;
+  fit(form);
+  for (const name of ["class", "new_class"]) $(`[name=${name}]`, form).value = wanted.class;
+  put(picture);
+  open($("#tab-edit"));
+  say(form, "This picture is on the desk. Now paint.");
+}
+
+// Draw onto the desk; the tokens that are painted stay outlined.
+function drawHere(form, wanted, painted, done) {
+  const cell = new Cell(wanted.model, {});
+  return draw(form, [wanted], async (event) => {
+    await cell.show(event, wanted);
+    if (event.picture) put(event.picture, painted);
+    else show(cell.canvas);
+  }, () => done);
+}
+
+export function edit(form, action) {
+  const { model, class: label, seed, iterations, new_class, new_seed, keep, count: many } = read(form);
+  const { picture, painted } = desk;
+  if (action === "start") return drawHere(form, { model, class: label, seed, iterations }, [], "Drawn. Now paint.");
+  if (!picture) return refuse(form, "draw or upload a picture first");
+  const before = { tokens: picture.tokens, recipe: picture.recipe, upload: picture.upload };
+  const wanted = { model, class: new_class, seed: new_seed, iterations, picture: before };
+  if (action === "redraw") {
+    if (!painted.length) return refuse(form, "paint over at least one token first");
+    const rest = cells().length - painted.length;
+    const done = `Done: ${painted.length} tokens redrawn, the other ${rest} are the same.`;
+    return drawHere(form, { ...wanted, redrawn: painted }, painted, done);
+  }
+  const varied = Array.from({ length: many }, (_, i) =>
+    new Cell(model, { tell: () => `seed ${new_seed + i}`, take: takeToDesk }));
+  $(".shown", form).replaceChildren(...varied.map((cell) => cell.root));
+  const pictures = varied.map((_, i) => ({ ...wanted, seed: new_seed + i, keep }));
+  draw(form, pictures, (event, one) => varied[event.index].show(event, one), () => `Done: ${many} variations.`);
+}
+
+async function upload(form, file) {
+  say(form, "Uploading…", "busy");
+  try {
+    const model = $("[name=model]", form).value;
+    put(await (await ask(`upload?model=${encodeURIComponent(model)}`, { body: file })).json());
+    say(form, "Uploaded, cropped and encoded once. Now paint.");
+  } catch (error) {
+    refuse(form, error.message);
+  }
+}
+
+export function wireDesk(form) {
+  const file = $("[type=file]", form);
+  $("[data-upload]", form).addEventListener("click", () => file.click());
+  file.addEventListener("change", async () => {
+    if (file.files[0]) await upload(form, file.files[0]);
+    file.value = ""; // so that the same file can be chosen again
+  });
+  $("[data-undo]", form).addEventListener("click", () => {
+    if (!desk.past.length) return refuse(form, "nothing to take back");
+    desk.picture = desk.past.pop();
+    show();
+    say(form, "Taken back.");
+  });
+  wirePainter($(".canvas", form));
+}
