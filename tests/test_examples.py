@@ -4,10 +4,12 @@ import re
 import runpy
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from marval.cli import VERBS
 from marval.cli.options import read
@@ -31,6 +33,14 @@ def printed_commands():
 def test_marval_understands_every_command_that_we_print(words):
     count = 2 if " ".join(words[:2]) in VERBS else 1
     read(VERBS[" ".join(words[:count])], words[count:], "marval")
+
+
+def test_quickstart_saves_a_picture_for_each_class_and_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", str(tmp_path)])
+    runpy.run_path(str(EXAMPLES / "quickstart.py"))
+    assert len(list(tmp_path.glob("*.png"))) == 20
+    assert Image.open(tmp_path / "fashion-student-bag.png").size == (28, 28)
+    assert "fashion-student: 10 pictures in" in capsys.readouterr().out
 
 
 def test_own_reward_says_what_it_gives_and_that_a_gradient_reaches_the_images(capsys):

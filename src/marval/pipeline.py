@@ -189,7 +189,8 @@ class Pipeline:
             order: "random", "raster", "halton", "spread", positions, or a function of (grid, seed); the model's own
                 when None.
             batch_size: images drawn, encoded and decoded at a time; the device never holds more of them.
-            images, keep: inpainting: the tokens of `images` where `keep` is True stay as they are.
+            images: for inpainting, an image for each class.
+            keep: the tokens of `images` that stay as they are.
             on_iteration: called with the iteration, the partial images and the mask of tokens drawn so far.
 
         Raises:

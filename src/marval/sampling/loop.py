@@ -18,7 +18,7 @@ from marval.sampling.orders import Orders, draw_counts, drawing_orders
 
 
 def image_noise(seed: int, draws: int, tokens: int, channels: int) -> Float[Tensor, "s l c"]:
-    """One image's noise: a start for each position (the same for every `draws`), then `draws - 1` steps."""
+    """Draw one image's noise: a start for each position (the same for every `draws`), then `draws - 1` steps."""
     rng = generator(seed, "image")
     start = torch.randn(1, tokens, channels, generator=rng)
     return torch.cat([start, torch.randn(draws - 1, tokens, channels, generator=rng)])
@@ -92,7 +92,7 @@ def run(
     gradient_iterations: int = 0,
     autocast: bool = False,
 ) -> Iterator[tuple[Float[Tensor, "b l c"], Int[Tensor, "b v"]]]:
-    """The AR loop: after each iteration the tokens, and the positions of those that are known or drawn.
+    """Run the AR loop; yield the tokens after each iteration, and the positions that are known or drawn.
 
     It copies nothing between devices and waits for none.
 
@@ -160,7 +160,8 @@ def sample(
 
     Args:
         seeds: one for each image, or the first image's, from which the next ones count on.
-        gradient_iterations, autocast: see `run`.
+        gradient_iterations: M; see `run`.
+        autocast: see `run`.
         settings: `orders`, `known` and `noise`; see `prepare`.
 
     Raises:
@@ -175,7 +176,7 @@ def sample(
 
 
 def check_finite(values: Float[Tensor, "b *_"], names: Sequence[str]) -> None:
-    """Whether every drawn value is a finite number: one reduction, and one wait for the device.
+    """Check that every drawn value is finite: one reduction, and one wait for the device.
 
     Raises:
         ValueError: some are not; the first such image's name is said.
