@@ -38,7 +38,8 @@ class RandomLatents:
     """Latents of no picture, as a data set."""
 
     def __init__(self, config):
-        self.config = config
+        self.config, self.shape, self.class_names = config, (config.num_tokens, config.token_dim), ("random",)
+        self.labels, self.images = torch.zeros(64, dtype=torch.long), torch.zeros(64, 1, dtype=torch.uint8)
 
     def __len__(self):
         return 64
@@ -46,7 +47,7 @@ class RandomLatents:
     def tokens(self, indices, rows, space, device, stream):
         count = len(indices[rows])
         shape = (count, self.config.num_tokens, self.config.token_dim)
-        return torch.randn(shape, generator=generator(stream)), torch.arange(count)
+        return torch.randn(shape, generator=generator(*stream)), torch.arange(count)
 
 
 def memory(name):

@@ -118,6 +118,6 @@ def test_operations_are_those_of_a_whole_image(draw, iterations):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         from marval.sampling import draw_function, sample
 
-        labels = torch.tensor([0])
-        sample(pipeline.model, draw_function(pipeline.config), labels, iterations=iterations, seeds=[0])
+        condition = pipeline.model.embed(torch.tensor([0]))
+        sample(pipeline.model, draw_function(pipeline.config), condition, iterations=iterations, seeds=[0])
     assert flops_per_image(pipeline.config, iterations) == counter.get_total_flops()

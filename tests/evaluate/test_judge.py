@@ -1,0 +1,337 @@
+"""What images are judged by: statistics of real images, classifiers, ADM's reference by torch-fidelity."""
+
+import hashlib
+import math
+import sys
+import types
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+
+from marval.data import ImageData
+from marval.evaluate import fidelity
+from marval.evaluate.features import (
+    EfficientNetFeatures,
+    Statistics,
+    bundled_statistics,
+    extract,
+    find_features,
+    frechet_distance,
+)
+from marval.evaluate.inputs import judge_for
+from marval.evaluate.judge import Judge, data_hash, judge_by_reference, load_judge
+from marval.evaluate.metrics import expected_bias
+from marval.pipeline import Pipeline, load
+from marval.rewards import ClassifierReward, prompts_of
+from marval.rewards.classifier import Classifier, load_classifier, save_classifier
+from marval.runtime.rng import generator
+from tiny import tiny_config, tiny_data, tiny_model
+from workspace import FEATURES
+
+
+def test_statistics_come_back_from_disk_and_other_features_are_refused(tmp_path):
+    features = torch.randn(200, 8, generator=generator("features"))
+    statistics = Statistics.of([features])
+    np.testing.assert_allclose(statistics.covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-9)
+    statistics.save(tmp_path / "s.safetensors")
+    again = Statistics.load(tmp_path / "s.safetensors")
+    assert again.count == 200
+    torch.testing.assert_close(again.covariance, statistics.covariance, rtol=1e-6, atol=1e-7)
+    from safetensors.torch import save_file
+
+    save_file(
+        {"mean": torch.zeros(3)}, tmp_path / "other.safetensors", metadata={"features": "Inception", "count": "1"}
+    )
+    with pytest.raises(ValueError, match="Inception"):
+        Statistics.load(tmp_path / "other.safetensors")
+
+
+class Sure(Classifier):
+    """Takes an image's brightness for its class, by given log-odds."""
+
+    def __init__(self, odds):
+        super().__init__("plain", 1, ("a", "b", "c"))
+        self.odds = torch.nn.Parameter(torch.tensor(odds))
+
+    def forward(self, images):
+        seen = (images[:, 0, 0, 0] * 255).round().long()
+        return torch.nn.functional.one_hot(seen, 3).float() * self.odds
+
+
+def test_accuracy_and_log_probability_have_known_answers():
+    """600 images, more than are classified at a time: two in three are what they are called."""
+    labels = torch.arange(600) % 3
+    seen = torch.where(labels == 2, 0, labels)
+    images = seen.byte()[:, None, None, None].expand(-1, 1, 8, 8)
+    judge = Judge(EfficientNetFeatures(), None, Sure(2.0))
+    columns = judge.columns(images, labels)
+    assert columns["accuracy"].tolist() == [1.0, 1.0, 0.0] * 200
+    right, wrong = 2 - math.log(math.e**2 + 2), -math.log(math.e**2 + 2)
+    assert columns["log_probability"].tolist() == pytest.approx([right, right, wrong] * 200)
+    found = judge.figures(images, labels)
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert found["log_probability"] == pytest.approx((2 * right + wrong) / 3)
+    halves = [judge.columns(images[rows], labels[rows]) for rows in (slice(0, 250), slice(250, 600))]
+    together = {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+    assert judge.figures_of(together) == pytest.approx(found, rel=1e-5)
+
+
+def test_a_classifier_comes_back_from_disk_and_rewards_the_class_in_the_prompt(tmp_path):
+    for architecture in ("plain", "residual"):
+        classifier = Classifier(architecture, 1, ("shirt", "t-shirt", "bag")).eval()
+        save_classifier(tmp_path / "c.safetensors", classifier, {})
+        again = load_classifier(tmp_path / "c.safetensors")
+        images = torch.rand(3, 1, 28, 28, generator=generator("images"))
+        assert torch.equal(classifier(images), again(images))
+    reward = ClassifierReward(again)
+    images.requires_grad_(True)
+    values = reward(images, prompts_of("a picture of {}", again.class_names, [1, 0, 2]))
+    expected = again(images).log_softmax(dim=1)[[0, 1, 2], [1, 0, 2]]
+    assert torch.equal(values, expected)
+    values.sum().backward()
+    assert (images.grad != 0).any(dim=(1, 2, 3)).all()
+
+
+def test_a_damaged_cache_of_real_features_is_made_again(workspace):
+    data = tiny_data()
+    first = load_judge("folder:x", None, lambda: data, features=FEATURES, sample=40)
+    kernel = first.sample().kernel
+    for file in (workspace / "cache/marval").iterdir():
+        file.write_bytes(file.read_bytes()[:20])
+    again = load_judge("folder:x", None, lambda: data, features=FEATURES, sample=40)
+    assert again.sample().kernel == kernel
+    assert torch.equal(again.real.mean, first.real.mean)
+
+
+def test_the_bias_of_few_images_is_foretold(fashion_train):
+    """300 real images, whose true distance from the real set is 0, against what is said to expect of 300."""
+    data = fashion_train
+    real = Statistics.load(bundled_statistics("fashion-mnist"))
+    chosen = torch.randperm(len(data), generator=generator("some"))[:300]
+    network = EfficientNetFeatures()
+    measured = frechet_distance(extract(network, data.images[chosen]), real)
+    assert expected_bias(real, 300) == pytest.approx(measured, rel=0.1)
+    said, bias = Judge(network, real, None).warning(300)
+    assert f"{bias:.4g}" in said
+    assert "300 images are fewer than 1280 features" in said
+    assert Judge(network, real, None).warning(1280) is None
+
+
+@pytest.fixture
+def own_features(tmp_path, monkeypatch):
+    (tmp_path / "own_features.py").write_text(
+        "import torch\n"
+        "def rows(images): return images.float().mean(dim=(1, 3))\n"
+        "class Columns(torch.nn.Module):\n"
+        "    def forward(self, images): return images.float().mean(dim=(1, 2))\n"
+        "def flat(images): return images.float().mean(dim=(1, 2, 3))\n"
+        "number = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield tmp_path
+    sys.modules.pop("own_features", None)
+
+
+def test_own_features_judge_and_their_statistics_are_kept_apart(own_features):
+    data = tiny_data()
+    judge = load_judge("folder:x", None, lambda: data, features="own_features:rows", sample=40)
+    figures = judge.figures(data.images, data.labels)
+    assert figures["fd"] == pytest.approx(0, abs=1e-6)
+    assert figures["own_coverage"] == 1.0
+    assert len(judge.sample().features) == 40
+    assert len(judge.data_sha256) == 64
+    again = load_judge("folder:x", None, lambda: data, features="own_features:rows", sample=40)
+    assert torch.equal(again.sample().radius, judge.sample().radius)
+    other = load_judge("folder:x", None, lambda: data, features="own_features:Columns", sample=40)
+    assert other.figures(data.images, data.labels)["fd"] == pytest.approx(0, abs=1e-6)
+    assert len(list((own_features / "cache/marval").glob("statistics-*"))) == 2
+    assert extract(find_features("own_features:rows"), data.images).shape == (64, 8)
+
+
+def test_the_packaged_statistics_are_those_of_the_real_images(fashion_train, tmp_path, monkeypatch):
+    """Their hash is the data's, and images that are not the data are never measured under it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data = fashion_train
+    assert Statistics.load(bundled_statistics("fashion-mnist")).data_sha256 == data_hash(data)
+    packaged = load_judge("fashion-mnist", None, lambda: data)
+    copied = load_judge("fashion-mnist:elsewhere", None, lambda: data)  # the same images from another folder
+    assert copied.data_sha256 == packaged.data_sha256
+    assert torch.equal(copied.real.mean, packaged.real.mean)
+    other = ImageData(data.images[:300].flip(3), data.labels[:300], data.class_names)
+    with pytest.raises(ValueError, match="not those of marval's statistics"):
+        load_judge("fashion-mnist", None, lambda: other, sample=10).sample()
+    own = load_judge("fashion-mnist:other", None, lambda: other)
+    assert own.data_sha256 == data_hash(other) != packaged.data_sha256
+    assert own.figures(other.images, other.labels)["fd"] == pytest.approx(0, abs=1e-3)
+
+
+def test_bundled_models_are_judged_without_reading_the_real_images(fashion_train, tmp_path, monkeypatch):
+    """Fréchet distance and accuracy need none; what does says so when it is measured, once (then it is kept)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    read: list[str] = []
+    data = fashion_train
+
+    def counted(spec, size=None, **_):
+        read.append(spec)
+        return data
+
+    monkeypatch.setattr("marval.evaluate.inputs.load_images", counted)
+    pipeline = load("fashion-student", "cpu")
+    judge = judge_for(pipeline, None, None)
+    found = judge.figures(data.images[:100], data.labels[:100])
+    assert {"fd", "accuracy", "log_probability", "diversity"} == set(found)
+    assert len(judge.data_sha256) == 64
+    asked = judge_for(pipeline, None, None, sample=50)
+    assert read == []
+    names = ("kid", "precision", "recall", "density", "coverage")
+    found = asked.figures(data.images[:20], data.labels[:20])
+    assert {f"efficientnet_{name}" for name in names} <= set(found)
+    assert set(names).isdisjoint(found)  # no figure on other features has the published one's name
+    assert read == ["fashion-mnist"]
+    again = judge_for(pipeline, None, None, sample=50)
+    assert torch.equal(again.sample().features, asked.sample().features)
+    assert read == ["fashion-mnist"]
+    with pytest.raises(ValueError, match="not the model's"):
+        judge_for(Pipeline(tiny_model(), tiny_config()), "fashion-mnist", None)
+
+
+def test_statistics_of_other_features_and_bad_features_are_refused(own_features):
+    data = tiny_data()
+    judge = load_judge("folder:x", None, lambda: data, features="own_features:rows")
+    judge.real.save(own_features / "rows.safetensors")
+    kept = judge_by_reference(own_features / "rows.safetensors", None, "own_features:rows", "cpu")
+    assert kept.figures(data.images, data.labels)["fd"] == pytest.approx(0, abs=1e-4)  # kept in float32
+    with pytest.raises(ValueError, match=r"own_features:rows .*expected 'EfficientNet-Lite0"):
+        judge_by_reference(own_features / "rows.safetensors", None, None, "cpu")
+    assert kept.data_sha256 == judge.data_sha256  # statistics say which images they are of
+    for spec, words in (
+        ("own_features", "expected file.py:function"), ("no_such_module:f", "no module no_such_module"),
+        ("own_features:number", "number"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            find_features(spec)
+    with pytest.raises(ValueError, match=r"returned \(64,\), expected \(64, features\)"):
+        extract(find_features("own_features:flat"), data.images)
+
+
+class FakeInception(torch.nn.Module):
+    """torch-fidelity's interface: 8 "pooled" features, 3 logits, and a branch with a 2 x 2 map of 192 channels."""
+
+    def __init__(self, name, features_list):
+        super().__init__()
+        assert features_list == ["2048", "logits_unbiased"]
+        self.Mixed_6d = torch.nn.Module()
+        self.Mixed_6d.branch1x1 = torch.nn.Conv2d(3, 192, 4, 4, bias=False)
+        torch.nn.init.normal_(self.Mixed_6d.branch1x1.weight, generator=generator("fake"))
+        self.fc = torch.nn.Linear(8, 3)
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        assert images.shape[1] == 3
+        resized = torch.nn.functional.interpolate(images.float() / 255, (8, 8))  # as the real one, to one size
+        maps = self.Mixed_6d.branch1x1(resized)
+        features = maps[:, :16:2].mean(dim=(2, 3))
+        return features, self.fc(features)
+
+
+@pytest.fixture
+def fake_fidelity(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/inception.pth").write_bytes(b"weights")
+    extractor, score = types.ModuleType("extractor"), types.ModuleType("score")
+    extractor.FeatureExtractorInceptionV3 = FakeInception
+    extractor.URL_INCEPTION_V3 = "https://nowhere/inception.pth"
+    score.isc_features_to_metric = lambda logits, splits: {
+        "inception_score_mean": float(len(logits)), "inception_score_std": float(splits)
+    }  # fmt: skip
+    package = types.ModuleType("torch_fidelity")
+    package.feature_extractor_inceptionv3 = extractor
+    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", extractor)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.metric_isc", score)
+
+
+def write_reference(file, images, **extra):
+    """ADM's file for some images: statistics of the fake network's features."""
+    columns = fidelity.Inception("cpu").columns(images)
+    pool, spatial = columns["pool"], columns["spatial"]
+    arrays = {"mu": pool.mean(0).numpy(), "sigma": np.cov(pool.double().numpy(), rowvar=False)}
+    arrays |= {"mu_s": spatial.mean(0).numpy(), "sigma_s": np.cov(spatial.double().numpy(), rowvar=False)}
+    arrays["arr_0"] = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    np.savez(file, **{name: value for name, value in arrays.items() if name not in extra.get("without", ())})
+
+
+def reference_figures(file, images):
+    reference = fidelity.Reference.load(file, "cpu")
+    return reference.figures(reference.inception.columns(images))
+
+
+def test_figures_against_adms_reference_file(fake_fidelity, tmp_path):
+    data = tiny_data()
+    write_reference(tmp_path / "adm.npz", data.images)
+    judge = judge_by_reference(tmp_path / "adm.npz", None, None, "cpu")
+    assert len(judge.data_sha256) == 64
+    assert judge.about["reference"] == "adm.npz"
+    assert judge.about["inception_sha256"] == hashlib.sha256(b"weights").hexdigest()
+    found = judge.figures(data.images, data.labels)
+    assert found["fid"] == pytest.approx(0, abs=1e-4)
+    assert found["sfid"] == pytest.approx(0, abs=1e-3)
+    assert found["inception_precision"] == found["inception_recall"] == found["inception_coverage"] == 1.0
+    assert found["inception_kid"] <= 0  # of the same images: pairs of an image with itself are left out on each side
+    assert (found["inception_score"], found["inception_score_std"]) == (64.0, 10.0)
+    said, bias = judge.warning(4)
+    assert "4 images are fewer than 8 features" in said
+    assert bias > 0
+    assert judge.warning(8) is None
+    assert "fd" not in found  # no distance on other features is called FID
+    lazy = reference_figures(tmp_path / "adm.npz", data.images[data.labels == 0])
+    assert lazy["fid"] > 0.1
+    assert lazy["inception_precision"] == 1.0
+    assert lazy["inception_recall"] < 0.9
+    write_reference(tmp_path / "mar.npz", data.images, without=("mu_s", "sigma_s", "arr_0"))
+    short = reference_figures(tmp_path / "mar.npz", data.images)
+    assert set(short) == {"fid", "inception_score", "inception_score_std"}
+
+
+def test_spatial_features_have_tensorflows_order(fake_fidelity):
+    inception = fidelity.Inception("cpu")
+    images = tiny_data().images[:2]
+    spatial = inception.columns(images)["spatial"]
+    maps = inception.network.Mixed_6d.branch1x1(images.expand(-1, 3, -1, -1).float() / 255)
+    assert spatial.shape == (2, 2 * 2 * 7)
+    torch.testing.assert_close(spatial[1, 7 * 3 : 7 * 4], maps[1, :7, 1, 1])
+
+
+def test_bad_reference_files(tmp_path, fake_fidelity, monkeypatch):
+    """All of them are refused as the file is read, before anything is drawn."""
+
+    def refused(name, words):
+        with pytest.raises(ValueError, match=words):
+            fidelity.Reference.load(tmp_path / name, "cpu")
+
+    refused("nowhere.npz", r"openaipublic.*expected SHA-256 b32732719497.*records")
+    write_reference(tmp_path / fidelity.ADM_FILE, tiny_data().images)
+    refused(fidelity.ADM_FILE, r"has SHA-256 [0-9a-f]{64}, expected b32732719497.*fetch it again")
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    refused("other.npz", "holds weights, expected mu and sigma")
+    (tmp_path / "text.npz").write_text("hello")
+    refused("text.npz", "cannot be read as ADM's reference")
+    write_reference(tmp_path / "cut.npz", tiny_data().images)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-500])  # half fetched
+    refused("cut.npz", r"cannot be read as ADM's reference \(no whole .npz\)")
+    np.savez(tmp_path / "spatial.npz", mu=np.zeros(8), sigma=np.eye(8), mu_s=np.zeros(3), sigma_s=np.eye(3))
+    refused("spatial.npz", "spatial statistics of 3 features, expected 28")
+    np.savez(tmp_path / "short.npz", mu=np.zeros(3), sigma=np.eye(3))
+    refused("short.npz", "pool statistics of 3 features, expected 8")
+
+    def unreachable(*_):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3", unreachable)
+    refused("short.npz", r"no network.*put https://nowhere/inception.pth at .*checkpoints/inception.pth")
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    refused("short.npz", "pip install torch-fidelity")
