@@ -46,20 +46,8 @@ def test_a_recipe_comes_back_from_json(folder, tiny):
     recipe, _ = edited(folder, tiny)
     assert Recipe.from_json(recipe.to_json()) == recipe
     plain = json.loads(recipe.to_json())
-    assert (plain["class"], plain["seed"], plain["K"], plain["w"], plain["T"]) == ("cross", 5, 1, 1.5, 8)
+    assert (plain["class"], plain["seed"], plain["K"], plain["w"], plain["T"]) == ("cross", 5, 1, 1.5, 8)  # for ever
     assert len(recipe.history) == 3
-
-
-def test_an_edit_keeps_the_other_tokens_to_the_bit(folder, tiny):
-    first = make_recipe(str(folder), model_hash(folder), tiny, 0, 5, 4)
-    before = draw_recipe(first, tiny)
-    edit = dataclasses.replace(first, label=1, seed=9, iterations=2, redrawn=(3, 7, 8), before=first)
-    after = draw_recipe(edit, tiny, before)
-    same = (before == after).all(dim=1)
-    assert (~same).nonzero().flatten().tolist() == [3, 7, 8]
-    for wrong in ((16,), (-1,), ()):
-        with pytest.raises(ValueError, match="0 to 15"):
-            draw_recipe(dataclasses.replace(edit, redrawn=wrong), tiny, before)
 
 
 def test_an_edited_picture_is_drawn_again_exactly(folder, tiny, tmp_path):
@@ -106,28 +94,6 @@ def test_other_weights_are_refused_and_a_moved_model_is_named(folder, tiny, tmp_
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no model\.safetensors in it"):
         redraw(recipe, find_pipelines(tmp_path / "empty", "cpu"))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"seed": "3"}, {"class": None}, {"K": True}, {"order": "spiral"}, {"extra": 1}, {"redrawn": [1]}, {"row": 2}],
-    ids=str,
-)
-def test_what_is_no_recipe_is_refused(folder, tiny, change):
-    recipe = make_recipe(str(folder), model_hash(folder), tiny, 0, 0, 2)
-    text = json.dumps({**json.loads(recipe.to_json()), **change})
-    with pytest.raises(ValueError, match=r"not a recipe|row 2"):
-        redraw(Recipe.from_json(text), find_pipelines(folder, "cpu"))
-
-
-def test_an_endless_recipe_is_refused(folder, tiny):
-    recipe = make_recipe(str(folder), model_hash(folder), tiny, 0, 0, 2)
-    for _ in range(120):
-        recipe = dataclasses.replace(recipe, redrawn=(1,), iterations=1, before=recipe)
-    with pytest.raises(ValueError, match="121 edits"):
-        Recipe.from_json(recipe.to_json())
-    with pytest.raises(ValueError, match="not a recipe"):
-        Recipe.from_json('{"before":' * 100_000)
 
 
 def test_the_command_line_draws_a_picture_again(folder, tmp_path, monkeypatch, capsys):

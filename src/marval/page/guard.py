@@ -3,15 +3,18 @@
 import asyncio
 import base64
 import ipaddress
+import logging
 import re
 import secrets
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 LARGEST_BODY = 8 * 2**20  # bytes; a picture to edit holds its recipe and perhaps an upload of 5 MB in base64
+PATIENCE = 60  # seconds for a request to arrive, and for a visitor to read what was sent
 LOCAL = {"localhost", "127.0.0.1", "[::1]"}
 HEADERS = {
     "content-security-policy": (
@@ -22,6 +25,7 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
+log = logging.getLogger("uvicorn.error")
 
 
 def is_local(host: str) -> bool:
@@ -83,7 +87,11 @@ class Guard:
             if message["type"] == "http.response.start":
                 added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
                 message = {**message, "headers": [*message["headers"], *added]}
-            await send(message)
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    await send(message)
+            except TimeoutError:  # who does not read gives up the place
+                raise ClientDisconnect from None
 
         try:
             self.check(scope["method"], Headers(scope=scope))
@@ -93,5 +101,7 @@ class Guard:
             return
         try:
             await self.app(scope, counted, sealed)
+        except ClientDisconnect:
+            log.warning("a visitor did not read the answer")
         except asyncio.CancelledError:  # the server ends: so does the answer, without a trace in the log
             await send({"type": "http.response.body"})

@@ -23,13 +23,12 @@ from starlette.staticfiles import StaticFiles
 from marval.config import Order
 from marval.io.files import one_line
 from marval.page.bundled import quality_points, tuning_rows
-from marval.page.guard import Guard, is_local
+from marval.page.guard import PATIENCE, Guard, is_local
 from marval.page.studio import Event, Job, Studio, Wanted
 from marval.page.turns import Turns, network_of
 
 MOST_PICTURES = 64  # of one request
-CONNECTIONS = 128
-PATIENCE = 60  # seconds for a request to arrive
+CONNECTIONS = 128  # open at once
 BROKEN = "something went wrong here; it has been logged"
 log = logging.getLogger("uvicorn.error")
 
