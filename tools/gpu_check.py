@@ -36,7 +36,7 @@ from marval.presets import DistillConfig, TrainConfig, TuneConfig
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import open_run
 from marval.runtime.optim import Optimizer
-from marval.runtime.provenance import provenance
+from marval.runtime.provenance import made_by
 from marval.sampling import DrawByChain, DrawInOneStep, draw_counts, draw_function, sample
 from marval.spaces import token_space
 from marval.train.anchor import Anchor, anchor_step, place_anchor
@@ -57,7 +57,7 @@ class Check:
         self.out, self.dry_run = out, dry_run
         self.device = torch.device("cpu" if dry_run else "cuda")
         name = "dry run on a CPU" if dry_run else torch.cuda.get_device_name()
-        self.results: dict[str, Any] = {"card": name, "torch": torch.__version__, **provenance(0)}
+        self.results: dict[str, Any] = {"card": name, **made_by(self.device)}
 
     def run(self, name: str, job: Callable[[], Any]) -> bool:
         """Run one check, keep its result or its error, and write the file."""
@@ -426,7 +426,7 @@ def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> 
     updates = itertools.count()
 
     def one() -> None:
-        anchor_step(held, student, next(updates), 1.0, learnt=1)  # what an update of distillation computes
+        anchor_step(held, student, next(updates), 1.0, student_update=1)  # what an update of distillation computes
         adam.step(1e-6)
 
     taken = check.seconds(one, 4)

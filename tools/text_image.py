@@ -20,7 +20,7 @@ from marval.data import ImageData, batch_indices, load_images, split_data
 from marval.io.files import check_output, write_text
 from marval.rewards.efficientnet import EfficientNetFeatures
 from marval.rewards.text_image import TextImageHead, save_head, sentence_encoder
-from marval.runtime.provenance import provenance
+from marval.runtime.provenance import made_by
 from marval.runtime.rng import generator
 from marval.train.classifier import descend
 
@@ -179,7 +179,10 @@ def main(
     }
     figures |= {"images": len(train), "test_images": len(test), "steps": steps, "seed": seed}
     save_head(out, head, {"classes": train.class_names, "figures": figures})
-    write_text(report, json.dumps({**provenance(seed), **figures, "held_out_phrases": said.held_out}, indent=1) + "\n")
+    write_text(
+        report,
+        json.dumps({**made_by(torch.device(device)), **figures, "held_out_phrases": said.held_out}, indent=1) + "\n",
+    )
     print(f"{out}: {report}: {figures['held_out']}")
 
 

@@ -21,7 +21,7 @@ class Rule(NamedTuple):
 
 
 def plain_name(name: str) -> bool:
-    """Whether a model's name can be part of a file's name: no path, nothing hidden, nothing invisible."""
+    """Tell whether a model's name can be part of a file's name: no path, nothing hidden, nothing invisible."""
     odd = any(mark in "/\\" or unicodedata.category(mark) in ("Cc", "Cs", "Zl", "Zp") for mark in name)
     return not odd and not name.startswith(".") and len(name) <= 100
 
@@ -65,7 +65,7 @@ def fits(value: object, kind: Any) -> bool:
 
 
 def wanted(kind: Any) -> str:
-    """What `fits` asks of a value, in words."""
+    """Say in words what `fits` asks of a value."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return next((rule.expected for rule in parts[1:] if isinstance(rule, Rule)), wanted(parts[0]))
@@ -233,7 +233,7 @@ class LatentSpace(Checked):
 
 
 def check_sides(image_size: tuple[int, int], token: int) -> None:
-    """Whether whole tokens of `token` pixels a side cover an image.
+    """Check that whole tokens of `token` pixels a side cover an image.
 
     Raises:
         ValueError: they do not.

@@ -27,7 +27,7 @@ from marval.pipeline import Pipeline, load
 from marval.presets import DistillConfig
 from marval.rewards import Classifier, load_classifier
 from marval.runtime.folder import open_run
-from marval.runtime.provenance import provenance
+from marval.runtime.provenance import made_by
 from marval.train.distill import distill
 
 SAMPLES = 100  # images that each model is scored on
@@ -50,7 +50,7 @@ def run(out: Path, device: str) -> None:
     report = out / "demo.json"
     check_output(report, folder=False)
     judge = load_classifier("fashion-judge").to(device)
-    measured = {**provenance(0), "samples": SAMPLES, "repeats": REPEATS}
+    measured = {**made_by(torch.device(device)), "samples": SAMPLES, "repeats": REPEATS}
     measured["rows"] = draw_models(out, device, judge)
     write_text(report, json.dumps(measured, indent=1))
     print(f"Pictures: {out / 'demo.png'}   Report: {report}", flush=True)

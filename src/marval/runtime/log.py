@@ -61,7 +61,7 @@ def due(update: int, settings: RunConfig, workers: Workers, probe_every: int = 0
 
 
 def event_writer() -> "type[SummaryWriter]":
-    """What writes TensorBoard's event files.
+    """Import what writes TensorBoard's event files.
 
     Raises:
         ValueError: TensorBoard is not installed.

@@ -57,18 +57,3 @@ def made_by(device: "torch.device", processes: int = 1) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": versions,
     }
-
-
-def provenance(seed: int) -> dict[str, Any]:
-    """Describe how a file or part was made: command, commit, seed, versions, machine."""
-    import torch
-
-    return {
-        "command": command_line(),
-        "commit": commit(),
-        "seed": seed,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }

@@ -43,15 +43,15 @@ def image_seeds(seeds: Seeds, count: int) -> list[int]:
     Raises:
         ValueError: a seed that is not a whole number, or a wrong number of seeds.
     """
-    given: Any = seeds.tolist() if hasattr(seeds, "tolist") else seeds
+    listed: Any = seeds.tolist() if hasattr(seeds, "tolist") else seeds
     try:
-        if isinstance(given, Iterable):
-            found = [whole_number(seed) for seed in given]
+        if isinstance(listed, Iterable):
+            numbers = [whole_number(seed) for seed in listed]
         else:
-            first = whole_number(given)
-            found = list(range(first, first + count))
+            first = whole_number(listed)
+            numbers = list(range(first, first + count))
     except TypeError as error:
         raise ValueError(f"bad seed: {error}; expected one for the first image, or one for each") from None
-    if len(found) != count:
-        raise ValueError(f"{len(found)} seeds for {count} images: expected one for each, or a single number")
-    return found
+    if len(numbers) != count:
+        raise ValueError(f"{len(numbers)} seeds for {count} images: expected one for each, or a single number")
+    return numbers

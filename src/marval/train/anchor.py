@@ -15,7 +15,7 @@ from marval.presets import DistillConfig, TuneConfig
 from marval.runtime.distributed import Workers
 from marval.runtime.log import Figures, add_means
 from marval.runtime.optim import Optimizer
-from marval.sampling import DrawTokens, draw_function
+from marval.sampling import draw_function
 from marval.spaces import TokenSpace
 from marval.train.distill import (
     Drawn,
@@ -83,16 +83,12 @@ class AnchorNetworks:
     began to learn. A one-step student has no score of its own; the teacher still gives contexts, without guidance.
     """
 
-    teacher: MAR
+    anchor: Anchor
+    config: ModelConfig
     phi: TokenHead
     phi_adam: Optimizer
     reference: TokenHead | None
-    settings: DistillConfig
-    config: ModelConfig
-    data: TrainingData
     space: TokenSpace
-    schedule: NoiseSchedule
-    draw: DrawTokens
     workers: Workers
 
     @property
@@ -105,41 +101,40 @@ def place_anchor(
     anchor: Anchor, config: ModelConfig, space: TokenSpace, workers: Workers, *, to_student: bool
 ) -> AnchorNetworks:
     """Put the anchor's networks in place; the teacher is taken over as it is, for it may be large."""
-    settings = anchor.settings
     if to_student:
-        settings = dataclasses.replace(settings, guidance=1.0, guidance_schedule="constant")
+        unguided = dataclasses.replace(anchor.settings, guidance=1.0, guidance_schedule="constant")
+        anchor = dataclasses.replace(anchor, settings=unguided)
     phi, reference = (copy.deepcopy(anchor.teacher.head).eval() for _ in range(2))
-    workers.place(anchor.teacher.eval().requires_grad_(False))
-    workers.place(phi.requires_grad_(True))
-    workers.place(reference.requires_grad_(False))
-    phi_adam = Optimizer(phi, settings.gradient_clip, (0.0, 0.999))
+    for network, learns in ((anchor.teacher.eval(), False), (phi, True), (reference, False)):
+        workers.place(network.requires_grad_(learns))
+    phi_adam = Optimizer(phi, anchor.settings.gradient_clip, (0.0, 0.999))
     phi.requires_grad_(False)  # but in its own steps
-    return AnchorNetworks(
-        anchor.teacher, phi, phi_adam, reference if to_student else None,
-        settings, config, anchor.data, space, NoiseSchedule.full(workers.device), draw_function(config, workers.device),
-        workers,
-    )  # fmt: skip
+    return AnchorNetworks(anchor, config, phi, phi_adam, reference if to_student else None, space, workers)
 
 
-def anchor_step(held: AnchorNetworks, student: MAR, update: int, weight: float, learnt: int) -> Figures:
+def anchor_step(anchored: AnchorNetworks, student: MAR, update: int, weight: float, student_update: int) -> Figures:
     """Leave `weight` times the gradients of the GSIM loss in the student, let phi follow it, and return the figures.
 
+    `marval.train.distill` says what each line is.
+
     Args:
-        learnt: updates that the student has learnt in; while it is below 0 the student only draws, so that phi can
-            catch up. At 0 the reference becomes what phi is then. `marval.train.distill` says what each line is.
+        student_update: counts the student's own updates. Below 0 the student only draws, so that phi can catch up; at
+            0 the reference becomes what phi is then.
     """
-    settings, schedule, phi = held.settings, held.schedule, held.phi
-    if held.reference is not None and learnt == 0:
+    teacher, data, settings = anchored.anchor.teacher, anchored.anchor.data, anchored.anchor.settings
+    phi, mar, workers = anchored.phi, anchored.config.mar, anchored.workers
+    schedule, draw = NoiseSchedule.full(workers.device), draw_function(anchored.config, workers.device)
+    if anchored.reference is not None and student_update == 0:
         with torch.no_grad():
-            torch._foreach_copy_(list(held.reference.parameters()), list(phi.parameters()))
-    score = held.teacher.head if held.reference is None else held.reference
+            torch._foreach_copy_(list(anchored.reference.parameters()), list(phi.parameters()))
+    score = teacher.head if anchored.reference is None else anchored.reference
     figures, drawn = Figures(), list[Drawn]()
-    for share, w, inputs, part in masked_parts(update, settings, held.config.mar, held.data, held.space, held.workers):
+    for share, w, inputs, part in masked_parts(update, settings, mar, data, anchored.space, workers):
         with torch.no_grad():
-            c = target_contexts(held.teacher, inputs, guided=w != 1.0, autocast=settings.autocast)
-        with torch.set_grad_enabled(learnt >= 0):
-            x_0 = student_tokens(student, held.draw, inputs, part.z, settings.autocast)
-        if learnt >= 0:
+            c = target_contexts(teacher, inputs, guided=w != 1.0, autocast=settings.autocast)
+        with torch.set_grad_enabled(student_update >= 0):
+            x_0 = student_tokens(student, draw, inputs, part.z, settings.autocast)
+        if student_update >= 0:
             t, eps = part.theta
             x_t = schedule.add_noise(x_0, eps, t)
             target_eps, phi_eps = predicted_eps(score, x_t, t, c, w), predicted_eps(phi, x_t, t, c[:1])
@@ -147,4 +142,4 @@ def anchor_step(held: AnchorNetworks, student: MAR, update: int, weight: float, 
             (loss * weight * share).backward()
             add_means(figures, share, l1=l1, l2=l2)
         drawn.append(Drawn(share, c[:1], x_0.detach(), part.phi))
-    return figures | phi_steps(phi, held.phi_adam, drawn, schedule, settings.auxiliary_learning_rate)
+    return figures | phi_steps(phi, anchored.phi_adam, drawn, schedule, settings.auxiliary_learning_rate)

@@ -179,16 +179,16 @@ def distill(
     space, schedule, draw = token_space(config.space, device), NoiseSchedule.full(device), draw_function(config, device)
 
     for update in workers.updates(start, settings.updates):
-        learnt = update - settings.warmup  # until then only phi learns
-        factor = learning_rate_factor(max(learnt, 0), 1, settings.decay, settings.updates - settings.warmup)
+        student_update = update - settings.warmup  # below 0 only phi learns
+        factor = learning_rate_factor(max(student_update, 0), 1, settings.decay, settings.updates - settings.warmup)
         figures, drawn = Figures(), list[Drawn]()
         with fast_attention(device):
             for share, w, inputs, part in masked_parts(update, settings, config.mar, data, space, workers):
                 with torch.no_grad():
                     c = target_contexts(teacher, inputs, guided=w != 1.0, autocast=autocast)
-                with torch.set_grad_enabled(learnt >= 0):
+                with torch.set_grad_enabled(student_update >= 0):
                     x_0 = student_tokens(student, draw, inputs, part.z, autocast)
-                if learnt >= 0:  # teacher and phi are frozen, but their input x_t is not detached
+                if student_update >= 0:  # teacher and phi are frozen, but their input x_t is not detached
                     t, eps = part.theta
                     x_t = schedule.add_noise(x_0, eps, t)
                     teacher_eps, phi_eps = predicted_eps(teacher.head, x_t, t, c, w), predicted_eps(phi, x_t, t, c[:1])
@@ -197,9 +197,9 @@ def distill(
                     add_means(figures, share, l1=l1, l2=l2)
                 add_means(figures, share, token_square=x_0.square(), real_square=inputs[0].square())
                 drawn.append(Drawn(share, c[:1], x_0.detach(), part.phi))
-            if learnt >= 0:
+            if student_update >= 0:
                 figures["gradient_norm"] = adams["student"].step(settings.learning_rate * factor)
-                update_ema(ema, student, learnt, settings.ema_decay)
+                update_ema(ema, student, student_update, settings.ema_decay)
             rate = settings.auxiliary_learning_rate * factor
             figures |= phi_steps(phi, adams["auxiliary"], drawn, schedule, rate)
 

@@ -47,11 +47,11 @@ def tuned_config(
 
 def described(config: ModelConfig, settings: TuneConfig, reward: Reward, anchor: Anchor | None) -> dict[str, Any]:
     """Describe what a resumed run must share, except the student itself."""
-    found = {**config.to_dict(), **dataclasses.asdict(settings), "reward": reward_identity(reward)}
+    origin = {**config.to_dict(), **dataclasses.asdict(settings), "reward": reward_identity(reward)}
     if anchor is not None:
-        found |= {"anchor_data": data_identity(anchor.data), "anchoring": dataclasses.asdict(anchor.settings)}
-        found["teacher"] = model_identity("teacher", anchor.teacher)
-    return found
+        origin |= {"anchor_data": data_identity(anchor.data), "anchoring": dataclasses.asdict(anchor.settings)}
+        origin["teacher"] = model_identity("teacher", anchor.teacher)
+    return origin
 
 
 def trainable(student: MAR, settings: TuneConfig, workers: Workers) -> MAR:
@@ -84,13 +84,13 @@ class Networks(NamedTuple):
 
     student: MAR
     ema: MAR
-    held: AnchorNetworks | None
+    anchored: AnchorNetworks | None
     adams: dict[str, Optimizer]
 
     @property
     def named(self) -> dict[str, nn.Module]:
         """The networks that a resumed run needs."""
-        return {"student": self.student, "ema": self.ema, **({} if self.held is None else self.held.named)}
+        return {"student": self.student, "ema": self.ema, **({} if self.anchored is None else self.anchored.named)}
 
 
 def copy_networks(
@@ -110,8 +110,8 @@ def copy_networks(
     adams = {"student": Optimizer(student, settings.gradient_clip, (0.9, 0.999))}
     if anchor is None:
         return Networks(student, ema, None, adams)
-    held = place_anchor(anchor, config, space, workers, to_student=settings.anchor_to == "student")
-    return Networks(student, ema, held, adams | {"auxiliary": held.phi_adam})
+    anchored = place_anchor(anchor, config, space, workers, to_student=settings.anchor_to == "student")
+    return Networks(student, ema, anchored, adams | {"auxiliary": anchored.phi_adam})
 
 
 def tune_parts(
@@ -153,10 +153,10 @@ def tune(
     space, draw = token_space(config.space, device), draw_function(config, device)
     if settings.normalize:
         reward = standardized(reward, *first_images(student, config, space, settings, device))
-    student, ema, held, adams = networks = copy_networks(student, config, settings, space, anchor, workers)
+    student, ema, anchored, adams = networks = copy_networks(student, config, settings, space, anchor, workers)
     state, keeper = State(run, origin, networks.named, adams), Keeper(settings)
-    start, kept = state.load()
-    keeper.load_state_dict(kept)
+    start, watched = state.load()
+    keeper.load_state_dict(watched)
     log = Log(run.folder / LOG, workers, start, settings.updates, settings.batch_size, run.tensorboard)
     if start == 0:
         keeper.see(probe(Pipeline(ema, config, space)))
@@ -167,12 +167,12 @@ def tune(
     for update in workers.updates(start, settings.updates):
         if keeper.stopped:
             break
-        learnt = update - (settings.anchor_warmup if held is not None else 0)  # until then only phi learns
+        student_update = update - (settings.anchor_warmup if anchored is not None else 0)  # below 0 only phi learns
         figures = Figures()
         with fast_attention(device):
-            if held is not None:
-                figures |= anchor_step(held, student, update, settings.anchor, learnt)
-            if learnt >= 0:
+            if anchored is not None:
+                figures |= anchor_step(anchored, student, update, settings.anchor, student_update)
+            if student_update >= 0:
                 for share, labels, how in tune_parts(settings, config, update, workers):
                     tokens = sample(student, draw, student.embed(labels.to(device)), **how)
                     images = space.decode(tokens)
@@ -181,9 +181,9 @@ def tune(
                     (loss * share).backward()
                     add_means(figures, share, reward=rewards)
                 figures["gradient_norm"] = adams["student"].step(settings.learning_rate)
-                update_ema(ema, student, learnt, settings.ema_decay)
+                update_ema(ema, student, student_update, settings.ema_decay)
 
-        now = due(update + 1, settings, workers, settings.probe_every if learnt >= 0 else 0)
+        now = due(update + 1, settings, workers, settings.probe_every if student_update >= 0 else 0)
         held_out = probe(Pipeline(ema, config, space)) if now.probe else {}
         if now.log:
             log(now.update, {**figures, **held_out}, list(adams.values()))
