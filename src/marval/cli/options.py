@@ -213,7 +213,7 @@ def read(function: Callable[..., None], arguments: Sequence[str], prog: str) -> 
     namespace, unknown = parser_of(function, prog).parse_known_intermixed_args(arguments)
     if unknown:
         flags = [option.flag for option in options.values() if not option.positional]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1, cutoff=0.75)
         told = f"did you mean {near[0]}?" if near else f"see {prog} --help"
         raise ValueError(f"unknown argument {unknown[0]}: {told}")
     typed = {place: options[place].value_of(text) for place, text in vars(namespace).items()}

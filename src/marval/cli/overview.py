@@ -20,7 +20,7 @@ TRY = """\
 Try:
   marval sample fashion-student --classes sneaker,bag --out samples
   marval demo                          two minutes: draw, time, score, and distil a student
-  marval serve                         the same in a browser
+  marval serve                         draw, edit and compare in a browser
 marval --help lists all verbs."""
 
 
