@@ -14,7 +14,6 @@ from marval.config import Checked, Count, Order, Positive, Size, Template, Whole
 from marval.presets import TuneConfig
 
 if TYPE_CHECKING:
-    from marval.evaluate.evaluate import Quality
     from marval.evaluate.results import Models
     from marval.runtime.distributed import Workers
 
@@ -84,17 +83,34 @@ def evaluate(
         models: bundled models, models' or runs' folders; imagenet256-base, -large, -huge: a full-size teacher and its
             student with random weights (only with --samples 0)
     """
-    check_request(models, measured, sampling, against, results)
+    check_request(models, measured, against, results)
+    from marval.evaluate.evaluate import Quality, measure_quality
+    from marval.evaluate.inputs import judge_for
+    from marval.evaluate.rewards import measure_rewards
+    from marval.evaluate.speed import Speed, measure_speed
+    from marval.rewards import find_reward
+
+    images = results.keep_images, results.image_format
+    samples, out = measured.samples or Measured().samples, results.out  # without any, times alone are measured
+    quality = Quality(sampling.iterations, samples, measured.seed, sampling.autocast, sampling.batch_size, *images)
     with measuring_workers(results.device) as workers:
         loaded = models_to_measure(models, sampling, workers)
         if measured.rewards is not None:
-            score_images(loaded, measured, sampling, results, workers)
+            names = [name.strip() for name in measured.rewards.split(",")]
+            rewards = {name: find_reward(name, device=workers.device) for name in names}
+            measure_rewards(loaded, rewards, measured.prompt, quality, out, workers)
             return
         if measured.samples:
-            judge_images(loaded, measured, sampling, against, results, workers)
+            judged = judge_for(
+                loaded[0][1], against.data, against.judge, workers, features=against.features,
+                reference=against.reference, sample=REAL_SAMPLE,
+            )  # fmt: skip
+            measure_quality(loaded, judged, quality, out, workers)
+        if workers.main and measured.batches:
+            few = loaded[0][0] is None and measured.batches == Measured().batches  # 64 images of full size: an hour
+            batches = () if few else measured.batches
+            measure_speed(loaded, Speed(sampling.iterations, batches, measured.repeats, sampling.autocast), out)
         if workers.main:
-            if measured.batches:
-                time_models(loaded, measured, sampling, results.out)
             show(loaded, measured, results)
 
 
@@ -104,9 +120,7 @@ def full_sizes(models: tuple[str, ...]) -> list[Size]:
     return [cast(Size, size) for size in sizes if size in get_args(Size)]
 
 
-def check_request(
-    models: tuple[str, ...], measured: Measured, sampling: Sampling, against: Against, results: Results
-) -> None:
+def check_request(models: tuple[str, ...], measured: Measured, against: Against, results: Results) -> None:
     """Refuse what cannot be measured, or written, before models are loaded.
 
     Raises:
@@ -124,12 +138,10 @@ def check_request(
     sizes = full_sizes(models)
     if sizes and (len(sizes) < len(models) or measured.samples):
         raise ValueError(f"imagenet256-{sizes[0]} has random weights: time it by itself, with --samples 0")
-    if measured.samples:
-        quality_settings(measured, sampling, results)
     if (measured.budget or results.plot) and not measured.batches:
         raise ValueError("--budget and --plot need times: name a batch size with --batches")
-    if not measured.samples and not measured.batches:
-        raise ValueError("--samples 0 without --batches: there is nothing to measure")
+    if not measured.samples and (measured.rewards is not None or not measured.batches):
+        raise ValueError("--samples 0 without --batches, or with --rewards: there is nothing to measure")
     check_output(results.out, folder=False)
     read_results(results.out)
     if results.plot is not None:
@@ -160,56 +172,6 @@ def models_to_measure(models: tuple[str, ...], sampling: Sampling, workers: "Wor
         models, device, diffusion_steps=sampling.diffusion_steps, guidance=sampling.guidance,
         temperature=sampling.temperature, order=sampling.order,
     )  # fmt: skip
-
-
-def quality_settings(measured: Measured, sampling: Sampling, results: Results) -> "Quality":
-    """The images that are measured.
-
-    Raises:
-        ValueError: too few or too many of them, or a form of images without a folder that keeps them.
-    """
-    from marval.evaluate.evaluate import Quality
-
-    return Quality(
-        sampling.iterations, measured.samples, measured.seed, sampling.autocast, sampling.batch_size,
-        results.keep_images, results.image_format,
-    )  # fmt: skip
-
-
-def judge_images(
-    models: "Models", measured: Measured, sampling: Sampling, against: Against, results: Results, workers: "Workers"
-) -> None:
-    """Draw images of every model and write their figures."""
-    from marval.evaluate.evaluate import measure_quality
-    from marval.evaluate.inputs import judge_for
-
-    judged = judge_for(
-        models[0][1], against.data, against.judge, workers, features=against.features, reference=against.reference,
-        sample=REAL_SAMPLE,
-    )  # fmt: skip
-    measure_quality(models, judged, quality_settings(measured, sampling, results), results.out, workers)
-
-
-def score_images(
-    models: "Models", measured: Measured, sampling: Sampling, results: Results, workers: "Workers"
-) -> None:
-    """Draw images of every model and write their rewards."""
-    from marval.evaluate.rewards import measure_rewards
-    from marval.rewards import find_reward
-
-    names = [name.strip() for name in (measured.rewards or "").split(",")]
-    rewards = {name: find_reward(name, device=workers.device) for name in names}
-    settings = quality_settings(measured, sampling, results)
-    measure_rewards(models, rewards, measured.prompt, settings, results.out, workers)
-
-
-def time_models(models: "Models", measured: Measured, sampling: Sampling, out: Path) -> None:
-    """Time every model, in turns."""
-    from marval.evaluate.speed import Speed, measure_speed
-
-    random = models[0][0] is None and measured.batches == Measured().batches  # 64 full-size images may take an hour
-    batches = () if random else measured.batches
-    measure_speed(models, Speed(sampling.iterations, batches, measured.repeats, sampling.autocast), out)
 
 
 def show(models: "Models", measured: Measured, results: Results) -> None:
