@@ -52,7 +52,7 @@ def as_typed(name: str) -> str:
 
 
 def _number(item: str | SupportsIndex) -> int:
-    """The number that an item is; -1 where it is none."""
+    """Read an item as a number; -1 where it is none."""
     if isinstance(item, str):
         return int(item) if item.strip().isdecimal() else -1
     try:

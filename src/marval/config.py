@@ -90,7 +90,7 @@ def check(name: str, value: object, kind: Any) -> None:
 
 
 def shorten(value: object) -> str:
-    """A value as a message quotes it, in at most 60 characters; Python refuses to print a very long number."""
+    """Quote a value for a message, in at most 60 characters; Python refuses to print a very long number."""
     try:
         return repr(value)[:60]
     except ValueError:

@@ -315,7 +315,7 @@ class Pipeline:
 
 
 def image_names(seeds: list[int], labels: list[int]) -> list[str]:
-    """What an error calls each image."""
+    """Name each image for error messages."""
     return [f"seed {seed}, class {label}" for seed, label in zip(seeds, labels, strict=True)]
 
 

@@ -73,7 +73,7 @@ class Recipe(Checked):
         return recipes
 
     def to_dict(self) -> dict[str, Any]:
-        """What is set, ready for JSON."""
+        """Return the fields that are set, ready for JSON."""
         values = {KEYS.get(field.name, field.name): getattr(self, field.name) for field in dataclasses.fields(self)}
         values["before"] = None if self.before is None else self.before.to_dict()
         return {

@@ -35,7 +35,7 @@ def help_text(verbs: Mapping[str, Callable[..., None]]) -> str:
 
 
 def print_models() -> None:
-    """The bundled models and those of the runs below the current folder, and three things to try."""
+    """Print the bundled models, the models of runs below the current folder, and three things to try."""
     from rich.console import Console
     from rich.table import Table
 
@@ -66,7 +66,7 @@ def model_row(config: Path) -> tuple[str, str, str, str] | None:
 
 
 def parameters(weights: Path) -> int:
-    """The numbers in a safetensors file, by its header."""
+    """Count the numbers in a safetensors file, by its header."""
     with weights.open("rb") as file:
         header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")

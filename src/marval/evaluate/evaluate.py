@@ -123,7 +123,7 @@ class Job:
 
 
 def jobs_of(models: Models, settings: Quality, out: Path) -> list[Job]:
-    """A job for every model, K and seed.
+    """Make a job for every model, K and seed.
 
     Raises:
         ValueError: a K that a model has not, two models share a name, or `out` holds figures of other weights under

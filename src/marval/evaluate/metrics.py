@@ -29,7 +29,7 @@ class RealSample:
 
     @classmethod
     def of(cls, features: Float[Tensor, "n f"]) -> "RealSample":
-        """Of the first `MOST` images.
+        """Describe the first `MOST` images.
 
         Raises:
             ValueError: fewer than `FEWEST` images.

@@ -22,7 +22,7 @@ def probe(
     prompt: str = "{}",
     report: Callable[[str], None] = print,
 ) -> Callable[[Pipeline], dict[str, float]]:
-    """A small evaluation on fixed seeds: all of the judge's figures that so few images define.
+    """Make a small evaluation on fixed seeds: all of the judge's figures that so few images define.
 
     All processes draw; the main one judges and tells the others. It warns once of what few images do to the distance.
 

@@ -130,7 +130,7 @@ def speed_table(timing: Sequence[Row]) -> Cells:
 
 
 def notes_of(results: Results) -> list[str]:
-    """What the tables of results mean: their ±, features and precision, and what is left out."""
+    """Say what the tables of results mean: their ±, features and precision, and what is left out."""
     quality, timing = results.get("quality", []), results.get("timing", [])
     notes = []
     seeds = sorted({len(rows) for rows in by_setting(quality)} - {1})

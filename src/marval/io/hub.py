@@ -25,7 +25,7 @@ REASONS = {
 
 
 def hub() -> ModuleType:
-    """The library of the hub.
+    """Import the library of the hub.
 
     Raises:
         ValueError: it is not installed.
@@ -60,7 +60,7 @@ def fetch(repo_id: str, patterns: Sequence[str], revision: str | None = None) ->
 
 @functools.cache  # so that a process sees one version of a repository
 def fetch_model(repo_id: str, revision: str | None = None) -> Path:
-    """The folder of a model on the hub; nothing but its weights (safetensors) and configuration is fetched.
+    """Fetch a model from the hub, its weights (safetensors) and configuration alone, and return its folder.
 
     Raises:
         ValueError: as `fetch`, or the repository holds no model of marval.

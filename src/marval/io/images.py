@@ -114,7 +114,7 @@ def _unreadable(source: Path | io.BytesIO | io.BufferedReader, error: Exception)
 
 
 def _orientation(picture: Image.Image) -> Image.Transpose | None:
-    """What turns a picture upright, by its EXIF; None where that is damaged or says nothing."""
+    """Find what turns a picture upright, by its EXIF; None where that is damaged or says nothing."""
     try:
         return UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # metadata of any kind must not cost the picture
@@ -122,7 +122,7 @@ def _orientation(picture: Image.Image) -> Image.Transpose | None:
 
 
 def _raw_mode(picture: Image.Image) -> str:
-    """How the file itself stores a pixel, such as "L;4" or "RGB;16B"; known before the picture is loaded."""
+    """Tell how the file itself stores a pixel, such as "L;4" or "RGB;16B"; known before the picture is loaded."""
     arguments: Any = picture.tile[0][3] if getattr(picture, "tile", None) else ""  # type: ignore[attr-defined]
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else ""

@@ -43,7 +43,7 @@ class Student(nn.Module):
         return self.picture(tokens)
 
     def picture(self, tokens: Float[Tensor, "b l c"]) -> Float[Tensor, "b c2 h w"]:
-        """What the graph returns for drawn tokens."""
+        """Return what the graph gives for drawn tokens."""
         space = self.config.space
         if isinstance(space, PixelSpace):
             return Pixels(space).decode(tokens)

@@ -136,7 +136,7 @@ class MAR(nn.Module):
         return self
 
     def embed(self, labels: Int[Tensor, " b"], drop: Float[Tensor, " b"] | None = None) -> Float[Tensor, "b d"]:
-        """The condition that a class is; the null condition where `drop` is 1 (label drop, in training)."""
+        """Embed classes as conditions; the null condition where `drop` is 1 (label drop, in training)."""
         condition = self.class_emb(labels)
         return condition if drop is None else torch.lerp(condition, self.fake_latent, drop[:, None])
 

@@ -29,7 +29,7 @@ log = logging.getLogger("uvicorn.error")
 
 
 def is_local(host: str) -> bool:
-    """Whether a server that listens on `host` is reached from this machine only."""
+    """Tell whether a server that listens on `host` is reached from this machine only."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

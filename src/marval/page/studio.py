@@ -119,7 +119,7 @@ class Served:
         )
 
     def to_json(self, name: str) -> dict[str, Any]:
-        """What a visitor may know of it."""
+        """Describe it to visitors."""
         config = self.pipeline.config
         chain = config.draw if isinstance(config.draw, Chain) else None
         return {

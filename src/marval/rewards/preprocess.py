@@ -69,7 +69,7 @@ class Preprocessing:
 
     @classmethod
     def read(cls, file: Path) -> "Preprocessing":
-        """What a `preprocessor_config.json` of CLIP's processor says.
+        """Read a `preprocessor_config.json` of CLIP's processor.
 
         Raises:
             ValueError: not such a file, or a kind of processing that is not CLIP's.

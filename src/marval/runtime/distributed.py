@@ -170,7 +170,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def start_workers(device: str) -> Iterator[Workers]:
-    """This process's `Workers`: under torchrun they find each other, else there is one.
+    """Start this process's `Workers`: under torchrun they find each other, else there is one.
 
     SIGTERM asks them to stop. So does Ctrl-C while they train (`Workers.updates`), and KeyboardInterrupt follows once
     that is done; a second Ctrl-C, or one before, interrupts at once.

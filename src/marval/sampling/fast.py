@@ -28,7 +28,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def can_use_onednn(weight: Tensor) -> bool:
-    """Whether oneDNN's operator takes this weight: it has no gradient, and autocast and the compiler do not know it."""
+    """Tell whether oneDNN's operator takes this weight. It has no gradient, and autocast does not know it."""
     return (
         not torch.compiler.is_compiling()
         and ONEDNN

@@ -16,7 +16,7 @@ Orders = str | Integer[Tensor, "..."] | OrderFunction  # positions (L,) or (B, L
 
 
 def draw_counts(tokens: int, iterations: int) -> list[int]:
-    """How many of `tokens` each AR iteration draws: cosine schedule, at least one each (MaskGIT; MAR, section 4).
+    """Count how many of `tokens` each AR iteration draws: cosine schedule, at least one each (MaskGIT; MAR, section 4).
 
     Raises:
         ValueError: `iterations` is not between 1 and `tokens`.

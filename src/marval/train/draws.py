@@ -53,7 +53,7 @@ class NoiseLevels(NamedTuple):
     eps: Tensor  # (b, q, c), or (n, c) of a part
 
     def part(self, rows: slice) -> "NoiseLevels":
-        """Those of some images, flattened over images and targets."""
+        """Return those of some images, flattened over images and targets."""
         return NoiseLevels(self.t[rows].flatten(), self.eps[rows].flatten(0, 1))
 
 
