@@ -75,7 +75,7 @@ def wanted(kind: Any) -> str:
         return " or ".join(map(str, parts))
     if origin is tuple:
         return f"a list, each {wanted(parts[0])}"
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    words = {int: "a whole number below 2^63", float: "a number", str: "a text", bool: "true or false"}
     return words.get(kind) or f"a {kind.__name__}"
 
 
