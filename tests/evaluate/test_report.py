@@ -5,7 +5,7 @@ from PIL import Image
 
 from marval.evaluate.curve import best_within, plot_curve, points_of, verdicts
 from marval.evaluate.report import print_results
-from marval.evaluate.results import read_results, write_results
+from marval.evaluate.results import by_setting, read_results, write_results
 from result_rows import quality, teacher, timed, write, write_curve
 
 
@@ -87,3 +87,14 @@ def test_the_console_shows_quality_and_speed_and_what_they_mean(tmp_path, capsys
     assert "40%" in text
     assert "± is one standard error of the mean, over 2 seeds" in text
     assert "not the published figures of these names" in text
+
+
+def test_orders_and_temperatures_are_no_seeds_of_each_other(tmp_path, capsys):
+    rows = [quality(), quality(order="raster", fd=20.0), quality(seed=1, fd=12.0)]
+    hot = [teacher(8, 10, fd) for fd in (30.0, 40.0)]
+    hot[1]["draw"] = {**hot[1]["draw"], "temperature": 0.9}
+    assert sorted(len(group) for group in by_setting([*rows, *hot])) == [1, 1, 1, 2]
+    print_results(write(tmp_path / "orders.json", rows))
+    out = capsys.readouterr().out
+    assert "11.00 ± 1.00" in out
+    assert all(f"│ {order}" in out for order in ("spread", "raster"))

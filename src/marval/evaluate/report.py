@@ -53,13 +53,15 @@ def title_of(name: str, rows: Iterable[Row]) -> str:
 def quality_table(quality: Sequence[Row], timing: Sequence[Row] = ()) -> Cells:
     """Quality by model and K (of several seeds, mean and standard error), and the times of `timing` beside it.
 
-    T and w have columns where a teacher was measured at several.
+    T and w have columns where a teacher was measured at several, and so has the order.
     """
     names = [name for name in COLUMNS if any(name in row for row in quality)]
     times, _ = on_one_machine(timing)
     batches = sorted({row["batch"] for row in times})
     several = len({who(row) for row in quality}) > len({row["model"] for row in quality})
-    header = ["model", "K", *(("T", "w") if several else ()), "samples", *(title_of(name, quality) for name in names)]
+    orders = len({(row["model"], row.get("order")) for row in quality}) > len({row["model"] for row in quality})
+    header = ["model", "K", *(["order"] if orders else []), *(("T", "w") if several else ()), "samples"]
+    header += [title_of(name, quality) for name in names]
     header += [f"ms / image, batch {batch}" for batch in batches]
     models = models_of(quality)
 
@@ -70,7 +72,8 @@ def quality_table(quality: Sequence[Row], timing: Sequence[Row] = ()) -> Cells:
     lines = []
     for rows in sorted(by_setting(quality), key=place):
         row = rows[0]
-        cells = [row["model"], str(row["iterations"]), *(_chain(row) if several else ()), str(row["samples"])]
+        cells = [row["model"], str(row["iterations"]), *([str(row.get("order"))] if orders else [])]
+        cells += [*(_chain(row) if several else ()), str(row["samples"])]
         cells += [_cell([row[name] for row in rows if name in row], name) for name in names]
         lines.append(cells + [_milliseconds(times, row, batch) for batch in batches])
     return header, lines

@@ -220,7 +220,8 @@ def by_setting(rows: Iterable[Row]) -> list[list[Row]]:
     """Group rows that differ in the seed only; rows of different versions of the metrics stay apart."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((who(row), how(row), version_of(row)), []).append(row)
+        key = who(row), how(row), version_of(row), row.get("order"), row["draw"].get("temperature")
+        groups.setdefault(key, []).append(row)
     return list(groups.values())
 
 
