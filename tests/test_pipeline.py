@@ -273,7 +273,7 @@ def test_values_that_are_not_finite_are_refused_with_seed_and_class(kind, value)
         lambda: model.sample([0, 1, 3], seed=7),
         lambda: model.sample([0, 1, 3], seed=7, **inpainting),
         lambda: model.sample([0, 1, 3], seed=7, on_iteration=lambda k, images, drawn: None),
-        lambda: model.sample_tokens([0, 1, 3], seeds=[7, 8, 9], batch_size=2),
+        lambda: model.sample_tokens([0, 1, 3], seeds=[7, 8, 9]),
     ):
         with pytest.raises(ValueError, match=r"draws values that are not finite \(first: seed 9, class 3\): .*float32"):
             draw()

@@ -29,14 +29,8 @@ def test_patchify_and_unpatchify_are_inverse(batch, channels, rows, columns, pat
     assert torch.equal(patchify(unpatchify(tokens, (rows, columns), patch), patch), tokens)
 
 
-def test_layout_of_tokens_is_the_official_one():
-    images = torch.arange(2 * 3 * 4 * 6).float().reshape(2, 3, 4, 6)
-    cut = images.reshape(2, 3, 2, 2, 3, 2)  # n c h p w q
-    expected = torch.einsum("nchpwq->nhwcpq", cut).reshape(2, 6, 12)
-    assert torch.equal(patchify(images, 2), expected)
-
-
 def test_a_token_lists_its_channels_then_rows_then_columns():
+    """The official layout."""
     images = torch.arange(2 * 4 * 4).float().reshape(1, 2, 4, 4)
     # The second token is the upper right square: rows 0 and 1, columns 2 and 3.
     assert patchify(images, 2)[0, 1].tolist() == [2, 3, 6, 7, 18, 19, 22, 23]
@@ -76,12 +70,6 @@ def test_pixels_decode_clamps_to_the_unit_range():
     assert images.flatten().tolist() == [0.0, 0.0, 0.5, 1.0]
 
 
-def test_pixels_have_no_batch_statistics():
-    space = Pixels(PixelSpace((4, 4), 1, 2, shift=0.5, scale=2.0))
-    images = images_in_unit_range(3, 1, 4, 4, seed=0)
-    assert torch.equal(space.encode(images)[1:2], space.encode(images[1:2]))
-
-
 def test_grids_and_channels_of_both_kinds_of_space():
     pixels = PixelSpace((28, 20), 3, 4, shift=0.0, scale=1.0)
     assert (pixels.token_grid, pixels.token_dim) == ((7, 5), 48)
@@ -107,3 +95,4 @@ def test_latents_scale_shift_and_cut_what_a_vae_gives():
     tokens = space.encode(images)
     torch.testing.assert_close(tokens, patchify((images * 2 - 1 - 0.25) * 0.5, 2))
     torch.testing.assert_close(space.decode(tokens), images)
+    assert space.to(torch.device("cpu")) is space

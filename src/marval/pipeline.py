@@ -218,8 +218,11 @@ class Pipeline:
         """Draw the images of `sample` a batch at a time, when each is asked for; arguments are checked at once."""
         labels = self.labels(classes)
         count, tokens = len(labels), self.config.mar.num_tokens
-        every = batches(count, batch_size)
-        seeds, order = image_seeds(seed, count), self._order(order, count)
+        if count < 1 or batch_size < 1:
+            raise ValueError(f"{count} classes in batches of {batch_size}: expected at least one of each")
+        seeds = image_seeds(seed, count)
+        if isinstance(order, Tensor):
+            order = drawing_orders(order, self.config.mar.token_grid, seeds)  # a row for each image
         if (images is None) != (keep is None):
             raise ValueError("inpainting needs both `images` and `keep`")
         if images is not None and keep is not None:
@@ -231,12 +234,14 @@ class Pipeline:
             hidden = int((~keep).sum(dim=1).max())
             iterations = min(self.default_iterations, hidden) if iterations is None else iterations
 
-        def draw(rows: slice) -> Tensor:
+        def draw(first: int) -> Tensor:
+            rows = slice(first, first + batch_size)
             inpainted = None if images is None or keep is None else (images[rows], keep[rows])
-            settings = {"seeds": seeds[rows], "iterations": iterations, "order": part_of(order, rows)}
-            return self._draw(labels[rows], inpainted, on_iteration, **settings).clone()
+            part = order[rows] if isinstance(order, Tensor) else order
+            settings = {"seeds": seeds[rows], "iterations": iterations, "order": part}
+            return self._draw(labels[rows], inpainted, on_iteration, **settings).clone()  # no inference tensor
 
-        return map(draw, every)
+        return map(draw, range(0, count, batch_size))
 
     @torch.inference_mode()
     def _draw(
@@ -246,7 +251,7 @@ class Pipeline:
         on_iteration: ImageHook | None,
         **settings: Any,
     ) -> Float[Tensor, "b c h w"]:
-        """One batch of `sample`, with the images and the mask of inpainting, and settings of `sample_tokens`."""
+        """Draw a batch of `sample`, with the images and the mask of inpainting, and settings of `sample_tokens`."""
         known, names = None, image_names(settings["seeds"], labels)
         if inpainted is not None:
             images, keep = (x.to(self.device) for x in inpainted)
@@ -259,9 +264,7 @@ class Pipeline:
                 check_finite(tokens, names)
                 on_iteration(k, self.space.decode(tokens).cpu(), drawn.cpu())
 
-        tokens = self.sample_tokens(
-            labels, batch_size=len(labels), known=known, on_iteration=on_iteration and show, **settings
-        )
+        tokens = self.sample_tokens(labels, known=known, on_iteration=on_iteration and show, **settings)
         drawn = self.space.decode(tokens)
         check_finite(drawn, names)
         return (drawn if known is None else restore_known(drawn, images.to(drawn), keep, self.config)).cpu()
@@ -274,36 +277,30 @@ class Pipeline:
         seeds: Seeds,
         iterations: int | None = None,
         order: Orders | None = None,
-        batch_size: int = 64,
         known: tuple[Float[Tensor, "b l c"], Bool[Tensor, "b l"]] | None = None,
         on_iteration: TokenHook | None = None,
     ) -> Float[Tensor, "b l c"]:
-        """Draw the tokens of one image for each label; arguments are those of `sample` and `sampling.prepare`."""
-        labels = self.labels(labels)
-        seeds, order = image_seeds(seeds, len(labels)), self._order(order, len(labels))
-        iterations = self.default_iterations if iterations is None else iterations
-        draw, parts = draw_function(self.config, self.device), []
-        for rows in batches(len(labels), batch_size):
-            part = None if known is None else (known[0][rows], known[1][rows])
-            start = prepare(
-                self.model, draw, iterations=iterations, seeds=seeds[rows], orders=part_of(order, rows), known=part
-            )
-            condition = self.model.embed(torch.tensor(labels[rows], device=self.device))
-            with few_threads(self.config.mar, len(condition), self.device):
-                for k, (tokens, places) in enumerate(run(self.model, draw, condition, start)):
-                    if on_iteration is not None:
-                        hidden = torch.zeros_like(start.order, dtype=torch.bool)
-                        on_iteration(k + 1, tokens, hidden.scatter(1, places, True))
-            check_finite(tokens, image_names(seeds[rows], labels[rows]))
-            parts.append(tokens)
-        return torch.cat(parts)
+        """Draw the tokens of a batch, one image for each label.
 
-    def _order(self, order: Orders | None, count: int) -> Orders:
-        """The order to draw in; positions as a row for each of `count` images, on the CPU."""
-        order = self.config.order if order is None else order
-        if isinstance(order, Tensor):
-            return drawing_orders(order, self.config.mar.token_grid, range(count))
-        return order
+        Arguments are those of `sample`, and `known` of `marval.sampling.prepare`; `on_iteration` is given tokens.
+
+        Raises:
+            ValueError: as `sample`.
+        """
+        numbers = self.labels(labels)
+        seeds, draw = image_seeds(seeds, len(numbers)), draw_function(self.config, self.device)
+        start = prepare(
+            self.model, draw, iterations=self.default_iterations if iterations is None else iterations, seeds=seeds,
+            orders=self.config.order if order is None else order, known=known,
+        )  # fmt: skip
+        condition = self.model.embed(torch.tensor(numbers, device=self.device))
+        with few_threads(self.config.mar, len(numbers), self.device):
+            for k, (tokens, places) in enumerate(run(self.model, draw, condition, start)):
+                if on_iteration is not None:
+                    nothing = torch.zeros_like(start.order, dtype=torch.bool)
+                    on_iteration(k + 1, tokens, nothing.scatter(1, places, True))
+        check_finite(tokens, image_names(seeds, numbers))
+        return tokens
 
     def save(self, folder: Path | str, dtype: torch.dtype = torch.float32) -> None:
         """Write the model; see `marval.io.checkpoint.save_model`."""
@@ -317,22 +314,6 @@ class Pipeline:
 def image_names(seeds: list[int], labels: list[int]) -> list[str]:
     """Name each image for error messages."""
     return [f"seed {seed}, class {label}" for seed, label in zip(seeds, labels, strict=True)]
-
-
-def part_of(order: Orders, rows: slice) -> Orders:
-    """The order of some images."""
-    return order[rows] if isinstance(order, Tensor) else order
-
-
-def batches(count: int, size: int) -> list[slice]:
-    """The rows of each batch of `count` rows.
-
-    Raises:
-        ValueError: no rows, or batches of none.
-    """
-    if count < 1 or size < 1:
-        raise ValueError(f"{count} classes in batches of {size}: expected at least one of each")
-    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def restore_known(

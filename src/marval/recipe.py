@@ -231,7 +231,7 @@ def draw_recipe(
         known = (before[None], keep)
     tokens = pipeline.sample_tokens(
         pipeline.labels([label for label, _ in pairs]), seeds=[seed for _, seed in pairs],
-        iterations=recipe.iterations, order=recipe.order, batch_size=len(pairs), known=known, on_iteration=on_iteration,
+        iterations=recipe.iterations, order=recipe.order, known=known, on_iteration=on_iteration,
     )  # fmt: skip
     return tokens[row].clone()
 

@@ -4,27 +4,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from marval.config import Chain, MARConfig, ModelConfig, PixelSpace
+from marval.config import Chain, MARConfig, ModelConfig
 from marval.io.checkpoint import load_model, save_model
 from marval.model import MAR
 from marval.runtime.rng import generator
+from small import CHANNELS, SPACE, small_model
 
-GRID, CHANNELS, BATCH = (3, 4), 4, 2
+BATCH = 2
 
 
-def small_model():
-    """A small MAR in which nothing is zero, so that every output depends on every input it may depend on."""
-    config = MARConfig(
-        GRID, CHANNELS, 5,
-        encoder_dim=16, encoder_depth=2, encoder_heads=2, decoder_dim=24, decoder_depth=2, decoder_heads=2,
-        head_width=16, head_depth=2, buffer_size=3,
-    )  # fmt: skip
-    model = MAR(config).initialize(generator("test model"))
-    rng = generator("test model", "noise")
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.1 * torch.randn(weight.shape, generator=rng)
-    return model.eval().requires_grad_(False)
+def other_width():
+    """Two blocks a stack, and a decoder of another width than the encoder's."""
+    return small_model(decoder_dim=24, depth=2)
 
 
 def inputs():
@@ -42,56 +33,42 @@ def test_presets_have_the_published_number_of_parameters(size, millions):
     assert abs(count / (millions * 1e6) - 1) < 0.005
 
 
-def test_hidden_tokens_do_not_influence_the_context():
-    model = small_model()
-    tokens, visible, positions, labels = inputs()
-    embedding = model.embed(labels)
-    expected = model.context(tokens, visible, positions, embedding)
+def test_contexts_depend_on_every_visible_token_and_on_no_hidden_one():
+    model, (tokens, visible, positions, labels) = other_width(), inputs()
+    condition = model.embed(labels)
+    expected = model.context(tokens, visible, positions, condition)
     hidden = torch.ones(BATCH, 12, dtype=torch.bool).scatter(1, visible, False)
     spoiled = torch.where(hidden[..., None], torch.nan, tokens)
-    assert torch.equal(model.context(spoiled, visible, positions, embedding), expected)
-
-
-def test_every_visible_token_influences_every_context():
-    model = small_model()
-    tokens, visible, positions, labels = inputs()
-    embedding = model.embed(labels)
-    expected = model.context(tokens, visible, positions, embedding)
+    assert torch.equal(model.context(spoiled, visible, positions, condition), expected)
     for place in range(visible.shape[1]):
         changed = tokens.clone()
         changed[torch.arange(BATCH), visible[:, place]] += 1.0
-        difference = (model.context(changed, visible, positions, embedding) - expected).abs().amax(dim=-1)
+        difference = (model.context(changed, visible, positions, condition) - expected).abs().amax(dim=-1)
         assert (difference > 1e-4).all()
 
 
-def test_images_of_a_batch_do_not_influence_each_other():
-    model = small_model()
-    tokens, visible, positions, labels = inputs()
-    together = model.context(tokens, visible, positions, model.embed(labels))
-    for i in range(BATCH):
-        row = slice(i, i + 1)
-        alone = model.context(tokens[row], visible[row], positions[row], model.embed(labels[row]))
-        torch.testing.assert_close(together[row], alone, rtol=1e-5, atol=1e-5)
-
-
-def test_the_order_in_which_visible_positions_are_named_does_not_matter():
-    model = small_model()
-    tokens, visible, positions, labels = inputs()
-    embedding = model.embed(labels)
-    expected = model.context(tokens, visible, positions, embedding)
+def test_images_of_a_batch_and_the_order_of_visible_positions_do_not_matter():
+    model, (tokens, visible, positions, labels) = other_width(), inputs()
+    condition = model.embed(labels)
+    expected = model.context(tokens, visible, positions, condition)
+    for row in (slice(0, 1), slice(1, 2)):
+        alone = model.context(tokens[row], visible[row], positions[row], condition[row])
+        torch.testing.assert_close(alone, expected[row], rtol=1e-5, atol=1e-5)
     for shuffle in (visible.flip(1), visible.roll(2, dims=1), visible.sort(dim=1).values):
-        assert not torch.equal(shuffle, visible)
-        torch.testing.assert_close(model.context(tokens, shuffle, positions, embedding), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.context(tokens, shuffle, positions, condition), expected, rtol=0, atol=1e-5)
+    asked = model.context(tokens, visible, positions.flip(1), condition)
+    torch.testing.assert_close(asked, expected.flip(1), rtol=0, atol=1e-5)
+    assert (asked - expected).abs().max() > 0.01  # positions do differ
 
 
-def test_contexts_follow_the_order_of_the_asked_positions():
-    model = small_model()
-    tokens, visible, positions, labels = inputs()
-    embedding = model.embed(labels)
-    expected = model.context(tokens, visible, positions, embedding).flip(1)
-    found = model.context(tokens, visible, positions.flip(1), embedding)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    assert (found - found.flip(1)).abs().max() > 0.01  # positions do differ
+def test_advance_gives_the_contexts_of_every_condition():
+    model, (tokens, visible, positions, labels) = other_width(), inputs()
+    conditions = model.embed(labels), model.null_condition(BATCH)
+    contexts, state = model.advance(model.start(*conditions), tokens, visible[:, :2], positions)
+    contexts, _ = model.advance(state, tokens, visible, positions)
+    for found, condition in zip(contexts, conditions, strict=True):
+        expected = model.context(tokens, visible, positions, condition).flatten(0, 1)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_label_drop_gives_the_null_class_and_only_there():
@@ -108,7 +85,7 @@ def test_context_and_head_run_in_other_dtypes(dtype, tolerance):
     tokens, visible, positions, labels = inputs()
     t, outputs = torch.tensor([3.0, 990.0]).repeat_interleave(7), {}
     for kind in (torch.float32, dtype):
-        model = small_model().to(kind)
+        model = other_width().to(kind)
         context = model.context(tokens.to(kind), visible, positions, model.embed(labels)).flatten(0, 1)
         x_t = torch.randn(14, CHANNELS, generator=generator("x_t")).to(kind)
         outputs[kind] = (context, model.head(x_t, t, context))
@@ -119,7 +96,7 @@ def test_context_and_head_run_in_other_dtypes(dtype, tolerance):
 
 def test_the_untrained_head_answers_zero():
     model = MAR(small_model().config).initialize(generator("fresh"))
-    x_t, context = torch.randn(7, CHANNELS, generator=generator("x_t")), torch.ones(7, 24)
+    x_t, context = torch.randn(7, CHANNELS, generator=generator("x_t")), torch.ones(7, 16)
     assert torch.equal(model.head(x_t, torch.arange(7.0), context), torch.zeros(7, 2 * CHANNELS))
 
 
@@ -137,8 +114,7 @@ def test_initialize_sets_every_parameter_from_its_generator():
 
 
 def saved_model(folder):
-    space = PixelSpace((6, 8), 1, 2, shift=0.5, scale=2.0)
-    save_model(folder, small_model(), ModelConfig(small_model().config, space, Chain(), tuple("abcde"), 4))
+    save_model(folder, small_model(), ModelConfig(small_model().config, SPACE, Chain(), tuple("abcde"), 4))
     return folder / "model.safetensors"
 
 
@@ -164,7 +140,7 @@ def test_loading_gives_back_what_was_saved(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop("decoder_blocks.1.mlp.fc2.bias"), "decoder_blocks.1.mlp.fc2.bias is missing"),
+        (lambda tensors: tensors.pop("decoder_blocks.0.mlp.fc2.bias"), "decoder_blocks.0.mlp.fc2.bias is missing"),
         (lambda tensors: tensors.pop("fake_latent"), "fake_latent is missing"),
         (lambda tensors: tensors.update(extra=torch.zeros(1)), "unknown tensor extra"),
         (lambda tensors: tensors.update(fake_latent=torch.zeros(1, 8)), r"fake_latent has shape \(1, 8\)"),

@@ -154,7 +154,7 @@ def drawing(pipeline: Pipeline, iterations: int, batch: int, autocast: bool = Fa
             if decodes(pipeline):
                 pipeline.sample(labels, iterations=iterations, batch_size=batch)
             else:
-                pipeline.sample_tokens(labels, seeds=range(batch), iterations=iterations, batch_size=batch).cpu()
+                pipeline.sample_tokens(labels, seeds=range(batch), iterations=iterations).cpu()
 
     return draw
 

@@ -73,11 +73,7 @@ class FinalLayer(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """Predicts the noise in a token (and, when `learn_variance`, the variance channel) from its context.
-
-    Inputs are a noisy token `x_t` (N, C), the time step `t` (N,) in [0, 999] and the context `c` (N, D);
-    the output is (N, C), or (N, 2C) with the variance channel behind the noise.
-    """
+    """Predicts the noise in a token, and with `learn_variance` a variance channel behind it, from its context."""
 
     def __init__(self, token_dim: int, context_dim: int, width: int, depth: int, learn_variance: bool):
         super().__init__()
@@ -105,14 +101,15 @@ class TokenHead(nn.Module):
     def forward(
         self, x_t: Float[Tensor, "n c"], t: Float[Tensor, " n"], context: Float[Tensor, "n d"]
     ) -> Float[Tensor, "n o"]:
-        return self._denoise(x_t, self.time_embed(t) + self.cond_embed(context))
+        """The prediction for noisy tokens `x_t` at the time steps `t` in [0, 999], given their contexts."""
+        return self.denoise(x_t, self.embed_time(t) + self.embed_context(context))
 
     def embed_time(self, t: Float[Tensor, " n"]) -> Float[Tensor, "n w"]:
-        """The embedding of time steps."""
+        """Embed time steps."""
         return self.time_embed(t)
 
     def embed_context(self, context: Float[Tensor, "*g n d"]) -> Float[Tensor, "*g n w"]:
-        """The embedding of contexts."""
+        """Embed contexts."""
         return self.cond_embed(context)
 
     def modulate(self, y: Float[Tensor, "*s n w"]) -> list[Float[Tensor, "*s n _"]]:
@@ -126,25 +123,19 @@ class TokenHead(nn.Module):
     def denoise(
         self, x_t: Float[Tensor, "n c"], y: Float[Tensor, "*g n w"] | Sequence[Tensor]
     ) -> Float[Tensor, "*g n o"]:
-        """The head for an embedded condition `y = embed_time(t) + embed_context(context)`, or for its `modulate(y)`.
+        """The prediction for an embedded condition `y = embed_time(t) + embed_context(context)`, or its `modulate(y)`.
 
-        Samplers call this: over a chain the context's embedding stays the same and the time's is shared
-        by all tokens, so neither is worth computing again for every token and step. With guidance, `y` has
-        the conditional and the null embedding stacked in front, and what depends on `x_t` alone is computed once.
+        A chain embeds its contexts once for all steps, and its time steps once for all tokens. With guidance, `y` has
+        the condition and the null condition stacked in front, and what depends on `x_t` alone is computed once.
         """
-        return self._denoise(x_t, y)
-
-    def in_float32(self) -> "TokenHead":
-        """A copy with float32 weights; the head itself where they are no less precise."""
-        dtype = self.input_proj.weight.dtype
-        return self if torch.promote_types(dtype, torch.float32) == dtype else copy.deepcopy(self).float()
-
-    def _denoise(
-        self, x_t: Float[Tensor, "n c"], y: Float[Tensor, "*g n w"] | Sequence[Tensor]
-    ) -> Float[Tensor, "*g n o"]:
         activated = F.silu(y) if isinstance(y, Tensor) else None
         x = self.input_proj(x_t)
         for i, layer in enumerate((*self.res_blocks, self.final_layer)):
             # Of an embedded condition one layer's modulation at a time: all of a large batch's would fill the memory.
             x = layer(x, y[i] if activated is None else layer.adaLN_modulation[1](activated))
         return x
+
+    def in_float32(self) -> "TokenHead":
+        """A copy with float32 weights; the head itself where they are no less precise."""
+        dtype = self.input_proj.weight.dtype
+        return self if torch.promote_types(dtype, torch.float32) == dtype else copy.deepcopy(self).float()
