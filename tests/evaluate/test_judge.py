@@ -21,7 +21,7 @@ from marval.evaluate.features import (
     frechet_distance,
 )
 from marval.evaluate.inputs import judge_for
-from marval.evaluate.judge import Judge, data_hash, judge_by_reference, load_judge
+from marval.evaluate.judge import Judge, against_data, against_reference, data_hash, held_out
 from marval.evaluate.metrics import expected_bias
 from marval.pipeline import Pipeline, load
 from marval.rewards import ClassifierReward, prompts_of
@@ -29,6 +29,14 @@ from marval.rewards.classifier import Classifier, load_classifier, save_classifi
 from marval.runtime.rng import generator
 from tiny import tiny_config, tiny_data, tiny_model
 from workspace import FEATURES
+
+
+def load_judge(data, images, features=None, sample=0):
+    return against_data(held_out(find_features(features)), data, images, sample)
+
+
+def judge_by_reference(file, features=None):
+    return against_reference(held_out(find_features(features)), file)
 
 
 def test_statistics_come_back_from_disk_and_other_features_are_refused(tmp_path):
@@ -96,11 +104,11 @@ def test_a_classifier_comes_back_from_disk_and_rewards_the_class_in_the_prompt(t
 
 def test_a_damaged_cache_of_real_features_is_made_again(workspace):
     data = tiny_data()
-    first = load_judge("folder:x", None, lambda: data, features=FEATURES, sample=40)
+    first = load_judge("folder:x", lambda: data, features=FEATURES, sample=40)
     kernel = first.sample().kernel
     for file in (workspace / "cache/marval").iterdir():
         file.write_bytes(file.read_bytes()[:20])
-    again = load_judge("folder:x", None, lambda: data, features=FEATURES, sample=40)
+    again = load_judge("folder:x", lambda: data, features=FEATURES, sample=40)
     assert again.sample().kernel == kernel
     assert torch.equal(again.real.mean, first.real.mean)
 
@@ -137,15 +145,15 @@ def own_features(tmp_path, monkeypatch):
 
 def test_own_features_judge_and_their_statistics_are_kept_apart(own_features):
     data = tiny_data()
-    judge = load_judge("folder:x", None, lambda: data, features="own_features:rows", sample=40)
+    judge = load_judge("folder:x", lambda: data, features="own_features:rows", sample=40)
     figures = judge.figures(data.images, data.labels)
     assert figures["fd"] == pytest.approx(0, abs=1e-6)
     assert figures["own_coverage"] == 1.0
     assert len(judge.sample().features) == 40
     assert len(judge.data_sha256) == 64
-    again = load_judge("folder:x", None, lambda: data, features="own_features:rows", sample=40)
+    again = load_judge("folder:x", lambda: data, features="own_features:rows", sample=40)
     assert torch.equal(again.sample().radius, judge.sample().radius)
-    other = load_judge("folder:x", None, lambda: data, features="own_features:Columns", sample=40)
+    other = load_judge("folder:x", lambda: data, features="own_features:Columns", sample=40)
     assert other.figures(data.images, data.labels)["fd"] == pytest.approx(0, abs=1e-6)
     assert len(list((own_features / "cache/marval").glob("statistics-*"))) == 2
     assert extract(find_features("own_features:rows"), data.images).shape == (64, 8)
@@ -156,14 +164,14 @@ def test_the_packaged_statistics_are_those_of_the_real_images(fashion_train, tmp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     data = fashion_train
     assert Statistics.load(bundled_statistics("fashion-mnist")).data_sha256 == data_hash(data)
-    packaged = load_judge("fashion-mnist", None, lambda: data)
-    copied = load_judge("fashion-mnist:elsewhere", None, lambda: data)  # the same images from another folder
+    packaged = load_judge("fashion-mnist", lambda: data)
+    copied = load_judge("fashion-mnist:elsewhere", lambda: data)  # the same images from another folder
     assert copied.data_sha256 == packaged.data_sha256
     assert torch.equal(copied.real.mean, packaged.real.mean)
     other = ImageData(data.images[:300].flip(3), data.labels[:300], data.class_names)
     with pytest.raises(ValueError, match="not those of marval's statistics"):
-        load_judge("fashion-mnist", None, lambda: other, sample=10).sample()
-    own = load_judge("fashion-mnist:other", None, lambda: other)
+        load_judge("fashion-mnist", lambda: other, sample=10).sample()
+    own = load_judge("fashion-mnist:other", lambda: other)
     assert own.data_sha256 == data_hash(other) != packaged.data_sha256
     assert own.figures(other.images, other.labels)["fd"] == pytest.approx(0, abs=1e-3)
 
@@ -200,12 +208,12 @@ def test_bundled_models_are_judged_without_reading_the_real_images(fashion_train
 
 def test_statistics_of_other_features_and_bad_features_are_refused(own_features):
     data = tiny_data()
-    judge = load_judge("folder:x", None, lambda: data, features="own_features:rows")
+    judge = load_judge("folder:x", lambda: data, features="own_features:rows")
     judge.real.save(own_features / "rows.safetensors")
-    kept = judge_by_reference(own_features / "rows.safetensors", None, "own_features:rows", "cpu")
+    kept = judge_by_reference(own_features / "rows.safetensors", "own_features:rows")
     assert kept.figures(data.images, data.labels)["fd"] == pytest.approx(0, abs=1e-4)  # kept in float32
     with pytest.raises(ValueError, match=r"own_features:rows .*expected 'EfficientNet-Lite0"):
-        judge_by_reference(own_features / "rows.safetensors", None, None, "cpu")
+        judge_by_reference(own_features / "rows.safetensors")
     assert kept.data_sha256 == judge.data_sha256  # statistics say which images they are of
     for spec, words in (
         ("own_features", "expected file.py:function"), ("no_such_module:f", "no module no_such_module"),
@@ -273,7 +281,7 @@ def reference_figures(file, images):
 def test_figures_against_adms_reference_file(fake_fidelity, tmp_path):
     data = tiny_data()
     write_reference(tmp_path / "adm.npz", data.images)
-    judge = judge_by_reference(tmp_path / "adm.npz", None, None, "cpu")
+    judge = judge_by_reference(tmp_path / "adm.npz")
     assert len(judge.data_sha256) == 64
     assert judge.about["reference"] == "adm.npz"
     assert judge.about["inception_sha256"] == hashlib.sha256(b"weights").hexdigest()

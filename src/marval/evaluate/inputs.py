@@ -8,7 +8,7 @@ from pathlib import Path
 from marval.config import Chain, OneStep, Order, PixelSpace
 from marval.data import FASHION_FORM, ImageData, check_classes, check_data, load_images
 from marval.evaluate.features import find_features
-from marval.evaluate.judge import Judge, held_out, judge_by_reference, load_judge
+from marval.evaluate.judge import Judge, against_data, against_reference, held_out
 from marval.evaluate.results import model_hashes
 from marval.pipeline import Pipeline, find_model, load
 from marval.runtime.distributed import Workers
@@ -78,7 +78,7 @@ def judge_for(
             the model.
     """
     workers = workers or Workers()
-    spec, device = data or pipeline.config.data, workers.device
+    spec = data or pipeline.config.data
     if classifier is None and spec.partition(":")[0] == "fashion-mnist":
         classifier = Path("fashion-judge")
     # A model of latents is trained on a cache, but its pictures are compared with pictures.
@@ -90,19 +90,18 @@ def judge_for(
         check(images, pipeline.config)
         return images
 
-    if reference is not None:
-        judge = judge_by_reference(reference, classifier, features, device)
-    elif spec.startswith("latents:"):
+    if reference is None and spec.startswith("latents:"):
         raise ValueError(
             f"{spec} holds no pictures to compare with: name some, in training with --judge-data folder:DIR, in "
             "evaluation with --data folder:DIR"
         )
-    elif not workers.main:
-        judge = held_out(find_features(features).to(device), classifier, device)
-    else:
+    judge = held_out(find_features(features), classifier, workers.device)
+    if reference is not None:
+        judge = against_reference(judge, reference, workers.device)
+    elif workers.main:
         if spec == "fashion-mnist":
             check(FASHION_FORM, pipeline.config)  # the images themselves may never be read
-        judge = load_judge(spec, classifier, real_images, features=features, sample=sample, device=device)
+        judge = against_data(judge, spec, real_images, sample)
     check_classifier(judge, pipeline)
     return judge
 

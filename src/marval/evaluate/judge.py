@@ -21,7 +21,6 @@ from marval.evaluate.features import (
     bundled_statistics,
     diversity_within_class,
     extract,
-    find_features,
     frechet_distance,
 )
 from marval.evaluate.fidelity import SPLITS, Columns, Reference
@@ -181,41 +180,35 @@ def data_hash(data: ImageData) -> str:
     return hashlib.sha256(data.images.contiguous().numpy().data).hexdigest()
 
 
-def held_out(network: Features, classifier: Path | None, device: torch.device | str) -> Judge:
-    """Make a judge without real images: it can score single images, but compute no distance."""
+def held_out(network: Features, classifier: Path | None = None, device: torch.device | str = "cpu") -> Judge:
+    """Make a judge without real images: it can score single images, but compute no distance.
+
+    Args:
+        classifier: the held-out classifier, a file or a bundled one's name; none when None.
+        device: where features and classifier compute.
+    """
+    network = network.to(device)
     if classifier is None:
         return Judge(network, None, None)
     digest = sha256_of(classifier_file(classifier))
     return Judge(network, None, load_classifier(classifier).to(device), classifier_sha256=digest)
 
 
-def load_judge(
-    data: str,
-    classifier: Path | None,
-    real_images: Callable[[], ImageData],
-    *,
-    features: str | None = None,
-    sample: int = 0,
-    device: torch.device | str = "cpu",
-) -> Judge:
-    """The judge for a data set: bundled for Fashion-MNIST; elsewhere statistics are computed once and cached.
+def against_data(judge: Judge, data: str, real_images: Callable[[], ImageData], sample: int = 0) -> Judge:
+    """Give a judge a data set's statistics: bundled for Fashion-MNIST; elsewhere they are computed once and cached.
 
     Of "fashion-mnist" the real images are not read before something is measured that neither the package nor the cache
     holds of them.
 
     Args:
         data: the data set's specification.
-        classifier: the held-out classifier, a file or a bundled one's name; none when None.
         real_images: loads the real images.
-        features: see `find_features`.
         sample: real images whose features KID and neighbours are measured on (at most `MOST`); 0: neither is.
-        device: where features and classifier compute.
 
     Raises:
-        ValueError: bad features or images (when they are read), or Fashion-MNIST's are not those of the package.
+        ValueError: bad images (when they are read), or Fashion-MNIST's are not those of the package.
     """
-    network = find_features(features).to(device)
-    bundled = Statistics.load(bundled_statistics("fashion-mnist"))
+    network, bundled = judge.network, Statistics.load(bundled_statistics("fashion-mnist"))
 
     @functools.cache
     def images() -> ImageData:
@@ -228,36 +221,32 @@ def load_judge(
 
     digest = bundled.data_sha256 if data == "fashion-mnist" else data_hash(images())
     key = f"{digest[:16]}-{hashlib.sha256(network.name.encode()).hexdigest()[:8]}"
-    if digest == bundled.data_sha256 and network.name == bundled.features:
-        real = bundled
-    else:
+    real, count = bundled, min(sample, MOST)
+    if (digest, network.name) != (bundled.data_sha256, bundled.features):
         real = real_statistics(images, network, digest, cache_folder() / f"statistics-{key}.safetensors")
-    count = min(sample, MOST)
-    cache = cache_folder() / f"sample-{key}-{count}-{METRICS}.safetensors"
 
     @functools.cache
     def some() -> RealSample:
-        sample = real_sample(images, network, count, cache)
+        cache = cache_folder() / f"sample-{key}-{count}-{METRICS}.safetensors"
+        features = real_sample(images, network, count, cache)
         images.cache_clear()  # their features are all that is needed from here on
-        return sample
+        return features
 
-    return dataclasses.replace(
-        held_out(network, classifier, device), real=real, sample=some if count else None, data_sha256=digest
-    )
+    return dataclasses.replace(judge, real=real, sample=some if count else None, data_sha256=digest)
 
 
-def judge_by_reference(file: Path, classifier: Path | None, features: str | None, device: torch.device | str) -> Judge:
-    """A judge with a reference file in the place of real images: ADM's `.npz`, or marval's statistics.
+def against_reference(judge: Judge, file: Path, device: torch.device | str = "cpu") -> Judge:
+    """Give a judge a reference file in the place of real images: ADM's `.npz`, or marval's statistics.
+
+    Args:
+        device: where ADM's network computes.
 
     Raises:
         ValueError: no such file (where ADM's comes from is said), statistics of other features (both are named), or
             what `Reference.load` raises.
     """
-    network = find_features(features).to(device)
-    judge = held_out(network, classifier, device)
     if file.suffix == ".safetensors":
-        real = Statistics.load(file, network.name)
-        digest = real.data_sha256 or sha256_of(file)
-        return dataclasses.replace(judge, real=real, data_sha256=digest)
+        real = Statistics.load(file, judge.network.name)
+        return dataclasses.replace(judge, real=real, data_sha256=real.data_sha256 or sha256_of(file))
     reference = Reference.load(file, device)
     return dataclasses.replace(judge, reference=reference, data_sha256=reference.sha256)

@@ -8,11 +8,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from marval.evaluate.draw import SEEDS, Images, Labels
-from marval.evaluate.evaluate import Job, Quality, Report, holds, jobs_of
+from marval.evaluate.evaluate import Quality, Report, Score, holds, jobs_of
 from marval.evaluate.judge import Columns
 from marval.evaluate.metrics import METRICS
 from marval.evaluate.results import Models, Row, merge_results, named, read_results, standard_error
 from marval.io.files import check_output
+from marval.pipeline import Pipeline
 from marval.rewards import Prompt, Reward, checked, prompts_of, reward_hash
 from marval.runtime.distributed import Workers
 from marval.runtime.provenance import made_by
@@ -75,13 +76,9 @@ def measure_rewards(
         key |= {"first_seed": seed * SEEDS}
         row = next((row for row in rows if holds(row, key)), {**key, "metrics": METRICS, "rewards": {}})
         missing = {name: rewards[name] for name in workers.agree([n for n in rewards if n not in row["rewards"]])}
-
-        def score(images: Images, labels: Labels, wanted: Mapping[str, Reward] = missing, job: Job = job) -> Columns:
-            pipeline = job.drawing.pipeline
-            prompts = prompts_of(prompt, pipeline.config.class_names, labels.tolist())
-            return reward_values(wanted, images, prompts, pipeline.device)
-
-        columns = job.columns(score, workers, report) if missing or job.folder is not None else {}
+        columns: Columns = {}
+        if missing or job.folder is not None:  # the images may be wanted still
+            columns = job.columns(scorer(missing, prompt, job.drawing.pipeline), workers, report)
         if workers.main:
             if missing:
                 row["rewards"] |= {
@@ -93,6 +90,16 @@ def measure_rewards(
             report(f"{named(row)}, seed {seed}: {line} (± one standard error of the mean, over the images)")
     workers.barrier()
     return read_results(out).get("rewards", [])
+
+
+def scorer(rewards: Mapping[str, Reward], prompt: str, pipeline: Pipeline) -> Score:
+    """Return a function from images and labels to `reward_values`, on the model's device."""
+
+    def score(images: Images, labels: Labels) -> Columns:
+        prompts = prompts_of(prompt, pipeline.config.class_names, labels.tolist())
+        return reward_values(rewards, images, prompts, pipeline.device)
+
+    return score
 
 
 def mean_and_error(values: Float[Tensor, " n"]) -> dict[str, float]:
