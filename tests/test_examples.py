@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from marval.cli import VERBS
-from marval.cli.options import read
+from marval.cli.options import options_of, read
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -33,6 +33,14 @@ def printed_commands():
 def test_marval_understands_every_command_that_we_print(words):
     count = 2 if " ".join(words[:2]) in VERBS else 1
     read(VERBS[" ".join(words[:count])], words[count:], "marval")
+
+
+def test_the_pages_name_no_option_that_is_gone():
+    known = {option.flag for verb in VERBS.values() for option in options_of(verb)}
+    others = {"--check", "--dry-run", "--index-url", "--no-deps", "--steps"}  # of ruff, pip and tools; old commands
+    for document in ROOT.glob("docs/*.md"):
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![\w-])", document.read_text())) - others
+        assert {flag for flag in named if flag not in known and flag.replace("--no-", "--") not in known} == set()
 
 
 def test_quickstart_saves_a_picture_for_each_class_and_model(tmp_path, monkeypatch, capsys):
