@@ -72,11 +72,10 @@ def test_a_strangers_folder_among_the_temporary_files_is_not_used(monkeypatch, t
 @pytest.mark.parametrize(
     "odd",
     [
-        {"LC_ALL": "C"},
         {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
-        {"TERM": "dumb", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"},
+        {"LC_ALL": "C", "TERM": "dumb", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"},
     ],
-    ids=["C", "ascii", "no colour"],
+    ids=["ascii", "no colour"],
 )
 def test_pictures_are_drawn_below_a_folder_with_any_name(odd, work):
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "TERM", "LANG")}
