@@ -33,7 +33,7 @@ class DrawByChain:
     """The teacher's inner loop: guided ancestral sampling over respaced steps (MAR, section 3.2; DDPM, algorithm 2).
 
     Args:
-        device: of the tokens; another one works, but is waited for.
+        device: where tokens will be drawn; elsewhere works too, but each call copies the time steps there.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class DrawInOneStep:
     """The student's single call (MARVAL, section "GSIM"): from pure noise at the level of `timestep` to `x_0`.
 
     Args:
-        device: of the tokens; another one works, but is waited for.
+        device: where tokens will be drawn; elsewhere works too, but each call copies the time steps there.
     """
 
     noise_draws, needs_null = 1, False

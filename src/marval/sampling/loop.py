@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from marval.model import MAR
+from marval.model import MAR, TokenHead
 from marval.runtime.rng import Seeds, generator, image_seeds
 from marval.sampling.draw import DrawTokens, Guidance, guidance_at
 from marval.sampling.fast import prepare_for_drawing
@@ -121,12 +121,8 @@ def run(
         with torch.autocast(tokens.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
             contexts, state = model.advance(state, tokens, visible, positions)
         contexts = contexts.float() if autocast else contexts
-        if isinstance(w, Tensor):
-            w = w[:, None].expand(positions.shape).flatten()
-        index = positions[..., None].expand(-1, -1, config.token_dim)
-        noise = start.noise.gather(2, index.expand(len(start.noise), -1, -1, -1)).flatten(1, 2)
-        drawn = draw(model.head, contexts, w, noise)
-        return state, tokens.scatter(1, index, drawn.unflatten(0, positions.shape).to(tokens.dtype))
+        drawn = draw_at(positions, model.head, draw, contexts, w, start.noise)
+        return state, tokens.scatter(1, positions[..., None].expand_as(drawn), drawn.to(tokens.dtype))
 
     for k, count in enumerate(start.counts):
         visible = start.order[:, :shown].contiguous()
@@ -143,6 +139,22 @@ def run(
         else:
             state, tokens = checkpoint(iterate, *inputs, use_reentrant=False, preserve_rng_state=False)
         yield tokens, start.order[:, :shown]
+
+
+def draw_at(
+    positions: Int[Tensor, "b q"],
+    head: TokenHead,
+    draw: DrawTokens,
+    contexts: Float[Tensor, "g n d"],
+    guidance: float | Float[Tensor, " b"],
+    noise: Float[Tensor, "s b l c"],
+) -> Float[Tensor, "b q c"]:
+    """Draw the tokens at `positions` in their contexts, with the noise of their positions."""
+    index = positions[..., None].expand(-1, -1, noise.shape[-1])
+    local_noise = noise.gather(2, index.expand(len(noise), -1, -1, -1)).flatten(1, 2)
+    if isinstance(guidance, Tensor):
+        guidance = guidance[:, None].expand(positions.shape).flatten()
+    return draw(head, contexts, guidance, local_noise).unflatten(0, positions.shape)
 
 
 def sample(
