@@ -33,6 +33,7 @@ def test_the_installed_command_says_what_there_is_without_torch(work):
     done = installed("--help", cwd=work, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     assert all(f"\n  {verb} " in done.stdout for verb in VERBS)
+    assert max(map(len, done.stdout.splitlines())) <= 105
     done = installed(cwd=work, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()[3:6]] == [

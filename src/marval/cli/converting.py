@@ -23,7 +23,7 @@ class Conversion(Checked):
 
 
 def convert(kind: Literal["mar", "to-mar", "vae", "onnx"], source: str, out: Path, *, options: Conversion) -> None:
-    """Bring official MAR checkpoints into marval's form, or back; or a student into ONNX.
+    """Convert official MAR checkpoints to models and back, and students to ONNX.
 
     marval convert mar mar_base/checkpoint-last.pth models/mar-base --vae models/kl16
     marval convert onnx fashion-student student.onnx --iterations 4
@@ -81,10 +81,12 @@ class Latents(Checked):
 
 
 def cache(out: Path, *, latents: Latents) -> None:
-    """Encode a folder of images once, for training on latents; a run that was stopped goes on where it was.
+    """Encode a folder of images once, for training on latents.
 
     marval cache cache/imagenet --images imagenet/train --vae models/kl16 --scale 0.2325
     torchrun --nproc_per_node 8 -m marval cache cache/mine --images my-images --vae models/kl16
+
+    A run that was stopped goes on where it was.
 
     Args:
         out: the cache's folder: 32 KiB an image for 256 pixels and KL-16

@@ -158,7 +158,7 @@ class DemoOutput(Checked):
 
 
 def demo(*, output: DemoOutput) -> None:
-    """Draw, time and score the bundled models, then distil a student while you watch: two minutes, offline.
+    """Draw, time and score the bundled models, then distil a student live: two minutes.
 
     marval demo
     marval demo --out my-demo
@@ -180,12 +180,13 @@ class Address(Checked):
 
 
 def serve(models: tuple[str, ...] = (), *, address: Address) -> None:
-    """Open a web page that draws, edits and compares pictures; it works offline, and only this machine reaches it.
+    """Open a web page that draws, edits and compares pictures.
 
     marval serve
     marval serve runs/mine runs/student --port 8000 --browser
 
-    The page speaks http: beyond a network that you trust, put a proxy with https before it.
+    It works offline, and only this machine reaches it. The page speaks http: beyond a network that you trust, put a
+    proxy with https before it.
 
     Args:
         models: bundled models, or models' or runs' folders; the bundled models when left out

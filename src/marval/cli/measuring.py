@@ -70,11 +70,12 @@ class Results(Checked):
 def evaluate(
     models: tuple[str, ...] = (), *, measured: Measured, sampling: Sampling, against: Against, results: Results
 ) -> None:
-    """Measure models: quality (Fréchet distance, precision, recall, held-out accuracy) and speed (time, FLOPs).
+    """Measure the quality and the speed of models.
 
     marval evaluate fashion-teacher fashion-student --iterations 4 8 16 --samples 2000 --seed 0 1 2
     marval evaluate imagenet256-base --samples 0 --iterations 16 --batches 1
 
+    Quality: Fréchet distance, precision, recall, held-out accuracy, diversity. Speed: time, FLOPs, memory.
     Distances, precision and recall are on EfficientNet's features (or --features) and named so: they are not the
     published figures, and compare with each other only, at equal numbers of samples. After a ± comes one standard
     error of the mean, over the seeds, or for rewards over the images.
@@ -195,7 +196,7 @@ def show(models: "Models", measured: Measured, results: Results) -> None:
 
 
 def compare(first: Path, second: Path) -> None:
-    """Say what differs between two results files by more than two standard errors: differences first, the rest counted.
+    """Say what differs between two results files by more than chance makes.
 
     marval compare results/fashion-sweep.json results/mine.json
     marval compare student.json tuned.json

@@ -62,7 +62,7 @@ class Teacher(Checked):
 
 
 def train(*, what: Teacher, settings: TrainConfig, output: Run) -> None:
-    """Train a MAR teacher. (For judges and rewards: marval train classifier)
+    """Train a MAR teacher.
 
     marval train --data folder:my-images --updates 5000 --out runs/mine
     torchrun --nproc_per_node 8 -m marval train --preset imagenet256-base --data latents:cache --out runs/mar-base
