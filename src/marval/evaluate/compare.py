@@ -70,6 +70,7 @@ def compare(first: Path, second: Path) -> tuple[list[str], list[Difference]]:
     """
     parts = [_read(file) for file in (first, second)]
     lines: list[str] = []
+    notes: dict[str, list[str]] = {}  # and the settings that each is true of
     differences: list[Difference] = []
     for part in PARTS:
         a, b = (_groups(results.get(part, [])) for results in parts)
@@ -78,15 +79,20 @@ def compare(first: Path, second: Path) -> tuple[list[str], list[Difference]]:
             b = {(same, how): rows for (_, how), rows in b.items()}
         for here, there, file in ((a, b, first), (b, a, second)):
             if alone := [_label(rows[0]) for key, rows in here.items() if key not in there]:
-                lines.append(f"only in {file}: {alone[0]}" + (f" and {len(alone) - 1} more" if alone[1:] else ""))
+                lines.append(f"only in {file}: {_first_of(alone)}")
         for key in (key for key in a if key in b):
-            lines += [line for line in _made_differently(a[key], b[key]) if line not in lines]
+            for note in _made_differently(a[key], b[key]):
+                notes.setdefault(note, []).append(_label(a[key][0], b[key][0]))
             differences += _differences(a[key], b[key], part)
     if not differences:
         raise ValueError(
             f"{first} and {second} share no setting (model, T, w, K, samples or batch, precision): nothing to compare"
         )
-    return lines, differences
+    return [*lines, *(f"{note} ({_first_of(labels)})" for note, labels in notes.items())], differences
+
+
+def _first_of(labels: Sequence[str]) -> str:
+    return labels[0] + (f" and {len(labels) - 1} more" if labels[1:] else "")
 
 
 def _read(file: Path) -> dict[str, list[Row]]:
@@ -125,10 +131,10 @@ def _made_differently(first: Sequence[Row], second: Sequence[Row]) -> list[str]:
     ]
     for name in IDENTITY:
         if a.get(name) != b.get(name):
-            lines.append(f"{label}: {name} {a.get(name, 'not recorded')} and {b.get(name, 'not recorded')}")
+            lines.append(f"{name}: {a.get(name, 'not recorded')} and {b.get(name, 'not recorded')}")
     seeds = [sorted({row.get("seed", 0) for row in rows}) for rows in (first, second)]
     if seeds[0] != seeds[1]:
-        lines.append(f"{label}: seeds {seeds[0]} and {seeds[1]}")
+        lines.append(f"seeds: {seeds[0]} and {seeds[1]}")
     for name in MADE:
         made = [row.get("made", {}).get(name, "not recorded") for row in (a, b)]
         if made[0] != made[1]:
