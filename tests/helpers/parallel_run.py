@@ -19,7 +19,7 @@ from training import DISTILL, STUDENT, TRAIN, TUNE, anchor_of, brightness
 state.FILE_BYTES = 20_000  # states in several files, as those of large networks
 SETTINGS = {
     "train": dataclasses.replace(TRAIN, warmup=3, decay=4),
-    "distill": dataclasses.replace(DISTILL, warmup=2, probe_every=10),
+    "distill": dataclasses.replace(DISTILL, warmup=2, decay=1, probe_every=10),  # decay 1: a longer run begins alike
     "tune": dataclasses.replace(
         TUNE, batch_size=8, gradient_iterations=3, probe_every=10, max_distance_ratio=1e9, min_diversity_ratio=0.0,
         patience=99,

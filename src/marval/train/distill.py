@@ -153,13 +153,9 @@ def copy_networks(
 
 
 def distill(
-    teacher: MAR,
-    teacher_config: ModelConfig,
-    settings: DistillConfig,
-    data: TrainingData,
-    run: Run,
+    teacher: MAR, teacher_config: ModelConfig, settings: DistillConfig, data: TrainingData, run: Run,
     probe: Probe | None = None,
-) -> int:
+) -> int:  # fmt: skip
     """Distil `teacher` into a one-step student, leave its EMA in the run's `model`, and return the last update.
 
     Args:

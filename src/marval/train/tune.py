@@ -13,7 +13,7 @@ from marval.losses.reward import policy_loss
 from marval.model import MAR
 from marval.pipeline import Pipeline
 from marval.presets import TuneConfig
-from marval.rewards import Prompt, Reward, prompts_of, reward_identity, standardized
+from marval.rewards import Reward, prompts_of, reward_identity, standardized
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import Run, data_identity, model_identity
 from marval.runtime.log import LOG, Figures, Log, add_means, due
@@ -69,14 +69,20 @@ def trainable(student: MAR, settings: TuneConfig, workers: Workers) -> MAR:
     return student
 
 
-def first_images(
-    student: MAR, config: ModelConfig, space: TokenSpace, settings: TuneConfig, device: torch.device
-) -> tuple[Tensor, list[Prompt]]:
-    """Images of the untouched student, four batches of all classes in turn, and their prompts."""
+def normalized(
+    reward: Reward, student: MAR, config: ModelConfig, space: TokenSpace, settings: TuneConfig, device: torch.device
+) -> Reward:
+    """Standardize a reward on images of the untouched student (four batches, all classes in turn), if it is asked for.
+
+    Raises:
+        ValueError: a part of the reward is the same for all images.
+    """
+    if not settings.normalize:
+        return reward
     labels = [i % len(config.class_names) for i in range(4 * settings.batch_size)]
     pipeline = Pipeline(copy.deepcopy(student).to(device), config, space)
     images = pipeline.sample(labels, seed=settings.seed, batch_size=settings.batch_size)
-    return images.to(device), prompts_of(settings.prompt, config.class_names, labels)
+    return standardized(reward, images.to(device), prompts_of(settings.prompt, config.class_names, labels))
 
 
 class Networks(NamedTuple):
@@ -129,15 +135,9 @@ def tune_parts(
 
 
 def tune(
-    student: MAR,
-    student_config: ModelConfig,
-    reward: Reward,
-    settings: TuneConfig,
-    run: Run,
-    *,
-    probe: Probe,
+    student: MAR, student_config: ModelConfig, reward: Reward, settings: TuneConfig, run: Run, probe: Probe,
     anchor: Anchor | None = None,
-) -> str:
+) -> str:  # fmt: skip
     """Tune a student with `reward`, leave the best model in the run's `model`, and say why tuning ended.
 
     Args:
@@ -151,8 +151,7 @@ def tune(
     origin = {"student": model_identity(student_config.name, student), **described(config, settings, reward, anchor)}
     workers, device = run.workers, run.workers.device
     space, draw = token_space(config.space, device), draw_function(config, device)
-    if settings.normalize:
-        reward = standardized(reward, *first_images(student, config, space, settings, device))
+    reward = normalized(reward, student, config, space, settings, device)
     student, ema, anchored, adams = networks = copy_networks(student, config, settings, space, anchor, workers)
     state, keeper = State(run, origin, networks.named, adams), Keeper(settings)
     start, watched = state.load()
