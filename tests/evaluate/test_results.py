@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from marval.cli import main
-from marval.evaluate.compare import compare
+from marval.evaluate.compare import compare, student_t
 from marval.evaluate.metrics import METRICS
 from marval.evaluate.results import check_measure, check_names, merge_results, read_results, write_results
 from result_rows import quality, teacher, timed, write
@@ -103,38 +103,40 @@ def test_differences_come_first_and_the_rest_is_counted(tmp_path, monkeypatch, c
     main()
     table, lines = (part.split("\n") for part in capsys.readouterr().out.split("1 of 2 figures differ"))
     cells = [cell.strip() for cell in table[3].strip("│").split("│")]
-    assert cells == ["s K=8, 100 samples", "fd", "11", "12.5", "+1.5", "± 0.58", "3 and 3 seeds"]
+    assert cells == ["s K=8, 100 samples", "fd", "11", "12.5", "+1.5", "± 1.2", "3 and 3 seeds"]
     assert lines[1] == "1 of 2 figures: the same"
     assert any("sha256" in line and "a" * 64 in line and "b" * 64 in line for line in lines)
     assert f"only in {second}: s K=16, 100 samples and 1 more" in lines
     assert {difference.verdict for difference in compare(first, first)[1]} == {"the same"}
     one = write(tmp_path / "one.json", [quality("tuned", fd=9.0)])  # one model each: compared under different names
     _, alone = compare(write(tmp_path / "other.json", [quality()]), one)
-    assert alone[0].verdict.startswith("one seed on each side tells nothing")
+    assert alone[0].verdict.startswith("so few seeds tell nothing")
 
 
 @pytest.mark.parametrize(
     ("first", "second", "shared", "verdict"),
     [
         ([10.0, 10.2, 9.9], [10.9], False, "a difference"),
-        ([10.0, 10.2], [10.3], False, "no more than chance"),
+        ([10.0, 10.2], [10.3, 10.1], False, "no more than chance"),
         ([10.0, 12.0, 14.0], [10.5, 12.6, 14.5], True, "a difference"),  # by pairs only: the seeds differ by more
         ([10.0, 12.0, 14.0], [10.5, 12.6, 14.5], False, "no more than chance"),
-        ([10.0, 10.4, 9.7, 10.1, 10.3, 9.8], [10.6, 10.2, 10.9, 10.7, 10.3, 10.5], True, "a difference"),
+        ([10.0, 10.4, 9.7, 10.1, 10.3, 9.8], [10.6, 10.2, 10.9, 10.7, 10.3, 10.5], False, "a difference"),
         ([10.0, 10.2, 9.9], [10.1, 10.0, 10.3], True, "no more than chance"),
     ],
 )
-def test_chance_is_two_standard_errors_of_the_difference(first, second, shared, verdict, tmp_path):
+def test_chance_is_the_interval_of_the_difference(first, second, shared, verdict, tmp_path):
     """Of pairs where both sides have the same seeds; else with one variance for both sides, as Student's."""
     files = [
         write(tmp_path / f"{name}.json", [quality(seed=start + seed, fd=fd) for seed, fd in enumerate(values)])
         for name, start, values in (("a", 0, first), ("b", 0 if shared else 100, second))
     ]
     _, (difference, _) = compare(*files)
+    result = (scipy.stats.ttest_rel if shared else scipy.stats.ttest_ind)(first, second)
     assert (difference.figure, difference.verdict) == ("fd", verdict)
+    assert (result.pvalue < 0.05) == (verdict == "a difference")
     assert difference.counts == (len(first), len(second))
-    statistic = (scipy.stats.ttest_rel if shared else scipy.stats.ttest_ind)(first, second).statistic
-    assert difference.chance == pytest.approx(2 * (difference.first - difference.second) / statistic)
+    low, high = result.confidence_interval()
+    assert difference.chance == pytest.approx((high - low) / 2, rel=0.031)
 
 
 def test_times_differ_where_their_rounds_do_not_overlap(tmp_path):
@@ -165,6 +167,11 @@ def test_a_teacher_and_a_student_compare_where_each_file_holds_one(tmp_path):
     several = write(tmp_path / "two.json", [teacher(8, 100, 12.0), teacher(8, 10, 30.0)])
     with pytest.raises(ValueError, match="share no setting"):  # which of the two chains?
         compare(several, b)
+
+
+@pytest.mark.parametrize(("degrees", "error"), [(2, 0.031), (3, 0.008), (4, 0.003), (10, 1e-4), (1000, 1e-6)])
+def test_students_t_is_that_of_scipy(degrees, error):
+    assert student_t(degrees) == pytest.approx(scipy.stats.t.ppf(0.975, degrees), rel=error)
 
 
 def rewarded(seed, **rewards):

@@ -225,7 +225,7 @@ def compare(first: Path, second: Path) -> None:
                 values = f"{one.first:.6g}", f"{one.second:.6g}", change, f"± {one.chance:.2g}", counted
                 table.add_row(one.setting, one.figure, *values)
         Console(width=None if sys.stdout.isatty() else 160).print(table)
-    print(f"{found} of {len(figures)} figures differ by more than chance makes (two standard errors; 1 in 20 may)")
+    print(f"{found} of {len(figures)} figures differ by more than chance makes (95 % intervals: 1 in 20 may)")
     for verdict, count in counts.items():
         print(f"{count} of {len(figures)} figures: {verdict}")
     print("\n".join(lines))
