@@ -28,7 +28,7 @@ def test_a_bundled_model_is_small_documented_and_loads(name):
     assert isinstance(pipeline.config.draw, Chain if name == "fashion-teacher" else OneStep)
     assert (ASSETS / name / "model.safetensors").stat().st_size <= 10e6
     assert (ROOT / "model_cards" / f"{name}.md").is_file()
-    steps = [json.loads(line)["update"] for line in (ASSETS / name / "log.jsonl").read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in (ASSETS / name / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
     assert len(steps) >= 5  # a tuning run may stop early
 

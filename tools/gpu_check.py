@@ -162,7 +162,7 @@ def gsim_gradients(check: Check) -> dict[str, float]:
         x_0 = student_tokens(student, draw_function(config, check.device), inputs, z, False)
         x_t = schedule.add_noise(x_0, eps, t)
         teacher_eps, phi_eps = predicted_eps(teacher.head, x_t, t, c, 1.5), predicted_eps(phi, x_t, t, c[:1])
-        theta_loss(settings.objective, teacher_eps, phi_eps, eps, x_t)[0].backward()
+        theta_loss(settings.objective, teacher_eps, phi_eps, eps)[0].backward()
         return {name: p.grad.cpu() for name, p in student.named_parameters() if p.grad is not None}
 
     here, expected = gradients(check.device), gradients(torch.device("cpu"))

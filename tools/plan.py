@@ -99,7 +99,7 @@ def distill_step(config: MARConfig, settings: DistillConfig, images: int, recomp
             phi.requires_grad_(False)
             x_t = schedule.add_noise(x_0, eps, t)
             teacher_eps, phi_eps = predicted_eps(teacher.head, x_t, t, c, w), predicted_eps(phi, x_t, t, c[:1])
-            theta_loss(settings.objective, teacher_eps, phi_eps, eps, x_t)[0].backward()
+            theta_loss(settings.objective, teacher_eps, phi_eps, eps)[0].backward()
             phi.requires_grad_(True)
             x_0 = x_0.detach()
             del x_t, teacher_eps, phi_eps

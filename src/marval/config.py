@@ -245,7 +245,7 @@ def check_sides(image_size: tuple[int, int], token: int) -> None:
 Schedule = Literal["linear", "constant"]
 Size = Literal["base", "large", "huge"]
 Order = Literal["random", "raster", "halton", "spread"]
-Objective = Literal["gsim", "sim", "sid", "dmd"]
+Objective = Literal["gsim", "sim", "sid"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from marval.config import (
     Checked,
     Count,
     Decay,
-    Finite,
     Guidance,
     Limit,
     Name,
@@ -175,8 +174,6 @@ class TuneConfig(RunConfig):
     gradient_iterations: Count = 1  # M, the last iterations that gradients flow through (docs/tuning.md)
     batch_size: Count = 32
     learning_rate: Positive = 5e-6  # AdamW's
-    hinge: Finite | None = None  # images with a reward above this push no further
-    normalize: bool = False  # rewards minus their mean, over their deviation, on the untouched student's images
     anchor: NotNegative = 0.0  # weight of the anchor's loss
     anchor_to: Literal["teacher", "student"] = "teacher"  # GSIM to the guided teacher, or to the frozen student's score
     anchor_warmup: Whole = 100  # updates of phi alone, before the student's first

@@ -41,7 +41,7 @@ class KilledError(Exception):
         (run_train, {}, teacher_module, "denoising_loss"),
         (run_distill, {}, distill_module, "theta_loss"),
         (run_tune, {}, tune_module, "policy_loss"),
-        (run_tune, {"train": "low-rank", "rank": 2, "normalize": True}, tune_module, "policy_loss"),
+        (run_tune, {"train": "low-rank", "rank": 2}, tune_module, "policy_loss"),
         (run_anchored, {}, tune_module, "policy_loss"),
         (run_anchored, {"anchor_to": "student"}, tune_module, "policy_loss"),
     ],

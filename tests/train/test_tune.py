@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from marval.config import OneStep
-from marval.losses.reward import policy_loss
 from marval.pipeline import load
 from marval.presets import TuneConfig
-from marval.rewards import ClassifierReward, Prompt, WeightedReward, prompts_of, standardized
+from marval.rewards import ClassifierReward, Prompt, WeightedReward, prompts_of
 from marval.rewards.classifier import Classifier
 from marval.runtime.distributed import Workers
 from marval.runtime.rng import generator
@@ -73,28 +72,6 @@ def test_a_reward_that_becomes_nan_names_the_prompt_and_keeps_state_and_model(tm
         run_tune(tmp_path, reward=WeightedReward({"mine": (breaks, 1.0)}), updates=99, batch_size=8)
     assert all(value.isfinite().all() for value in state_of(tmp_path, 2).values())
     assert load(tmp_path).sample([0]).isfinite().all()
-
-
-def test_a_hinge_stops_good_images_from_pushing():
-    images = torch.tensor([0.2, 0.5, 0.9]).view(3, 1, 1, 1).requires_grad_(True)
-    loss, rewards = policy_loss(lambda x, prompts: x.sum(dim=(1, 2, 3)), images, ["a"] * 3, hinge=0.6)
-    loss.backward()
-    assert loss.item() == pytest.approx(-(0.2 + 0.5 + 0.6) / 3)
-    torch.testing.assert_close(rewards, torch.tensor([0.2, 0.5, 0.9]))
-    torch.testing.assert_close(images.grad.flatten(), torch.tensor([-1 / 3, -1 / 3, 0.0]))
-
-
-def test_normalized_rewards_have_mean_0_and_deviation_1_part_by_part():
-    images = torch.rand(50, 1, 4, 4, generator=generator("images"))
-    both = WeightedReward({"mean": (brightness, 1.0), "big": (lambda x, prompts: 1000 * x[:, 0, 0, 0], 0.5)})
-    normalized = standardized(both, images, ["a"] * 50)
-    for part, _ in normalized.rewards.values():
-        values = part(images, ["a"] * 50)
-        assert values.mean().item() == pytest.approx(0, abs=1e-5)
-        assert values.std().item() == pytest.approx(1, rel=1e-5)
-    assert [weight for _, weight in normalized.rewards.values()] == [1.0, 0.5]
-    with pytest.raises(ValueError, match=r"reward same: it is 3 for all of 50 images"):
-        standardized(WeightedReward({"same": (lambda x, p: 0 * x.sum((1, 2, 3)) + 3, 1.0)}), images, ["a"] * 50)
 
 
 def test_the_keeper_uses_the_figures_that_there_are():

@@ -45,31 +45,19 @@ def gsim_terms(
     return -(direction * (eps - phi_eps)).sum(dim=1), l2
 
 
-def distribution_matching_loss(
-    teacher_eps: Float[Tensor, "n c"], phi_eps: Float[Tensor, "n c"], x_t: Float[Tensor, "n c"]
-) -> Float[Tensor, " n"]:
-    """`stop_gradient(y / |y|)^T x_t`: descends the KL without a gradient through the scores (the DMD baseline)."""
-    y = (teacher_eps - phi_eps).detach()
-    return (pseudo_huber(y)[1] * x_t).sum(dim=1)
-
-
 def theta_loss(
     objective: Objective,
     teacher_eps: Float[Tensor, "n c"],
     phi_eps: Float[Tensor, "n c"],
     eps: Float[Tensor, "n c"],
-    x_t: Float[Tensor, "n c"],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " n"], Float[Tensor, " n"]]:
     """The student's loss `mean(L1 + lambda L2)` over tokens, and L1 and L2 to log.
 
     - `gsim`: pseudo-Huber, lambda = 1, the paper's.
     - `sim`: pseudo-Huber, lambda = 0 (Luo et al. 2024, Score Implicit Matching).
     - `sid`: squared distance, lambda = -0.2, that is SiD with alpha = 1.1 (Zhou et al. 2024).
-    - `dmd`: `distribution_matching_loss` (Yin et al. 2024), a baseline.
     """
     l1, l2 = gsim_terms(teacher_eps, phi_eps, eps, squared if objective == "sid" else pseudo_huber)
-    if objective == "dmd":
-        return distribution_matching_loss(teacher_eps, phi_eps, x_t).mean(), l1, l2
     weight = {"gsim": 1.0, "sim": 0.0, "sid": -0.2}[objective]  # lambda
     return (l1 + weight * l2).mean(), l1, l2
 

@@ -7,14 +7,8 @@ from torch import Tensor
 
 
 def policy_loss(
-    reward: Callable[[Tensor, Sequence[str]], Tensor],
-    images: Float[Tensor, "b c h w"],
-    prompts: Sequence[str],
-    hinge: float | None = None,
+    reward: Callable[[Tensor, Sequence[str]], Tensor], images: Float[Tensor, "b c h w"], prompts: Sequence[str]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " b"]]:
-    """`-mean min(R(x, prompt), hinge)`, differentiable in `images`, and the rewards themselves (detached).
-
-    Images whose reward is above the hinge push no further (ReFL, Xu et al. 2023, section 4); None: no hinge.
-    """
+    """`-mean R(x, prompt)`, differentiable in `images`, and the rewards themselves (detached)."""
     rewards = reward(images, prompts)
-    return -(rewards if hinge is None else rewards.clamp(max=hinge)).mean(), rewards.detach()
+    return -rewards.mean(), rewards.detach()

@@ -12,7 +12,6 @@ from marval.rewards.base import (
     parse_rewards,
     reward_hash,
     reward_identity,
-    standardized,
 )
 from marval.rewards.classifier import Classifier, ClassifierReward, classifier_file, load_classifier
 from marval.rewards.prompts import Prompt, prompts_of
@@ -32,5 +31,4 @@ __all__ = [
     "prompts_of",
     "reward_hash",
     "reward_identity",
-    "standardized",
 ]

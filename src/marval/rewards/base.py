@@ -151,31 +151,3 @@ def reward_identity(reward: Reward) -> str:
     """Describe a reward for a resumed run to compare: names, weights in the sum, and the hashes of what they run."""
     parts = named_parts(reward).items()
     return ",".join(f"{name}={weight:g} (sha256 {reward_hash(part)})" for name, (part, weight) in parts)
-
-
-@torch.no_grad()
-def standardized(
-    reward: Reward, images: Float[Tensor, "n c h w"], prompts: Sequence[str], batch_size: int = 32
-) -> WeightedReward:
-    """Give each part of a reward mean 0 and standard deviation 1 on `images`.
-
-    Parts of different scales then share one sum as their weights say, and learning rate and anchor mean the same for
-    every reward.
-
-    Raises:
-        ValueError: a part is the same for all images; or as `checked`.
-    """
-    parts: dict[str, tuple[Reward, float]] = {}
-    for name, (part, weight) in named_parts(reward).items():
-        batches = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
-        values = torch.cat([checked(name, part, images[rows], prompts[rows]) for rows in batches])
-        mean, std = float(values.mean()), float(values.std())
-        if not std > 0:
-            raise ValueError(f"reward {name}: it is {mean:.4g} for all of {len(images)} images: nothing to normalize")
-        parts[name] = (rescaled(part, mean, std), weight)
-    return WeightedReward(parts)
-
-
-def rescaled(reward: Reward, mean: float, std: float) -> Reward:
-    """`(reward - mean) / std`."""
-    return lambda images, prompts: (reward(images, prompts) - mean) / std

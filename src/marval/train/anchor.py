@@ -138,7 +138,7 @@ def anchor_step(anchored: AnchorNetworks, student: MAR, update: int, weight: flo
             t, eps = part.theta
             x_t = schedule.add_noise(x_0, eps, t)
             target_eps, phi_eps = predicted_eps(score, x_t, t, c, w), predicted_eps(phi, x_t, t, c[:1])
-            loss, l1, l2 = theta_loss(settings.objective, target_eps, phi_eps, eps, x_t)
+            loss, l1, l2 = theta_loss(settings.objective, target_eps, phi_eps, eps)
             (loss * weight * share).backward()
             add_means(figures, share, l1=l1, l2=l2)
         drawn.append(Drawn(share, c[:1], x_0.detach(), part.phi))

@@ -188,7 +188,7 @@ def distill(
                     t, eps = part.theta
                     x_t = schedule.add_noise(x_0, eps, t)
                     teacher_eps, phi_eps = predicted_eps(teacher.head, x_t, t, c, w), predicted_eps(phi, x_t, t, c[:1])
-                    loss, l1, l2 = theta_loss(settings.objective, teacher_eps, phi_eps, eps, x_t)
+                    loss, l1, l2 = theta_loss(settings.objective, teacher_eps, phi_eps, eps)
                     (loss * share).backward()
                     add_means(figures, share, l1=l1, l2=l2)
                 add_means(figures, share, token_square=x_0.square(), real_square=inputs[0].square())

@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from marval.config import ModelConfig, OneStep
@@ -13,7 +12,7 @@ from marval.losses.reward import policy_loss
 from marval.model import MAR
 from marval.pipeline import Pipeline
 from marval.presets import TuneConfig
-from marval.rewards import Reward, prompts_of, reward_identity, standardized
+from marval.rewards import Reward, prompts_of, reward_identity
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import Run, data_identity, model_identity
 from marval.runtime.log import LOG, Figures, Log, add_means, due
@@ -67,22 +66,6 @@ def trainable(student: MAR, settings: TuneConfig, workers: Workers) -> MAR:
         return add_low_rank(student, settings.rank, settings.seed)
     (student.head if settings.train == "head" else student).requires_grad_(True)
     return student
-
-
-def normalized(
-    reward: Reward, student: MAR, config: ModelConfig, space: TokenSpace, settings: TuneConfig, device: torch.device
-) -> Reward:
-    """Standardize a reward on images of the untouched student (four batches, all classes in turn), if it is asked for.
-
-    Raises:
-        ValueError: a part of the reward is the same for all images.
-    """
-    if not settings.normalize:
-        return reward
-    labels = [i % len(config.class_names) for i in range(4 * settings.batch_size)]
-    pipeline = Pipeline(copy.deepcopy(student).to(device), config, space)
-    images = pipeline.sample(labels, seed=settings.seed, batch_size=settings.batch_size)
-    return standardized(reward, images.to(device), prompts_of(settings.prompt, config.class_names, labels))
 
 
 class Networks(NamedTuple):
@@ -151,7 +134,6 @@ def tune(
     origin = {"student": model_identity(student_config.name, student), **described(config, settings, reward, anchor)}
     workers, device = run.workers, run.workers.device
     space, draw = token_space(config.space, device), draw_function(config, device)
-    reward = normalized(reward, student, config, space, settings, device)
     student, ema, anchored, adams = networks = copy_networks(student, config, settings, space, anchor, workers)
     state, keeper = State(run, origin, networks.named, adams), Keeper(settings)
     start, watched = state.load()
@@ -176,7 +158,7 @@ def tune(
                     tokens = sample(student, draw, student.embed(labels.to(device)), **how)
                     images = space.decode(tokens)
                     prompts = prompts_of(settings.prompt, config.class_names, labels.tolist())
-                    loss, rewards = workers.together(policy_loss, reward, images, prompts, settings.hinge)
+                    loss, rewards = workers.together(policy_loss, reward, images, prompts)
                     (loss * share).backward()
                     add_means(figures, share, reward=rewards)
                 figures["gradient_norm"] = adams["student"].step(settings.learning_rate)
