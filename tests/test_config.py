@@ -11,7 +11,6 @@ from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep, P
 from marval.io.checkpoint import add_guidance, load_model, save_model
 from marval.pipeline import bundled_models, load
 from marval.presets import DistillConfig, TrainConfig, TuneConfig, settings_of
-from marval.train.anchor import anchor_settings
 from tiny import tiny_config, tiny_model
 
 STAGES = (TrainConfig, DistillConfig, TuneConfig)
@@ -105,16 +104,6 @@ def test_the_full_size_teacher_has_mars_recipe():
     assert (settings.weight_decay, settings.ema_decay, settings.gradient_clip) == (0.02, 0.9999, 3.0)
     assert settings.tokens_per_image == MARConfig.imagenet256("large").num_tokens
     assert settings.decay == 0  # a constant rate
-
-
-def test_an_anchor_pulls_to_what_was_distilled_by_the_recipe_of_the_preset():
-    student = dataclasses.replace(tiny_config(), draw=OneStep(guidance=1.2, guidance_schedule="constant"), iterations=5)
-    recipe = settings_of(DistillConfig, "imagenet256-base")
-    anchored = anchor_settings(recipe, student, TuneConfig(batch_size=6, accumulate=2, autocast=False, seed=3))
-    assert (anchored.guidance, anchored.guidance_schedule, anchored.iterations) == (1.2, "constant", 5)
-    assert (anchored.batch_size, anchored.accumulate, anchored.autocast, anchored.seed) == (6, 2, False, 3)
-    for name in ("tokens_per_image", "mask_ratio_min", "mask_ratio_std", "objective", "auxiliary_learning_rate"):
-        assert getattr(anchored, name) == getattr(recipe, name)
 
 
 def test_a_teacher_that_calls_its_diffusion_steps_steps_still_loads():

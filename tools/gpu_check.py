@@ -39,7 +39,7 @@ from marval.runtime.optim import Optimizer
 from marval.runtime.provenance import made_by
 from marval.sampling import DrawByChain, DrawInOneStep, draw_counts, draw_function, sample
 from marval.spaces import token_space
-from marval.train.anchor import Anchor, anchor_step, place_anchor
+from marval.train.anchor import Anchor, AnchorLoss
 from marval.train.distill import distill, predicted_eps, student_tokens, target_contexts
 from marval.train.draws import gsim_draws
 from marval.train.teacher import train_teacher
@@ -409,7 +409,7 @@ class RandomLatents:
 def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> dict[str, Any]:
     """GSIM steps of a full-size model: time, memory, images a second."""
     model = full_size(check, size)
-    config = random_config(model, OneStep())
+    config = random_config(model, OneStep(guidance=1.2))
     settings = dataclasses.replace(
         DistillConfig.imagenet256(size),
         batch_size=batch,
@@ -419,14 +419,14 @@ def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> 
     student.checkpoint_blocks = checkpoint_blocks
     anchor = Anchor(model, RandomLatents(model.config, check.device), settings)  # type: ignore[arg-type]
     space, workers = token_space(config.space, check.device), Workers(device=check.device)
-    held = place_anchor(anchor, config, space, workers, to_student=False)
+    held = AnchorLoss(anchor, config, space, workers, to_student=False)
     adam = Optimizer(student, settings.gradient_clip, (0.0, 0.999))
     if not check.dry_run:
         torch.cuda.reset_peak_memory_stats()
     updates = itertools.count()
 
     def one() -> None:
-        anchor_step(held, student, next(updates), 1.0, student_update=1)  # what an update of distillation computes
+        held.step(student, next(updates), 1.0, student_update=1)  # what an update of distillation computes
         adam.step(1e-6)
 
     taken = check.seconds(one, 4)

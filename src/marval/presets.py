@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
 from marval.config import (
-    Chain,
     Checked,
     Count,
     Decay,
@@ -144,25 +143,6 @@ class DistillConfig(RunConfig):
     def within(self, tokens: int) -> "DistillConfig":
         """The same settings with K of at most the number of tokens, of which small images have few."""
         return dataclasses.replace(self, iterations=min(self.iterations, tokens))
-
-    @property
-    def known_guidance(self) -> tuple[float, Schedule]:
-        """Return w and its schedule.
-
-        Raises:
-            ValueError: the settings leave them to a teacher.
-        """
-        if self.guidance is None or self.guidance_schedule is None:
-            raise ValueError("settings without guidance: take the teacher's with `with_guidance_of`")
-        return self.guidance, self.guidance_schedule
-
-    def with_guidance_of(self, teacher: Chain) -> "DistillConfig":
-        """The same settings, with the teacher's guidance where none is given."""
-        return dataclasses.replace(
-            self,
-            guidance=teacher.guidance if self.guidance is None else self.guidance,
-            guidance_schedule=self.guidance_schedule or teacher.guidance_schedule,
-        )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ DISTILL = DistillConfig(
     batch_size=8, tokens_per_image=6, warmup=1, decay=2, guidance=1.5, guidance_schedule="linear", **EVERY
 )
 TUNE = TuneConfig(batch_size=4, iterations=4, gradient_iterations=4, learning_rate=1e-3, probe_every=50, **EVERY)
-STUDENT = dataclasses.replace(tiny_config(), draw=OneStep())
+STUDENT = dataclasses.replace(tiny_config(), draw=OneStep(guidance=1.5, guidance_schedule="linear"))
 
 
 def brightness(images, prompts):

@@ -51,7 +51,7 @@ def weighted(weight):
         (run_tune, {}, {"student": 1}, "student was tiny"),
         (run_tune, {}, {"prompt": "one {}"}, "prompt was a high-quality and harmonious picture of {}, now one {}"),
         (run_anchored, {}, {"anchored": anchor_of(2)}, "teacher was teacher"),
-        (run_anchored, {}, {"anchored": anchor_of(guidance=3.0)}, "anchoring.guidance was 1.5, now 3.0"),
+        (run_anchored, {}, {"anchored": anchor_of(objective="sid")}, "anchoring.objective was sim, now sid"),
         (run_anchored, {}, {"anchored": anchor_of(data=other_data())}, "anchor_data was 64 images"),
     ],
 )

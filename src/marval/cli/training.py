@@ -218,7 +218,7 @@ def surprises(pipeline: "Pipeline", samples: int, held_out: bool, anchor: "Ancho
             "each class two"
         )
     if anchor is not None:
-        w, schedule = anchor.settings.guidance, anchor.settings.guidance_schedule
+        w, schedule = pipeline.config.draw.guidance, pipeline.config.draw.guidance_schedule
         yield f"the anchor's teacher is guided as {pipeline.config.name} was distilled: w = {w:g}, {schedule}" + (
             "; if it was another, write guidance and guidance_schedule into draw in its config.json" if w == 1 else ""
         )

@@ -4,13 +4,12 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from marval.config import Chain, MARConfig, ModelConfig, OneStep
+from marval.config import Chain, ModelConfig, OneStep
 from marval.data import TrainingData, batch_indices
 from marval.losses.gsim import phi_loss, theta_loss
 from marval.model import MAR, NoiseSchedule, TokenHead
@@ -27,6 +26,8 @@ from marval.train.draws import GSIMDraws, NoiseLevels, gsim_draws
 
 Probe = Callable[[Pipeline], dict[str, float]]  # figures of a model, on fixed seeds
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # of a context network: tokens, visible positions, targets, classes
+# A part's tokens as the student drew them, which phi learns from: weight in the batch, contexts, x_0, levels.
+DrawnPart = tuple[float, Tensor, Tensor, list[NoiseLevels]]
 
 
 def student_config(teacher: ModelConfig, settings: DistillConfig) -> tuple[ModelConfig, DistillConfig]:
@@ -37,10 +38,12 @@ def student_config(teacher: ModelConfig, settings: DistillConfig) -> tuple[Model
     """
     if not isinstance(teacher.draw, Chain):
         raise ValueError(f"{teacher.name or 'this model'} is a one-step student already: expected a teacher")
-    settings = settings.with_guidance_of(teacher.draw).within(teacher.mar.num_tokens)
-    draw = OneStep(settings.timestep, teacher.draw.clip, *settings.known_guidance)
-    student = dataclasses.replace(teacher, draw=draw, name=settings.name, order=settings.order)
-    return dataclasses.replace(student, iterations=settings.iterations), settings
+    w = teacher.draw.guidance if settings.guidance is None else settings.guidance
+    schedule = settings.guidance_schedule or teacher.draw.guidance_schedule
+    settings = dataclasses.replace(settings.within(teacher.mar.num_tokens), guidance=w, guidance_schedule=schedule)
+    draw = OneStep(settings.timestep, teacher.draw.clip, w, schedule)
+    name, iterations, order = settings.name, settings.iterations, settings.order
+    return dataclasses.replace(teacher, draw=draw, name=name, iterations=iterations, order=order), settings
 
 
 def revealed_after(visible: int, tokens: int, iterations: int) -> float:
@@ -57,15 +60,15 @@ def revealed_after(visible: int, tokens: int, iterations: int) -> float:
 
 
 def masked_parts(
-    update: int, settings: DistillConfig, mar: MARConfig, data: TrainingData, space: TokenSpace, workers: Workers
+    update: int, settings: DistillConfig, student: ModelConfig, data: TrainingData, space: TokenSpace, workers: Workers
 ) -> Iterator[tuple[float, float, Inputs, GSIMDraws]]:
     """Load and mask a batch of real images, part by part of this process's share.
 
     Each part comes with its weight in the batch's mean, the teacher's w, what context networks see, and its draws.
     """
-    draws = gsim_draws(settings, mar, update, workers.device)
-    w, schedule = settings.known_guidance
-    w = guidance_at(w, schedule, revealed_after(draws.visible.shape[1], mar.num_tokens, settings.iterations))
+    draws = gsim_draws(settings, student.mar, update, workers.device)
+    revealed = revealed_after(draws.visible.shape[1], student.mar.num_tokens, student.iterations)
+    w = guidance_at(student.draw.guidance, student.draw.guidance_schedule, revealed)
     indices = batch_indices(len(data), settings.batch_size, update, settings.seed)
     for rows in workers.parts(settings.batch_size, settings.accumulate):
         part, stream = draws.part(rows), (settings.seed, "data", update)
@@ -104,22 +107,13 @@ def predicted_eps(
     return guided_eps(head.denoise(x_t, embedded)[..., : head.token_dim], guidance)
 
 
-class Drawn(NamedTuple):
-    """A part's tokens as the student drew them: what phi learns from."""
-
-    share: float
-    contexts: Float[Tensor, "1 n d"]
-    x_0: Float[Tensor, "n c"]
-    levels: list[NoiseLevels]
-
-
 def phi_steps(
-    phi: TokenHead, optimizer: Optimizer, drawn: Sequence[Drawn], schedule: NoiseSchedule, learning_rate: float
+    phi: TokenHead, optimizer: Optimizer, drawn: Sequence[DrawnPart], schedule: NoiseSchedule, learning_rate: float
 ) -> Figures:
     """Let phi learn the student's own score, in a few updates on the tokens that it just drew; figures to log."""
     figures: Figures = {}
     phi.requires_grad_(True)
-    for i in range(len(drawn[0].levels)):
+    for i in range(len(drawn[0][-1])):
         figures["auxiliary_loss"] = 0.0
         for share, contexts, x_0, levels in drawn:
             t, eps = levels[i]
@@ -134,21 +128,15 @@ def phi_steps(
 def copy_networks(
     teacher: MAR, settings: DistillConfig, workers: Workers
 ) -> tuple[MAR, MAR, TokenHead, dict[str, Optimizer]]:
-    """Copy theta (the student), its average and phi from the teacher, freeze all but theta, and put them in place.
-
-    The optimizers are theta's ("student") and phi's ("auxiliary"); phi learns in `phi_steps` alone.
-
-    Raises:
-        ValueError: a batch that cannot be split over the processes.
-    """
-    workers.parts(settings.batch_size, settings.accumulate)
+    """Copy theta (the student), its average and phi from the teacher, freeze all but theta, and put them in place."""
+    workers.parts(settings.batch_size, settings.accumulate)  # refuses a batch that cannot be split
     student, ema, phi = copy.deepcopy(teacher), copy.deepcopy(teacher), copy.deepcopy(teacher.head)
     for network, learns in ((teacher, False), (student, True), (ema, False), (phi, True)):
         workers.place(network.eval().requires_grad_(learns))  # eval: dropout stays off
     student.checkpoint_blocks = settings.checkpoint_blocks
-    learning = {"student": student, "auxiliary": phi}
-    adams = {name: Optimizer(network, settings.gradient_clip, (0.0, 0.999)) for name, network in learning.items()}
-    phi.requires_grad_(False)
+    adams = {"student": Optimizer(student, settings.gradient_clip, (0.0, 0.999))}
+    adams["auxiliary"] = Optimizer(phi, settings.gradient_clip, (0.0, 0.999))
+    phi.requires_grad_(False)  # but in `phi_steps`
     return student, ema, phi, adams
 
 
@@ -177,9 +165,9 @@ def distill(
     for update in workers.updates(start, settings.updates):
         student_update = update - settings.warmup  # below 0 only phi learns
         factor = learning_rate_factor(max(student_update, 0), 1, settings.decay, settings.updates - settings.warmup)
-        figures, drawn = Figures(), list[Drawn]()
+        figures, drawn = Figures(), list[DrawnPart]()
         with fast_attention(device):
-            for share, w, inputs, part in masked_parts(update, settings, config.mar, data, space, workers):
+            for share, w, inputs, part in masked_parts(update, settings, config, data, space, workers):
                 with torch.no_grad():
                     c = target_contexts(teacher, inputs, guided=w != 1.0, autocast=autocast)
                 with torch.set_grad_enabled(student_update >= 0):
@@ -192,7 +180,7 @@ def distill(
                     (loss * share).backward()
                     add_means(figures, share, l1=l1, l2=l2)
                 add_means(figures, share, token_square=x_0.square(), real_square=inputs[0].square())
-                drawn.append(Drawn(share, c[:1], x_0.detach(), part.phi))
+                drawn.append((share, c[:1], x_0.detach(), part.phi))
             if student_update >= 0:
                 figures["gradient_norm"] = adams["student"].step(settings.learning_rate * factor)
                 update_ema(ema, student, student_update, settings.ema_decay)

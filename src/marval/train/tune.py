@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,8 +19,8 @@ from marval.runtime.log import LOG, Figures, Log, add_means, due
 from marval.runtime.optim import Optimizer, fast_attention, update_ema
 from marval.runtime.state import State, save_network
 from marval.sampling import draw_function, sample
-from marval.spaces import TokenSpace, token_space
-from marval.train.anchor import Anchor, AnchorNetworks, anchor_step, place_anchor
+from marval.spaces import token_space
+from marval.train.anchor import Anchor, AnchorLoss
 from marval.train.distill import Probe
 from marval.train.draws import tune_draws
 from marval.train.keeper import Keeper
@@ -68,39 +68,22 @@ def trainable(student: MAR, settings: TuneConfig, workers: Workers) -> MAR:
     return student
 
 
-class Networks(NamedTuple):
-    """What is trained: the student, its average, and what the anchor adds."""
-
-    student: MAR
-    ema: MAR
-    anchored: AnchorNetworks | None
-    adams: dict[str, Optimizer]
-
-    @property
-    def named(self) -> dict[str, nn.Module]:
-        """The networks that a resumed run needs."""
-        return {"student": self.student, "ema": self.ema, **({} if self.anchored is None else self.anchored.named)}
-
-
 def copy_networks(
-    student: MAR, config: ModelConfig, settings: TuneConfig, space: TokenSpace, anchor: Anchor | None, workers: Workers
-) -> Networks:
-    """Copy a student that learns and its average, and put them and the anchor's networks in place.
-
-    Raises:
-        ValueError: as `trainable`, or a batch that cannot be split over the processes.
-    """
-    workers.parts(settings.batch_size, settings.accumulate)
+    student: MAR, settings: TuneConfig, workers: Workers, anchored: AnchorLoss | None
+) -> tuple[MAR, MAR, dict[str, nn.Module], dict[str, Optimizer]]:
+    """Copy a student that learns and its average; all networks and optimizers that a resumed run needs, by name."""
+    workers.parts(settings.batch_size, settings.accumulate)  # refuses a batch that cannot be split
     student = trainable(copy.deepcopy(student), settings, workers)
     ema = copy.deepcopy(student).requires_grad_(False)
     workers.place(ema)
     workers.place(student)
     student.checkpoint_blocks = settings.checkpoint_blocks
+    networks: dict[str, nn.Module] = {"student": student, "ema": ema}
     adams = {"student": Optimizer(student, settings.gradient_clip, (0.9, 0.999))}
-    if anchor is None:
-        return Networks(student, ema, None, adams)
-    anchored = place_anchor(anchor, config, space, workers, to_student=settings.anchor_to == "student")
-    return Networks(student, ema, anchored, adams | {"auxiliary": anchored.phi_adam})
+    if anchored is not None:
+        networks |= anchored.networks
+        adams["auxiliary"] = anchored.phi_adam
+    return student, ema, networks, adams
 
 
 def tune_parts(
@@ -134,8 +117,11 @@ def tune(
     origin = {"student": model_identity(student_config.name, student), **described(config, settings, reward, anchor)}
     workers, device = run.workers, run.workers.device
     space, draw = token_space(config.space, device), draw_function(config, device)
-    student, ema, anchored, adams = networks = copy_networks(student, config, settings, space, anchor, workers)
-    state, keeper = State(run, origin, networks.named, adams), Keeper(settings)
+    to_student, anchored = settings.anchor_to == "student", None
+    if anchor is not None:
+        anchored = AnchorLoss(anchor, student_config, space, workers, to_student=to_student)
+    student, ema, networks, adams = copy_networks(student, settings, workers, anchored)
+    state, keeper = State(run, origin, networks, adams), Keeper(settings)
     start, watched = state.load()
     keeper.load_state_dict(watched)
     log = Log(run.folder / LOG, workers, start, settings.updates, settings.batch_size, run.tensorboard)
@@ -152,7 +138,7 @@ def tune(
         figures = Figures()
         with fast_attention(device):
             if anchored is not None:
-                figures |= anchor_step(anchored, student, update, settings.anchor, student_update)
+                figures |= anchored.step(student, update, settings.anchor, student_update)
             if student_update >= 0:
                 for share, labels, how in tune_parts(settings, config, update, workers):
                     tokens = sample(student, draw, student.embed(labels.to(device)), **how)
