@@ -80,11 +80,7 @@ def wanted(kind: Any) -> str:
 
 
 def check(name: str, value: object, kind: Any) -> None:
-    """Refuse a value that is not of the type `kind` or breaks a rule of it.
-
-    Raises:
-        ValueError: names the value and what was expected.
-    """
+    """Refuse a value that is not of the type `kind` or breaks a rule of it."""
     if not fits(value, kind):
         raise ValueError(f"{name} {shorten(value)}: expected {wanted(kind)}")
 
@@ -233,11 +229,7 @@ class LatentSpace(Checked):
 
 
 def check_sides(image_size: tuple[int, int], token: int) -> None:
-    """Check that whole tokens of `token` pixels a side cover an image.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """Check that whole tokens of `token` pixels a side cover an image."""
     if any(side % token for side in image_size):
         raise ValueError(f"images of {image_size[0]}x{image_size[1]} pixels: expected multiples of a token's {token}")
 

@@ -85,11 +85,7 @@ class TrainConfig(RunConfig):
 
 
 def check_warmup(name: str, warmup: int, updates: int) -> None:
-    """Check that a run is longer than its warm-up.
-
-    Raises:
-        ValueError: it ends within it.
-    """
+    """Check that a run is longer than its warm-up."""
     if warmup >= updates:
         raise ValueError(
             f"updates {updates}: expected more than the {warmup} of the warm-up ({name}), or a shorter warm-up"
@@ -202,11 +198,7 @@ Settings = TypeVar("Settings", TrainConfig, DistillConfig, TuneConfig)
 
 
 def preset_size(preset: str) -> Size:
-    """The size of MAR that a preset of full size is for.
-
-    Raises:
-        ValueError: another preset.
-    """
+    """The size of MAR that a preset of full size is for."""
     sizes: dict[str, Size] = {"imagenet256-base": "base", "imagenet256-large": "large", "imagenet256-huge": "huge"}
     if preset not in sizes:
         raise ValueError(f"the preset {preset} trains on images; for latents name one of {', '.join(sizes)}")

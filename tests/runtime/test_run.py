@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import json
 import math
 import shutil
 import subprocess
@@ -74,17 +73,6 @@ def test_resuming_may_change_what_it_lists_and_nothing_starts_over_a_run(tmp_pat
     assert run_train(tmp_path / "run", resume=True, **longer) == 8
     shutil.move(tmp_path / "run", tmp_path / "elsewhere")
     assert load(tmp_path / "elsewhere/model").sample(["cross"], seed=3).shape == (1, 1, 8, 8)
-
-
-def test_a_state_that_says_less_is_resumed_with_a_warning(tmp_path, capsys):
-    run_train(tmp_path)
-    (file,) = tmp_path.glob("state-*/run.json")
-    about = json.loads(file.read_text())
-    for name in ("data_set", "init"):
-        del about["settings"][name]
-    file.write_text(json.dumps(about))
-    assert run_train(tmp_path, resume=True, updates=8) == 8
-    assert "another version of marval, which did not say data_set, init" in capsys.readouterr().err
 
 
 def test_a_damaged_state_is_one_clear_error(tmp_path):

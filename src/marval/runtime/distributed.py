@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -55,11 +55,7 @@ class Workers:
         return self.rank == 0
 
     def parts(self, batch: int, accumulate: int = 1) -> list[slice]:
-        """Cut a batch: this process's rows, in `accumulate` parts of nearly equal size.
-
-        Raises:
-            ValueError: fewer rows than parts.
-        """
+        """Cut a batch: this process's rows, in `accumulate` parts of nearly equal size."""
         pieces = self.count * accumulate
         if batch < pieces:
             raise ValueError(
@@ -130,19 +126,15 @@ class Workers:
         """Do a job that every process does; a ValueError of one is raised on all of them."""
         if self.mesh is None:
             return job(*args, **kwargs)
-        result: list[Value] = []
-        problem = ""
+        result, problems = None, [""] * self.count
         try:
-            result.append(job(*args, **kwargs))
+            result, problem = job(*args, **kwargs), ""
         except ValueError as error:
             problem = str(error) or type(error).__name__
-        failed = torch.tensor(int(bool(problem)))
-        dist.all_reduce(failed)
-        if failed:
-            problems = [""] * self.count
-            dist.all_gather_object(problems, problem)
-            raise ValueError(next(text for text in problems if text))
-        return result[0]
+        dist.all_gather_object(problems, problem)
+        if any(problems):
+            raise ValueError(next(filter(None, problems)))
+        return cast(Value, result)
 
     def updates(self, start: int, end: int) -> Iterator[int]:
         """The updates of a training loop that asks `stopping` after each: from here on Ctrl-C lets it save first."""
@@ -173,10 +165,7 @@ def start_workers(device: str) -> Iterator[Workers]:
     """Start this process's `Workers`: under torchrun they find each other, else there is one.
 
     SIGTERM asks them to stop. So does Ctrl-C while they train (`Workers.updates`), and KeyboardInterrupt follows once
-    that is done; a second Ctrl-C, or one before, interrupts at once.
-
-    Args:
-        device: "cpu", "cuda" (each process takes its own), ...
+    that is done; a second Ctrl-C, or one before, interrupts at once. On "cuda" each process takes a device of its own.
     """
     stop, training = threading.Event(), threading.Event()
     with _stopped_by_signals(stop, training), _process_group(device) as (rank, count, local, mesh):

@@ -43,10 +43,6 @@ def open_run(
 ) -> Iterator[Run]:
     """Lock a run's folder, which is made where it is missing; remove it if it stays empty.
 
-    Args:
-        workers: the processes that share the work; this one alone when None.
-        tensorboard: write TensorBoard's event files beside the log.
-
     Raises:
         ValueError: as `check_resume`, another run is at work there, or TensorBoard is not installed.
     """
@@ -90,8 +86,8 @@ def remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def compare_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Check that a run may go on with the settings `now`; return a warning about those that were not saved, or "".
+def compare_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Check that a run may go on with the settings `now`; what one side does not say is not compared.
 
     Raises:
         ValueError: names every setting that differs, both its values, and what may differ.
@@ -104,8 +100,6 @@ def compare_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) 
             f"{folder} holds another run: {', '.join(changed)}; --resume may change {', '.join(MAY_CHANGE)}, nothing "
             "else: choose another --out"
         )
-    unknown = sorted(new.keys() - old.keys())
-    return f"{folder} was saved by another version of marval, which did not say {', '.join(unknown)}" if unknown else ""
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -119,18 +113,13 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def data_identity(data: TrainingData) -> str:
     """Identify a data set: how many images, and a hash of their bytes (of a cache: of its plan)."""
     if isinstance(data, LatentData):
-        plan = {"plan": (data.folder / PLAN).read_text(), "scale": data.scale}
-        return identity(f"{len(data)} latents", hashlib.sha256(json.dumps(plan).encode()).hexdigest())
+        plan = json.dumps({"plan": (data.folder / PLAN).read_text(), "scale": data.scale})
+        return f"{len(data)} latents (sha256 {hashlib.sha256(plan.encode()).hexdigest()})"
     digest = hashlib.sha256(json.dumps([data.shape, data.class_names, data.labels.tolist()]).encode())
     digest.update(data.images.contiguous().numpy().data)
-    return identity(f"{len(data)} images", digest.hexdigest())
+    return f"{len(data)} images (sha256 {digest.hexdigest()})"
 
 
 def model_identity(name: str, network: nn.Module) -> str:
     """Identify a model: its name and a hash of its weights."""
-    return identity(name, weights_hash(network))
-
-
-def identity(name: str, digest: str) -> str:
-    """A name, and the hash of what it stands for."""
-    return f"{name} (sha256 {digest})"
+    return f"{name} (sha256 {weights_hash(network)})"

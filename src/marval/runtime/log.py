@@ -61,11 +61,7 @@ def due(update: int, settings: RunConfig, workers: Workers, probe_every: int = 0
 
 
 def event_writer() -> "type[SummaryWriter]":
-    """Import what writes TensorBoard's event files.
-
-    Raises:
-        ValueError: TensorBoard is not installed.
-    """
+    """Import what writes TensorBoard's event files."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -122,11 +118,7 @@ class Log:
         )
 
     def check(self, update: int, values: dict[str, float], optimizers: Sequence[Optimizer]) -> None:
-        """Stop a run that gets nowhere.
-
-        Raises:
-            ValueError: as `__call__`.
-        """
+        """Refuse to go on with a run that gets nowhere."""
         advice = "lower the learning rate, or look for broken data"
         skipped = max((int(optimizer.in_a_row) for optimizer in optimizers), default=0)
         if skipped >= MOST_SKIPPED:

@@ -11,11 +11,7 @@ Seeds = SupportsIndex | Iterable[SupportsIndex]
 
 
 def whole_number(value: Any) -> int:
-    """Convert an integer of any type (Python's, NumPy's, torch's) to Python's own.
-
-    Raises:
-        TypeError: it is none; neither are True and False.
-    """
+    """Convert an integer of any type (Python's, NumPy's, torch's), but no bool, to Python's own."""
     try:
         if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
             raise TypeError
@@ -25,11 +21,7 @@ def whole_number(value: Any) -> int:
 
 
 def generator(*stream: SupportsIndex | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """Make a generator seeded by the names and numbers in `stream`, for example `generator(seed, "batch", step)`.
-
-    Raises:
-        TypeError: the stream holds anything but names and whole numbers.
-    """
+    """Make a generator seeded by the names and whole numbers in `stream`: `generator(seed, "batch", step)`."""
     parts = tuple(str(part) if isinstance(part, str) else whole_number(part) for part in stream)
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,12 +1,10 @@
 """A run's state on disk: saved whole, read back on any number of processes, never unpickled."""
 
-import contextlib
 import itertools
 import json
 import shutil
-import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +32,7 @@ class State:
     """
 
     def __init__(
-        self,
-        run: Run,
-        settings: dict[str, Any],
-        networks: dict[str, nn.Module],
-        optimizers: dict[str, Optimizer],
+        self, run: Run, settings: dict[str, Any], networks: dict[str, nn.Module], optimizers: dict[str, Optimizer]
     ):
         self.run, self.settings = run, json.loads(json.dumps(settings))
         # Views: reading into them restores the networks and optimizers.
@@ -61,7 +55,7 @@ class State:
         workers.barrier()
         try:
             writer = HuggingFaceStorageWriter(str(partial), shard_files(self.tensors), save_distributed=True)
-            with quiet_checkpoints():
+            with warnings.catch_warnings(action="ignore"):  # torch's: that one process saves alone
                 dcp.save(self.tensors, storage_writer=writer, no_dist=workers.mesh is None)
             if workers.main:
                 about = {"update": update, "settings": self.settings, "extra": extra or {}}
@@ -99,11 +93,9 @@ class State:
             before, update, extra = about["settings"], int(about["update"]), about["extra"]
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{damaged} ({type(error).__name__})") from error
-        warning = compare_settings(folder, before, self.settings)
-        if warning and workers.main:
-            print(f"marval: {warning}", file=sys.stderr)
+        compare_settings(folder, before, self.settings)
         try:
-            with quiet_checkpoints():
+            with warnings.catch_warnings(action="ignore"):
                 dcp.load(
                     self.tensors, storage_reader=HuggingFaceStorageReader(str(newest)), no_dist=workers.mesh is None
                 )
@@ -121,14 +113,6 @@ def shard_files(tensors: dict[str, Tensor]) -> dict[str, int]:
     numbers = [1 + (end - 1) // FILE_BYTES for end in ends]
     used = {number: i for i, number in enumerate(sorted(set(numbers)), start=1)}  # 1 ... N, without gaps
     return {name: used[number] for name, number in zip(tensors, numbers, strict=True)}
-
-
-@contextlib.contextmanager
-def quiet_checkpoints() -> Iterator[None]:
-    """Silence torch's warning that a single process saves alone: it is meant to."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def check_finite(where: str, tensors: Mapping[str, Tensor], workers: Workers) -> None:

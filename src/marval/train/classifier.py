@@ -24,23 +24,13 @@ def shift(images: Float[Tensor, "b c h w"], rng: torch.Generator, most: int = 1)
 
 
 def plan_steps(images: int, epochs: int) -> tuple[int, int]:
-    """Choose batch size and number of steps: at least 16 steps an epoch where there are enough images.
-
-    Raises:
-        ValueError: no epochs.
-    """
-    if epochs < 1:
-        raise ValueError(f"--epochs {epochs}: expected at least 1")
+    """Choose batch size and number of steps: at least 16 steps an epoch where there are enough images."""
     batch = min(images, 128, max(8, images // 16))
     return batch, epochs * (images // batch)
 
 
 def check_classes(data: ImageData) -> None:
-    """Check that there are at least two classes.
-
-    Raises:
-        ValueError: there is one class only.
-    """
+    """Refuse images of one class only."""
     if len(data.class_names) < 2:
         raise ValueError(f"all images are of one class, {data.class_names[0]!r}: a classifier needs at least two")
 
@@ -70,7 +60,7 @@ def train_classifier(
     `plain`: SGD with momentum, images as they are. `residual`: AdamW, label smoothing and shifted images.
 
     Raises:
-        ValueError: fewer than two classes, no epochs, or `out` cannot be written.
+        ValueError: fewer than two classes, or `out` cannot be written.
     """
     check_output(out, folder=False)
     check_classes(data)

@@ -41,11 +41,6 @@ def masks(
     return order[:, :visible], order[:, visible : visible + settings.tokens_per_image]
 
 
-def noise(shape: tuple[int, ...], rng: torch.Generator) -> Float[Tensor, "b q c"]:
-    """Draw Gaussian noise for every target."""
-    return torch.randn(shape, generator=rng, device=rng.device)
-
-
 class NoiseLevels(NamedTuple):
     """The level `t` of every target and the noise `eps` that is added to it."""
 
@@ -60,7 +55,7 @@ class NoiseLevels(NamedTuple):
 def noise_levels(shape: tuple[int, ...], levels: tuple[int, int], rng: torch.Generator) -> NoiseLevels:
     """Draw a level, uniform between two, and noise for every target; `shape` is (images, targets, channels)."""
     t = torch.randint(levels[0], levels[1] + 1, shape[:2], generator=rng, device=rng.device)
-    return NoiseLevels(t, noise(shape, rng))
+    return NoiseLevels(t, torch.randn(shape, generator=rng, device=rng.device))
 
 
 class TeacherDraws(NamedTuple):
@@ -91,7 +86,7 @@ class GSIMDraws(NamedTuple):
 
     visible: Int[Tensor, "b v"]
     targets: Int[Tensor, "b q"]
-    z: Float[Tensor, "..."]  # the student's noise: (b, q, c), or (n, c) of a part
+    z: Tensor  # the student's noise: (b, q, c), or (n, c) of a part
     theta: NoiseLevels
     phi: list[NoiseLevels]  # of each of its steps
 
@@ -106,10 +101,10 @@ def gsim_draws(settings: DistillConfig, mar: MARConfig, update: int, device: tor
     rng = generator(settings.seed, "distill", update, device=device)
     visible, targets = masks(settings, mar.num_tokens, update, rng)
     shape = (*targets.shape, mar.token_dim)
-    z, theta = noise(shape, rng), noise_levels(shape, THETA_LEVELS, rng)
-    return GSIMDraws(
-        visible, targets, z, theta, [noise_levels(shape, ALL_LEVELS, rng) for _ in range(settings.auxiliary_steps)]
-    )
+    z = torch.randn(shape, generator=rng, device=device)
+    theta = noise_levels(shape, THETA_LEVELS, rng)
+    phi = [noise_levels(shape, ALL_LEVELS, rng) for _ in range(settings.auxiliary_steps)]
+    return GSIMDraws(visible, targets, z, theta, phi)
 
 
 def tune_draws(

@@ -1,5 +1,6 @@
 """Which tuned model is the best so far, and when to stop."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from marval.presets import TuneConfig
@@ -7,6 +8,7 @@ from marval.presets import TuneConfig
 SCORES = ("held_out", "log_probability")  # figures of which the best model has the highest; the first that is there
 
 
+@dataclass
 class Keeper:
     """Watches held-out figures: which model was best, and when to stop.
 
@@ -16,10 +18,11 @@ class Keeper:
     (no class with two images has no diversity) decides nothing.
     """
 
-    def __init__(self, settings: TuneConfig):
-        self.settings = settings
-        self.first: dict[str, float] = {}
-        self.best, self.stale, self.stopped = float("-inf"), 0, ""
+    settings: TuneConfig
+    first: dict[str, float] = field(default_factory=dict)  # the figures of the student
+    best: float = float("-inf")  # the highest held-out score
+    stale: int = 0  # probes since then
+    stopped: str = ""  # why to stop, or ""
 
     def see(self, figures: dict[str, float]) -> bool:
         """Take a probe's figures; True when this model is the best so far."""
@@ -44,9 +47,5 @@ class Keeper:
         return figures[name] / self.first[name] if name in figures and self.first.get(name) else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs."""
+        """Everything that a resumed run needs beside the settings."""
         return {"first": self.first, "best": self.best, "stale": self.stale, "stopped": self.stopped}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
-        self.__dict__.update(state)

@@ -28,9 +28,6 @@ def teacher_config(name: str, data: ImageData, data_spec: str, source: str = "")
     """The small teacher for a data set: pixel patches (8 tokens a side or fewer), centred and scaled to the data.
 
     Fashion-MNIST gives 49 tokens of 4 x 4 pixels.
-
-    Raises:
-        ValueError: a size that cannot be cut into such patches.
     """
     rows, columns = data.images.shape[-2:]
     patch = patch_size(rows, columns)
@@ -47,11 +44,7 @@ def teacher_config(name: str, data: ImageData, data_spec: str, source: str = "")
 
 
 def latent_teacher_config(preset: str, name: str, data: LatentData, data_spec: str, source: str = "") -> ModelConfig:
-    """A full-size teacher ("imagenet256-base", "-large" or "-huge") for a cache of latents.
-
-    Raises:
-        ValueError: another preset.
-    """
+    """A full-size teacher ("imagenet256-base", "-large" or "-huge") for a cache of latents."""
     channels, rows, columns = data.shape
     space = LatentSpace(
         (data.image_size, data.image_size), data.vae, data.image_size // rows, channels, scale=data.scale,
@@ -82,12 +75,8 @@ def teacher_loss(
 
 
 def copy_teacher(first: MAR, settings: TrainConfig, workers: Workers) -> tuple[MAR, MAR, Optimizer]:
-    """Copy a network that learns and its average, put them in place, and make the optimizer.
-
-    Raises:
-        ValueError: a batch that cannot be split over the processes.
-    """
-    workers.parts(settings.batch_size, settings.accumulate)
+    """Copy a network that learns and its average, put them in place, and make the optimizer."""
+    workers.parts(settings.batch_size, settings.accumulate)  # refuses a batch that cannot be split
     model, ema = copy.deepcopy(first).requires_grad_(True).train(), copy.deepcopy(first).requires_grad_(False)
     workers.place(model)
     workers.place(ema)

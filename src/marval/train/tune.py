@@ -54,11 +54,7 @@ def described(config: ModelConfig, settings: TuneConfig, reward: Reward, anchor:
 
 
 def trainable(student: MAR, settings: TuneConfig, workers: Workers) -> MAR:
-    """Let the part of a student learn that `settings.train` names.
-
-    Raises:
-        ValueError: low-rank training by several processes.
-    """
+    """Let the part of a student learn that `settings.train` names."""
     student = student.eval().requires_grad_(False)
     if settings.train == "low-rank":
         if workers.count > 1:
@@ -121,9 +117,9 @@ def tune(
     if anchor is not None:
         anchored = AnchorLoss(anchor, student_config, space, workers, to_student=to_student)
     student, ema, networks, adams = copy_networks(student, settings, workers, anchored)
-    state, keeper = State(run, origin, networks, adams), Keeper(settings)
+    state = State(run, origin, networks, adams)
     start, watched = state.load()
-    keeper.load_state_dict(watched)
+    keeper = Keeper(settings, **watched)
     log = Log(run.folder / LOG, workers, start, settings.updates, settings.batch_size, run.tensorboard)
     if start == 0:
         keeper.see(probe(Pipeline(ema, config, space)))
