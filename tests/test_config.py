@@ -9,7 +9,6 @@ import pytest
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep, PixelSpace
 from marval.io.checkpoint import add_guidance, load_model, save_model
-from marval.pipeline import bundled_models, load
 from marval.presets import DistillConfig, TrainConfig, TuneConfig, settings_of
 from tiny import tiny_config, tiny_model
 
@@ -45,11 +44,8 @@ def test_names_that_are_paths_are_refused(name):
         dataclasses.replace(tiny_config(), name=name)
     with pytest.raises(ValueError, match="plain name"):
         ModelConfig.from_dict({**tiny_config().to_dict(), "name": name})
-
-
-@pytest.mark.parametrize("name", ["", "tuned 2.0 (K=8)", "größer", "模型", "a:b", "x" * 100])
-def test_other_names_are_fine(name):
-    assert dataclasses.replace(tiny_config(), name=name).name == name
+    for other in ("", "tuned 2.0 (K=8)", "größer", "模型", "a:b", "x" * 100):
+        assert dataclasses.replace(tiny_config(), name=other).name == other
 
 
 @pytest.mark.parametrize(
@@ -110,14 +106,6 @@ def test_a_teacher_that_calls_its_diffusion_steps_steps_still_loads():
     older = json.loads(json.dumps(tiny_config().to_dict()))
     older["draw"]["steps"] = older["draw"].pop("diffusion_steps")
     assert ModelConfig.from_dict(older) == tiny_config()
-
-
-@pytest.mark.parametrize("name", bundled_models())
-def test_bundled_models_load(name):
-    draw = load(name).config.draw
-    assert isinstance(draw, Chain if name == "fashion-teacher" else OneStep)
-    if isinstance(draw, OneStep):
-        assert (draw.guidance, draw.guidance_schedule) == (1.6, "linear")  # the mean of 1.5, 1.8 and 1.5: see the card
 
 
 def test_older_students_load_and_their_config_json_may_say_the_guidance(tmp_path):
