@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from marval.evaluate.report import models_of, notes_of, quality_table
-from marval.evaluate.results import Results, Row, by_setting, on_one_machine, read_results, who
+from marval.evaluate.results import Results, Row, Setting, by_setting, on_one_machine, read_results
 from marval.io.files import write_text
 
 MARK = re.compile(r"<!-- table: (\S+) (\S+) -->(.*?)<!-- end -->", re.DOTALL)
@@ -38,16 +38,16 @@ def speed(results: Results) -> str:
     A teacher counts as it was measured first, where it was measured at several T and w.
     """
     rows, (timing, left_out) = results["quality"], on_one_machine(results.get("timing", []))
-    teacher, first = models_of(rows)[0], {row["model"]: who(row) for row in reversed(rows)}
+    teacher, first = models_of(rows)[0], {row["model"]: Setting.of(row).curve for row in reversed(rows)}
     fd: dict[tuple[Any, ...], float] = {}
-    for group in by_setting(row for row in rows if who(row) == first[row["model"]] and "fd" in row):
+    for group in by_setting(row for row in rows if Setting.of(row).curve == first[row["model"]] and "fd" in row):
         key = tuple(group[0].get(name) for name in ("model", "iterations", "samples", "autocast"))
         fd.setdefault(key, statistics.mean(row["fd"] for row in group))
     precision = statistics.mode([bool(row.get("autocast")) for row in timing] or [False])
     seconds = {
         (row["model"], row["iterations"], row["batch"]): row["seconds_per_image"]
         for row in timing
-        if who(row) == first.get(row["model"]) and bool(row.get("autocast")) == precision
+        if Setting.of(row).curve == first.get(row["model"]) and bool(row.get("autocast")) == precision
     }
     batches = sorted({batch for _, _, batch in seconds})
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-import marval.evaluate.inputs  # noqa: F401  # before a test takes away what it reads with
+import marval.evaluate.judge  # noqa: F401  # before a test takes away what it reads with
 from marval.config import LatentSpace, MARConfig, OneStep
 from marval.model import MAR
 from marval.pipeline import Pipeline, load

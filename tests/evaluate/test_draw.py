@@ -8,7 +8,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from marval.evaluate.draw import (
     SHARD,
@@ -46,7 +45,6 @@ def alone(tmp_path_factory):
 def test_the_set_is_the_same_on_one_process_and_on_three(alone, tmp_path):
     launch(SCRIPT, 3, tmp_path / "three", COUNT, timeout=120)
     assert contents(tmp_path / "three") == contents(alone)
-    assert len(list((alone / "png").iterdir())) == COUNT
 
 
 def test_a_killed_run_keeps_its_shards_and_ends_the_same(alone, tmp_path):
@@ -79,7 +77,6 @@ def test_images_are_balanced_seeded_one_by_one_and_written_in_adms_format(alone)
     assert array.shape == (COUNT, 8, 8, 3)
     assert array.dtype == np.uint8
     assert (array == images.permute(0, 2, 3, 1).numpy()).all()
-    assert (np.asarray(Image.open(alone / "png/00011-1.png")) == images[11, 0].numpy()).all()
     (alone / ".images.npz.killed").write_text("half of one")  # what a kill leaves
     before = (alone / "images.npz").stat().st_mtime_ns
     assert write_npz(drawing, alone).stat().st_mtime_ns == before  # a whole one is kept

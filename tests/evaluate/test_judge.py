@@ -20,8 +20,7 @@ from marval.evaluate.features import (
     find_features,
     frechet_distance,
 )
-from marval.evaluate.inputs import judge_for
-from marval.evaluate.judge import Judge, against_data, against_reference, data_hash, held_out
+from marval.evaluate.judge import Judge, data_hash, make_judge, measure_data
 from marval.evaluate.metrics import expected_bias
 from marval.pipeline import Pipeline, load
 from marval.rewards import ClassifierReward, prompts_of
@@ -32,11 +31,13 @@ from workspace import FEATURES
 
 
 def load_judge(data, images, features=None, sample=0):
-    return against_data(held_out(find_features(features)), data, images, sample)
+    network = find_features(features)
+    real, some = measure_data(network, data, images, sample)
+    return Judge(network, real, None, some)
 
 
 def judge_by_reference(file, features=None):
-    return against_reference(held_out(find_features(features)), file)
+    return make_judge(Pipeline(tiny_model(), tiny_config()), features=features, reference=file)
 
 
 def test_statistics_come_back_from_disk_and_other_features_are_refused(tmp_path):
@@ -148,9 +149,9 @@ def test_own_features_judge_and_their_statistics_are_kept_apart(own_features):
     judge = load_judge("folder:x", lambda: data, features="own_features:rows", sample=40)
     figures = judge.figures(data.images, data.labels)
     assert figures["fd"] == pytest.approx(0, abs=1e-6)
-    assert figures["own_coverage"] == 1.0
+    assert figures["own_recall"] == 1.0
     assert len(judge.sample().features) == 40
-    assert len(judge.data_sha256) == 64
+    assert len(judge.about["data_sha256"]) == 64
     again = load_judge("folder:x", lambda: data, features="own_features:rows", sample=40)
     assert torch.equal(again.sample().radius, judge.sample().radius)
     other = load_judge("folder:x", lambda: data, features="own_features:Columns", sample=40)
@@ -166,13 +167,13 @@ def test_the_packaged_statistics_are_those_of_the_real_images(fashion_train, tmp
     assert Statistics.load(bundled_statistics("fashion-mnist")).data_sha256 == data_hash(data)
     packaged = load_judge("fashion-mnist", lambda: data)
     copied = load_judge("fashion-mnist:elsewhere", lambda: data)  # the same images from another folder
-    assert copied.data_sha256 == packaged.data_sha256
+    assert copied.about["data_sha256"] == packaged.about["data_sha256"]
     assert torch.equal(copied.real.mean, packaged.real.mean)
     other = ImageData(data.images[:300].flip(3), data.labels[:300], data.class_names)
     with pytest.raises(ValueError, match="not those of marval's statistics"):
         load_judge("fashion-mnist", lambda: other, sample=10).sample()
     own = load_judge("fashion-mnist:other", lambda: other)
-    assert own.data_sha256 == data_hash(other) != packaged.data_sha256
+    assert own.about["data_sha256"] == data_hash(other) != packaged.about["data_sha256"]
     assert own.figures(other.images, other.labels)["fd"] == pytest.approx(0, abs=1e-3)
 
 
@@ -186,24 +187,24 @@ def test_bundled_models_are_judged_without_reading_the_real_images(fashion_train
         read.append(spec)
         return data
 
-    monkeypatch.setattr("marval.evaluate.inputs.load_images", counted)
+    monkeypatch.setattr("marval.evaluate.judge.load_images", counted)
     pipeline = load("fashion-student", "cpu")
-    judge = judge_for(pipeline, None, None)
+    judge = make_judge(pipeline)
     found = judge.figures(data.images[:100], data.labels[:100])
     assert {"fd", "accuracy", "log_probability", "diversity"} == set(found)
-    assert len(judge.data_sha256) == 64
-    asked = judge_for(pipeline, None, None, sample=50)
+    assert len(judge.about["data_sha256"]) == 64
+    asked = make_judge(pipeline, sample=50)
     assert read == []
-    names = ("kid", "precision", "recall", "density", "coverage")
+    names = ("kid", "precision", "recall")
     found = asked.figures(data.images[:20], data.labels[:20])
     assert {f"efficientnet_{name}" for name in names} <= set(found)
     assert set(names).isdisjoint(found)  # no figure on other features has the published one's name
     assert read == ["fashion-mnist"]
-    again = judge_for(pipeline, None, None, sample=50)
+    again = make_judge(pipeline, sample=50)
     assert torch.equal(again.sample().features, asked.sample().features)
     assert read == ["fashion-mnist"]
     with pytest.raises(ValueError, match="not the model's"):
-        judge_for(Pipeline(tiny_model(), tiny_config()), "fashion-mnist", None)
+        make_judge(Pipeline(tiny_model(), tiny_config()), "fashion-mnist")
 
 
 def test_statistics_of_other_features_and_bad_features_are_refused(own_features):
@@ -214,7 +215,7 @@ def test_statistics_of_other_features_and_bad_features_are_refused(own_features)
     assert kept.figures(data.images, data.labels)["fd"] == pytest.approx(0, abs=1e-4)  # kept in float32
     with pytest.raises(ValueError, match=r"own_features:rows .*expected 'EfficientNet-Lite0"):
         judge_by_reference(own_features / "rows.safetensors")
-    assert kept.data_sha256 == judge.data_sha256  # statistics say which images they are of
+    assert kept.about["data_sha256"] == judge.about["data_sha256"]  # statistics say which images they are of
     for spec, words in (
         ("own_features", "expected file.py:function"), ("no_such_module:f", "no module no_such_module"),
         ("own_features:number", "number"),
@@ -282,13 +283,13 @@ def test_figures_against_adms_reference_file(fake_fidelity, tmp_path):
     data = tiny_data()
     write_reference(tmp_path / "adm.npz", data.images)
     judge = judge_by_reference(tmp_path / "adm.npz")
-    assert len(judge.data_sha256) == 64
+    assert len(judge.about["data_sha256"]) == 64
     assert judge.about["reference"] == "adm.npz"
     assert judge.about["inception_sha256"] == hashlib.sha256(b"weights").hexdigest()
     found = judge.figures(data.images, data.labels)
     assert found["fid"] == pytest.approx(0, abs=1e-4)
     assert found["sfid"] == pytest.approx(0, abs=1e-3)
-    assert found["inception_precision"] == found["inception_recall"] == found["inception_coverage"] == 1.0
+    assert found["inception_precision"] == found["inception_recall"] == 1.0
     assert found["inception_kid"] <= 0  # of the same images: pairs of an image with itself are left out on each side
     assert (found["inception_score"], found["inception_score_std"]) == (64.0, 10.0)
     said, bias = judge.warning(4)

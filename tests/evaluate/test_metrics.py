@@ -9,7 +9,7 @@ import torch
 
 from marval.data import load_fashion_sample
 from marval.evaluate.features import Statistics, diversity_within_class, extract, frechet_distance
-from marval.evaluate.metrics import MOST, RealSample, kernel_distance, neighbour_figures
+from marval.evaluate.metrics import MOST, RealSample, kernel_distance, precision_and_recall
 from marval.rewards.efficientnet import EfficientNetFeatures
 from marval.runtime.rng import generator
 
@@ -24,7 +24,7 @@ def reference_kid(x, y):
 
 
 def figures_between(drawn, real):
-    return neighbour_figures(drawn, RealSample.of(real))
+    return precision_and_recall(drawn, RealSample.of(real))
 
 
 @pytest.mark.parametrize("count", [300, 9])  # more and fewer images than features
@@ -79,43 +79,33 @@ def test_kid_is_unbiased_where_a_frechet_distance_is_not():
     found = np.array([kernel_distance(torch.from_numpy(x), RealSample.of(torch.from_numpy(y))) for x, y in pairs])
     assert abs(found.mean()) < 3 * found.std() / len(found) ** 0.5
     assert found.min() < 0 < found.max()
-    with pytest.raises(ValueError, match="at least 2"):
-        kernel_distance(torch.ones(1, 6), RealSample.of(torch.ones(9, 6)))
 
 
 def test_precision_asks_whether_drawn_images_are_real_and_recall_whether_real_ones_are_drawn():
     rng = generator("two islands")
     here, there = torch.randn(40, 4, generator=rng), torch.randn(40, 4, generator=rng) + 100
     both, one = torch.cat([here, there]), torch.randn(60, 4, generator=rng) * 0.5
-    lazy = figures_between(one, both)  # draws one of the two kinds, and draws it well
-    assert lazy["precision"] > 0.95
-    assert lazy["recall"] <= 0.5
-    assert lazy["coverage"] <= 0.5
-    assert lazy["density"] > 1
-    wild = figures_between(both, one)  # half of what it draws is of no kind
-    assert wild["precision"] <= 0.5
-    assert wild["recall"] > 0.95
-    same = figures_between(both, both)
-    assert same["precision"] == same["recall"] == same["coverage"] == 1.0
+    precision, recall = figures_between(one, both)  # draws one of the two kinds, and draws it well
+    assert precision > 0.95
+    assert recall <= 0.5
+    precision, recall = figures_between(both, one)  # half of what it draws is of no kind
+    assert precision <= 0.5
+    assert recall > 0.95
+    assert figures_between(both, both) == (1.0, 1.0)
 
 
-def test_neighbour_figures_equal_their_definitions_in_numpy():
+def test_precision_and_recall_equal_their_definitions_in_numpy():
     rng = np.random.default_rng(1)
     real, drawn = rng.normal(size=(1100, 3)), 0.8 * rng.normal(size=(70, 3)) + 0.2  # more rows than are done at a time
     between = np.linalg.norm(drawn[:, None] - real[None], axis=2)
 
-    def radius(x, k):
-        return np.sort(np.linalg.norm(x[:, None] - x[None], axis=2), axis=1)[:, k]
+    def radius(x):
+        return np.sort(np.linalg.norm(x[:, None] - x[None], axis=2), axis=1)[:, 3]
 
-    expected = {
-        "precision": (between <= radius(real, 3)).any(axis=1).mean(),
-        "recall": (radius(drawn, 3) >= between.T).any(axis=1).mean(),
-        "density": (between <= radius(real, 5)).sum() / 5 / len(drawn),
-        "coverage": (between <= radius(real, 5)).any(axis=0).mean(),
-    }
+    expected = (between <= radius(real)).any(axis=1).mean(), (radius(drawn) >= between.T).any(axis=1).mean()
     assert figures_between(torch.from_numpy(drawn), torch.from_numpy(real)) == pytest.approx(expected, abs=1e-9)
-    with pytest.raises(ValueError, match="at least 6"):
-        figures_between(torch.from_numpy(drawn[:5]), torch.from_numpy(real))
+    with pytest.raises(ValueError, match="at least 4"):
+        figures_between(torch.from_numpy(drawn[:3]), torch.from_numpy(real))
 
 
 def test_only_the_real_images_are_cut_to_ten_thousand():
@@ -124,11 +114,6 @@ def test_only_the_real_images_are_cut_to_ten_thousand():
     real = torch.randn(MOST + 50, 2, generator=rng)
     assert len(RealSample.of(real).features) == MOST
     far = torch.tensor([[50.0, 50.0]]) + torch.randn(MOST, 2, generator=rng)
-    found = figures_between(torch.cat([far, torch.randn(100, 2, generator=rng)]), real)
-    assert found["recall"] > 0.5
-    assert found["precision"] == pytest.approx(100 / (MOST + 100), rel=0.2)
-
-
-def test_a_sample_of_real_images_says_how_many_it_needs():
-    with pytest.raises(ValueError, match="5 real images: precision, recall, density and coverage need at least 6"):
-        RealSample.of(torch.rand(5, 3))
+    precision, recall = figures_between(torch.cat([far, torch.randn(100, 2, generator=rng)]), real)
+    assert recall > 0.5
+    assert precision == pytest.approx(100 / (MOST + 100), rel=0.2)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from marval.config import Chain, OneStep
 from marval.evaluate.results import read_results
-from marval.evaluate.speed import Speed, best_batch, flops_per_image, in_turns, measure_speed, peak_flops
+from marval.evaluate.speed import Speed, flops_per_image, in_turns, measure_speed, peak_flops
 from marval.pipeline import Pipeline
 from tiny import tiny_config, tiny_model
 
@@ -87,19 +87,6 @@ def test_rows_are_of_their_own_model_k_and_batch_and_replace_those_at_the_same_s
     assert after["teacher", 2, 1, False]["seconds_per_image"] == 40.0
     assert after["teacher", 2, 1, True]["seconds_per_image"] == 20.0
     assert after["teacher", 4, 1, False]["seconds_per_image"] == 40.0
-
-
-def test_the_best_batch_is_where_a_larger_one_gains_nothing(tmp_path, monkeypatch):
-    assert best_batch(lambda batch: 1.0 if batch <= 16 else batch / 16) == 16
-    assert best_batch(lambda batch: float(batch)) == 1
-    assert best_batch(lambda batch: 1e-3, most=64) == 64
-    assert best_batch(lambda batch: 30.0) == 1  # a run of minutes is not tried larger
-    asked = []
-    monkeypatch.setattr("marval.evaluate.speed.best_batch", lambda seconds, most: asked.append(seconds(2)) or 2)
-    monkeypatch.setattr("marval.evaluate.speed.SHORTEST", 0.0)
-    rows = measure_speed(tiny_pair(), Speed((4, 2), repeats=0), tmp_path / "r.json", report=str)
-    assert {row["batch"] for row in rows} == {1, 2}
-    assert len(asked) == 2  # one for each model
 
 
 def test_the_peak_is_no_less_than_a_product_reaches():

@@ -13,7 +13,7 @@ from tiny import tiny_config, tiny_model
 
 def main(count, folder, out):
     models = [(None, Pipeline(tiny_model(), tiny_config()))]
-    (job,) = jobs_of(models, Quality((2,), count, (3,), keep_images=folder), Path("none.json"))
+    (job,) = jobs_of(models, Quality((2,), count, (3,), keep_images=folder))
     with start_workers("cpu") as workers:
         score = lambda images, labels: {"labels": labels, "images": images}  # noqa: E731
         columns = job.columns(score, workers, lambda line: None)

@@ -17,7 +17,6 @@ def main(folder, count, pause):
         for _ in draw.draw_shards(drawing, folder, workers, report=lambda line: time.sleep(pause)):
             pass
         workers.barrier()
-        draw.write_pngs(drawing, folder, workers)
         if workers.main:
             draw.write_npz(drawing, folder)
 

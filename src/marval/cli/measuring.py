@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 from marval.cli.arguments import usable_device
 from marval.config import Checked, Count, Order, Positive, Size, Template, Whole
 from marval.presets import TuneConfig
 
 if TYPE_CHECKING:
-    from marval.evaluate.results import Models
+    from marval.evaluate.models import Models
     from marval.runtime.distributed import Workers
 
 REAL_SAMPLE = 10_000  # real images that KID, precision and recall are measured on
@@ -26,7 +26,7 @@ class Measured(Checked):
 
     samples: Whole = 10_000  # images for the figures of quality; 0: none
     seed: tuple[int, ...] = (0,)  # of the samples; several: a row for each, and their spread
-    batches: tuple[Count, ...] = (1, 64)  # batch sizes to time (imagenet256-*: 1 and the best); nothing after it: none
+    batches: tuple[Count, ...] = (1, 64)  # batch sizes to time (imagenet256-*: 1); nothing after it: none
     repeats: Whole = 5  # timed rounds after one that warms up; 0: only that one, for runs of many minutes
     budget: Positive | None = None  # seconds an image (at the first batch size): name the best setting within them
     rewards: str | None = None  # measure these instead, over all classes, as "clip,image-reward"; nothing is timed
@@ -63,7 +63,7 @@ class Results(Checked):
     out: Path = Path("results/evaluate.json")  # rows that it holds are not measured again; commands may share it
     plot: Path | None = None  # a picture of quality against time per image (needs matplotlib)
     keep_images: Path | None = None  # a folder that keeps the images; a run that was killed goes on there
-    image_format: Literal["shards", "png", "npz"] = "shards"  # of them: also PNG files, or one .npz in ADM's format
+    npz: bool = False  # write them as one .npz file in ADM's format too
     device: str = "auto"  # auto, cpu, cuda, ...
 
 
@@ -86,12 +86,12 @@ def evaluate(
     """
     check_request(models, measured, against, results)
     from marval.evaluate.evaluate import Quality, measure_quality
-    from marval.evaluate.inputs import judge_for
+    from marval.evaluate.judge import make_judge
     from marval.evaluate.rewards import measure_rewards
     from marval.evaluate.speed import Speed, measure_speed
     from marval.rewards import find_reward
 
-    images = results.keep_images, results.image_format
+    images = results.keep_images, results.npz
     samples, out = measured.samples or Measured().samples, results.out  # without any, times alone are measured
     quality = Quality(sampling.iterations, samples, measured.seed, sampling.autocast, sampling.batch_size, *images)
     with measuring_workers(results.device) as workers:
@@ -102,14 +102,14 @@ def evaluate(
             measure_rewards(loaded, rewards, measured.prompt, quality, out, workers)
             return
         if measured.samples:
-            judged = judge_for(
+            judged = make_judge(
                 loaded[0][1], against.data, against.judge, workers, features=against.features,
                 reference=against.reference, sample=REAL_SAMPLE,
             )  # fmt: skip
             measure_quality(loaded, judged, quality, out, workers)
         if workers.main and measured.batches:
             few = loaded[0][0] is None and measured.batches == Measured().batches  # 64 images of full size: an hour
-            batches = () if few else measured.batches
+            batches = (1,) if few else measured.batches
             measure_speed(loaded, Speed(sampling.iterations, batches, measured.repeats, sampling.autocast), out)
         if workers.main:
             show(loaded, measured, results)
@@ -127,7 +127,7 @@ def check_request(models: tuple[str, ...], measured: Measured, against: Against,
     Raises:
         ValueError: settings that do not go together, a file that cannot be written, or one that holds other things.
     """
-    from marval.evaluate.curve import need_matplotlib
+    from marval.evaluate.report import need_matplotlib
     from marval.evaluate.results import read_results
     from marval.io.files import check_output
 
@@ -162,8 +162,7 @@ def measuring_workers(device: str) -> Iterator["Workers"]:
 
 def models_to_measure(models: tuple[str, ...], sampling: Sampling, workers: "Workers") -> "Models":
     """Load the models: a teacher once for each T and w, full-size models with random weights."""
-    from marval.evaluate.inputs import load_models
-    from marval.evaluate.speed import random_pair
+    from marval.evaluate.models import load_models, random_pair
 
     device, sizes = str(workers.device), full_sizes(models)
     if sizes:
@@ -177,8 +176,7 @@ def models_to_measure(models: tuple[str, ...], sampling: Sampling, workers: "Wor
 
 def show(models: "Models", measured: Measured, results: Results) -> None:
     """Print the tables of what was measured, the best setting within the budget, and the plot's file."""
-    from marval.evaluate.curve import best_within, plot_curve, points_of, verdicts
-    from marval.evaluate.report import print_results
+    from marval.evaluate.report import best_within, plot_curve, points_of, print_results
     from marval.evaluate.results import read_results
 
     print_results(results.out)
@@ -186,8 +184,6 @@ def show(models: "Models", measured: Measured, results: Results) -> None:
         return
     batch, names, samples = measured.batches[0], {p.config.name for _, p in models}, measured.samples or None
     points = points_of(read_results(results.out), batch, models=names, samples=samples, report=print)
-    for line in verdicts(points):
-        print(line)
     if measured.budget is not None:
         print(best_within(points, measured.budget))
     if results.plot is not None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings", DistillConfig, TuneConfig)
 Probes = Annotated[int, Rule("0, or a whole number from 2", lambda x: x == 0 or x >= 2)]
+JUDGED = 10_000  # real images that a training run's judge reads at most
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def distill(teacher: str, *, what: Student, settings: DistillConfig, output: Stu
     Args:
         teacher: a bundled model, or a model's or run's folder
     """
-    from marval.evaluate.inputs import training_judge
+    from marval.evaluate.judge import make_judge
     from marval.evaluate.probe import probe
     from marval.train.distill import distill as train_student
 
@@ -126,7 +127,7 @@ def distill(teacher: str, *, what: Student, settings: DistillConfig, output: Stu
     with output.start(device) as run:
         watch = None
         if samples:
-            judge = training_judge(pipeline, what.judge_data or what.data, None, run.workers)
+            judge = make_judge(pipeline, what.judge_data or what.data, None, run.workers, limit=JUDGED)
             watch = probe(judge, samples, settings.iterations, workers=run.workers)
         done = train_student(pipeline.model, config, settings, images, run, probe=watch)
         say_where(run, done, settings.updates)
@@ -167,7 +168,7 @@ def tune(student: str, *, rewards: Rewards, settings: TuneConfig, output: TunedR
     Args:
         student: a bundled model, or a model's or run's folder
     """
-    from marval.evaluate.inputs import training_judge
+    from marval.evaluate.judge import make_judge
     from marval.evaluate.probe import probe
     from marval.rewards import WeightedReward, parse_rewards
     from marval.train.anchor import anchor_of
@@ -189,7 +190,7 @@ def tune(student: str, *, rewards: Rewards, settings: TuneConfig, output: TunedR
         reward = WeightedReward(parse_rewards(rewards.reward, rewards.classifier, workers.device))
         if rewards.held_out is not None:
             watched = WeightedReward(parse_rewards(rewards.held_out, None, workers.device))
-        judge = training_judge(pipeline, rewards.judge_data or rewards.data, rewards.judge, workers)
+        judge = make_judge(pipeline, rewards.judge_data or rewards.data, rewards.judge, workers, limit=JUDGED)
         if workers.main:
             for line in surprises(pipeline, samples, judge.classifier is not None or watched is not None, anchor):
                 print(line)

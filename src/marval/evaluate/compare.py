@@ -2,32 +2,20 @@
 
 Chance is the 95 % interval of the difference: by Student's t over seeds (of the differences of pairs, where both files
 have the same seeds, whose images share their noise; else with one variance for both sides), by two standard errors over
-the images for rewards. Times
-differ where no round of one file is as fast as one of the other. Seeds are those of the drawn images, not of trainings.
+the images for rewards. Times differ where no round of one file is as fast as one of the other. Seeds are those of the
+drawn images, not of trainings.
 """
 
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from marval.evaluate.metrics import changed_between
-from marval.evaluate.results import (
-    MEASURE,
-    Row,
-    curve_of,
-    figures_of,
-    how,
-    named,
-    read_results,
-    standard_error,
-    version_of,
-    who,
-)
+from marval.evaluate.metrics import REDEFINED
+from marval.evaluate.results import MEASURE, Row, Setting, figures_of, read_results, standard_error, version_of
 
-PARTS = ("quality", "rewards", "timing")
 IDENTITY = ("sha256", "data_sha256", "order", "draw", "decoded")
 MADE = ("command", "commit", "device", "processes", "threads", "versions")
 UNKNOWN = {
@@ -69,22 +57,28 @@ def compare(first: Path, second: Path) -> tuple[list[str], list[Difference]]:
         ValueError: a file is missing, holds no results, shares no setting with the other, or was measured on other
             features or data.
     """
-    parts = [_read(file) for file in (first, second)]
+    for file in (first, second):
+        if not file.is_file():
+            raise ValueError(f"{file} is not there: write it with marval evaluate --out {file}")
+    results = [read_results(file) for file in (first, second)]
     lines: list[str] = []
     notes: dict[str, list[str]] = {}  # and the settings that each is true of
     differences: list[Difference] = []
-    for part in PARTS:
-        a, b = (_groups(results.get(part, [])) for results in parts)
-        if len({who for who, _ in a}) == len({who for who, _ in b}) == 1:
-            ((same, _), *_) = a
-            b = {(same, how): rows for (_, how), rows in b.items()}
+    for part, differences_of in PARTS.items():
+        a, b = (_groups(one.get(part, [])) for one in results)
+        if len({setting.curve for setting in a}) == len({setting.curve for setting in b}) == 1:
+            one = next(iter(a))
+            chain = {name: getattr(one, name) for name in ("model", "diffusion_steps", "guidance")}
+            b = {replace(setting, **chain): rows for setting, rows in b.items()}
         for here, there, file in ((a, b, first), (b, a, second)):
-            if alone := [_label(rows[0]) for key, rows in here.items() if key not in there]:
+            if alone := [_label(rows[0]) for setting, rows in here.items() if setting not in there]:
                 lines.append(f"only in {file}: {_first_of(alone)}")
-        for key in (key for key in a if key in b):
-            for note in _made_differently(a[key], b[key]):
-                notes.setdefault(note, []).append(_label(a[key][0], b[key][0]))
-            differences += _differences(a[key], b[key], part)
+        for setting in (setting for setting in a if setting in b):
+            label, other = _label(a[setting][0]), Setting.of(b[setting][0])
+            label += f", against {other.curve}" if other.curve != setting.curve else ""
+            for note in _made_differently(label, a[setting], b[setting]):
+                notes.setdefault(note, []).append(label)
+            differences += differences_of(label, a[setting], b[setting])
     if not differences:
         raise ValueError(
             f"{first} and {second} share no setting (model, T, w, K, samples or batch, precision): nothing to compare"
@@ -96,59 +90,44 @@ def _first_of(labels: Sequence[str]) -> str:
     return labels[0] + (f" and {len(labels) - 1} more" if labels[1:] else "")
 
 
-def _read(file: Path) -> dict[str, list[Row]]:
-    if not file.is_file():
-        raise ValueError(f"{file} is not there: write it with marval evaluate --out {file}")
-    return read_results(file)
-
-
-def _groups(rows: Sequence[Row]) -> dict[tuple[Any, Any], list[Row]]:
-    """Group rows by model and by measurement; rows of older versions of the metrics are left out."""
-    groups: dict[tuple[Any, Any], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((who(row), how(row)), []).append(row)
-    newest = {key: max(version_of(row) for row in own) for key, own in groups.items()}
-    return {key: [row for row in own if version_of(row) == newest[key]] for key, own in groups.items()}
-
-
-def _label(row: Row, other: Row | None = None) -> str:
+def _label(row: Row) -> str:
     count = f"batch {row['batch']}" if "batch" in row else f"{row['samples']} samples"
-    parts = [named(row), count, *(name for name in ("autocast", "compiled") if row.get(name))]
-    if other is not None and curve_of(other) != curve_of(row):
-        parts.append(f"against {curve_of(other)}")
-    return ", ".join(parts)
+    return ", ".join([str(Setting.of(row)), count, *(name for name in ("autocast", "compiled") if row.get(name))])
 
 
-def _made_differently(first: Sequence[Row], second: Sequence[Row]) -> list[str]:
-    a, b, label = first[0], second[0], _label(first[0], second[0])
+def _groups(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
+    """Group rows by setting; rows of older versions of the metrics are left out."""
+    groups: dict[Setting, list[Row]] = {}
+    for row in sorted(rows, key=version_of, reverse=True):
+        group = groups.setdefault(Setting.of(row), [])
+        if not group or version_of(row) == version_of(group[0]):
+            group.append(row)
+    return groups
+
+
+def _made_differently(label: str, first: Sequence[Row], second: Sequence[Row]) -> list[str]:
+    """Say what else two sides differ in; refuse those of other features or data."""
     for name in MEASURE:
-        both = [row.get(name) or None for row in (a, b)]
-        if None not in both and both[0] != both[1]:
-            raise ValueError(f"{label}: measured with {name} {both[0]!r} and {both[1]!r}: these do not compare")
-    older = min(version_of(a), version_of(b))
-    lines = [
-        f"{name} is not compared: by metrics {older} it is {before}"
-        for name, before in changed_between(version_of(a), version_of(b)).items()
-    ]
-    for name in IDENTITY:
-        if a.get(name) != b.get(name):
-            lines.append(f"{name}: {a.get(name, 'not recorded')} and {b.get(name, 'not recorded')}")
-    seeds = [sorted({row.get("seed", 0) for row in rows}) for rows in (first, second)]
-    if seeds[0] != seeds[1]:
-        lines.append(f"seeds: {seeds[0]} and {seeds[1]}")
-    for name in MADE:
-        made = [row.get("made", {}).get(name, "not recorded") for row in (a, b)]
-        if made[0] != made[1]:
-            lines.append(f"{name}: {made[0]} and {made[1]}")
-    return lines
+        a, b = first[0].get(name), second[0].get(name)
+        if a and b and a != b:
+            raise ValueError(f"{label}: measured with {name} {a!r} and {b!r}: these do not compare")
+    redefined = [name for name in figures_of(first[0]) if _redefined(name, first[0], second[0])]
+    lines = [f"{name} is not compared: it is defined otherwise by older metrics" for name in redefined]
+    origins = []
+    for rows in (first, second):
+        row, made = rows[0], rows[0].get("made", {})
+        origin: dict[str, Any] = {name: row.get(name, "not recorded") for name in IDENTITY}
+        origin["seeds"] = sorted({row.get("seed", 0) for row in rows})
+        origins.append(origin | {name: made.get(name, "not recorded") for name in MADE})
+    return lines + [f"{name}: {a} and {origins[1][name]}" for name, a in origins[0].items() if a != origins[1][name]]
 
 
-def _differences(first: Sequence[Row], second: Sequence[Row], part: str) -> list[Difference]:
-    label = _label(first[0], second[0])
-    if part == "quality":
-        return _of_quality(first, second, label)
-    if part == "rewards":
-        return _of_rewards(first, second, label)
+def _redefined(name: str, first: Row, second: Row) -> bool:
+    older, newer = sorted((version_of(first), version_of(second)))
+    return older < REDEFINED.get(name, 0) <= newer
+
+
+def _of_times(label: str, first: Sequence[Row], second: Sequence[Row]) -> list[Difference]:
     a, b, name = first[-1], second[-1], "seconds_per_image"
     counts = a.get("repeats", 1), b.get("repeats", 1)
     fast, slow = sorted((a, b), key=lambda row: row[name])
@@ -157,15 +136,13 @@ def _differences(first: Sequence[Row], second: Sequence[Row], part: str) -> list
     return [Difference(label, name, a[name], b[name], overlap, counts, "rounds")]
 
 
-def _of_quality(first: Sequence[Row], second: Sequence[Row], label: str) -> list[Difference]:
+def _of_quality(label: str, first: Sequence[Row], second: Sequence[Row]) -> list[Difference]:
     differences = []
-    changed = changed_between(version_of(first[0]), version_of(second[0]))
     for name in figures_of(first[0]):
         a, b = ({row.get("seed", 0): row[name] for row in rows if name in row} for rows in (first, second))
-        if name == "gflops_per_image" or name in changed or not a or not b:
-            continue
-        means = statistics.mean(a.values()), statistics.mean(b.values())
-        differences.append(Difference(label, name, *means, chance_of(a, b), (len(a), len(b))))
+        if a and b and name != "gflops_per_image" and not _redefined(name, first[0], second[0]):
+            means = statistics.mean(a.values()), statistics.mean(b.values())
+            differences.append(Difference(label, name, *means, chance_of(a, b), (len(a), len(b))))
     return differences
 
 
@@ -195,7 +172,7 @@ def student_t(degrees: int) -> float:
     )
 
 
-def _of_rewards(first: Sequence[Row], second: Sequence[Row], label: str) -> list[Difference]:
+def _of_rewards(label: str, first: Sequence[Row], second: Sequence[Row]) -> list[Difference]:
     differences = []
     for name in first[0]["rewards"]:
         sides = [[row for row in rows if name in row["rewards"]] for rows in (first, second)]
@@ -210,3 +187,6 @@ def _of_rewards(first: Sequence[Row], second: Sequence[Row], label: str) -> list
         one, other = (sum(row["samples"] for row in side) for side in sides)
         differences.append(Difference(label, name, a, b, 2 * math.hypot(*errors), (one, other), "images"))
     return differences
+
+
+PARTS = {"quality": _of_quality, "rewards": _of_rewards, "timing": _of_times}

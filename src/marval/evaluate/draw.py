@@ -10,18 +10,16 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int, Shaped, UInt8
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from marval.io.files import atomic_path, write_tensors, write_text
-from marval.io.images import save_picture
 from marval.pipeline import Pipeline
 from marval.runtime.distributed import Workers
 from marval.runtime.progress import progress
@@ -31,7 +29,6 @@ SHARD = 250  # images
 DRAWN = {"pixels": 250, "latents": 50}  # images that are drawn, and decoded, at a time
 SEEDS = 1_000_000  # between an evaluation's seed and the next one's
 
-Format = Literal["shards", "png", "npz"]
 Images = UInt8[Tensor, "n c h w"]
 Labels = Int[Tensor, " n"]
 
@@ -85,25 +82,8 @@ class Drawing:
         return torch.cat(parts)
 
 
-def iterations_of(pipeline: Pipeline, iterations: Sequence[int]) -> tuple[int, ...]:
-    """Return the numbers K to measure, each once; the model's default where none is asked for.
-
-    Raises:
-        ValueError: a K that the model has not.
-    """
-    tokens = pipeline.config.mar.num_tokens
-    for k in iterations:
-        if not 1 <= k <= tokens:
-            raise ValueError(f"--iterations {k}: expected 1 to {tokens} for {pipeline.config.name}")
-    return tuple(dict.fromkeys(iterations)) or (pipeline.default_iterations,)
-
-
 def check_finite(what: str, values: Shaped[Tensor, "n *rest"], names: Sequence[str]) -> None:
-    """Refuse values that are not finite. As bytes they would be black, and they would spoil every mean.
-
-    Raises:
-        ValueError: some are not; the first one's name is said.
-    """
+    """Refuse values that are not finite: as bytes they would be black, and they would spoil every mean."""
     bad = ~values.isfinite().flatten(1).all(dim=1) if values.ndim > 1 else ~values.isfinite()
     if bad.any():
         raise ValueError(
@@ -121,10 +101,7 @@ def draw_bytes(
     autocast: bool = False,
     workers: Workers | None = None,
 ) -> tuple[Images, Labels]:
-    """Draw `count` class-balanced images as rounded bytes, with their labels.
-
-    The `workers` share the images, and all of them get all.
-    """
+    """Draw `count` class-balanced images as rounded bytes, with their labels; all `workers` share and get them."""
     workers, drawing = workers or Workers(), Drawing(pipeline, count, iterations, seed, autocast, batch_size)
     (own,) = workers.parts(count)
     return workers.gather(drawing.draw(range(count)[own]), count), drawing.labels(range(count))
@@ -168,11 +145,7 @@ def shard_file(folder: Path, number: int) -> Path:
 
 
 def read_shard(file: Path, count: int) -> Images:
-    """Read a shard's images.
-
-    Raises:
-        ValueError: it is missing or damaged.
-    """
+    """Read a shard's images."""
     try:
         images = load_file(file)["images"]
         if len(images) != count:
@@ -183,11 +156,7 @@ def read_shard(file: Path, count: int) -> Images:
 
 
 def claim_folder(folder: Path, plan: dict[str, Any], workers: Workers) -> None:
-    """Write a folder's plan; it holds nothing else yet, or some images of the same plan.
-
-    Raises:
-        ValueError: as `check_folder`.
-    """
+    """Write the plan of a folder that `check_folder` takes."""
     if workers.main:
         check_folder(folder, plan)
         write_text(folder / PLAN, json.dumps(plan, indent=1) + "\n")
@@ -195,11 +164,7 @@ def claim_folder(folder: Path, plan: dict[str, Any], workers: Workers) -> None:
 
 
 def check_folder(folder: Path, plan: dict[str, Any]) -> None:
-    """Check that a folder is new, empty or of the same plan.
-
-    Raises:
-        ValueError: it holds images of another plan (the first difference is named), or other files.
-    """
+    """Check that a folder is new, empty or of the same plan; of another, the first difference is named."""
     file = folder / PLAN
     try:
         before = json.loads(file.read_text())
@@ -217,19 +182,6 @@ def check_folder(folder: Path, plan: dict[str, Any]) -> None:
                 f"{folder} holds images of {name} {before.get(name)!r}, expected {value!r}: choose another "
                 "--keep-images"
             )
-
-
-def write_pngs(drawing: Drawing, folder: Path, workers: Workers) -> None:
-    """Write every image as `png/00000-CLASS.png` beside the shards; the processes share the work."""
-    for number in range(workers.rank, len(drawing.shards), workers.count):
-        rows = drawing.shards[number]
-        images = read_shard(shard_file(folder, number), len(rows))
-        for i, image, label in zip(rows, images, drawing.labels(rows).tolist(), strict=True):
-            target = folder / "png" / f"{i:05d}-{label}.png"
-            if not target.is_file():
-                array = image.permute(1, 2, 0).numpy()
-                save_picture(target, Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array))
-    workers.barrier()
 
 
 def write_npz(drawing: Drawing, folder: Path) -> Path:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,34 +12,20 @@ from marval.evaluate.draw import (
     PLAN,
     SEEDS,
     Drawing,
-    Format,
     Images,
     Labels,
     check_finite,
     check_folder,
     claim_folder,
     draw_shards,
-    iterations_of,
     write_npz,
-    write_pngs,
 )
 from marval.evaluate.judge import Columns, Judge
 from marval.evaluate.metrics import METRICS
-from marval.evaluate.results import (
-    Models,
-    Row,
-    check_measure,
-    describe,
-    figures_of,
-    merge_results,
-    model_hashes,
-    named,
-    read_results,
-    version_of,
-)
+from marval.evaluate.models import Models, runs_of
+from marval.evaluate.results import Row, Setting, check_rows, figures_of, merge_results, read_results, version_of
 from marval.evaluate.speed import flops_per_image
 from marval.io.files import check_output
-from marval.pipeline import Pipeline
 from marval.runtime.distributed import Workers
 from marval.runtime.provenance import made_by
 
@@ -57,15 +43,15 @@ class Quality:
     autocast: bool = False  # draw in bf16
     batch_size: int | None = None  # images drawn at a time, which changes none of them
     keep_images: Path | None = None  # a folder that all processes see
-    image_format: Format = "shards"  # png and npz come beside the shards
+    npz: bool = False  # write the kept images as one file in ADM's format too
 
     def __post_init__(self) -> None:
         if not 2 <= self.samples <= SEEDS:  # more would have the next seed's noise
             raise ValueError(f"--samples {self.samples}: expected 2 to {SEEDS:,}; for more add seeds")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"--batch-size {self.batch_size}: expected at least 1")
-        if self.image_format != "shards" and self.keep_images is None:
-            raise ValueError(f"--image-format {self.image_format}: say where with --keep-images DIR")
+        if self.npz and self.keep_images is None:
+            raise ValueError("--npz: say where with --keep-images DIR")
 
 
 @dataclass(frozen=True)
@@ -75,22 +61,12 @@ class Job:
     drawing: Drawing
     key: Row
     folder: Path | None  # keeps the images
-    image_format: Format
+    npz: bool
 
     @property
     def plan(self) -> Row:
         """Describe the images of the folder."""
         return {**self.key, "shard": self.drawing.shard}
-
-    def check(self) -> None:
-        """Check that the images can be kept.
-
-        Raises:
-            ValueError: the folder cannot be written, or holds others.
-        """
-        if self.folder is not None:
-            check_output(self.folder / PLAN, folder=False)
-            check_folder(self.folder, self.plan)
 
     def columns(self, score: Score, workers: Workers, report: Report) -> Columns:
         """Draw the images, score each, and gather the scores in order on the main process (elsewhere {}).
@@ -103,41 +79,32 @@ class Job:
         drawing, parts = self.drawing, dict[int, Columns]()
         if self.folder is not None:
             claim_folder(self.folder, self.plan, workers)
-        label = f"drawing {named(self.key)}, seed {drawing.seed}"
+        label = f"drawing {Setting.of(self.key)}, seed {drawing.seed}"
         for rows, images, labels in draw_shards(drawing, self.folder, workers, report, label):
             parts[rows.start] = score(images, labels)
             for name, values in parts[rows.start].items():
                 check_finite(name, values, drawing.names(rows))
-        if self.folder is not None:
-            self._export(self.folder, workers, report)
+        workers.barrier()
+        if self.npz and self.folder is not None and workers.main:
+            report(f"{write_npz(drawing, self.folder)}")
         gathered = {start: part for own in workers.collect(parts) for start, part in own.items()}
         ordered = [gathered[start] for start in sorted(gathered)]
         return {name: torch.cat([part[name] for part in ordered]) for name in ordered[0]} if ordered else {}
 
-    def _export(self, folder: Path, workers: Workers, report: Report) -> None:
-        workers.barrier()
-        if self.image_format == "png":
-            write_pngs(self.drawing, folder, workers)
-        if self.image_format == "npz" and workers.main:
-            report(f"{write_npz(self.drawing, folder)}")
 
-
-def jobs_of(models: Models, settings: Quality, out: Path) -> list[Job]:
+def jobs_of(models: Models, settings: Quality) -> list[Job]:
     """Make a job for every model, K and seed.
 
     Raises:
-        ValueError: a K that a model has not, two models share a name, or `out` holds figures of other weights under
-            one.
+        ValueError: a K that a model has not, or two models share a name.
     """
     jobs = []
-    for (_, pipeline), digest in zip(models, model_hashes(models, out), strict=True):
-        for k in iterations_of(pipeline, settings.iterations):
-            for seed in dict.fromkeys(settings.seeds):
-                drawing = Drawing(pipeline, settings.samples, k, seed, settings.autocast, settings.batch_size)
-                key = {**describe(pipeline), "sha256": digest, "iterations": k, "samples": settings.samples}
-                key |= {"seed": seed, "autocast": settings.autocast}
-                folder = None if settings.keep_images is None else settings.keep_images / folder_name(key)
-                jobs.append(Job(drawing, key, folder, settings.image_format))
+    for pipeline, run in runs_of(models, settings.iterations, settings.autocast):
+        for seed in dict.fromkeys(settings.seeds):
+            k, key = run["iterations"], run | {"samples": settings.samples, "seed": seed}
+            drawing = Drawing(pipeline, settings.samples, k, seed, settings.autocast, settings.batch_size)
+            folder = None if settings.keep_images is None else settings.keep_images / folder_name(key)
+            jobs.append(Job(drawing, key, folder, settings.npz))
     return jobs
 
 
@@ -146,6 +113,20 @@ def folder_name(key: Row) -> str:
     draw = key["draw"]
     chain = f"-T{draw['diffusion_steps']}-w{draw['guidance']:g}" if key["teacher"] else ""
     return f"{key['model'] or 'model'}-K{key['iterations']}{chain}-seed{key['seed']}-{key['samples']}"
+
+
+def check_jobs(jobs: list[Job], about: Row, part: str, out: Path) -> None:
+    """Check, before anything is drawn, that rows and images can be kept.
+
+    Raises:
+        ValueError: `out` or a folder cannot be written, or holds others.
+    """
+    check_output(out, folder=False)
+    check_rows([job.key | about for job in jobs], read_results(out), part, out)
+    for job in jobs:
+        if job.folder is not None:
+            check_output(job.folder / PLAN, folder=False)
+            check_folder(job.folder, job.plan)
 
 
 def measure_quality(
@@ -161,18 +142,15 @@ def measure_quality(
     Rows that `out` holds already are not measured again, unless by another version of the metrics.
 
     Raises:
-        ValueError: models draw other classes, `out` cannot be written or was measured otherwise, what `jobs_of` and
-            the judge raise, or an image or figure is not finite.
+        ValueError: models draw other classes, an image or figure is not finite, or what `jobs_of`, `check_jobs` and
+            the judge raise.
     """
     workers = workers or Workers()
-    check_alike([pipeline for _, pipeline in models])
-    jobs, rows = jobs_of(models, settings, out), read_results(out).get("quality", [])
+    check_alike(models)
+    jobs, rows = jobs_of(models, settings), read_results(out).get("quality", [])
     if workers.main:  # it alone knows the real images
-        check_output(out, folder=False)
-        for job in jobs:
-            job.check()
+        check_jobs(jobs, judge.about, "quality", out)
         judge.check_count(settings.samples)
-        check_measure(judge.about, rows, out)
     done = workers.agree([any(complete(row, job.key, judge) for row in rows) for job in jobs])
     bias: dict[str, float] = {}
     if not all(done):
@@ -188,42 +166,28 @@ def measure_quality(
         began = time.monotonic()
         columns = job.columns(judge.columns, workers, report)
         if workers.main:
-            row = {**job.key, "metrics": METRICS, **defined_figures(judge, columns, job, report), **bias}
+            figures = judge.figures_of(columns)
+            if math.isnan(figures["diversity"]):
+                report(f"{job.key['model']}: no diversity, which needs two images of a class: raise --samples")
+                del figures["diversity"]
+            row = {**job.key, "metrics": METRICS, **figures, **bias}
             line = "  ".join(f"{name} {value:.4g}" for name, value in figures_of(row).items())
             row["gflops_per_image"] = flops_per_image(job.drawing.pipeline.config, job.drawing.iterations) / 1e9
             row |= {**judge.about, "made": made_by(job.drawing.pipeline.device, workers.count)}
             merge_results(out, "quality", [row])
-            report(f"{named(row)}, seed {row['seed']}: {line}  ({time.monotonic() - began:.0f} s)")
+            report(f"{Setting.of(row)}, seed {row['seed']}: {line}  ({time.monotonic() - began:.0f} s)")
     workers.barrier()
     return read_results(out).get("quality", [])
 
 
-def defined_figures(judge: Judge, columns: Columns, job: Job, report: Report) -> dict[str, float]:
-    """Compute the judge's figures; leave out a diversity that is not defined, with a message."""
-    figures = judge.figures_of(columns)
-    if math.isnan(figures["diversity"]):
-        report(f"{job.key['model']}: no diversity, which needs two images of a class: raise --samples")
-        del figures["diversity"]
-    return figures
-
-
-def check_alike(pipelines: Sequence[Pipeline]) -> None:
-    """Check that models draw the same classes in pictures of one form, so that one judge serves them all.
-
-    Raises:
-        ValueError: they do not.
-    """
-
-    def form(pipeline: Pipeline) -> tuple[object, ...]:
-        space = pipeline.config.space
-        return pipeline.config.class_names, space.image_size, getattr(space, "channels", 3)
-
-    for pipeline in pipelines:
-        if form(pipeline) != form(pipelines[0]):
-            raise ValueError(
-                f"{pipeline.config.name} and {pipelines[0].config.name} draw other classes or another form of "
-                "pictures: measure them apart"
-            )
+def check_alike(models: Models) -> None:
+    """Check that models draw the same classes in pictures of one form, so that one judge serves them all."""
+    configs = [pipeline.config for _, pipeline in models]
+    forms = [(c.class_names, c.space.image_size, getattr(c.space, "channels", 3)) for c in configs]
+    for config, form in zip(configs, forms, strict=True):
+        if form != forms[0]:
+            names = f"{config.name} and {configs[0].name}"
+            raise ValueError(f"{names} draw other classes or another form of pictures: measure them apart")
 
 
 def holds(row: Row, key: Row) -> bool:
@@ -233,6 +197,6 @@ def holds(row: Row, key: Row) -> bool:
 
 def complete(row: Row, key: Row, judge: Judge) -> bool:
     """Tell whether a row has every figure that the judge gives at `key`, by today's metrics."""
-    wanted: dict[str, object] = {"fd": judge.real, f"{judge.prefix}_kid": judge.sample, "accuracy": judge.classifier}
-    wanted["fid"] = judge.reference
+    wanted: dict[str, object] = {"fd": judge.real, "accuracy": judge.classifier, "fid": judge.reference}
+    wanted[f"{judge.network.prefix}_kid"] = judge.sample
     return holds(row, key) and all(name in row for name, source in wanted.items() if source is not None)

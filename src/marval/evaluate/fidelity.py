@@ -1,4 +1,4 @@
-"""FID, Inception Score, sFID, precision, recall and more against ADM's reference file, with torch-fidelity's Inception.
+"""FID, Inception Score, sFID, KID, precision and recall against ADM's reference file, with torch-fidelity's Inception.
 
 torch-fidelity (the extra `fidelity`) needs torchvision, so it is no part of the default install. Its network is the
 2015 Inception of the TensorFlow evaluators, which published FIDs were measured with.
@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 from marval.evaluate.features import Statistics, frechet_distance
-from marval.evaluate.metrics import MOST, RealSample, compute_device, sample_figures
+from marval.evaluate.metrics import MOST, RealSample, sample_figures
 from marval.io.files import sha256_of
 
 POOL, LOGITS = "2048", "logits_unbiased"
@@ -100,19 +100,15 @@ class Reference:
 
     def figures(self, columns: Columns) -> dict[str, float]:
         """FID, Inception Score (mean and standard deviation over 10 splits) and, where the file allows, sFID, and on
-        pooled features precision and recall (k = 3), density and coverage (k = 5), and KID.
-
-        Args:
-            columns: `Inception.columns` of the drawn images.
-        """
+        pooled features KID, precision and recall, from `Inception.columns` of the drawn images."""
         pool = columns["pool"]
-        score = self.inception.score(columns["logits"])
-        figures = {"fid": frechet_distance(pool, self.pool), "inception_score": score[0]}
-        figures["inception_score_std"] = score[1]
+        score = self.inception.isc(columns["logits"], splits=SPLITS)  # Salimans et al. 2016
+        figures = {"fid": frechet_distance(pool, self.pool), "inception_score": score["inception_score_mean"]}
+        figures["inception_score_std"] = score["inception_score_std"]
         if self.spatial is not None:
             figures["sfid"] = frechet_distance(columns["spatial"], self.spatial)
         if self.pictures:
-            near = sample_figures(pool.to(compute_device(self.inception.device)), self.sample)
+            near = sample_figures(pool, self.sample, self.inception.device)
             figures |= {f"inception_{name}": value for name, value in near.items()}
         return figures
 
@@ -161,11 +157,6 @@ class Inception:
             assert self.spatial is not None
             parts.append({"pool": pool.cpu(), "logits": logits.cpu(), "spatial": self.spatial.float().cpu()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    def score(self, logits: Float[Tensor, "n l"]) -> tuple[float, float]:
-        """Inception Score: mean and standard deviation over the splits (Salimans et al. 2016)."""
-        score = self.isc(logits, splits=SPLITS)
-        return score["inception_score_mean"], score["inception_score_std"]
 
 
 def _statistics(mean: Any, covariance: Any, features: str) -> Statistics:

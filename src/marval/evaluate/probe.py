@@ -7,7 +7,7 @@ from marval.evaluate.draw import draw_bytes
 from marval.evaluate.judge import Judge
 from marval.evaluate.rewards import reward_values
 from marval.pipeline import Pipeline
-from marval.rewards import Reward, prompts_of
+from marval.rewards import Reward
 from marval.runtime.distributed import Workers
 
 
@@ -39,12 +39,11 @@ def probe(
         figures: dict[str, float] = {}
         if workers.main:
             figures = {name: value for name, value in judge.figures(images, labels).items() if not math.isnan(value)}
-            names, paired = pipeline.config.class_names, int((labels.bincount() > 1).sum())
-            if 0 < paired < len(names):
+            paired = int((labels.bincount() > 1).sum())
+            if 0 < paired < len(pipeline.config.class_names):
                 figures["diversity_classes"] = float(paired)  # diversity is the mean over these alone
             if held_out is not None:
-                prompts = prompts_of(prompt, names, labels.tolist())
-                values = reward_values({"held out": held_out}, images, prompts, pipeline.device)
+                values = reward_values({"held out": held_out}, prompt, pipeline, images, labels)
                 figures["held_out"] = float(values["held out"].mean())
         return workers.agree(figures)
 

@@ -1,17 +1,14 @@
 """Results files: JSON with a part for each kind of measurement, whose rows say what made them."""
 
-import dataclasses
 import json
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marval.config import Chain, OneStep
 from marval.evaluate.features import FEATURES
-from marval.io.checkpoint import model_hash
 from marval.io.files import locked, write_text
-from marval.pipeline import Pipeline
 
 _WHO = {"model": str, "draw": dict, "iterations": int}
 NEEDED: dict[str, dict[str, Any]] = {  # what rows of a part must hold, so that readers need not ask
@@ -24,16 +21,6 @@ BARE = ("kid", "precision", "recall", "density", "coverage")  # older names of f
 
 Row = dict[str, Any]
 Results = dict[str, list[Row]]  # rows by part
-Models = Sequence[tuple[Path | None, Pipeline]]  # with their folders; None: random weights
-
-
-def describe(pipeline: Pipeline) -> Row:
-    """The model's name and how it draws tokens."""
-    config = pipeline.config
-    draw = dataclasses.asdict(config.draw)
-    if isinstance(config.draw, OneStep):  # how the weights were made, which is no setting of the drawing
-        del draw["guidance"], draw["guidance_schedule"]
-    return {"model": config.name, "teacher": isinstance(config.draw, Chain), "draw": draw, "order": config.order}
 
 
 # Files
@@ -104,14 +91,13 @@ def merge_results(out: Path, part: str, rows: Sequence[Row]) -> None:
     """
     with _locked(out):
         results = read_results(out)
-        merged = {identity(row): row for row in results.get(part, [])}
-        check_names([(row["model"], row["sha256"]) for row in rows if "sha256" in row], results, out)
+        merged = {_identity(row): row for row in results.get(part, [])}
+        check_rows(rows, results, part, out)
         for row in rows:
-            check_measure({name: row[name] for name in MEASURE if name in row}, list(merged.values()), out)
-            old = merged.pop(identity(row), {})
+            old = merged.pop(_identity(row), {})
             if part == "rewards" and version_of(old) == version_of(row):  # another command's rewards stay
                 row = {**row, "rewards": {**old.get("rewards", {}), **row["rewards"]}}
-            merged[identity(row)] = row
+            merged[_identity(row)] = row
         _write(out, {**results, part: list(merged.values())})
 
 
@@ -133,69 +119,73 @@ def _write(out: Path, results: Results) -> None:
     write_text(out, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-# What may stand in one file
+def _identity(row: Row) -> tuple["Setting", str]:
+    """Identify what a row measures: rows of one identity repeat the same measurement."""
+    own = [] if "batch" in row else [row.get(name) for name in ("draw", "order", "sha256", "seed")]
+    return Setting.of(row), json.dumps(own)
 
 
-def model_hashes(models: Models, out: Path | None = None) -> list[str | None]:
-    """SHA-256 of every model's weights; None for random ones.
-
-    Raises:
-        ValueError: as `check_names`.
-    """
-    hashes = [None if folder is None else model_hash(folder) for folder, _ in models]
-    names = [(p.config.name, digest) for (_, p), digest in zip(models, hashes, strict=True) if digest]
-    check_names(names, {} if out is None else read_results(out), out)
-    return hashes
-
-
-def check_names(models: Iterable[tuple[str, str]], results: Results, out: Path | None = None) -> None:
-    """Check that one name stands for one model, among `models` (name and SHA-256) and in the rows of a results file.
+def check_rows(rows: Iterable[Row], results: Results, part: str, out: Path) -> None:
+    """Check that rows can stand in a part of `out`; what older rows do not record passes.
 
     Raises:
-        ValueError: two models share a name, or `out` holds figures of other weights under one.
+        ValueError: `out` has figures of other weights under a row's name, or the part others on other features or data.
     """
-    known: dict[str, str] = {}
-    for name, digest in models:
-        if known.setdefault(name, digest) != digest:
-            raise ValueError(f"two different models are named {name}: give one another --name, or measure them apart")
-    for row in (row for rows in results.values() for row in rows if "sha256" in row):
-        if row["sha256"] != known.get(row.get("model", ""), row["sha256"]):
-            raise ValueError(f"{out} holds figures of other weights named {row['model']}: choose another --out")
-
-
-def check_measure(about: Row, rows: Sequence[Row], out: Path) -> None:
-    """Check that rows were measured on the features and data of `about`; rows that do not record them pass.
-
-    Raises:
-        ValueError: they were not; both are named.
-    """
+    before = [(row, False) for name, own in results.items() if name != part for row in own]
+    before += [(row, True) for row in results.get(part, [])]
     for row in rows:
-        for name, value in about.items():
-            other = row.get(name, FEATURES if name == "features" else value)
-            if other != value:
-                raise ValueError(f"{out} has {name} {other!r}, expected {value!r}: choose another --out")
+        measure, digest = {name: row[name] for name in MEASURE if name in row}, row.get("sha256")
+        for old, same_part in before:
+            if "sha256" in row and old.get("model") == row["model"] and old.get("sha256", digest) != digest:
+                raise ValueError(f"{out} holds figures of other weights named {row['model']}: choose another --out")
+            for name, value in measure.items() if same_part else ():
+                other = old.get(name, FEATURES if name == "features" else value)
+                if other != value:
+                    raise ValueError(f"{out} has {name} {other!r}, expected {value!r}: choose another --out")
 
 
 # Rows
 
 
-def who(row: Row) -> tuple[Any, ...]:
-    """Return who draws: model, T and w (None for a student)."""
-    return row["model"], row["draw"].get("diffusion_steps"), row["draw"].get("guidance")
+@dataclass(frozen=True)
+class Setting:
+    """Who drew what a row measures, and how it was measured: all that rows of one table line have in common."""
 
+    model: str
+    diffusion_steps: int | None  # T and w of a teacher
+    guidance: float | None
+    iterations: int
+    samples: int | None = None
+    autocast: bool = False
+    prompt: str | None = None
+    batch: int | None = None
+    compiled: bool = False
 
-def how(row: Row) -> tuple[Any, ...]:
-    """Return how a row was measured, without the seed: K, samples, bf16, prompt, batch size, compiled."""
-    return (
-        row["iterations"], row.get("samples"), bool(row.get("autocast")), row.get("prompt"), row.get("batch"),
-        bool(row.get("compiled")),
-    )  # fmt: skip
+    @classmethod
+    def of(cls, row: Row) -> "Setting":
+        """The setting of a row of any part."""
+        draw = row["draw"]
+        return cls(
+            row["model"], draw.get("diffusion_steps"), draw.get("guidance"), row["iterations"], row.get("samples"),
+            bool(row.get("autocast")), row.get("prompt"), row.get("batch"), bool(row.get("compiled")),
+        )  # fmt: skip
 
+    @property
+    def _chain(self) -> str:
+        return "" if self.guidance is None else f", T={self.diffusion_steps}, w={self.guidance:g}"
 
-def identity(row: Row) -> str:
-    """Identify what a row measures: rows of one identity repeat the same measurement."""
-    own = [] if "batch" in row else [row.get(name) for name in ("draw", "order", "sha256", "seed")]
-    return json.dumps([who(row), how(row), own])
+    @property
+    def curve(self) -> str:
+        """What K varies along: the model and, for a teacher, T and w."""
+        return self.model + self._chain
+
+    @property
+    def precision(self) -> str:
+        """The precision's name in tables."""
+        return "bf16" if self.autocast else "float32"
+
+    def __str__(self) -> str:
+        return f"{self.model} K={self.iterations}{self._chain}"
 
 
 def version_of(row: Row) -> int:
@@ -203,24 +193,11 @@ def version_of(row: Row) -> int:
     return int(row.get("metrics", 1))
 
 
-def curve_of(row: Row) -> str:
-    """Name who draws a row for reports: the model and, for a teacher, T and w."""
-    draw = row["draw"]
-    chain = f", T={draw['diffusion_steps']}, w={draw['guidance']:g}" if "diffusion_steps" in draw else ""
-    return f"{row['model']}{chain}"
-
-
-def named(row: Row) -> str:
-    """Name a row for reports: `curve_of` with K."""
-    model, _, chain = curve_of(row).partition(", ")
-    return f"{model} K={row['iterations']}" + (f", {chain}" if chain else "")
-
-
 def by_setting(rows: Iterable[Row]) -> list[list[Row]]:
     """Group rows that differ in the seed only; rows of different versions of the metrics stay apart."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        key = who(row), how(row), version_of(row), row.get("order"), row["draw"].get("temperature")
+        key = Setting.of(row), version_of(row), row.get("order"), row["draw"].get("temperature")
         groups.setdefault(key, []).append(row)
     return list(groups.values())
 

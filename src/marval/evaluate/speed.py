@@ -14,23 +14,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep, Size
-from marval.evaluate.draw import iterations_of
-from marval.evaluate.results import Models, Row, describe, merge_results, model_hashes, named, read_results
+from marval.config import Chain, ModelConfig
+from marval.evaluate.models import Models, runs_of
+from marval.evaluate.results import Row, Setting, check_rows, merge_results, read_results
 from marval.io.files import check_output
 from marval.model import MAR
 from marval.pipeline import Pipeline
 from marval.runtime.progress import progress
 from marval.runtime.provenance import made_by
-from marval.runtime.rng import generator
 from marval.sampling import DrawTokens, draw_counts, draw_function, run
 from marval.sampling.fast import linear
 from marval.sampling.loop import Start
 
 SHORTEST = 0.3  # seconds that a timing lasts at least
-LONGEST = 20.0  # seconds that a batch may take while the best batch size is sought
-GAIN = 1.05  # a larger batch must draw this much more in a second, to be worth it
-GROWTH = 4
 PEAK_SIDE = {"cpu": 2048}  # of the square matrices whose product is the machine's peak; 8192 elsewhere
 
 Job = Callable[[], Any]
@@ -41,7 +37,7 @@ class Speed:
     """What is timed."""
 
     iterations: tuple[int, ...] = ()  # K; each model's own when empty
-    batches: tuple[int, ...] = ()  # batch sizes; 1 and the most efficient one of each model when empty
+    batches: tuple[int, ...] = (1,)  # batch sizes
     repeats: int = 5  # timed rounds, after one that warms up; 0: that one alone, for rounds of many minutes
     autocast: bool = False  # draw in bf16
 
@@ -64,48 +60,28 @@ def measure_speed(models: Models, settings: Speed, out: Path, report: Callable[[
     """
     check_output(out, folder=False)
     device, autocast = models[0][1].device, settings.autocast
-    hashes = model_hashes(models, out)
-    runs = [
-        (pipeline, digest, k)
-        for (_, pipeline), digest in zip(models, hashes, strict=True)
-        for k in iterations_of(pipeline, settings.iterations)
-    ]
-    batches = settings.batches or worthwhile_batches([(pipeline, k) for pipeline, _, k in runs], autocast)
+    runs = runs_of(models, settings.iterations, autocast)
+    check_rows([row for _, row in runs], read_results(out), "timing", out)
     peak = peak_flops(device, autocast)
-    for batch in dict.fromkeys(batches):
+    for batch in dict.fromkeys(settings.batches):
         rows = []
-        jobs = [drawing(pipeline, k, batch, autocast) for pipeline, _, k in runs]
-        for (pipeline, digest, k), seconds in zip(runs, in_turns(jobs, settings.repeats, device), strict=True):
-            row = timed_row(pipeline, k, batch, seconds, autocast)
-            flops = flops_per_image(pipeline.config, k)
+        jobs = [drawing(pipeline, key["iterations"], batch, autocast) for pipeline, key in runs]
+        for (pipeline, key), rounds in zip(runs, in_turns(jobs, settings.repeats, device), strict=True):
+            row, times = key | {"batch": batch, "decoded": decodes(pipeline)}, [seconds / batch for seconds in rounds]
+            row |= {"seconds_per_image": statistics.median(times), "fastest": min(times), "slowest": max(times)}
+            row |= {"repeats": len(times), "made": made_by(device)}
+            flops = flops_per_image(pipeline.config, row["iterations"])
             row |= {"gflops_per_image": flops / 1e9, "peak_gflops_per_second": peak / 1e9}
-            row |= {"fraction_of_peak": flops / row["seconds_per_image"] / peak}
+            row["fraction_of_peak"] = flops / row["seconds_per_image"] / peak
             if device.type == "cuda":
-                row["memory_bytes"] = memory_of(pipeline, k, batch, autocast)
-            rows.append(row if digest is None else {**row, "sha256": digest})
+                row["memory_bytes"] = memory_of(pipeline, row["iterations"], batch, autocast)
+            rows.append(row)
             report(
-                f"{named(row)}, batch {batch}: {row['seconds_per_image'] * 1000:.4g} ms/image, "
+                f"{Setting.of(row)}, batch {batch}: {row['seconds_per_image'] * 1000:.4g} ms/image, "
                 f"{row['fraction_of_peak']:.0%} of the machine's {peak / 1e9:.0f} GFLOP/s"
             )
         merge_results(out, "timing", rows)
     return read_results(out)["timing"]
-
-
-def timed_row(pipeline: Pipeline, iterations: int, batch: int, seconds: Sequence[float], autocast: bool) -> Row:
-    """A row of timing from the seconds of each round: per image, the median, the fastest and the slowest."""
-    times = [one / batch for one in seconds]
-    return {
-        **describe(pipeline),
-        "iterations": iterations,
-        "batch": batch,
-        "autocast": autocast,
-        "decoded": decodes(pipeline),
-        "seconds_per_image": statistics.median(times),
-        "fastest": min(times),
-        "slowest": max(times),
-        "repeats": len(times),
-        "made": made_by(pipeline.device),
-    }
 
 
 # The timer
@@ -164,41 +140,7 @@ def decodes(pipeline: Pipeline) -> bool:
     return getattr(pipeline.config.space, "vae", "") != "none"
 
 
-def best_batch(seconds: Callable[[int], float], most: int = 1024) -> int:
-    """Find the batch size, among 1, 4, 16 and so on, from which a larger one gains less than 5 %.
-
-    Args:
-        seconds: the time of one batch of a size.
-    """
-    batch, taken = 1, seconds(1)
-    while batch * GROWTH <= most and taken * GROWTH <= LONGEST:
-        try:
-            larger = seconds(batch * GROWTH)
-        except torch.OutOfMemoryError:
-            break
-        if batch * GROWTH / larger < GAIN * batch / taken:
-            break
-        batch, taken = batch * GROWTH, larger
-    return batch
-
-
-def worthwhile_batches(runs: Sequence[tuple[Pipeline, int]], autocast: bool) -> tuple[int, ...]:
-    """Batch sizes to time: 1, and each model's most efficient one at its smallest K; at most 1,024, on a CPU 64."""
-    sizes, smallest = {1}, dict[int, tuple[Pipeline, int]]()
-    for pipeline, k in sorted(runs, key=lambda run: -run[1]):
-        smallest[id(pipeline)] = pipeline, k
-    for pipeline, k in smallest.values():
-
-        def seconds(batch: int, pipeline: Pipeline = pipeline, k: int = k) -> float:
-            job = drawing(pipeline, k, batch, autocast)
-            first = seconds_of(job, pipeline.device)
-            return first if first > 1 else seconds_of(job, pipeline.device)  # a short one needs a warm-up
-
-        sizes.add(best_batch(seconds, 64 if pipeline.device.type == "cpu" else 1024))
-    return tuple(sorted(sizes))
-
-
-# The machine and the models
+# The machine and the operations
 
 
 @torch.inference_mode()
@@ -256,18 +198,3 @@ def iteration_flops(model: MAR, draw_tokens: DrawTokens, visible: int, drawn: in
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         list(run(model, draw_tokens, model.embed(torch.zeros(1, dtype=torch.long)), start))
     return counter.get_total_flops()
-
-
-def random_pair(size: Size, device: torch.device | str, diffusion_steps: int = 100) -> Models:
-    """A full-size teacher (w = 3, linear) and its student, with the same random weights."""
-    mar = MARConfig.imagenet256(size)
-    model = MAR(mar).initialize(generator(0, "bench")).to(device).eval().requires_grad_(False)
-    space, names = LatentSpace((256, 256), "none"), tuple(map(str, range(mar.num_classes)))
-    draws: dict[str, Chain | OneStep] = {
-        "teacher": Chain(guidance=3.0, diffusion_steps=diffusion_steps),
-        "student": OneStep(),
-    }
-    return [
-        (None, Pipeline(model, ModelConfig(mar, space, draw, names, 64, f"imagenet256-{size}-{role}")))
-        for role, draw in draws.items()
-    ]

@@ -4,7 +4,7 @@ import statistics
 from importlib.resources import files
 from pathlib import Path
 
-from marval.evaluate.curve import points_of
+from marval.evaluate.report import points_of
 from marval.evaluate.results import by_setting, read_results
 
 
@@ -43,5 +43,6 @@ def quality_points() -> dict[str, list[tuple[float, float, int]]]:
     """(milliseconds a picture at batch 1, FD-EfficientNet, K) of each bundled model, from the bundled results."""
     points: dict[str, list[tuple[float, float, int]]] = {}
     for point in points_of(read_results(bundled("fashion-sweep.json")), 1, mixed=True):
-        points.setdefault(point.model, []).append((point.seconds * 1000, point.distance, point.iterations))
+        own = points.setdefault(point.setting.model, [])
+        own.append((point.seconds * 1000, point.distance, point.setting.iterations))
     return {name: points[name] for name in sorted(points, key=lambda name: name != "fashion-teacher")}
