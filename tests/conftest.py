@@ -18,7 +18,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in a shell's back
 wait_passively()  # before torch is imported, here and in the processes that tests start
 
 SYSTEM = {"fashion_train", "fashion_test", "chromium"}  # fixtures
-pytest_plugins = ["serving", "workspace"]  # fixtures of the page's tests, and of the commands'
+pytest_plugins = ["commands", "serving", "workspace"]  # fixtures of the page's tests, and of the commands'
 
 
 @pytest.hookimpl(tryfirst=True)

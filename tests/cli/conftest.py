@@ -1,16 +1,10 @@
-"""The command line in this process, and a folder with small models and pictures for it."""
-
-import sys
-from collections import namedtuple
+"""A folder with small models and pictures for the command line."""
 
 import pytest
 
-from marval.cli import main
 from marval.io.checkpoint import save_model
 from pictures import make_pictures
 from tiny import tiny_config, tiny_model
-
-Done = namedtuple("Done", "code out err")
 
 
 @pytest.fixture(scope="module")
@@ -21,36 +15,3 @@ def work(tmp_path_factory):
     make_pictures(root / "pictures", ("apple", "pear", "fig"), 8, (20, 18))
     make_pictures(root / "shapes", ("cross", "square"), 4, grey=True)
     return root
-
-
-@pytest.fixture
-def marval(monkeypatch, capsys, tmp_path):
-    """Run a verb in this process, in the test's own empty folder: exit code, standard output, standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def run(*arguments, code=0):
-        monkeypatch.setattr(sys, "argv", ["marval", *map(str, arguments)])
-        capsys.readouterr()
-        ended = 0
-        try:
-            main()
-        except SystemExit as end:
-            ended = end.code or 0
-        done = Done(ended, *capsys.readouterr())
-        assert done.code == code, done.err
-        return done
-
-    return run
-
-
-@pytest.fixture
-def refusal(marval):
-    """The one line that a verb refuses with."""
-
-    def run(*arguments):
-        said = marval(*arguments, code=2).err.strip()
-        assert len(said.splitlines()) == 1, said
-        return said
-
-    return run

@@ -1,5 +1,6 @@
 """People's own images: what of a folder is read, as which class and size, with odd files and few of them."""
 
+import itertools
 import os
 import socket
 
@@ -11,9 +12,8 @@ from PIL import Image
 import marval.data.folder as folder_module
 from marval.data import load_folder, load_images, parse_size, patch_size, split_data
 from marval.data.folder import list_folder, say_once
-from marval.data.images import in_threads
-from marval.data.sizes import cut_to_patches, infer_size
-from marval.io.imagenet import imagenet_classes
+from marval.data.images import cut_to_patches, infer_size
+from marval.io.official import imagenet_classes
 from marval.train.teacher import teacher_config
 
 
@@ -89,10 +89,10 @@ def test_what_is_no_image_of_a_class_is_left_out_and_named(add, root, capsys):
 
 
 def test_suffixes_of_any_kind_and_case_are_read(root):
-    for suffix in ("JPG", "jfif", "ppm", "tga", "webp", "avif", "TIFF", "bmp", "gif", "pcx", "jp2"):
+    for suffix in ("JPG", "jfif", "webp", "TIFF"):
         picture(root / "cat" / f"more.{suffix}")
     picture(root / "cat/wrong.jpg", format="PNG")  # the content counts, not the name
-    assert load_folder(root).labels.tolist() == [0] * 15 + [1] * 3
+    assert load_folder(root).labels.tolist() == [0] * 8 + [1] * 3
 
 
 def test_links_are_followed_and_a_class_has_each_folder_once(root, tmp_path):
@@ -141,7 +141,7 @@ def test_what_is_no_set_of_images_is_refused(root, tmp_path):
     for name, words in {
         "nothing": "nothing is not a folder",
         "mine": "no images in empty",
-        "bare": r"holds no images: .* it holds 1 .heic files \(x.heic\)",
+        "bare": r"holds no images: .* \(left out: 1 .heic files \(x.heic\)\)",
         "fish": f"the folders {wordnet} and {tench} are both the class '{tench}'",
     }.items():
         with pytest.raises(ValueError, match=words):
@@ -152,8 +152,7 @@ def test_what_is_no_set_of_images_is_refused(root, tmp_path):
 
 
 SIZES = [  # (width, height) of the files -> rows, columns
-    ([(28, 28)] * 3, (28, 28)), ([(36, 36)] * 3, (35, 35)), ([(39, 37)] * 3, (35, 35)), ([(60, 60)] * 3, (56, 56)),
-    ([(63, 63)] * 3, (56, 56)), ([(40, 30)] * 3, (30, 40)), ([(48, 24)], (24, 48)), ([(8, 8)] * 3, (8, 8)),
+    ([(28, 28)] * 3, (28, 28)), ([(39, 37)] * 3, (35, 35)), ([(63, 63)] * 3, (56, 56)), ([(40, 30)] * 3, (30, 40)),
     ([(1, 1)], (8, 8)), ([(5, 40)], (40, 10)), ([(1000, 9)], (8, 64)), ([(400, 300), (4000, 3000), (80, 60)], (48, 64)),
     ([(200, 100)] * 6 + [(100, 200)] * 4, (64, 64)), ([(200, 200)] * 9 + [(10, 10)], (64, 64)),
     ([(200, 200)] * 2 + [(3, 3)], (64, 64)), ([(20, 20)] * 9 + [(3000, 100)], (20, 20)),
@@ -175,14 +174,12 @@ def test_sizes_are_inferred_and_can_be_cut(sizes, expected, tmp_path):
 def test_exif_counts_for_the_size(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    for i in range(3):
-        picture(tmp_path / "a" / f"{i}.jpg", (40, 30), exif=exif)
-    assert infer_size([str(file) for file in (tmp_path / "a").iterdir()]) == (40, 30)
+    picture(tmp_path / "a/turned.jpg", (40, 30), exif=exif)
+    assert infer_size([str(tmp_path / "a/turned.jpg")]) == (40, 30)
 
 
-@pytest.mark.parametrize("height", range(1, 65))
-def test_every_inferred_size_can_be_cut_into_patches(height):
-    for width in range(1, 65):
+def test_every_inferred_size_can_be_cut_into_patches():
+    for height, width in itertools.product(range(1, 65), repeat=2):
         sides = cut_to_patches(height, width)
         patch = patch_size(*sides)
         assert 4 <= patch <= min(sides)
@@ -269,8 +266,7 @@ def test_a_limited_sample_is_balanced_reads_no_more_and_is_the_same_again(tmp_pa
 
 
 def test_images_that_are_still_held_are_not_decoded_again_unless_they_changed(root, reads, capsys):
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime")]
-    frames[0].save(root / "cat/moving.gif", save_all=True, append_images=frames[1:])
+    picture(root / "cat/moving.gif", save_all=True, append_images=[Image.new("RGB", (16, 16), "lime")])
     data = load_folder(root)
     assert load_folder(root, (16, 16)) is data
     assert load_folder(root, (8, 8)) is not data
@@ -278,21 +274,6 @@ def test_images_that_are_still_held_are_not_decoded_again_unless_they_changed(ro
     assert capsys.readouterr().out.count("1 animations whose first frames are read (moving.gif)") == 1
     picture(root / "cat/0.png", colour="lime")
     assert load_folder(root).images[0, :, 0, 0].tolist() == [0, 255, 0]
-    del data
-    reads.clear()
-    load_folder(root)
-    assert len(reads) == 7
-
-
-def test_threads_run_at_most_a_few_items_ahead_and_keep_the_order():
-    started = []
-    results = in_threads(lambda i: (started.append(i), i)[1], range(1000), ahead=5)
-    assert [next(results) for _ in range(3)] == [0, 1, 2]
-    assert len(started) <= 8
-    results.close()
-    *ends, error = in_threads(int, ["1", "2", "x"])
-    assert ends == [1, 2]
-    assert isinstance(error, ValueError)
 
 
 def test_each_class_is_split_and_never_lost(tmp_path):

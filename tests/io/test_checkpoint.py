@@ -1,8 +1,10 @@
-"""Models on disk: they come back as they were, strictly; and files are written whole or not at all."""
+"""Models on disk: they come back as they were, a stranger's do no harm, and files are written whole or not at all."""
 
 import dataclasses
 import errno
 import json
+import pickle
+import struct
 
 import numpy as np
 import pytest
@@ -33,6 +35,20 @@ def test_a_model_comes_back_as_it_was(draw, tmp_path):
     torch.testing.assert_close(half["z_proj.weight"], model.state_dict()["z_proj.weight"], rtol=1e-3, atol=1e-6)
 
 
+def test_the_configuration_of_a_full_model_survives_json():
+    space = LatentSpace((256, 256), "some/vae")
+    full = ModelConfig(MARConfig.imagenet256("base"), space, Chain(), tuple(map(str, range(1000))), 64)
+    assert ModelConfig.from_dict(json.loads(json.dumps(full.to_dict()))) == full
+
+
+def refused(folder, message):
+    """Loading is refused in one short line."""
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(folder)
+    assert len(str(caught.value)) < 1000
+    assert len(str(caught.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -47,19 +63,61 @@ def test_tensors_that_do_not_fit_are_named(change, message, tmp_path):
     save_model(tmp_path, tiny_model(), tiny_config())
     tensors = {k: v for k, v in {**load_file(tmp_path / WEIGHTS), **change}.items() if v is not None}
     save_file(tensors, tmp_path / WEIGHTS, metadata={"marval": json.dumps(tiny_config().to_dict())})
-    with pytest.raises(ValueError, match=message):
-        load_model(tmp_path)
-    save_file(tensors, tmp_path / WEIGHTS, metadata={"marval": '{"mar": {}}'})
-    with pytest.raises(ValueError, match="configuration"):
-        load_model(tmp_path)
+    refused(tmp_path, message)
 
 
-def test_configurations_survive_json():
-    space = LatentSpace((256, 256), "some/vae")
-    assert (space.token_grid, space.token_dim) == ((16, 16), 16)
-    full = ModelConfig(MARConfig.imagenet256("base"), space, Chain(), tuple(map(str, range(1000))), 64)
-    for config in (full, tiny_config()):
-        assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "../elsewhere"}, r"name (is )?'../elsewhere': expected a plain name"),
+        ({"name": "..\\elsewhere"}, "expected a plain name"),
+        ({"name": "a\nb"}, "expected a plain name"),
+        ({"name": "a" * 101}, "expected a plain name"),
+        ({"name": 3}, "name (is )?3"),
+        ({"data": "folder://host/share"}, "data are 'folder://host/share': expected a place on this machine"),
+        ({"data": "\\\\host\\share"}, "expected a place on this machine"),
+        ({"reward": "os:getcwd"}, "unexpected keyword argument 'reward'"),  # no file may name code
+        ({"mar__encoder_depth": 10**9}, "1000000004 blocks, but 80 tensors"),
+        ({"mar__encoder_depth": -1}, "encoder_depth -1: expected"),
+        ({"mar__encoder_dim": 10**15}, "no network has the sizes in its configuration"),
+        ({"mar__encoder_dim": "16"}, "encoder_dim (is )?'16'"),
+        ({"mar__encoder_heads": 3}, "3 attention heads"),
+        ({"mar__num_classes": 10**12}, "2 class names: expected 1000000000000"),
+        ({"mar__mlp_ratio": float("nan")}, "mlp_ratio (is )?nan"),
+        ({"space__image_size": [10**9, 10**9]}, "pictures of 1000000000x1000000000 pixels|the network draws"),
+        ({"space__image_size": 8}, "not a marval model"),
+        ({"space__scale": 1e999}, "scale (is )?inf"),
+        ({"space__kind": ["pixels"]}, "not a marval model"),
+        ({"draw__steps": 10**9}, "1000000000"),
+        ({"draw__clip": "yes"}, "clip (is )?'yes'"),
+        ({"class_names": [1, 2]}, r"class_names (is )?\(1, 2\)"),
+        ({"class_names": 7}, "not a marval model"),
+        ({"order": "spiral"}, "order (is )?'spiral'"),
+    ],
+)
+def test_a_malformed_configuration_is_refused_in_one_line(change, message, tmp_path):
+    values = tiny_config().to_dict()
+    for name, value in change.items():
+        part, _, field = name.rpartition("__")
+        (values[part] if part else values)[field] = value
+    save_file(tiny_model().state_dict(), tmp_path / WEIGHTS, metadata={"marval": json.dumps(values)})
+    refused(tmp_path, message)
+
+
+NO_CONFIGURATIONS = ["[" * 100_000, "[]", "null", "3", '"a"', "1" * 5000, '{"space": {}}', '{"mar": {}}', ""]
+NO_WEIGHTS = [
+    b"", b"hello", struct.pack("<Q", 2**63) + b"{", struct.pack("<Q", 100) + b"{", struct.pack("<Q", 2) + b"{}",
+    struct.pack("<Q", 8) + b'{"a": 1}', struct.pack("<Q", 10**6) + b"[" * 10**6, pickle.dumps({"model": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [*NO_CONFIGURATIONS, *NO_WEIGHTS], ids=lambda content: str(content[:9]))
+def test_what_is_no_model_is_refused_in_one_line(content, tmp_path):
+    if isinstance(content, str):
+        save_file({"a": torch.zeros(1)}, tmp_path / WEIGHTS, metadata={"marval": content})
+    else:
+        (tmp_path / WEIGHTS).write_bytes(content)
+    refused(tmp_path, WEIGHTS)
 
 
 @pytest.mark.parametrize("write", [atomic_path, atomic_folder])

@@ -49,12 +49,8 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({"_id": "1", "id": "me/tiny", "sha": COMMIT, "siblings": []})
         elif path == f"/api/models/me/tiny/tree/{COMMIT}":
             oids = {name: hashlib.sha1(content).hexdigest() for name, content in self.files.items()}
-            self.answer(
-                [
-                    {"type": "file", "path": name, "size": len(content), "oid": oids[name]}
-                    for name, content in self.files.items()
-                ]
-            )
+            sizes = {name: len(content) for name, content in self.files.items()}
+            self.answer([{"type": "file", "path": name, "size": sizes[name], "oid": oids[name]} for name in sizes])
         elif path.startswith(f"/me/tiny/resolve/{COMMIT}/"):
             content = self.files[path.rpartition("/")[2]]
             self.answer(content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT})

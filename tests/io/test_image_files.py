@@ -1,6 +1,7 @@
 """The one reader of image files: upright, over white, 8 bits, from whatever people's cameras and tools write."""
 
 import io
+import re
 import struct
 import zlib
 
@@ -95,10 +96,9 @@ def test_every_bit_depth_is_scaled_to_255(kind):
         (RAMP.astype(np.int32), "32-bit integers, whose white is unknown"),
     ],
 )
-def test_numbers_whose_white_is_unknown_are_refused(array, words, tmp_path):
-    Image.fromarray(array).save(tmp_path / "deep.tif")
-    with pytest.raises(ValueError, match=rf"deep.tif cannot be read .*{words}"):
-        read_image(tmp_path / "deep.tif")
+def test_numbers_whose_white_is_unknown_are_refused(array, words):
+    with pytest.raises(ValueError, match=rf"this file cannot be read .*{words}"):
+        read_image(saved(array, "tif"))
 
 
 def palette(*colours, **options):
@@ -163,9 +163,9 @@ def test_pictures_stand_upright_whatever_exif_says(turn, suffix, tmp_path):
     assert image_size(file) == (96, 48)
 
 
-@pytest.mark.parametrize("damage", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])
-def test_damaged_metadata_does_not_cost_the_picture(damage):
-    assert values(saved(RAMP, "jpg", exif=damage, quality=95)).shape == RAMP.shape
+def test_damaged_metadata_does_not_cost_the_picture():
+    for damage in (b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"):
+        assert values(saved(RAMP, "jpg", exif=damage, quality=95)).shape == RAMP.shape
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])  # Pillow writes the JPEG inverted, as Adobe does
@@ -236,13 +236,10 @@ def test_bytes_of_any_kind_are_an_image_or_one_line(suffix):
             content[place] = rng.integers(0, 256)
         cut = int(rng.integers(0, len(content)))
         changed = (content, content[:cut], content[:cut] + content[cut // 2 :])[rng.integers(0, 3)]
-        message = "this file cannot be read as an image ("
         try:
             assert read_image(io.BytesIO(bytes(changed)), most_pixels=1_000_000).mode in ("L", "RGB")
         except ValueError as error:
-            message = str(error)
-        assert message.startswith("this file cannot be read as an image (")
-        assert "\n" not in message
+            assert re.fullmatch(r"this file cannot be read as an image \(.*", str(error))  # noqa: PT017
 
 
 @pytest.mark.parametrize("size", [(400, 300), (90, 33), (17, 16), (12, 9)])

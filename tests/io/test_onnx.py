@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from marval.cli import main
 from marval.config import LatentSpace, OneStep
 from marval.io.onnx import Student, export_onnx
 from marval.pipeline import Pipeline
@@ -28,13 +27,11 @@ def session(file):
     return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
 
-def test_the_command_writes_a_student_that_draws_the_same_images_in_onnxruntime(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_a_student_that_draws_the_same_images_in_onnxruntime(tmp_path, marval):
     config, model, iterations = STUDENT, tiny_model(), 2
     Pipeline(model, config).save(tmp_path / "student")
-    command = ["marval", "convert", "onnx", tmp_path / "student", tmp_path / "a/student.onnx", "--iterations", "2"]
-    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
-    main()
-    assert "K = 2; onnxruntime's pictures differ from PyTorch's by" in capsys.readouterr().out
+    done = marval("convert", "onnx", "student", "a/student.onnx", "--iterations", 2)
+    assert "K = 2; onnxruntime's pictures differ from PyTorch's by" in done.out
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["student.onnx"]
     runner, rng = session(tmp_path / "a/student.onnx"), generator("inputs")
     for batch in (1, 7):

@@ -1,14 +1,23 @@
-"""The KL autoencoder of the official code: converted to diffusers' form it computes the same."""
+"""VAEs: the official KL autoencoder converted computes the same; what a model names as its VAE does no harm."""
 
+import dataclasses
 import json
+import pickle
+import socket
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from marval.io.vae import convert_vae, diffusers_tensors, infer_vae_config
+from marval.config import LatentSpace
+from marval.io.checkpoint import load_model, save_model
+from marval.io.vae import convert_vae, diffusers_tensors, infer_vae_config, load_vae
+from marval.pipeline import load
 from marval.runtime.rng import generator
+from tiny import tiny_config, tiny_model
 
+pytest.importorskip("diffusers")
 BLOCKS = 2  # a level in the encoder; one more in the decoder
 
 
@@ -104,9 +113,12 @@ def test_the_converted_autoencoder_computes_the_same(tmp_path):
         for ours, expected in zip((posterior.mean, posterior.logvar), encoded, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(vae.decode(z).sample, decoded, rtol=1e-4, atol=1e-4)
-    about = json.loads((tmp_path / "vae/source.json").read_text())
-    assert len(about["sha256"]) == 64
+    assert len(json.loads((tmp_path / "vae/source.json").read_text())["sha256"]) == 64
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kl16.ckpt", "vae"]
+    with pytest.raises(ValueError, match=r"exists already.*--force"):
+        convert_vae(tmp_path / "kl16.ckpt", tmp_path / "vae")
+    with pytest.raises(ValueError, match="made from"):
+        convert_vae(tmp_path / "vae", tmp_path / "vae", force=True)
 
 
 def test_a_whole_kl16_has_the_sizes_of_the_official_code():
@@ -143,17 +155,44 @@ def test_bad_autoencoders_are_refused_by_name(weights, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["bad.ckpt"]
 
 
-def test_a_folder_is_written_over_when_told_to_and_what_else_is_in_it_stays(weights, tmp_path):
-    torch.save({"model": weights}, tmp_path / "kl16.ckpt")
-    convert_vae(tmp_path / "kl16.ckpt", tmp_path / "vae")
-    (tmp_path / "vae/notes.txt").write_text("mine")
-    before = (tmp_path / "vae/source.json").read_text()
-    torch.save({"model": {name: t + 1 for name, t in weights.items()}}, tmp_path / "kl16.ckpt")
-    with pytest.raises(ValueError, match=r"exists already.*--force"):
-        convert_vae(tmp_path / "kl16.ckpt", tmp_path / "vae")
-    assert (tmp_path / "vae/source.json").read_text() == before
-    convert_vae(tmp_path / "kl16.ckpt", tmp_path / "vae", force=True)
-    assert (tmp_path / "vae/source.json").read_text() != before
-    assert (tmp_path / "vae/notes.txt").read_text() == "mine"
-    with pytest.raises(ValueError, match="made from"):
-        convert_vae(tmp_path / "vae", tmp_path / "vae", force=True)
+@pytest.mark.parametrize(
+    ("vae", "message"),
+    [
+        ("stranger/vae", "nothing is fetched that a file names: hf download stranger/vae"),
+        *[(name, "is no folder here, nor a hub id") for name in ("//host/share", "\\\\host\\share", "/\\host/share")],
+        *[(name, "is no folder here, nor a hub id") for name in ("/dev/zero", "https://example.com/vae")],
+        *[(name, "cannot be loaded") for name in ("", "/dev", "pickled")],
+    ],
+)
+def test_what_a_model_names_as_its_vae_is_neither_fetched_nor_unpickled(vae, message, tmp_path, monkeypatch):
+    class Harm:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "harm",)
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("connect", "getaddrinfo"):
+        where = socket.socket if name == "connect" else socket
+        monkeypatch.setattr(where, name, lambda *_, **__: pytest.fail("something was asked of the network"))
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled/config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    (tmp_path / "pickled/diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Harm()))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_vae(vae)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_vae_is_looked_for_beside_its_model(tmp_path, monkeypatch):
+    from diffusers import AutoencoderKL
+
+    monkeypatch.chdir(tmp_path)
+    space = LatentSpace((8, 8), "vae", vae_stride=2, latent_channels=4)
+    draw = dataclasses.replace(tiny_config().draw, clip=False)
+    save_model("model", tiny_model(), dataclasses.replace(tiny_config(), space=space, draw=draw))
+    small = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    AutoencoderKL(**small, **kinds).save_pretrained("model/vae")
+    Path("vae").mkdir()  # another of that name, in the current folder, is not taken
+    Path("vae/config.json").write_text("damaged")
+    assert load("model").sample([0], iterations=1, seed=0).shape == (1, 3, 8, 8)
+    assert load_model("model")[1].space.vae == "vae"  # as the file says

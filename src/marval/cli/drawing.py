@@ -1,5 +1,6 @@
 """The verbs that draw: demo, sample and serve."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
     from marval.classes import listed_class_numbers
     from marval.evaluate.draw import DRAWN
     from marval.io.checkpoint import model_hash
-    from marval.io.images import grid, save_picture, square_rows, to_pil
+    from marval.io.images import grid, save_picture, to_pil
     from marval.pipeline import find_model
     from marval.recipe import KEY, batch_recipes, plain_name
     from marval.runtime.progress import progress
@@ -97,7 +98,8 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
                 save_picture(file, to_pil(image), {KEY: recipe.to_json()})
             shown += drawn[: max(0, IN_GRID - start)]
             advance(len(drawn))
-    save_picture(out / "grid.png", grid(square_rows(torch.stack(shown)), scale=max(1, 84 // shown[0].shape[-1])))
+    rows = torch.stack(shown).split(math.isqrt(len(shown) - 1) + 1)  # nearly a square
+    save_picture(out / "grid.png", grid(rows, scale=max(1, 84 // shown[0].shape[-1])))
     first = f" (the first {IN_GRID})" if count > IN_GRID else ""
     print(f"{count} image{'s' if count > 1 else ''} and grid.png{first} in {out}")
 

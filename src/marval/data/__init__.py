@@ -3,10 +3,9 @@
 from marval.data.cache import cache_latents
 from marval.data.fashion import FASHION_CLASSES, FASHION_FORM, load_fashion_mnist, load_fashion_sample
 from marval.data.folder import load_folder
-from marval.data.images import ImageData, batch_indices, split_data
+from marval.data.images import ImageData, batch_indices, parse_size, patch_size, split_data
 from marval.data.latents import LatentData
 from marval.data.load import TrainingData, check_classes, check_data, load_data, load_images
-from marval.data.sizes import parse_size, patch_size
 
 __all__ = [
     "FASHION_CLASSES", "FASHION_FORM", "ImageData", "LatentData", "TrainingData", "batch_indices", "cache_latents",

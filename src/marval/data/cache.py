@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -48,17 +49,12 @@ def cache_latents(
 
     Returns:
         The cache; None when the run was asked to stop.
-
-    Raises:
-        ValueError: no images, a bad setting or VAE, `out` caches something else, too many damaged images, or a full
-            disk.
     """
     if batch_size < 1 or not (scale is None or 0 < scale < math.inf):
         raise ValueError(f"--batch-size {batch_size} --scale {scale}: expected at least 1, and a finite scale above 0")
     workers = workers or Workers()
     listing = list_folder(images)
     encoder = _Encoder(load_vae(vae, workers.device, download=True), image_size, batch_size, workers.device)
-    encoder.check()
     sha256 = vae_hash(vae)
     plan = {
         "images": len(listing.files), "listing": listing_hash(images, listing.files),
@@ -125,7 +121,7 @@ class _Encoder:
         both = torch.cat([x, x.flip(3)]).to(self.vae.dtype)
         return self.vae.encode(both).latent_dist.parameters.float().cpu().unflatten(0, (2, -1)).transpose(0, 1)
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Refuse a VAE that cannot encode images of this size, whole, to finite numbers; nothing is written yet."""
         size = self.image_size
         if size < 8:
@@ -136,8 +132,8 @@ class _Encoder:
             raise ValueError(f"the VAE cannot encode images of {size} pixels ({str(error).splitlines()[0]})") from None
         stride = size / moments.shape[-1]
         if not math.log2(stride).is_integer():
-            near = 2 ** math.floor(math.log2(stride))
-            raise ValueError(f"--image-size {size}: expected a multiple of the VAE's stride of {near} pixels")
+            stride = 2 ** math.floor(math.log2(stride))
+            raise ValueError(f"--image-size {size}: expected a multiple of the VAE's stride of {stride} pixels")
         if not moments.isfinite().all():
             raise ValueError("the VAE encodes a grey image to numbers that are not finite: its weights are damaged")
 
@@ -149,11 +145,10 @@ class _Encoder:
     def shard(
         self, files: Sequence[Labelled], advance: Callable[[int], None]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Encode a shard's files; the next ones are decoded meanwhile.
+        """Encode a shard's files, while the next ones are decoded, to moments and labels.
 
-        Returns:
-            Moments and labels; and why damaged ("corrupt") images cannot be read, with the latents' number, and the
-            expected sum and sum of squares of their samples, on which the scale is fitted.
+        Beside them it says why damaged ("corrupt") images cannot be read, and the number, expected sum and sum of
+        squares of the latents' samples, on which the scale is fitted.
         """
         moments, labels, damaged = list[Tensor](), list[int](), list[str]()
         results = zip(in_threads(self.read, files, ahead=2 * self.batch_size), files, strict=True)
@@ -176,9 +171,8 @@ class _Encoder:
 def _write_index(out: Path, about: dict[str, Any], shards: int) -> None:
     """Gather what the shards say into the index, and print it."""
     counts, labels, damaged = list[int](), list[int](), list[str]()
-    shape, numbers, total, square = [0, 0, 0], 0, 0.0, 0.0
-    for i in range(shards):
-        file = shard_file(out, i)
+    shape, sums = [0, 0, 0], Counter[str]()
+    for file in (shard_file(out, i) for i in range(shards)):
         try:
             with safe_open(file, framework="pt") as content:
                 metadata = json.loads(content.metadata()["marval"])
@@ -189,12 +183,10 @@ def _write_index(out: Path, about: dict[str, Any], shards: int) -> None:
         if count:
             shape = [size[1] // 2, *size[2:]]
         counts.append(count)
-        damaged += metadata["corrupt"]
-        numbers += metadata["numbers"]
-        total += metadata["sum"]
-        square += metadata["square"]
+        damaged += metadata.pop("corrupt")
+        sums.update(metadata)
     check_damaged(damaged, about["images"], ADVICE.format(out))
-    fitted = 1 / math.sqrt(square / numbers - (total / numbers) ** 2)
+    fitted = 1 / math.sqrt(sums["square"] / sums["numbers"] - (sums["sum"] / sums["numbers"]) ** 2)
     scale = fitted if about["scale"] is None else about["scale"]
     index = {"counts": counts, "labels": labels, "shape": shape, "fitted_scale": fitted, "corrupt": damaged}
     write_text(out / INDEX, json.dumps({**about, "scale": scale, **index}) + "\n")

@@ -15,9 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
 from PIL import Image
-from torch import Tensor
 
 from marval.data.images import ImageData
 from marval.io.files import atomic_path, cache_folder, user_cache
@@ -54,18 +52,19 @@ def load_fashion_mnist(split: str = "train", folder: Path | str | None = None, *
         ValueError: no place has the files. The message says what is wrong with each.
     """
     prefix = {"train": "train", "test": "t10k"}[split]
-    images = np.frombuffer(_find_file(f"{prefix}-images-idx3-ubyte", folder, fetch), np.uint8, offset=16)
-    labels = np.frombuffer(_find_file(f"{prefix}-labels-idx1-ubyte", folder, fetch), np.uint8, offset=8)
-    pixels = torch.from_numpy(images.reshape(-1, 1, 28, 28).copy())
-    return ImageData(pixels, torch.from_numpy(labels.astype(np.int64)), FASHION_CLASSES)
+    images, labels = (
+        torch.tensor(np.frombuffer(_find_file(f"{prefix}-{name}-ubyte", folder, fetch), np.uint8, offset=header))
+        for name, header in (("images-idx3", 16), ("labels-idx1", 8))
+    )
+    return ImageData(images.view(-1, 1, 28, 28), labels.long(), FASHION_CLASSES)
 
 
 def load_fashion_sample() -> ImageData:
     """Load the first 200 training images of each class, which ship with the package as one picture."""
     with Image.open(Path(str(files("marval"))) / "assets" / "fashion-mnist-2000.png") as sheet:
-        pixels: UInt8[Tensor, "height width"] = torch.from_numpy(np.array(sheet))
+        pixels = torch.from_numpy(np.array(sheet))
     images = pixels.reshape(40, 28, 50, 28).transpose(1, 2).reshape(2000, 1, 28, 28)
-    labels: Int[Tensor, " n"] = torch.arange(10).repeat_interleave(200)  # four rows of 50 for each class
+    labels = torch.arange(10).repeat_interleave(200)  # four rows of 50 for each class
     return ImageData(images, labels, FASHION_CLASSES)
 
 
@@ -116,12 +115,9 @@ def _read(place: Path | str) -> bytes:
 
 def _unpack(name: str, packed: bytes) -> bytes:
     """Unpack a file and compare its SHA-256 with the one expected."""
-    content = packed
-    if packed.startswith(b"\x1f\x8b"):
-        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as unpacked:
-            content = unpacked.read(MOST_BYTES)
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != SHA256[name]:
+    zipped = packed.startswith(b"\x1f\x8b")
+    content = gzip.GzipFile(fileobj=io.BytesIO(packed)).read(MOST_BYTES) if zipped else packed
+    if (digest := hashlib.sha256(content).hexdigest()) != SHA256[name]:
         if content.lstrip()[:1] == b"<":
             raise ValueError("a web page in its place; does this network ask for a login?")
         raise ValueError(f"damaged: {len(content):,} bytes of SHA-256 {digest[:12]}..., not {SHA256[name][:12]}...")

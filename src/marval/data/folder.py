@@ -5,17 +5,16 @@ import hashlib
 import os
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from marval.data.images import ImageData, in_threads
-from marval.data.sizes import infer_size
-from marval.io.imagenet import imagenet_classes
+from marval.data.images import ImageData, in_threads, infer_size
 from marval.io.images import pixels, printable, read_image, readable_suffixes
+from marval.io.official import imagenet_classes
 from marval.runtime.progress import progress
 from marval.runtime.rng import generator
 
@@ -56,10 +55,9 @@ def list_folder(root: Path) -> Folder:
     if not root.is_dir():
         raise ValueError(f"{printable(root)} is not a folder: expected one with a sub-folder of images for each class")
     skipped: Skipped = defaultdict(list)
-    above = {_identity(str(parent)) for parent in (root.resolve(), *root.resolve().parents)}
-    entries, loose = _entries(str(root), skipped)
-    folders = list(_unread(entries, above, skipped))
-    images = [_images(folder, {*above, _identity(folder)}, skipped) for folder in folders]
+    above = set(map(str, (root.resolve(), *root.resolve().parents)))
+    folders, loose = _entries(str(root), set(above), skipped)
+    images = [_images(folder, {*above, os.path.realpath(folder)}, skipped) for folder in folders]
     if loose and not any(images):
         folders, images = [str(root.resolve())], [loose]
         name = printable(root.resolve().name)
@@ -67,23 +65,20 @@ def list_folder(root: Path) -> Folder:
     elif loose:
         skipped["images beside the folders of classes"] += [os.path.basename(file) for file in loose]
     left_out = _describe(skipped)
+    more = f" (left out: {left_out})" if left_out else ""
     if not any(images):
         raise ValueError(
-            f"{printable(root)} holds no images: expected DIR/CLASS/IMAGE.png, one sub-folder for each class"
-            + (f"; it holds {left_out}" if left_out else "")
+            f"{printable(root)} holds no images: expected DIR/CLASS/IMAGE.png, one sub-folder for each class{more}"
         )
-    empty = [printable(os.path.basename(folder)) for folder, files in zip(folders, images, strict=True) if not files]
-    if empty:
-        raise ValueError(
-            f"{printable(root)}: no images in {', '.join(empty[:5])}; remove such folders or fill them"
-            + (f" (left out: {left_out})" if left_out else "")
-        )
+    if empty := [os.path.basename(folder) for folder, files in zip(folders, images, strict=True) if not files]:
+        names = ", ".join(map(printable, empty[:5]))
+        raise ValueError(f"{printable(root)}: no images in {names}; remove such folders or fill them{more}")
     files = [(file, label) for label, of_class in enumerate(images) for file in of_class]
     return Folder(root, _class_names(folders), files, left_out)
 
 
-def _entries(folder: str, skipped: Skipped) -> tuple[list[str], list[str]]:
-    """The sub-folders and the images directly in a folder."""
+def _entries(folder: str, read: set[str], skipped: Skipped) -> tuple[list[str], list[str]]:
+    """The images directly in a folder, and its sub-folders that are not in `read`, where they are noted."""
     folders, images = [], []
     try:
         with os.scandir(folder) as content:
@@ -95,7 +90,10 @@ def _entries(folder: str, skipped: Skipped) -> tuple[list[str], list[str]]:
         is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
         if entry.name.startswith(".") or (is_folder and entry.name in NO_CLASSES):
             skipped["hidden"].append(entry.name)
+        elif is_folder and (place := os.path.realpath(entry.path)) in read:
+            skipped["links to folders that were read already"].append(entry.name)
         elif is_folder:
+            read.add(place)
             folders.append(entry.path)
         elif suffix not in readable_suffixes():
             skipped[f"{printable(suffix)} files" if suffix else "files without a suffix"].append(entry.name)
@@ -106,29 +104,15 @@ def _entries(folder: str, skipped: Skipped) -> tuple[list[str], list[str]]:
     return folders, images
 
 
-def _images(folder: str, read: set[tuple[int, int]], skipped: Skipped) -> list[str]:
+def _images(folder: str, read: set[str], skipped: Skipped) -> list[str]:
     """All images below a class's folder; each folder once, by whatever links it is reached."""
-    folders, images = _entries(folder, skipped)
-    for path in _unread(folders, read, skipped):
-        read.add(_identity(path))
+    folders, images = _entries(folder, read, skipped)
+    for path in folders:
         images += _images(path, read, skipped)
     return images
 
 
-def _unread(folders: Sequence[str], read: set[tuple[int, int]], skipped: Skipped) -> Iterator[str]:
-    for path in folders:
-        if _identity(path) in read:
-            skipped["links to folders that were read already"].append(os.path.basename(path))
-        else:
-            yield path
-
-
-def _identity(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-def _describe(skipped: Skipped) -> str:
+def _describe(skipped: dict[str, list[str]]) -> str:
     return "; ".join(
         f"{len(names)} {reason} ({', '.join(map(printable, names[:3]))}{', ...' if len(names) > 3 else ''})"
         for reason, names in skipped.items()
@@ -181,7 +165,7 @@ _decoded: "weakref.WeakValueDictionary[tuple[object, ...], ImageData]" = weakref
 def _decode(listing: Folder, files: Sequence[Labelled], size: tuple[int, int], grey: bool) -> ImageData:
     """Decode some files of a folder in threads into bytes of `size`; with `grey`, one channel if every file is grey."""
     images = np.empty((len(files), 3, *size), np.uint8)
-    labels, damaged, skipped = list[int](), list[str](), Skipped(list)
+    labels, damaged, animations = list[int](), list[str](), list[str]()
 
     def read(file: Labelled) -> tuple[np.ndarray, bool]:
         picture = read_image(Path(file[0]))
@@ -198,11 +182,10 @@ def _decode(listing: Folder, files: Sequence[Labelled], size: tuple[int, int], g
             images[len(labels)] = picture  # a grey one fills all three channels
             labels.append(label)
             grey &= len(picture) == 1
-            if animated:
-                skipped["animations whose first frames are read"].append(os.path.basename(file))
+            animations += [os.path.basename(file)] * animated
     root = printable(listing.root)
-    if skipped:
-        say_once(f"{root}: {_describe(skipped)}")
+    if animations:
+        say_once(f"{root}: {_describe({'animations whose first frames are read': animations})}")
     if damaged:
         say_once(f"{root}: left out {len(damaged)} that cannot be read, such as: {damaged[0]}")
     if lost := sorted({label for _, label in files} - set(labels)):
@@ -229,15 +212,7 @@ def say_skipped(listing: Folder) -> None:
 
 
 def check_damaged(reasons: Sequence[str], total: int, advice: str = "") -> None:
-    """Refuse a set of which too many images cannot be read.
-
-    Args:
-        reasons: why, for each of them.
-        advice: what else to do after mending them.
-
-    Raises:
-        ValueError: they are more than `FEW_DAMAGED` and than `MOST_DAMAGED` of `total`, or all.
-    """
+    """Refuse a set in which more images than `FEW_DAMAGED` and than `MOST_DAMAGED` of `total`, or all, are damaged."""
     count = len(reasons)
     if count > max(FEW_DAMAGED, MOST_DAMAGED * total) or 0 < count == total:
         more = f" (and {count - 1} others, more than {MOST_DAMAGED:.0%} of {total})" if count > 1 else ""

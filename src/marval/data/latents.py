@@ -43,11 +43,7 @@ class LatentData:
 
     @classmethod
     def open(cls, folder: Path) -> "LatentData":
-        """Open a cache that `cache_latents` finished.
-
-        Raises:
-            ValueError: it is no cache, unfinished or damaged.
-        """
+        """Open a cache that `cache_latents` finished."""
         try:
             index = json.loads((folder / INDEX).read_text())
             starts = (0, *accumulate(index["counts"][:-1]))
@@ -86,11 +82,7 @@ class LatentData:
         return space.tokens(torch.stack(latents).to(device)), self.labels[indices[rows]].to(device)
 
     def moments(self, index: int) -> Float[Tensor, "2 c2 h w"]:
-        """Read mean and log-variance (stacked in the channels) of an image and of its mirror.
-
-        Raises:
-            ValueError: the shard is damaged.
-        """
+        """Read mean and log-variance (stacked in the channels) of an image and of its mirror."""
         shard = bisect.bisect_right(self.starts, index) - 1
         if shard not in self._mapped:
             file = shard_file(self.folder, shard)

@@ -14,11 +14,7 @@ TrainingData = ImageData | LatentData
 
 
 def load_data(spec: str, size: tuple[int, int] | None = None, *, channels: int | None = None) -> TrainingData:
-    """Load what a generator is trained on: images as `load_images`, or "latents:DIR", a cache of a VAE's latents.
-
-    Raises:
-        ValueError: as `load_images`, or an unfinished cache.
-    """
+    """Load what a generator is trained on: images as `load_images`, or "latents:DIR", a cache of a VAE's latents."""
     kind, _, where = spec.partition(":")
     if kind == "latents" and where:
         return LatentData.open(Path(where))
@@ -37,9 +33,7 @@ def load_images(
 
     Args:
         split: of Fashion-MNIST, "train" or "test".
-        size: rows and columns for a folder's images; inferred when None.
-        channels: 3: a folder's images are RGB even where all are grey.
-        limit: read at most this many of a folder's images (see `load_folder`).
+        size, channels, limit: of a folder's images (see `load_folder`).
 
     Raises:
         ValueError: an unknown name, or data that cannot be read.
@@ -53,11 +47,7 @@ def load_images(
 
 
 def check_classes(data: TrainingData, config: ModelConfig) -> None:
-    """Check that the data have the model's classes.
-
-    Raises:
-        ValueError: they have others.
-    """
+    """Raise a ValueError unless the data have the model's classes."""
     if data.class_names != config.class_names:
         raise ValueError(
             f"the data's classes ({', '.join(data.class_names[:4])}, ...) are not the model's "
@@ -79,8 +69,7 @@ def check_data(data: TrainingData, config: ModelConfig) -> None:
     stride, channels = (
         (1, space.channels) if isinstance(space, PixelSpace) else (space.vae_stride, space.latent_channels)
     )
-    shape = (channels, *(side // stride for side in space.image_size))
-    if data.shape != shape:
+    if data.shape != (shape := (channels, *(side // stride for side in space.image_size))):
         raise ValueError(f"the data's {space.kind} are {data.shape}, the model's are {shape}")
     if isinstance(space, LatentSpace) and isinstance(data, LatentData):
         if not same_vae((data.vae, data.vae_sha256), (space.vae, space.vae_sha256)):

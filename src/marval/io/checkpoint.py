@@ -27,18 +27,13 @@ MOST_PIXELS = 2**26  # of a model's pictures: 8192 x 8192
 
 
 def save_model(folder: Path | str, model: MAR, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
-    """Write weights and configuration; the file of the weights alone is a whole model.
-
-    Raises:
-        ValueError: the folder cannot be written to, or the disk is full.
-    """
+    """Write weights and configuration; the file of the weights alone is a whole model."""
     save_tensors(folder, {name: t.detach().to("cpu", dtype) for name, t in model.state_dict().items()}, config)
 
 
 def save_tensors(folder: Path | str, tensors: dict[str, Tensor], config: ModelConfig) -> None:
     """Write the tensors of a network's `state_dict` (on the CPU) as `save_model` does."""
-    folder = Path(folder)
-    text = json.dumps(config.to_dict(), indent=2)
+    folder, text = Path(folder), json.dumps(config.to_dict(), indent=2)
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt", "marval": text})
     write_text(folder / "config.json", text + "\n")
 
@@ -83,12 +78,11 @@ def _check_config(config: ModelConfig, tensors: int) -> None:
     if re.search(r"(^|:)[\\/]{2}", config.data):  # Windows would log in to another machine
         raise ValueError(f"its data are {shorten(config.data)}: expected a place on this machine")
     mar, space = config.mar, config.space
-    depth = mar.encoder_depth + mar.decoder_depth + mar.head_depth
     if mar.buffer_size < 1:
         raise ValueError(f"a buffer of {mar.buffer_size} tokens: expected at least 1")
     if space.image_size[0] * space.image_size[1] > MOST_PIXELS:
         raise ValueError(f"pictures of {space.image_size[1]}x{space.image_size[0]} pixels")
-    if depth > tensors:
+    if (depth := mar.encoder_depth + mar.decoder_depth + mar.head_depth) > tensors:
         raise ValueError(f"{depth} blocks, but {tensors} tensors")
     if (space.token_grid, space.token_dim) != (mar.token_grid, mar.token_dim):
         raise ValueError(
@@ -98,11 +92,7 @@ def _check_config(config: ModelConfig, tensors: int) -> None:
 
 
 def check_tensors(file: Path | str, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Compare names and shapes with those `expected`, and look for values that no sound model has.
-
-    Raises:
-        ValueError: names the first missing, unknown or misshapen tensor, or one that is not of finite numbers.
-    """
+    """Raise a ValueError that names the first missing, unknown or misshapen tensor, or one with NaN or infinity."""
     for name, tensor in expected.items():
         if name not in tensors:
             raise ValueError(f"{file}: tensor {name} is missing")
@@ -112,23 +102,13 @@ def check_tensors(file: Path | str, tensors: dict[str, Tensor], expected: dict[s
             raise ValueError(f"{file}: {name} has {tensors[name].dtype}, expected {tensor.dtype}")
     if unknown := sorted(tensors.keys() - expected.keys()):
         raise ValueError(f"{file}: unknown tensor {unknown[0]}")
-    if broken := next((name for name, tensor in tensors.items() if not all_finite(tensor)), None):
-        raise ValueError(f"{file}: {broken} holds values that are not finite (NaN or infinity): this model is broken")
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Tell whether a tensor holds neither NaN nor infinity, without a copy of it."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return all(bool(end.isfinite()) for end in tensor.aminmax())
+    for name, tensor in tensors.items():  # aminmax makes no copy of the tensor
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ValueError(f"{file}: {name} holds values that are not finite (NaN or infinity): this model is broken")
 
 
 def find_file(path: Path) -> Path:
-    """Find a checkpoint: the file `path`, or the only one in the folder `path`.
-
-    Raises:
-        ValueError: no such file, or not exactly one.
-    """
+    """Find a checkpoint: the file `path`, or the only one in the folder `path`."""
     if path.is_file():
         return path
     files = [file for suffix in ("*.safetensors", "*.pth", "*.ckpt") for file in sorted(path.glob(suffix))]
@@ -158,8 +138,8 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
             # Only files of torch >= 1.6 are zip archives, and only those can be mapped.
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        blocked = re.search(r"GLOBAL ([\w.]+)|load ([\w.]+) whose module", str(error))
-        reason = f" ({blocked[1] or blocked[2]})" if blocked else ""
+        blocked = re.search(r"(?<=GLOBAL )[\w.]+|(?<=load )[\w.]+(?= whose module)", str(error))
+        reason = f" ({blocked[0]})" if blocked else ""
         raise ValueError(f"{file} is refused: it is damaged or would run code when loaded{reason}") from None
     except Exception as error:  # bytes of any kind raise errors of any kind
         reason = [*str(error).splitlines(), type(error).__name__][0]  # some come without a text
@@ -170,13 +150,9 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
 
 
 def weights_file(path: Path) -> Path:
-    """Find the weights of a model: the file itself, or the one in a folder.
-
-    Raises:
-        ValueError: there is none, or it is no regular file: a device or a pipe could be read for ever.
-    """
+    """Find the weights of a model: the file itself, or the one in a folder."""
     file = path / WEIGHTS if path.is_dir() else path
-    if not file.is_file():
+    if not file.is_file():  # a device or a pipe could be read for ever
         raise ValueError(f"{file} does not exist, or is no file")
     return file
 
@@ -189,23 +165,19 @@ def add_guidance(about: dict[str, Any], file: Path) -> dict[str, Any]:
     draw, beside = about.get("draw"), file.parent / "config.json"
     if isinstance(draw, dict) and draw.get("kind") == "one_step" and "guidance" not in draw and beside.is_file():
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            draw_beside = json.loads(beside.read_text())["draw"]
-            names = ("guidance", "guidance_schedule")
-            about = {**about, "draw": {**draw, **{name: draw_beside[name] for name in names}}}
+            other = json.loads(beside.read_text())["draw"]
+            known = {name: other[name] for name in ("guidance", "guidance_schedule")}
+            return {**about, "draw": {**draw, **known}}
     return about
 
 
 def model_hash(folder: Path) -> str:
-    """Compute the SHA-256 of a model's file of weights.
-
-    Raises:
-        ValueError: as `weights_file`.
-    """
+    """Compute the SHA-256 of a model's file of weights."""
     return sha256_of(weights_file(folder))
 
 
 def weights_hash(network: nn.Module) -> str:
-    """Compute the SHA-256 of a network's weights, names and values, however they are stored."""
+    """Compute the SHA-256 of a network's weights: names and values, however they are stored."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())

@@ -18,20 +18,16 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP}  # what network disks without locks ans
 
 
 def cache_folder() -> Path:
-    """Make and return the folder for downloads and for figures that were costly to compute.
-
-    It is the user's cache; where that cannot be written to, a folder of the user's own among the temporary files.
-    """
-    user = user_cache()
-    if user is not None:
+    """Make and return the user's cache; where it cannot be written to, its own among the temporary files."""
+    if user := user_cache():
         with contextlib.suppress(OSError):
             user.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=user):  # asking for permission alone misses much
                 return user
-    owner = os.getuid() if hasattr(os, "getuid") else None
-    folder = Path(tempfile.gettempdir()) / f"marval-{'user' if owner is None else owner}"
+    owner = os.getuid() if hasattr(os, "getuid") else 0  # as Windows says of every file
+    folder = Path(tempfile.gettempdir()) / f"marval-{owner}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if owner is not None and folder.lstat().st_uid != owner:  # a stranger was there first
+    if folder.lstat().st_uid != owner:  # a stranger was there first
         return Path(tempfile.mkdtemp(prefix="marval-"))
     return folder
 
@@ -90,11 +86,7 @@ def atomic_folder(target: Path | str) -> Iterator[Path]:
 
 
 def write_tensors(target: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all.
-
-    Raises:
-        ValueError: as `atomic_path`.
-    """
+    """Write a safetensors file, whole or not at all (see `atomic_path`)."""
     with atomic_path(target) as partial:
         partial.touch()
         mode = partial.stat().st_mode
@@ -103,11 +95,7 @@ def write_tensors(target: Path | str, tensors: dict[str, Tensor], metadata: dict
 
 
 def write_text(target: Path | str, text: str) -> None:
-    """Write a text file, whole or not at all.
-
-    Raises:
-        ValueError: as `atomic_path`.
-    """
+    """Write a text file, whole or not at all (see `atomic_path`)."""
     with atomic_path(target) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -118,14 +106,10 @@ def locked(path: Path | str, wait: bool) -> Iterator[None]:
 
     It keeps out only those who ask for it, and nobody on disks without locks. A killed process loses its lock.
 
-    Args:
-        wait: for another holder to end.
-
     Raises:
         ValueError: another process or block holds it and `wait` is off, or the file cannot be made.
     """
-    path = Path(path)
-    lock = FileLock(path)
+    path, lock = Path(path), FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=wait)
@@ -142,16 +126,12 @@ def locked(path: Path | str, wait: bool) -> Iterator[None]:
 
 
 def check_output(path: Path | str, *, folder: bool) -> None:
-    """Check that `path`, a folder or a file, can be written later; nothing is made.
-
-    Raises:
-        ValueError: it is of the other kind, lies inside a file, or where one may not write.
-    """
+    """Raise a ValueError unless `path`, a folder or a file, can be written later; nothing is made."""
     path = Path(path)
     try:
         if path.exists() and path.is_dir() != folder:
-            kinds = ("file", "folder") if folder else ("folder", "file")
-            raise ValueError(f"{path} is a {kinds[0]}: expected a {kinds[1]}; choose another place")
+            kind, expected = ("file", "folder") if folder else ("folder", "file")
+            raise ValueError(f"{path} is a {kind}: expected a {expected}; choose another place")
         there = next(place for place in (path if folder else path.parent, *path.absolute().parents) if place.exists())
         if not there.is_dir():
             raise ValueError(f"{path}: {there} is a file, expected a folder; choose another place")
@@ -162,16 +142,7 @@ def check_output(path: Path | str, *, folder: bool) -> None:
 
 
 def check_replace(target: Path, *, source: Path, folder: bool, force: bool) -> None:
-    """Refuse, before costly work, an output that is there already or cannot be written.
-
-    Args:
-        source: the file that it is made from, which nothing may write over.
-        folder: whether it is a folder.
-        force: write over what is there.
-
-    Raises:
-        ValueError: says what to do instead.
-    """
+    """Check an output as `check_output`; refuse one that is there already (without `force`), or its own `source`."""
     if target.exists() and (target.samefile(source) or target.samefile(source.parent)):
         raise ValueError(f"{target} is what it would be made from ({source}): choose another place")
     if os.path.lexists(target) and not force:
@@ -180,7 +151,7 @@ def check_replace(target: Path, *, source: Path, folder: bool, force: bool) -> N
 
 
 def sha256_of(file: Path) -> str:
-    """Compute the SHA-256 of a file, in hexadecimal digits."""
+    """Compute a file's SHA-256, in hexadecimal digits."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 

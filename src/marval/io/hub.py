@@ -25,11 +25,7 @@ REASONS = {
 
 
 def hub() -> ModuleType:
-    """Import the library of the hub.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+    """Import the library of the hub."""
     try:
         import huggingface_hub
     except ImportError as error:
@@ -47,9 +43,6 @@ def fetch(repo_id: str, patterns: Sequence[str], revision: str | None = None) ->
     """Fetch a repository's files that match `patterns`, or find them in the cache, and return their folder.
 
     Call it with names that a person typed, never with names that a file holds.
-
-    Raises:
-        ValueError: huggingface_hub is not installed, or the hub does not give them.
     """
     download = hub().snapshot_download
     try:
@@ -60,11 +53,7 @@ def fetch(repo_id: str, patterns: Sequence[str], revision: str | None = None) ->
 
 @functools.cache  # so that a process sees one version of a repository
 def fetch_model(repo_id: str, revision: str | None = None) -> Path:
-    """Fetch a model from the hub, its weights (safetensors) and configuration alone, and return its folder.
-
-    Raises:
-        ValueError: as `fetch`, or the repository holds no model of marval.
-    """
+    """Fetch a model from the hub, its weights (safetensors) and configuration alone, and return its folder."""
     folder = fetch(repo_id, (WEIGHTS, "config.json"), revision)
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{repo_id} on the Hugging Face hub has no {WEIGHTS}: it is no model of marval")
@@ -97,9 +86,9 @@ def push_model(
 
 def published(config: ModelConfig) -> ModelConfig:
     """The configuration for other machines: a VAE's folder goes by its name, to be put beside the model's files."""
-    if not isinstance(config.space, LatentSpace) or not os.path.isabs(config.space.vae):
-        return config
-    return replace(config, space=replace(config.space, vae=Path(config.space.vae).name))
+    if isinstance(config.space, LatentSpace) and os.path.isabs(config.space.vae):
+        return replace(config, space=replace(config.space, vae=Path(config.space.vae).name))
+    return config
 
 
 def model_card(repo_id: str, config: ModelConfig, license: str | None = None) -> str:
@@ -107,10 +96,9 @@ def model_card(repo_id: str, config: ModelConfig, license: str | None = None) ->
     kind = "one-step student" if config.draw.kind == "one_step" else "teacher"
     tags = ["marval", "image-generation", "class-conditional", "masked-autoregressive-diffusion"]
     header = hub().ModelCardData(library_name="marval", license=license, tags=tags).to_yaml()
-    height, width = config.space.image_size
-    vae = ""
-    if isinstance(config.space, LatentSpace):
-        vae = f"It needs the VAE `{config.space.vae}` (SHA-256 `{config.space.vae_sha256 or 'unknown'}`).\n"
+    space, (height, width), vae = config.space, config.space.image_size, ""
+    if isinstance(space, LatentSpace):
+        vae = f"It needs the VAE `{space.vae}` (SHA-256 `{space.vae_sha256 or 'unknown'}`).\n"
     names = "\n".join(f"{number} {name}" for number, name in enumerate(config.class_names))
     return f"""---
 {header}

@@ -2,7 +2,6 @@
 
 import functools
 import io
-import math
 import os
 import unicodedata
 from collections.abc import Sequence
@@ -28,7 +27,6 @@ UPRIGHT = {  # by EXIF's orientation
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-SIDEWAYS = [UPRIGHT[i] for i in (5, 6, 7, 8)]
 
 
 @functools.cache
@@ -81,8 +79,8 @@ def read_image(
             raw = _raw_mode(picture)
             picture.load()
             upright = _eight_bits(picture, raw)
-            if (method := _orientation(picture)) is not None:
-                upright = upright.transpose(method)
+            if (turn := UPRIGHT.get(_orientation(picture))) is not None:
+                upright = upright.transpose(turn)
             animated = getattr(picture, "is_animated", False) and picture.format not in SEVERAL
     except Exception as error:  # a decoder may raise anything on damaged bytes
         raise _unreadable(source, error) from None
@@ -91,16 +89,12 @@ def read_image(
 
 
 def image_size(source: Path) -> tuple[int, int]:
-    """Read width and height of an image file's upright picture from its header.
-
-    Raises:
-        ValueError: not an image.
-    """
+    """Read width and height of an image file's upright picture from its header."""
     try:
         with Image.open(source, formats=readable_formats()) as picture:
             # Pillow turns a TIFF's size itself, and would decode a whole PNG to look for EXIF behind the pixels.
             known = picture.format != "TIFF" and (picture.format != "PNG" or "exif" in picture.info)
-            return picture.size[::-1] if known and _orientation(picture) in SIDEWAYS else picture.size
+            return picture.size[::-1] if known and _orientation(picture) >= 5 else picture.size
     except Exception as error:
         raise _unreadable(source, error) from None
 
@@ -113,12 +107,13 @@ def _unreadable(source: Path | io.BytesIO | io.BufferedReader, error: Exception)
     return ValueError(f"{name} cannot be read as an image ({printable(reason)}): mend or remove it")
 
 
-def _orientation(picture: Image.Image) -> Image.Transpose | None:
-    """Find what turns a picture upright, by its EXIF; None where that is damaged or says nothing."""
+def _orientation(picture: Image.Image) -> int:
+    """Read EXIF's orientation, 1 to 8; 1, which is upright, where that is damaged or says nothing."""
     try:
-        return UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # metadata of any kind must not cost the picture
-        return None
+        return 1
+    return orientation if orientation in UPRIGHT else 1
 
 
 def _raw_mode(picture: Image.Image) -> str:
@@ -209,10 +204,9 @@ def grid(
     width, height = cells[0][0].size
     font = ImageFont.load_default(13)
     columns = max(len(row) for row in cells)
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
     def text_width(text: str) -> int:
-        return int(max(measure.textlength(line, font=font) for line in text.split("\n"))) if text else 0
+        return int(max(font.getlength(line) for line in text.split("\n")))
 
     left = max((text_width(label) for label in row_labels), default=0) + (16 if row_labels else gap)
     top = (26 if title else gap) + (20 if column_labels else 0)
@@ -241,15 +235,6 @@ def png_bytes(picture: Image.Image, text: dict[str, str] | None = None) -> bytes
 
 
 def save_picture(file: Path, picture: Image.Image, text: dict[str, str] | None = None) -> None:
-    """Write a PNG with `text` in its metadata, whole or not at all.
-
-    Raises:
-        ValueError: the folder cannot be written to, or the disk is full.
-    """
+    """Write a PNG with `text` in its metadata, whole or not at all."""
     with atomic_path(file) as partial:
         partial.write_bytes(png_bytes(picture, text))
-
-
-def square_rows(images: Float[Tensor, "n c h w"]) -> list[Float[Tensor, "_ c h w"]]:
-    """Split images into the rows of a nearly square grid."""
-    return list(images.split(max(1, math.ceil(math.sqrt(len(images))))))

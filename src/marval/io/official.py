@@ -7,8 +7,10 @@ image size, VAE stride, patch size) comes from the caller, from `args`, or from 
 
 import argparse
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from torch import Tensor
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig
 from marval.io.checkpoint import check_tensors, find_file, load_model, read_checkpoint, save_model, weights_file
 from marval.io.files import atomic_path, check_replace, sha256_of
-from marval.io.imagenet import imagenet_classes
 from marval.io.vae import vae_hash, vae_place
 from marval.model import MAR
 
@@ -34,10 +35,15 @@ class Hints:
     vae_stride: int | None = None
     patch_size: int | None = None
 
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: expected a whole number from 1")
+
+@functools.cache
+def imagenet_classes() -> dict[str, str]:
+    """WordNet id to name, such as "n01440764" to "tench", of ImageNet's 1000 classes in the order of their numbers.
+
+    The names are WordNet's first lemmas, made unique ("crane" is two classes).
+    """
+    text = (files("marval") / "assets" / "imagenet-classes.tsv").read_text()
+    return dict(line.split("\t") for line in text.splitlines())
 
 
 def read_official(path: Path | str, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -46,9 +52,6 @@ def read_official(path: Path | str, ema: bool = True) -> tuple[dict[str, Tensor]
     Args:
         path: a `.pth`, a `.safetensors` file, or a folder that holds one of either.
         ema: take `model_ema` rather than `model` of a `.pth`.
-
-    Raises:
-        ValueError: as `read_checkpoint`, or a `.pth` without the wanted weights.
     """
     content = read_checkpoint(path)
     if find_file(Path(path)).suffix == ".safetensors":
@@ -69,8 +72,7 @@ def official_model(
     """Read an official checkpoint as a network (its tensors stay memory-mapped) and a configuration.
 
     Raises:
-        ValueError: as `read_official`; a contradiction, or sizes that nothing says; or a missing, unknown or misshapen
-            tensor, or one that is not finite.
+        ValueError: as `read_checkpoint` and `check_tensors`; a contradiction, or sizes that nothing says.
     """
     tensors, args = read_official(path, ema)
     mar, space = infer_config(tensors, args, hints, path)
@@ -82,8 +84,7 @@ def official_model(
         model = MAR(mar)
     check_tensors(path, tensors, model.state_dict())
     model.load_state_dict(tensors, strict=True, assign=True)
-    imagenet = tuple(imagenet_classes().values())
-    names = imagenet if mar.num_classes == len(imagenet) else tuple(str(i) for i in range(mar.num_classes))
+    names = tuple(imagenet_classes().values() if mar.num_classes == 1000 else map(str, range(mar.num_classes)))
     space = dataclasses.replace(space, vae=vae, vae_sha256=vae_sha256)
     source = f"{path} sha256 {sha256_of(find_file(Path(path)))}"
     config = ModelConfig(mar, space, draw, names, 64, Path(path).stem, source=source)
@@ -96,7 +97,11 @@ def infer_config(
     """Read the sizes and the token space of an official checkpoint off its tensors and `args`."""
 
     def shape(name: str, dimensions: int = 2) -> torch.Size:
-        return _shape(tensors, name, dimensions, source)
+        size = tensors[name].shape if name in tensors else None
+        if size is None or len(size) != dimensions or 0 in size:
+            problem = "is missing" if size is None else f"has shape {tuple(size)}"
+            raise ValueError(f"{source}: tensor {name} {problem}: expected {dimensions} dimensions, none of them 0")
+        return size
 
     def depth(blocks: str, first: str) -> int:
         shape(f"{blocks}.0.{first}", 1)  # there is a first one
@@ -112,22 +117,15 @@ def infer_config(
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"{source}: its args say proj_dropout {dropout!r}: expected a number from 0 to 1")
     mar = MARConfig(
-        token_grid=space.token_grid,
-        token_dim=token_dim,
-        num_classes=shape("class_emb.weight")[0],
-        encoder_dim=width,
-        encoder_depth=depth("encoder_blocks", "norm1.weight"),
-        encoder_heads=heads,
-        decoder_dim=decoder_width,
-        decoder_depth=depth("decoder_blocks", "norm1.weight"),
-        decoder_heads=decoder_heads,
-        head_width=head_width,
-        head_depth=depth("diffloss.net.res_blocks", "in_ln.weight"),
-        buffer_size=shape("encoder_pos_embed_learned", 3)[1] - space.token_grid[0] * space.token_grid[1],
+        space.token_grid, token_dim, num_classes=shape("class_emb.weight")[0],
+        encoder_dim=width, encoder_depth=depth("encoder_blocks", "norm1.weight"), encoder_heads=heads,
+        decoder_dim=decoder_width, decoder_depth=depth("decoder_blocks", "norm1.weight"), decoder_heads=decoder_heads,
+        head_width=head_width, head_depth=depth("diffloss.net.res_blocks", "in_ln.weight"),
+        buffer_size=shape("encoder_pos_embed_learned", 3)[1] - math.prod(space.token_grid),
         mlp_ratio=shape("encoder_blocks.0.mlp.fc1.weight")[0] / width,
         learn_variance=shape("diffloss.net.final_layer.linear.weight")[0] == 2 * token_dim,
         dropout=float(dropout),
-    )
+    )  # fmt: skip
     for name, size in (("diffloss_w", head_width), ("diffloss_d", mar.head_depth), ("buffer_size", mar.buffer_size)):
         if args.get(name, size) != size:
             raise ValueError(f"{source}: its args say {name} {args[name]}, its tensors {size}")
@@ -161,40 +159,16 @@ def _infer_space(tokens: int, token_dim: int, args: dict[str, Any], hints: Hints
     return LatentSpace((image, image), "kl16", stride, token_dim // patch**2, patch)
 
 
-def _shape(tensors: dict[str, Tensor], name: str, dimensions: int, source: Path | str) -> torch.Size:
-    if name not in tensors:
-        raise ValueError(f"{source}: tensor {name} is missing")
-    shape = tensors[name].shape
-    if len(shape) != dimensions or 0 in shape:
-        raise ValueError(f"{source}: {name} has shape {tuple(shape)}, expected {dimensions} dimensions, none of them 0")
-    return shape
-
-
 def convert_mar(
     source: Path | str, out: Path, hints: Hints = Hints(), *, ema: bool = True, vae: str = "kl16", force: bool = False
 ) -> None:
-    """Convert an official checkpoint to a model folder (see `official_model`).
-
-    Args:
-        vae: the VAE's folder or hub id, for the configuration.
-        force: write over a model that is there.
-
-    Raises:
-        ValueError: as `official_model`; or the folder exists or cannot be written.
-    """
+    """Convert an official checkpoint to a model folder (see `official_model`); `force` writes over one."""
     check_replace(out, source=find_file(Path(source)), folder=True, force=force)
     save_model(out, *official_model(source, hints, ema=ema, vae=vae_place(vae), vae_sha256=vae_hash(vae)))
 
 
 def convert_to_mar(source: Path, out: Path, *, force: bool = False) -> None:
-    """Convert a model (a folder or its weights) to an official `.pth`: the same tensors as `model` and `model_ema`.
-
-    Args:
-        force: write over a file that is there.
-
-    Raises:
-        ValueError: as `load_model`; or the file has another suffix, exists or cannot be written.
-    """
+    """Convert a model (a folder or its weights) to an official `.pth`: the same tensors as `model` and `model_ema`."""
     if out.suffix == ".safetensors":
         raise ValueError(f"{out}: official checkpoints are pickles; choose a name that ends in .pth")
     check_replace(out, source=weights_file(source), folder=False, force=force)

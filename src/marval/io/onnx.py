@@ -7,14 +7,12 @@ import logging
 import tempfile
 import warnings
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from marval.config import Chain, ModelConfig, PixelSpace
-from marval.io.files import check_output
 from marval.model import MAR
 from marval.runtime.rng import generator
 from marval.sampling import draw_counts, draw_function, sample
@@ -37,7 +35,7 @@ class Student(nn.Module):
     def forward(
         self, labels: Int[Tensor, " b"], noise: Float[Tensor, "b l c"], order: Int[Tensor, "b l"]
     ) -> Float[Tensor, "b c2 h w"]:
-        """Images in [0, 1] where tokens are pixels, else the VAE's latents."""
+        """Draw images in [0, 1] where tokens are pixels, else the VAE's latents."""
         start = Start(torch.zeros_like(noise), order, 0, self.counts, noise[None])
         *_, (tokens, _) = run(self.model, self.draw, self.model.embed(labels), start)
         return self.picture(tokens)
@@ -48,21 +46,6 @@ class Student(nn.Module):
         if isinstance(space, PixelSpace):
             return Pixels(space).decode(tokens)
         return unpatchify(tokens, space.token_grid, space.patch) / space.scale + space.shift
-
-
-def packages() -> ModuleType:
-    """onnxruntime.
-
-    Raises:
-        ValueError: a package that exporting needs is not installed.
-    """
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"ONNX needs {error.name}: pip install onnx onnxscript onnxruntime") from error
-    return onnxruntime
 
 
 def export_onnx(model: MAR, config: ModelConfig, iterations: int, file: Path) -> float:
@@ -82,10 +65,15 @@ def export_onnx(model: MAR, config: ModelConfig, iterations: int, file: Path) ->
             f"{config.name or 'this model'} is a teacher, which calls its head {config.draw.diffusion_steps} times for "
             "each token: an ONNX graph would hold every call; distil it, and export the student"
         )
-    runtime, student = packages(), Student(model, config, iterations).eval()
-    check_output(file, folder=False)
-    given, expected = trial(student)
-    program = exported(student, given)
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"ONNX needs {error.name}: pip install onnx onnxscript onnxruntime") from error
+    student = Student(model, config, iterations).eval()
+    inputs, expected = trial(student)
+    program = exported(student, inputs)
     program.model.metadata_props.update(
         model=config.name, iterations=str(iterations), class_names=json.dumps(config.class_names)
     )
@@ -93,8 +81,8 @@ def export_onnx(model: MAR, config: ModelConfig, iterations: int, file: Path) ->
     with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
         partial = Path(folder) / file.name  # large weights lie beside it, in a file whose name it holds
         program.save(partial, external_data=sum(p.nbytes for p in model.parameters()) > LARGEST)
-        session = runtime.InferenceSession(partial, providers=["CPUExecutionProvider"])
-        images = torch.from_numpy(session.run(None, {name: t.numpy() for name, t in given.items()})[0])
+        session = onnxruntime.InferenceSession(partial, providers=["CPUExecutionProvider"])
+        images = torch.from_numpy(session.run(None, {name: t.numpy() for name, t in inputs.items()})[0])
         difference = float((images - expected).abs().max() / expected.abs().max())
         if not difference <= TOLERANCE:
             raise ValueError(f"{file}: onnxruntime draws other images than PyTorch (by {difference:.1g}): not written")
@@ -117,18 +105,15 @@ def trial(student: Student, batch: int = 3) -> tuple[dict[str, Tensor], Tensor]:
     return {"labels": labels, "noise": noise, "order": order}, student.picture(tokens)
 
 
-def exported(student: Student, given: dict[str, Tensor]) -> torch.onnx.ONNXProgram:
-    """The ONNX program of a student, for batches of any size.
-
-    The networks read the batch off `x.shape[0]`, as `len(x)` would fix it.
-    """
+def exported(student: Student, inputs: dict[str, Tensor]) -> torch.onnx.ONNXProgram:
+    """The program of a student, for any batch; so the networks read it off `x.shape[0]`: `len(x)` would fix it."""
     name = "images" if student.config.space.kind == "pixels" else "latents"
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of a torchvision that is not needed
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")  # of deprecations inside torch
         program = torch.onnx.export(
-            student, kwargs=given, dynamo=True, dynamic_shapes={each: {0: "batch"} for each in given}, verbose=False,
-            input_names=list(given), output_names=[name],
+            student, kwargs=inputs, dynamo=True, dynamic_shapes={each: {0: "batch"} for each in inputs}, verbose=False,
+            input_names=list(inputs), output_names=[name],
         )  # fmt: skip
     assert program is not None  # with dynamo=True it never is
     return program

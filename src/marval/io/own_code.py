@@ -23,15 +23,10 @@ class OwnCode:
     """
 
     def __init__(self, spec: str, option: str, others: Iterable[str] = ()):
-        """Find what `spec` names.
-
-        Args:
-            option: what it was given for, for messages.
-            others: what else could have been given, for messages.
+        """Find what `spec` names; `option` is what it was given for, and `others` what else could have been given.
 
         Raises:
-            ValueError: not such a name, no such file or module, an error in it, nothing of that name in it, or nothing
-                that can be called.
+            ValueError: no such file or module, an error in it, or nothing of that name in it that can be called.
         """
         self.spec, self.option = spec, option
         place, _, name = spec.rpartition(":")
@@ -45,10 +40,9 @@ class OwnCode:
         named = getattr(module, name)
         self.function = self._guarded(named) if isinstance(named, type) else named
         if not callable(self.function):
-            kind = type(self.function).__name__
             raise ValueError(
-                f"{option} {spec!r}: {name} is a {kind}, which cannot be called: expected a function, or a class with "
-                "__call__"
+                f"{option} {spec!r}: {name} is a {type(self.function).__name__}, which cannot be called: expected a "
+                "function, or a class with __call__"
             )
         if isinstance(self.function, nn.Module):
             self.function.eval().requires_grad_(False)
@@ -73,10 +67,6 @@ def load_module(place: str, expected: str) -> ModuleType:
 
     A name is looked for in the current folder first, as `python` does for a script, then among the installed modules.
     The folder that it was found in stays at the end of the search path, for what the module imports later.
-
-    Raises:
-        ValueError: no such file or module.
-        Exception: what the module's own code raises.
     """
     by_path = place.endswith(".py")
     file = (Path(place).expanduser() if by_path else Path(*place.split(".")).with_suffix(".py")).absolute()
@@ -103,8 +93,7 @@ def load_file(file: Path) -> ModuleType:
     name = f"{file.stem}_{hashlib.sha256(os.fsencode(file)).hexdigest()[:8]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None  # as the name ends in .py
-        assert spec.loader is not None
+        assert spec is not None and spec.loader is not None  # as the name ends in .py  # noqa: PT018
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
@@ -121,11 +110,7 @@ def in_one_line(error: BaseException) -> str:
         return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
     # Neither Python's own code, nor a library's, nor marval's.
     others = ("<", str(Path(os.__file__).parent), str(Path(__file__).parents[1]))
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(others) and "site-packages" not in Path(frame.filename).parts
-    ]
-    if frames:
-        return f"{frames[-1].filename}, line {frames[-1].lineno}: {message}"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(others) and "site-packages" not in Path(frame.filename).parts:
+            return f"{frame.filename}, line {frame.lineno}: {message}"
     return message.removeprefix("ValueError: ")

@@ -1,5 +1,6 @@
 """VAEs: find and load one, and convert the KL-16 of the official MAR code to a diffusers `AutoencoderKL` folder."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,9 +26,6 @@ def load_vae(name: str, device: torch.device | str = "cpu", *, download: bool = 
     Args:
         download: fetch a hub id; only where a person typed it, not where a model's file names it. Without, what
             `hf download` put into the local cache is found.
-
-    Raises:
-        ValueError: diffusers is not installed, or the VAE's files are not there.
     """
     kind, is_folder = _autoencoder_kl(), not ELSEWHERE.match(name) and Path(name).is_dir()
     if not is_folder and not HUB_ID.fullmatch(name):
@@ -59,16 +57,12 @@ def find_vae(place: str) -> str:
 
 def vae_hash(name: str) -> str:
     """Compute the SHA-256 of the weights in a VAE's folder, or of a hub id's in the hub's cache; "" without weights."""
-    if Path(name).is_dir():
-        files = sorted(Path(name).glob("*.safetensors"))
-    else:
-        try:
-            from huggingface_hub import try_to_load_from_cache
+    files = sorted(Path(name).glob("*.safetensors"))
+    with contextlib.suppress(ImportError, ValueError):  # not there, or the name is no hub id
+        from huggingface_hub import try_to_load_from_cache
 
-            cached = try_to_load_from_cache(name, "diffusion_pytorch_model.safetensors")
-        except (ImportError, ValueError):  # not there, or the name is no hub id
-            return ""
-        files = [Path(cached)] if isinstance(cached, str) else []
+        cached = None if Path(name).is_dir() else try_to_load_from_cache(name, "diffusion_pytorch_model.safetensors")
+        files = [Path(cached)] if isinstance(cached, str) else files
     digests = b"".join(bytes.fromhex(sha256_of(file)) for file in files)
     return hashlib.sha256(digests).hexdigest() if files else ""
 
@@ -128,40 +122,33 @@ def diffusers_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def infer_vae_config(tensors: dict[str, Tensor], source: Path | str) -> dict[str, Any]:
     """Read the arguments of diffusers' `AutoencoderKL` off the shapes of weights in latent-diffusion's format."""
-    for name in ("encoder.conv_in.weight", "encoder.down.0.block.0.conv2.weight", "post_quant_conv.weight"):
+    first, last, level = "encoder.conv_in.weight", "post_quant_conv.weight", "encoder.down.{}.block.0.conv2.weight"
+    for name in (first, level.format(0), last):
         if name not in tensors or tensors[name].ndim != 4:
             raise ValueError(
                 f"{source}: tensor {name} is missing or no convolution's: expected a KL autoencoder such as kl16.ckpt"
             )
     channels: list[int] = []
-    while (name := f"encoder.down.{len(channels)}.block.0.conv2.weight") in tensors:
+    while (name := level.format(len(channels))) in tensors:
         channels.append(tensors[name].shape[0])
-    attention = [f"encoder.down.{i}.attn.0.q.weight" in tensors for i in range(len(channels))]
-    attention_up = [f"decoder.up.{i}.attn.0.q.weight" in tensors for i in range(len(channels))]
+    down, up = (
+        [f"{'Attn' * (f'{side}.{i}.attn.0.q.weight' in tensors)}{kind}" for i in range(len(channels))]
+        for side, kind in (("encoder.down", "DownEncoderBlock2D"), ("decoder.up", "UpDecoderBlock2D"))
+    )
+    pixels = tensors[first].shape[1]
     return {
-        "in_channels": tensors["encoder.conv_in.weight"].shape[1],
-        "out_channels": tensors["encoder.conv_in.weight"].shape[1],
-        "down_block_types": [f"{'Attn' * here}DownEncoderBlock2D" for here in attention],
-        "up_block_types": [f"{'Attn' * here}UpDecoderBlock2D" for here in reversed(attention_up)],
-        "block_out_channels": channels,
+        "in_channels": pixels, "out_channels": pixels, "latent_channels": tensors[last].shape[0],
+        "down_block_types": down, "up_block_types": up[::-1], "block_out_channels": channels,
         "layers_per_block": sum(f"encoder.down.0.block.{i}.conv1.weight" in tensors for i in range(16)),
-        "latent_channels": tensors["post_quant_conv.weight"].shape[0],
-        "act_fn": "silu",
-        "norm_num_groups": 32,
-        "sample_size": 256,
-        "scaling_factor": 0.2325,
-    }
+        "act_fn": "silu", "norm_num_groups": 32, "sample_size": 256, "scaling_factor": 0.2325,
+    }  # fmt: skip
 
 
 def convert_vae(path: Path | str, out: Path | str, force: bool = False) -> None:
-    """Write a latent-diffusion autoencoder as a diffusers folder, whole or not at all; its tensors stay memory-mapped.
-
-    Args:
-        force: write over the files of a folder that exists.
+    """Write a latent-diffusion autoencoder as a diffusers folder, whole or not at all; `force` writes over one.
 
     Raises:
-        ValueError: as `read_checkpoint`; a missing, unknown or misshapen tensor, or one that is not finite; diffusers
-            is not installed; or the folder exists or cannot be written.
+        ValueError: as `read_checkpoint` and `check_tensors`; or the folder exists or cannot be written.
     """
     kind, out, file = _autoencoder_kl(), Path(out), find_file(Path(path))
     check_replace(out, source=file, folder=True, force=force)
