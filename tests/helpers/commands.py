@@ -4,6 +4,7 @@ import sys
 from collections import namedtuple
 
 import pytest
+from jaxtyping import config
 
 from marval.cli import main
 
@@ -41,3 +42,11 @@ def refusal(marval):
         return said
 
     return run
+
+
+@pytest.fixture
+def unchecked():
+    """As users run it: without the tests' checks of shapes and types."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)

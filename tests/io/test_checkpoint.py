@@ -95,7 +95,7 @@ def test_tensors_that_do_not_fit_are_named(change, message, tmp_path):
         ({"order": "spiral"}, "order (is )?'spiral'"),
     ],
 )
-def test_a_malformed_configuration_is_refused_in_one_line(change, message, tmp_path):
+def test_a_malformed_configuration_is_refused_in_one_line(change, message, tmp_path, unchecked):
     values = tiny_config().to_dict()
     for name, value in change.items():
         part, _, field = name.rpartition("__")

@@ -170,9 +170,12 @@ def test_what_a_model_names_as_its_vae_is_neither_fetched_nor_unpickled(vae, mes
             return Path.touch, (tmp_path / "harm",)
 
     monkeypatch.chdir(tmp_path)
-    for name in ("connect", "getaddrinfo"):
-        where = socket.socket if name == "connect" else socket
-        monkeypatch.setattr(where, name, lambda *_, **__: pytest.fail("something was asked of the network"))
+
+    def refuse(*_, **__):
+        raise AssertionError("something was asked of the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled/config.json").write_text('{"_class_name": "AutoencoderKL"}')
     (tmp_path / "pickled/diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Harm()))

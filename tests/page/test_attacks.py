@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def like(refusal, tmp_path):
+def like(refusal, unchecked, tmp_path):
     """Draw like a picture with this recipe; the one line that refuses it."""
 
     def run(text, *model):

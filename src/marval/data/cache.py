@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from marval.data.folder import Labelled, check_damaged, list_folder, listing_hash, say_skipped
+from marval.data.folder import Labelled, check_damaged, list_folder, listing_hash
 from marval.data.images import in_threads
 from marval.data.latents import INDEX, PLAN, LatentData, shard_file
 from marval.io.files import write_tensors, write_text
@@ -63,7 +63,6 @@ def cache_latents(
     }  # fmt: skip
     if workers.main:
         _claim(out, plan)
-        say_skipped(listing)
     workers.barrier()
     shards = [listing.files[start : start + SHARD] for start in range(0, len(listing.files), SHARD)]
     _write_shards(encoder, shards, out, workers)

@@ -73,8 +73,7 @@ def _find_file(name: str, folder: Path | str | None, fetch: bool) -> bytes:
     cache, problems = cache_folder() / "fashion-mnist", []
     for place in _places(name, cache, folder, fetch):
         try:
-            packed = _read(place)
-            content = _unpack(name, packed)
+            packed, content = _read(name, place)
         except (OSError, EOFError, zlib.error, HTTPException, ValueError) as error:
             reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
             problems.append(f"{place}: {reason}")
@@ -102,23 +101,18 @@ def _places(name: str, cache: Path, folder: Path | str | None, fetch: bool) -> I
         yield from (f"{url}{name}.gz" for url in URLS)
 
 
-def _read(place: Path | str) -> bytes:
-    if isinstance(place, str):
-        with urllib.request.urlopen(place, timeout=TIMEOUT) as response:
-            print(f"Fetching {place}", file=sys.stderr, flush=True)
-            return response.read(MOST_BYTES)
-    if place.is_dir():
+def _read(name: str, place: Path | str) -> tuple[bytes, bytes]:
+    """Read a file, as it is packed and unpacked, and compare its SHA-256 with the one expected."""
+    if isinstance(place, Path) and place.is_dir():
         raise ValueError("no such file in it")
-    with place.open("rb") as content:
-        return content.read(MOST_BYTES)
-
-
-def _unpack(name: str, packed: bytes) -> bytes:
-    """Unpack a file and compare its SHA-256 with the one expected."""
+    with place.open("rb") if isinstance(place, Path) else urllib.request.urlopen(place, timeout=TIMEOUT) as source:
+        if isinstance(place, str):
+            print(f"Fetching {place}", file=sys.stderr, flush=True)
+        packed = source.read(MOST_BYTES)
     zipped = packed.startswith(b"\x1f\x8b")
     content = gzip.GzipFile(fileobj=io.BytesIO(packed)).read(MOST_BYTES) if zipped else packed
     if (digest := hashlib.sha256(content).hexdigest()) != SHA256[name]:
         if content.lstrip()[:1] == b"<":
             raise ValueError("a web page in its place; does this network ask for a login?")
         raise ValueError(f"damaged: {len(content):,} bytes of SHA-256 {digest[:12]}..., not {SHA256[name][:12]}...")
-    return content
+    return packed, content

@@ -28,12 +28,11 @@ Skipped = defaultdict[str, list[str]]  # why something is not read -> names
 
 @dataclass(frozen=True)
 class Folder:
-    """The images of a folder, and what else is in it."""
+    """The images of a folder."""
 
     root: Path
     class_names: tuple[str, ...]
     files: list[Labelled]
-    skipped: str  # one line for the user; empty where everything is an image of a class
 
 
 @functools.lru_cache(maxsize=1000)
@@ -46,8 +45,8 @@ def say_once(line: str) -> None:
 def list_folder(root: Path) -> Folder:
     """List a folder with one sub-folder of images for each class; without sub-folders all images are one class.
 
-    Hidden files are skipped and links are followed. Classes and files are sorted by name. A class has its folder's
-    name, or ImageNet's readable name where that is a WordNet id.
+    Hidden files are skipped and links are followed; what is left out is printed. Classes and files are sorted by name.
+    A class has its folder's name, or ImageNet's readable name where that is a WordNet id.
 
     Raises:
         ValueError: no such folder, no images, a class without images, or two folders of one class.
@@ -73,8 +72,10 @@ def list_folder(root: Path) -> Folder:
     if empty := [os.path.basename(folder) for folder, files in zip(folders, images, strict=True) if not files]:
         names = ", ".join(map(printable, empty[:5]))
         raise ValueError(f"{printable(root)}: no images in {names}; remove such folders or fill them{more}")
-    files = [(file, label) for label, of_class in enumerate(images) for file in of_class]
-    return Folder(root, _class_names(folders), files, left_out)
+    class_names = _class_names(folders)
+    if left_out:
+        say_once(f"{printable(root)}: left out {left_out}")
+    return Folder(root, class_names, [(file, label) for label, files in enumerate(images) for file in files])
 
 
 def _entries(folder: str, read: set[str], skipped: Skipped) -> tuple[list[str], list[str]]:
@@ -149,7 +150,6 @@ def load_folder(
         ValueError: as `list_folder`, or too many files cannot be read.
     """
     listing = list_folder(Path(folder))
-    say_skipped(listing)
     files = listing.files if limit is None else _balanced_sample(listing.files, limit)
     size = infer_size([file for file, _ in files]) if size is None else size
     key = (listing_hash(listing.root, files), listing.class_names, size, channels)
@@ -203,12 +203,6 @@ def listing_hash(root: Path, files: Sequence[Labelled]) -> str:
         name = os.fsencode(os.path.relpath(file, root))
         digest.update(b"%d %d %d %s\0" % (label, status.st_size, status.st_mtime_ns, name))
     return digest.hexdigest()
-
-
-def say_skipped(listing: Folder) -> None:
-    """Print what of a folder is not read."""
-    if listing.skipped:
-        say_once(f"{printable(listing.root)}: left out {listing.skipped}")
 
 
 def check_damaged(reasons: Sequence[str], total: int, advice: str = "") -> None:
