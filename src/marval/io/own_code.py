@@ -93,7 +93,8 @@ def load_file(file: Path) -> ModuleType:
     name = f"{file.stem}_{hashlib.sha256(os.fsencode(file)).hexdigest()[:8]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None and spec.loader is not None  # as the name ends in .py  # noqa: PT018
+        assert spec is not None  # as the name ends in .py
+        assert spec.loader is not None
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
