@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from marval.cli import main
-from marval.evaluate.compare import compare, student_t
+from marval.evaluate.compare import compare
 from marval.evaluate.metrics import METRICS
 from marval.evaluate.results import merge_results, read_results, write_results
 from result_rows import quality, teacher, timed, write
@@ -156,11 +156,6 @@ def test_a_teacher_and_a_student_compare_where_each_file_holds_one(tmp_path):
     several = write(tmp_path / "two.json", [teacher(8, 100, 12.0), teacher(8, 10, 30.0)])
     with pytest.raises(ValueError, match="share no setting"):  # which of the two chains?
         compare(several, b)
-
-
-@pytest.mark.parametrize(("degrees", "error"), [(2, 0.031), (3, 0.008), (4, 0.003), (10, 1e-4), (1000, 1e-6)])
-def test_students_t_is_that_of_scipy(degrees, error):
-    assert student_t(degrees) == pytest.approx(scipy.stats.t.ppf(0.975, degrees), rel=error)
 
 
 def rewarded(seed, **rewards):

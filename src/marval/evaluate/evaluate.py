@@ -48,8 +48,6 @@ class Quality:
     def __post_init__(self) -> None:
         if not 2 <= self.samples <= SEEDS:  # more would have the next seed's noise
             raise ValueError(f"--samples {self.samples}: expected 2 to {SEEDS:,}; for more add seeds")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"--batch-size {self.batch_size}: expected at least 1")
         if self.npz and self.keep_images is None:
             raise ValueError("--npz: say where with --keep-images DIR")
 

@@ -250,11 +250,7 @@ def _runs_as(timed: Row, row: Row) -> bool:
 
 
 def best_within(points: Sequence[Point], seconds: float) -> str:
-    """Name, in a sentence, the setting with the smallest Fréchet distance that takes at most `seconds` an image.
-
-    Raises:
-        ValueError: there are no points.
-    """
+    """Name, in a sentence, the setting with the smallest Fréchet distance that takes at most `seconds` an image."""
     if not points:
         raise ValueError("no setting has both a distance and a time: nothing to choose from")
     within = [point for point in points if point.seconds <= seconds]
@@ -267,11 +263,7 @@ def best_within(points: Sequence[Point], seconds: float) -> str:
 
 
 def need_matplotlib() -> Any:
-    """matplotlib's figure class, without a display.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
+    """matplotlib's figure class, without a display."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -283,9 +275,6 @@ def plot_curve(points: Sequence[Point], file: Path, batch: int) -> None:
     """Draw quality against time per image as MARVAL's figure 1 does: a point for each (model, K, T), K beside it.
 
     Teachers are dashed. Left and below is better.
-
-    Raises:
-        ValueError: there are no points.
     """
     if not points:
         raise ValueError("no setting has both a distance and a time in one precision: nothing to plot")
