@@ -176,9 +176,8 @@ class TuneConfig(RunConfig):
 
     def within(self, tokens: int) -> "TuneConfig":
         """The same settings with K (and M) of at most the number of tokens, of which small images have few."""
-        if self.iterations <= tokens:
-            return self
-        return dataclasses.replace(self, iterations=tokens, gradient_iterations=min(self.gradient_iterations, tokens))
+        iterations, last = min(self.iterations, tokens), min(self.gradient_iterations, tokens)
+        return dataclasses.replace(self, iterations=iterations, gradient_iterations=last)
 
     @classmethod
     def imagenet256(cls, size: Size) -> "TuneConfig":

@@ -42,23 +42,24 @@ def alone(tmp_path_factory):
     return run
 
 
+SPLIT = ("accumulate=3", "checkpoint_blocks=1")
+
+
 @pytest.mark.parametrize(
-    ("stage", "processes"), [("train", 2), ("distill", 3), ("tune", 2), ("anchored", 2), ("anchored", 3)]
-)
-def test_processes_equal_one(stage, processes, alone, tmp_path):
-    launch(SCRIPT, processes, stage, tmp_path / "run", 20)
+    ("stage", "processes", "how"),
+    [
+        ("train", 1, SPLIT), ("train", 2, ()), ("distill", 3, ()), ("tune", 2, ()),
+        ("anchored", 1, SPLIT), ("anchored", 2, ()), ("anchored", 3, ()),
+    ],
+)  # fmt: skip
+def test_processes_and_parts_equal_one(stage, processes, how, alone, tmp_path):
+    launch(SCRIPT, processes, stage, tmp_path / "run", 20, *how)
     assert_close(weights_of(alone(stage)), weights_of(tmp_path / "run"))
     one, many = log_of(alone(stage)), log_of(tmp_path / "run")
     assert len(one) == len(many) >= 20
     for first, second in zip(one, many, strict=True):
         assert second == pytest.approx(first, rel=2e-4, abs=1e-5)
     assert one[0] != one[-1]
-
-
-@pytest.mark.parametrize("stage", ["train", "anchored"])
-def test_accumulation_and_checkpointing_change_nothing(stage, alone, tmp_path):
-    launch(SCRIPT, 1, stage, tmp_path / "run", 20, "accumulate=3", "checkpoint_blocks=1")
-    assert_close(weights_of(alone(stage)), weights_of(tmp_path / "run"))
 
 
 def test_a_state_saved_by_two_is_resumed_by_one_and_by_three(alone, tmp_path):

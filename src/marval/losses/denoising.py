@@ -43,13 +43,8 @@ def variance_bound(
     true_log_variance = schedule.log_posterior_variance[t, None]
     mean = schedule.posterior_mean(schedule.x0_from_eps(x_t, predicted_eps, t), x_t, t)
     log_variance = schedule.log_variance(variance_channel, t)
-    kl = 0.5 * (
-        log_variance
-        - true_log_variance
-        - 1
-        + (true_log_variance - log_variance).exp()
-        + (true_mean - mean).square() * (-log_variance).exp()
-    )
+    gap = log_variance - true_log_variance
+    kl = 0.5 * (gap - 1 + (-gap).exp() + (true_mean - mean).square() * (-log_variance).exp())
     first_step = -discretized_log_likelihood(x_0, mean, log_variance)
     return torch.where(t[:, None] == 0, first_step, kl).mean(dim=1) / math.log(2)
 

@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -74,17 +74,12 @@ class Workers:
         if self.mesh is None:
             network.to(self.device)
             return
-        for module in list(network.modules()):
-            if isinstance(module, Block | TokenHead) and module is not network:
-                self._shard(module)
-        self._shard(network)
-
-    def _shard(self, module: nn.Module) -> None:
-        called = next((names for kind, names in CALLED.items() if isinstance(module, kind)), ())
-        # Resharding after every forward lets `requires_grad` take effect at the next one.
-        fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
-        for name in called:
-            register_fsdp_forward_method(module, name)
+        inner = [m for m in network.modules() if isinstance(m, Block | TokenHead) and m is not network]
+        for module in (*inner, network):
+            # Resharding after every forward lets `requires_grad` take effect at the next one.
+            fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
+            for name in next((names for kind, names in CALLED.items() if isinstance(module, kind)), ()):
+                register_fsdp_forward_method(module, name)
 
     def mean(self, figures: dict[str, Tensor | float]) -> dict[str, float]:
         """Average figures over the processes, with one read from the device."""

@@ -68,11 +68,7 @@ def saved_states(folder: Path) -> list[Path]:
 
 
 def check_resume(folder: Path, resume: bool) -> None:
-    """Check that a run in `folder` can start, or with `resume` go on; nothing is made.
-
-    Raises:
-        ValueError: it holds a run and `resume` is off, or holds none and it is on, or cannot be written to.
-    """
+    """Check that a run in `folder` can start, or with `resume` go on; nothing is made."""
     check_output(folder, folder=True)
     if saved_states(folder) and not resume:
         raise ValueError(f"{folder} already holds a run: add --resume to continue it, or choose another --out")
@@ -87,11 +83,7 @@ def remove_empty(folder: Path) -> None:
 
 
 def compare_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Check that a run may go on with the settings `now`; what one side does not say is not compared.
-
-    Raises:
-        ValueError: names every setting that differs, both its values, and what may differ.
-    """
+    """Check that a run may go on with the settings `now`; what one side does not say is not compared."""
     old, new = (flat({k: v for k, v in side.items() if k not in LABELS}) for side in (before, now))
     fixed = [key for key in old if key in new and key.rpartition(".")[2] not in MAY_CHANGE]
     changed = [f"{key} was {old[key]}, now {new[key]}" for key in fixed if old[key] != new[key]]

@@ -15,6 +15,7 @@ from marval.io.files import write_text
 from marval.presets import RunConfig
 from marval.runtime.distributed import Workers
 from marval.runtime.optim import MOST_SKIPPED, Optimizer
+from marval.runtime.progress import minutes
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -112,8 +113,7 @@ class Log:
         left = (self.total - update) / max(rate, 1e-9)
         listed = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "skipped" or value)
         self.console.print(
-            f"update {update}/{self.total}  {listed}  {rate * self.batch_size:.0f} images/s  "
-            f"{int(left // 60)} min {int(left % 60)} s left",
+            f"update {update}/{self.total}  {listed}  {rate * self.batch_size:.0f} images/s  {minutes(left)} left",
             soft_wrap=True,
         )
 

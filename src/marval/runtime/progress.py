@@ -45,7 +45,7 @@ def progress(total: int, label: str, *, quiet: bool = False) -> Iterator[Callabl
         elif now - printed >= INTERVAL:
             printed = now
             left = (now - began) * (total - done) / max(done, 1)
-            print(f"{label}: {done} of {total}, {_minutes(left)} left", file=sys.stderr, flush=True)
+            print(f"{label}: {done} of {total}, {minutes(left)} left", file=sys.stderr, flush=True)
 
     _shown.append(label)
     try:
@@ -56,5 +56,6 @@ def progress(total: int, label: str, *, quiet: bool = False) -> Iterator[Callabl
             bar.stop()
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """Say a time as minutes and seconds."""
     return f"{int(seconds // 60)} min {int(seconds % 60)} s"

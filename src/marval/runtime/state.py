@@ -78,8 +78,6 @@ class State:
     def load(self) -> tuple[int, dict[str, Any]]:
         """Restore what `save` wrote, on any number of processes, and cut the log back to it; its update and extra.
 
-        (0, {}) where the run starts anew.
-
         Raises:
             ValueError: a damaged state, or one of a run with other settings or made from something else.
         """
@@ -116,11 +114,7 @@ def shard_files(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def check_finite(where: str, tensors: Mapping[str, Tensor], workers: Workers) -> None:
-    """Look for NaN and infinity before anything is overwritten; every process must ask.
-
-    Raises:
-        ValueError: names the first tensor that has some.
-    """
+    """Refuse NaN and infinity before anything is overwritten; every process must ask."""
     parts = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
     bad = {name: part.isfinite().all().logical_not() for name, part in parts.items() if part.is_floating_point()}
     for name, share in workers.mean(dict(bad)).items():

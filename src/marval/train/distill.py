@@ -31,11 +31,7 @@ DrawnPart = tuple[float, Tensor, Tensor, list[NoiseLevels]]
 
 
 def student_config(teacher: ModelConfig, settings: DistillConfig) -> tuple[ModelConfig, DistillConfig]:
-    """The student's configuration, and the settings with the teacher's guidance where they leave it open.
-
-    Raises:
-        ValueError: the teacher is a student already.
-    """
+    """The student's configuration, and the settings with the teacher's guidance where they leave it open."""
     if not isinstance(teacher.draw, Chain):
         raise ValueError(f"{teacher.name or 'this model'} is a one-step student already: expected a teacher")
     w = teacher.draw.guidance if settings.guidance is None else settings.guidance

@@ -30,11 +30,7 @@ from marval.train.low_rank import add_low_rank, merged
 def tuned_config(
     student: ModelConfig, settings: TuneConfig, anchor: Anchor | None
 ) -> tuple[ModelConfig, TuneConfig, Anchor | None]:
-    """The tuned model's configuration, the settings within its number of tokens, and the anchor where it has weight.
-
-    Raises:
-        ValueError: the model is a teacher, or there is no teacher for the anchor.
-    """
+    """The tuned model's configuration, the settings within its number of tokens, and the anchor where it has weight."""
     if not isinstance(student.draw, OneStep):
         raise ValueError(f"{student.name or 'this model'} is a teacher: distil it first (marval distill)")
     if settings.anchor and anchor is None:
