@@ -26,6 +26,7 @@ from marval.config import (
 IMAGENET_IMAGES = 1_281_167
 Preset = Literal["fashion-mnist", "imagenet256-base", "imagenet256-large", "imagenet256-huge"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
+AnchorTo = Literal["teacher", "student"]
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class TuneConfig(RunConfig):
     batch_size: Count = 32
     learning_rate: Positive = 5e-6  # AdamW's
     anchor: NotNegative = 0.0  # weight of the anchor's loss
-    anchor_to: Literal["teacher", "student"] = "teacher"  # GSIM to the guided teacher, or to the frozen student's score
+    anchor_to: AnchorTo = "teacher"  # GSIM to the guided teacher, or to the frozen student's score
     anchor_warmup: Whole = 100  # updates of phi alone, before the student's first
     train: Literal["all", "head", "low-rank"] = "all"  # what learns: the student, its head, or low-rank changes to it
     rank: Count = 8  # of low-rank training

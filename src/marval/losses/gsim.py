@@ -18,10 +18,10 @@ HUBER_RADIUS = 1e-5  # r
 Distance = Callable[[Float[Tensor, "n c"]], tuple[Float[Tensor, " n"], Float[Tensor, "n c"]]]
 
 
-def pseudo_huber(y: Float[Tensor, "n c"], r: float = HUBER_RADIUS) -> tuple[Float[Tensor, " n"], Float[Tensor, "n c"]]:
+def pseudo_huber(y: Float[Tensor, "n c"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n c"]]:
     """`d(y) = sqrt(|y|^2 + r^2) - r` and its gradient `d'(y)`; the norm is per token."""
-    root = (y.square().sum(dim=1) + r * r).sqrt()
-    return root - r, y / root[:, None]
+    root = (y.square().sum(dim=1) + HUBER_RADIUS**2).sqrt()
+    return root - HUBER_RADIUS, y / root[:, None]
 
 
 def squared(y: Float[Tensor, "n c"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n c"]]:

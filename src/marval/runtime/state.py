@@ -60,12 +60,10 @@ class State:
             if workers.main:
                 about = {"update": update, "settings": self.settings, "extra": extra or {}}
                 (partial / RUN).write_text(json.dumps(about))
-                old = list(folder.glob("state-*"))  # one that a kill left half deleted, too
                 shutil.rmtree(target, ignore_errors=True)
                 partial.rename(target)
-                for path in old:
-                    if path != target:
-                        shutil.rmtree(path, ignore_errors=True)
+                for older in set(folder.glob("state-*")) - {target}:  # one that a kill left half deleted, too
+                    shutil.rmtree(older, ignore_errors=True)
         except (CheckpointException, OSError, RuntimeError) as error:  # torch hides the system's error in its own
             if workers.main:
                 shutil.rmtree(partial, ignore_errors=True)

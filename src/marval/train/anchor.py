@@ -11,7 +11,7 @@ from marval.data import TrainingData
 from marval.losses.gsim import theta_loss
 from marval.model import MAR, NoiseSchedule, TokenHead
 from marval.pipeline import Pipeline
-from marval.presets import DistillConfig, TuneConfig
+from marval.presets import AnchorTo, DistillConfig, TuneConfig
 from marval.runtime.distributed import Workers
 from marval.runtime.log import Figures, add_means
 from marval.runtime.optim import Optimizer
@@ -56,20 +56,20 @@ def anchor_of(
 class AnchorLoss:
     """The anchor's loss, with its networks in place; the teacher is taken over as it is, for it may be large.
 
-    `to_student` holds the student to its own first self, not to the teacher, by the gap between two scores (DI*, Luo
+    `to="student"` holds the student to its own first self, not to the teacher, by the gap between two scores (DI*, Luo
     et al. 2024, arXiv 2410.20898): phi's, which follows it, and a copy of phi as it was when the student began to
     learn. A one-step student has no score of its own; the teacher still gives contexts, without guidance.
     """
 
-    def __init__(self, anchor: Anchor, config: ModelConfig, space: TokenSpace, workers: Workers, *, to_student: bool):
+    def __init__(self, anchor: Anchor, config: ModelConfig, space: TokenSpace, workers: Workers, to: AnchorTo):
         self.teacher, self.data, self.settings = anchor.teacher.eval(), anchor.data, anchor.settings
-        if to_student:
+        if to == "student":
             unguided = dataclasses.replace(config.draw, guidance=1.0, guidance_schedule="constant")
             config = dataclasses.replace(config, draw=unguided)
         self.config, self.space, self.workers = config, space, workers
         self.phi, reference = (copy.deepcopy(self.teacher.head).eval() for _ in range(2))
         self.networks: dict[str, TokenHead] = {"auxiliary": self.phi}  # that a resumed run needs
-        if to_student:
+        if to == "student":
             self.networks["reference"] = reference
         for network, learns in ((self.teacher, False), (self.phi, True), (reference, False)):
             workers.place(network.requires_grad_(learns))

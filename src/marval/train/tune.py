@@ -109,9 +109,7 @@ def tune(
     origin = {"student": model_identity(student_config.name, student), **described(config, settings, reward, anchor)}
     workers, device = run.workers, run.workers.device
     space, draw = token_space(config.space, device), draw_function(config, device)
-    to_student, anchored = settings.anchor_to == "student", None
-    if anchor is not None:
-        anchored = AnchorLoss(anchor, student_config, space, workers, to_student=to_student)
+    anchored = None if anchor is None else AnchorLoss(anchor, student_config, space, workers, settings.anchor_to)
     student, ema, networks, adams = copy_networks(student, settings, workers, anchored)
     state = State(run, origin, networks, adams)
     start, watched = state.load()
