@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from marval.io.checkpoint import check_tensors
-from marval.rewards.weights import described_file, read_described, save_described
+from marval.rewards.weights import described_file, load_described, save_described
 
 Architecture = Literal["plain", "residual"]
 MAKER = "marval train classifier"
@@ -80,11 +79,7 @@ class ClassifierReward:
         return self.classifier.log_probability(images, labels)
 
     def class_of(self, prompt: str) -> int:
-        """Look up the number of the prompt's class.
-
-        Raises:
-            ValueError: a prompt that was made for no class, or for one that the classifier does not know.
-        """
+        """Look up the number of the class that the prompt was made for."""
         name, names = getattr(prompt, "class_name", ""), self.classifier.class_names
         if not name:
             raise ValueError(
@@ -112,23 +107,18 @@ def save_classifier(file: Path, classifier: Classifier, figures: dict[str, objec
 
 
 def classifier_file(name: Path | str) -> Path:
-    """Find a classifier: a bundled one by name ("fashion-classifier", "fashion-judge"), or a file.
-
-    Raises:
-        ValueError: no such file.
-    """
+    """Find a classifier: a bundled one by name ("fashion-classifier", "fashion-judge"), or a file."""
     return described_file(name, MAKER)
 
 
 def load_classifier(name: Path | str) -> Classifier:
-    """Read a classifier (see `classifier_file`).
+    """Read a classifier: a bundled one by name ("fashion-classifier", "fashion-judge"), or a file.
 
     Raises:
         ValueError: no such file, or not a classifier.
     """
-    file = classifier_file(name)
-    about, tensors = read_described(file, "classifier", MAKER)
-    classifier = Classifier(about["architecture"], about["channels"], tuple(about["class_names"]))
-    check_tensors(file, tensors, classifier.state_dict())
-    classifier.load_state_dict(tensors, strict=True)
-    return classifier.eval().requires_grad_(False)
+
+    def build(about: dict[str, Any]) -> Classifier:
+        return Classifier(about["architecture"], about["channels"], tuple(about["class_names"]))
+
+    return load_described(classifier_file(name), build, "classifier", MAKER)

@@ -8,20 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from marval.rewards import weights
 from marval.rewards.preprocess import Preprocessing
 from marval.rewards.prompts import Prompts
-from marval.rewards.weights import (
-    CLIP,
-    IMAGE_FILES,
-    Part,
-    find_parts,
-    load_clip,
-    load_strict,
-    load_tokenizer,
-    read_weights,
-)
-
-AESTHETIC = Part((("aesthetic-model.pth", "*.pth"),))
 
 
 class ClipReward:
@@ -55,11 +44,11 @@ def load_cosine(name: str, source: str, device: torch.device | str = "cpu") -> C
     Args:
         source: a folder in transformers' form, or a hub id.
     """
-    (folder,) = find_parts(name, source, CLIP)
+    (folder,) = weights.find_parts(name, source, weights.CLIP)
     preprocessing = Preprocessing.read(folder / "preprocessor_config.json")
-    model = load_clip(name, folder).to(device)
+    model = weights.load_clip(name, folder).to(device)
     scale = 100.0 if name == "clip" else float(model.logit_scale.exp())
-    return ClipReward(model, load_tokenizer(name, folder), preprocessing, scale)
+    return ClipReward(model, weights.load_tokenizer(name, folder), preprocessing, scale)
 
 
 class ScoreHead(nn.Module):
@@ -92,8 +81,9 @@ def load_aesthetic(name: str, source: str, device: torch.device | str = "cpu") -
     Args:
         source: a folder with CLIP ViT-L/14 in transformers' form and the head's .pth beside it, or the head's hub id.
     """
-    folder, clip = find_parts(name, source, AESTHETIC, Part(IMAGE_FILES, CLIP.repo, CLIP.more))
-    file, tensors = read_weights(name, folder, "*.pth")
-    model = load_clip(name, clip).to(device)
-    head = load_strict(lambda: ScoreHead(model.config.projection_dim), tensors, file).to(device)
+    head_file = weights.Part((("aesthetic-model.pth", "*.pth"),))
+    folder, clip = weights.find_parts(name, source, head_file, weights.CLIP_IMAGES)
+    file, tensors = weights.read_weights(name, folder, "*.pth")
+    model = weights.load_clip(name, clip).to(device)
+    head = weights.load_strict(lambda: ScoreHead(model.config.projection_dim), tensors, file).to(device)
     return AestheticReward(model, head, Preprocessing.read(clip / "preprocessor_config.json"))

@@ -5,24 +5,11 @@ from typing import Any
 
 import torch
 
+from marval.rewards import weights
 from marval.rewards.clip import ClipReward
 from marval.rewards.preprocess import Preprocessing
-from marval.rewards.weights import (
-    CLIP,
-    TOKENIZER,
-    Part,
-    Tensors,
-    depth,
-    find_parts,
-    load_strict,
-    load_tokenizer,
-    read_weights,
-    renamed,
-    transformers,
-)
 
-WEIGHTS = Part((("HPS_v2.1_compressed.pt", "*.pt"),))
-WORDS = Part((TOKENIZER,), CLIP.repo, CLIP.more)  # all CLIPs of open_clip share OpenAI's vocabulary
+WEIGHTS = weights.Part((("HPS_v2.1_compressed.pt", "*.pt"),))
 HEADS_OF_WIDTH = {1280: 16}  # ViT-H's image tower; elsewhere a head has 64 channels
 
 # open_clip's names, and those of transformers' CLIPModel.
@@ -47,10 +34,10 @@ RENAMED = (
 TRANSPOSED = ("visual_projection.weight", "text_projection.weight")  # open_clip multiplies by these from the right
 
 
-def clip_tensors(tensors: Tensors) -> Tensors:
+def clip_tensors(tensors: weights.Tensors) -> weights.Tensors:
     """Give open_clip's weights the names of transformers' CLIPModel; queries, keys and values come apart."""
-    split: Tensors = {}
-    for name, tensor in renamed(tensors, RENAMED).items():
+    split: weights.Tensors = {}
+    for name, tensor in weights.renamed(tensors, RENAMED).items():
         if match := re.fullmatch(r"(.*)\.attn\.in_proj_(weight|bias)", name):
             parts = zip("qkv", tensor.chunk(3), strict=True)
             split |= {f"{match[1]}.self_attn.{part}_proj.{match[2]}": piece for part, piece in parts}
@@ -59,13 +46,13 @@ def clip_tensors(tensors: Tensors) -> Tensors:
     return split
 
 
-def clip_config(tensors: Tensors) -> Any:
+def clip_config(tensors: weights.Tensors) -> Any:
     """Read the sizes of a CLIP off open_clip's weights."""
 
     def tower(prefix: str, width: int) -> dict[str, Any]:
         return {
             "hidden_size": width, "intermediate_size": len(tensors[f"{prefix}0.mlp.c_fc.weight"]),
-            "num_hidden_layers": depth(tensors, prefix), "hidden_act": "gelu",
+            "num_hidden_layers": weights.depth(tensors, prefix), "hidden_act": "gelu",
             "num_attention_heads": HEADS_OF_WIDTH.get(width, max(1, width // 64)),
         }  # fmt: skip
 
@@ -79,7 +66,7 @@ def clip_config(tensors: Tensors) -> Any:
         "eos_token_id": 2,  # makes CLIPModel read the embedding at the highest token, as open_clip does
     }  # fmt: skip
     projection = tensors["text_projection"].shape[1]
-    return transformers("hps-v2").CLIPConfig(vision_config=vision, text_config=text, projection_dim=projection)
+    return weights.transformers("hps-v2").CLIPConfig(vision_config=vision, text_config=text, projection_dim=projection)
 
 
 def load_hps(name: str, source: str, device: torch.device | str = "cpu") -> ClipReward:
@@ -88,9 +75,9 @@ def load_hps(name: str, source: str, device: torch.device | str = "cpu") -> Clip
     Args:
         source: a folder with the checkpoint and CLIP's tokenizer, or the checkpoint's hub id.
     """
-    folder, words = find_parts(name, source, WEIGHTS, WORDS)
-    file, tensors = read_weights(name, folder, "*.pt")
-    network = transformers(name).CLIPModel
-    model = load_strict(lambda: network(clip_config(tensors)), clip_tensors(tensors), file).to(device)
+    folder, words = weights.find_parts(name, source, WEIGHTS, weights.CLIP_WORDS)  # open_clip's words are OpenAI's
+    file, tensors = weights.read_weights(name, folder, "*.pt")
+    build = weights.transformers(name).CLIPModel
+    model = weights.load_strict(lambda: build(clip_config(tensors)), clip_tensors(tensors), file).to(device)
     side = model.config.vision_config.image_size
-    return ClipReward(model, load_tokenizer(name, words), Preprocessing(side, side, "pad"), scale=1.0)
+    return ClipReward(model, weights.load_tokenizer(name, words), Preprocessing(side, side, "pad"), scale=1.0)

@@ -7,24 +7,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from marval.rewards import weights
 from marval.rewards.clip import ScoreHead
 from marval.rewards.preprocess import Preprocessing
 from marval.rewards.prompts import Prompts
-from marval.rewards.weights import (
-    TOKENIZER,
-    Part,
-    Tensors,
-    depth,
-    find_parts,
-    load_strict,
-    load_tokenizer,
-    read_weights,
-    renamed,
-    transformers,
-)
 
-WEIGHTS = Part((("ImageReward.pt", "*.pt"),))
-WORDS = Part((TOKENIZER,), "google-bert/bert-base-uncased", ("tokenizer_config.json",))
+WEIGHTS = weights.Part((("ImageReward.pt", "*.pt"),))
 LENGTH = 35  # tokens of a prompt
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score, so that rewards have mean 0 and deviation 1
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
@@ -49,7 +37,7 @@ class ImageReward(nn.Module):
 
     def __init__(self, vision_config: Any, text_config: Any):
         super().__init__()
-        library = transformers("image-reward")
+        library = weights.transformers("image-reward")
         self.vision = library.BlipVisionModel(vision_config)
         self.text = library.BlipTextModel(text_config, add_pooling_layer=False)
         self.head = ScoreHead(text_config.hidden_size)
@@ -84,21 +72,21 @@ class ImageRewardScore:
         return torch.stack([words.input_ids[0], words.attention_mask[0]])
 
 
-def blip_configs(tensors: Tensors) -> tuple[Any, Any]:
+def blip_configs(tensors: weights.Tensors) -> tuple[Any, Any]:
     """Read the sizes of the image and the text encoder off the weights; an attention head has 64 channels in both."""
-    library, image, text = transformers("image-reward"), "blip.visual_encoder.", "blip.text_encoder."
+    library, image, text = weights.transformers("image-reward"), "blip.visual_encoder.", "blip.text_encoder."
     width, _, patch, _ = tensors[f"{image}patch_embed.proj.weight"].shape
     words, text_width = tensors[f"{text}embeddings.word_embeddings.weight"].shape
     image_config = library.BlipVisionConfig(
         hidden_size=width, image_size=round((tensors[f"{image}pos_embed"].shape[1] - 1) ** 0.5) * patch,
         patch_size=patch, intermediate_size=len(tensors[f"{image}blocks.0.mlp.fc1.weight"]),
-        num_hidden_layers=depth(tensors, f"{image}blocks."), num_attention_heads=max(1, width // 64),
+        num_hidden_layers=weights.depth(tensors, f"{image}blocks."), num_attention_heads=max(1, width // 64),
         hidden_act="gelu", layer_norm_eps=1e-6,
     )  # fmt: skip
     text_config = library.BlipTextConfig(
         vocab_size=words, hidden_size=text_width, encoder_hidden_size=width,
         intermediate_size=len(tensors[f"{text}encoder.layer.0.intermediate.dense.weight"]),
-        num_hidden_layers=depth(tensors, f"{text}encoder.layer."), num_attention_heads=max(1, text_width // 64),
+        num_hidden_layers=weights.depth(tensors, f"{text}encoder.layer."), num_attention_heads=max(1, text_width // 64),
         max_position_embeddings=len(tensors[f"{text}embeddings.position_embeddings.weight"]),
         hidden_act="gelu", layer_norm_eps=1e-12, is_decoder=True,  # which gives it attention to the image
     )  # fmt: skip
@@ -106,15 +94,11 @@ def blip_configs(tensors: Tensors) -> tuple[Any, Any]:
 
 
 def load_image_reward(name: str, source: str, device: torch.device | str = "cpu") -> ImageRewardScore:
-    """Load ImageReward v1.0.
-
-    Args:
-        source: a folder with the checkpoint and BERT's tokenizer, or the checkpoint's hub id.
-    """
-    folder, words = find_parts(name, source, WEIGHTS, WORDS)
-    file, tensors = read_weights(name, folder, "*.pt")
-    needed = {name: tensor for name, tensor in tensors.items() if not name.startswith(UNUSED)}
-    network = load_strict(lambda: ImageReward(*blip_configs(tensors)), renamed(needed, RENAMED), file).to(device)
+    """Load ImageReward v1.0 from a folder with the checkpoint and BERT's tokenizer, or the checkpoint's hub id."""
+    folder, words = weights.find_parts(name, source, WEIGHTS, weights.BERT_WORDS)
+    file, tensors = weights.read_weights(name, folder, "*.pt")
+    needed = weights.renamed({key: t for key, t in tensors.items() if not key.startswith(UNUSED)}, RENAMED)
+    network = weights.load_strict(lambda: ImageReward(*blip_configs(tensors)), needed, file).to(device)
     side = network.vision.config.image_size
-    tokenizer = load_tokenizer(name, words, "BertTokenizer")
+    tokenizer = weights.load_tokenizer(name, words, "BertTokenizer")
     return ImageRewardScore(network, tokenizer, Preprocessing(side, side, round_half_even=True))

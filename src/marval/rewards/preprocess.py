@@ -1,6 +1,7 @@
 """From images in [0, 1] to a reward network's input: differentiable, and the same for all rewards."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -49,9 +50,8 @@ class Preprocessing:
             x = F.interpolate(x, size, mode="bicubic", antialias=True)
             x = x + (x.clamp(0, 1) - x).detach()
         if self.fit == "crop":
-            top, left = ((n - self.side) // 2 for n in (rows, columns))
-            if self.round_half_even:
-                top, left = (round((n - self.side) / 2) for n in (rows, columns))
+            half = round if self.round_half_even else math.floor
+            top, left = (half((n - self.side) / 2) for n in (rows, columns))
             x = x[:, :, top : top + self.side, left : left + self.side]
         else:
             top, left = ((self.side - n) // 2 for n in (rows, columns))
@@ -81,9 +81,8 @@ class Preprocessing:
             side = crop["height"] if isinstance(crop, dict) else int(crop)
             mean, std = tuple(about.get("image_mean", CLIP_MEAN)), tuple(about.get("image_std", CLIP_STD))
         except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{file} is no configuration of CLIP's processor ({type(error).__name__}: {error})"
-            ) from None
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{file} is no configuration of CLIP's processor ({what})") from None
         if about.get("resample", 3) != 3 or side > resize or not about.get("do_center_crop", True):
             raise ValueError(
                 f"{file}: size {size}, crop {crop}, resampling {about.get('resample')}: expected 3 (bicubic), and a "

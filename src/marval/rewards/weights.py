@@ -3,11 +3,10 @@
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,8 +19,7 @@ from marval.io.hub import fetch
 Tensors = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Files that a reward needs, and the hub repository that has them where the user's source does not.
 
     Each entry of `files` holds patterns of which one must match; the first is the one that the repository has.
@@ -36,44 +34,42 @@ TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt")
 IMAGE_FILES = (("config.json",), ("model*.safetensors", "pytorch_model*.bin"), ("preprocessor_config.json",))
 MORE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "*.safetensors.index.json")
 CLIP = Part((*IMAGE_FILES, TOKENIZER), "openai/clip-vit-large-patch14", MORE)
+CLIP_IMAGES = Part(IMAGE_FILES, CLIP.repo, MORE)
+CLIP_WORDS = Part((TOKENIZER,), CLIP.repo, MORE)
+BERT_WORDS = Part((TOKENIZER,), "google-bert/bert-base-uncased", ("tokenizer_config.json",))
 
 
 def find_parts(reward: str, source: str, first: Part, *others: Part) -> list[Path]:
-    """Find the folder of each part: on disk, or in the cache of what is fetched from the Hugging Face hub.
+    """Find the folder of each part: `source` itself, or in the cache of what is fetched from the Hugging Face hub.
 
     Args:
-        source: a folder with all parts, or the repository of the first part; the others are in repositories of their
-            own.
+        source: a folder with all parts, or the repository of the first; the others have repositories of their own.
 
     Raises:
         ValueError: files are missing and cannot be fetched; the message says which to put where.
     """
-    parts, local = [replace(first, repo=source), *others], Path(source).is_dir()
-    missing = [(entry, part.repo) for part in parts for entry in part.files]
+    parts, local, folders = [first._replace(repo=source), *others], Path(source).is_dir(), []
+    reason = f"the {'folder' if local else 'repository'} lacks them"
     try:
-        folders = [
-            Path(source) if local else fetch(part.repo, [*(entry[0] for entry in part.files), *part.more])
-            for part in parts
-        ]
-        pairs = [
-            (entry, part.repo, folder) for part, folder in zip(parts, folders, strict=True) for entry in part.files
-        ]
-        missing = [(entry, repo) for entry, repo, at in pairs if not any(any(at.glob(name)) for name in entry)]
-        reason = f"the {'folder' if local else 'repository'} lacks them"
+        for part in parts:
+            wanted = [*(entry[0] for entry in part.files), *part.more]
+            folders.append(Path(source) if local else fetch(part.repo, wanted))
     except ValueError as error:
-        reason = str(error)
+        folders, reason = [], str(error)
+    missing = [
+        f"{' or '.join(entry)} of {part.repo}"
+        for i, part in enumerate(parts)
+        for entry in part.files
+        if not folders or not any(any(folders[i].glob(name)) for name in entry)
+    ]
     if missing:
-        listed = ", ".join(f"{' or '.join(entry)} of {repo}" for entry, repo in missing)
-        raise ValueError(f"{reward} needs {listed}: {reason}; put them into a folder and name it: {reward}:FOLDER")
+        told = f"{reward} needs {', '.join(missing)}: {reason}"
+        raise ValueError(f"{told}; put them into a folder and name it: {reward}:FOLDER")
     return folders
 
 
 def read_weights(reward: str, folder: Path, pattern: str) -> tuple[Path, Tensors]:
-    """Find the only file of a folder that matches a pattern, and read its tensors; nothing in it is executed.
-
-    Raises:
-        ValueError: there are several such files, or as `read_checkpoint`.
-    """
+    """Find the only file of a folder that matches a pattern, and read its tensors; nothing in it is executed."""
     matches = sorted(folder.glob(pattern))
     if len(matches) > 1:
         names = ", ".join(file.name for file in matches)
@@ -83,11 +79,7 @@ def read_weights(reward: str, folder: Path, pattern: str) -> tuple[Path, Tensors
 
 
 def load_strict(network: Callable[[], nn.Module], tensors: Tensors, file: Path) -> Any:
-    """Build a network, which may read its sizes off a checkpoint's tensors, and load them; frozen, in float32.
-
-    Raises:
-        ValueError: a missing, unknown or misshapen tensor.
-    """
+    """Build a network, which may read its sizes off a checkpoint's tensors, and load them; frozen, in float32."""
     try:
         with torch.device("meta"):
             made = network()
@@ -115,11 +107,7 @@ def depth(tensors: Tensors, prefix: str) -> int:
 
 
 def transformers(reward: str) -> ModuleType:
-    """Import the library of that name, and stop its progress bars and reports: marval tells errors in one line.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+    """Import the library of that name, and stop its progress bars and reports: marval tells errors in one line."""
     try:
         import transformers
         from transformers.utils import logging
@@ -131,11 +119,7 @@ def transformers(reward: str) -> ModuleType:
 
 
 def load_clip(reward: str, folder: Path) -> Any:
-    """Load a frozen CLIPModel in float32 from a folder in transformers' form.
-
-    Raises:
-        ValueError: transformers is not installed; damaged files; or weights that are missing, unknown or misshapen.
-    """
+    """Load a frozen CLIPModel in float32, strictly, from a folder in transformers' form."""
     library = transformers(reward)
     try:
         model, info = library.CLIPModel.from_pretrained(
@@ -152,11 +136,7 @@ def load_clip(reward: str, folder: Path) -> Any:
 
 
 def load_tokenizer(reward: str, folder: Path, kind: str = "CLIPTokenizer") -> Any:
-    """Load a tokenizer from its files.
-
-    Raises:
-        ValueError: transformers is not installed, or damaged files.
-    """
+    """Load a tokenizer from its files."""
     try:
         return getattr(transformers(reward), kind).from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception
@@ -164,10 +144,7 @@ def load_tokenizer(reward: str, folder: Path, kind: str = "CLIPTokenizer") -> An
 
 
 def described_file(name: Path | str, maker: str) -> Path:
-    """Find a bundled file by name ("fashion-judge"), or a file by its path.
-
-    Args:
-        maker: the command that makes such a file, for messages.
+    """Find a bundled file by name ("fashion-judge"), or a file by its path; `maker` is the command that makes one.
 
     Raises:
         ValueError: there is no such file.
@@ -185,8 +162,8 @@ def save_described(file: Path, network: nn.Module, kind: str, about: dict[str, o
     write_tensors(file, tensors, {"format": "pt", kind: json.dumps(about)})
 
 
-def read_described(file: Path, kind: str, maker: str) -> tuple[dict[str, Any], Tensors]:
-    """Read what `save_described` wrote: the description and the tensors.
+def load_described(file: Path, build: Callable[[dict[str, Any]], nn.Module], kind: str, maker: str) -> Any:
+    """Load a frozen network that `save_described` wrote; `build` makes it from the description.
 
     Raises:
         ValueError: a damaged file, or one of another kind.
@@ -199,4 +176,7 @@ def read_described(file: Path, kind: str, maker: str) -> tuple[dict[str, Any], T
         raise ValueError(f"{file} is damaged or not a safetensors file ({error})") from None
     if about is None:
         raise ValueError(f"{file} is not a {kind.replace('_', '-')} file: make one with {maker}")
-    return about, tensors
+    network = build(about)
+    check_tensors(file, tensors, network.state_dict())
+    network.load_state_dict(tensors, strict=True)
+    return network.eval().requires_grad_(False)
