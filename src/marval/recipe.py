@@ -28,6 +28,7 @@ LARGEST_BATCH = 1024  # pictures drawn together
 MOST_NOISE = 2**28  # numbers that are drawn for a picture and its batch at once: 1 GiB
 LONGEST_TEXT = 16 * 2**20  # characters of a recipe, with an upload in it
 MOST_PIXELS = 16_000_000  # of a picture with a recipe
+CHAIN = ("guidance", "guidance_schedule", "diffusion_steps", "temperature")  # what only a teacher's recipe says
 KEYS = {"class_name": "class", "iterations": "K", "guidance": "w", "diffusion_steps": "T"}  # field: its name in the PNG
 
 
@@ -67,22 +68,33 @@ class Recipe(Checked):
     @property
     def history(self) -> list["Recipe"]:
         """This recipe and those of the pictures before, the latest first."""
-        recipes: list[Recipe] = [self]
-        while recipes[-1].before is not None:
-            recipes.append(recipes[-1].before)
-        return recipes
+        return [self, *(self.before.history if self.before else ())]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that are set, ready for JSON."""
-        values = {KEYS.get(field.name, field.name): getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["before"] = None if self.before is None else self.before.to_dict()
-        return {
-            name: value for name, value in values.items() if value not in (None, ()) and (name, value) != ("row", 0)
-        }
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {name: value for name, value in values.items() if value != getattr(Recipe, name, None)}
+        if self.before is not None:
+            values["before"] = self.before.to_dict()
+        return {KEYS.get(name, name): value for name, value in values.items()}
 
     def to_json(self) -> str:
         """One line of JSON."""
         return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], edits: int = LONGEST) -> "Recipe":
+        """The inverse of `to_dict`, of at most so many edits."""
+        if not edits:
+            raise ValueError(f"expected at most {LONGEST} edits")
+        fields = {key: name for name, key in KEYS.items()}
+        values = {fields.get(key, key): value for key, value in dict(values).items()}
+        values["batch"] = tuple(map(tuple, values.get("batch", ())))
+        if values.get("redrawn") is not None:
+            values["redrawn"] = tuple(values["redrawn"])
+        if values.get("before") is not None:
+            values["before"] = cls.from_dict(values["before"], edits - 1)
+        return cls(**values)
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
@@ -91,26 +103,12 @@ class Recipe(Checked):
         Raises:
             ValueError: not a recipe.
         """
-        if len(text) > LONGEST_TEXT:
-            raise ValueError(f"not a recipe of marval ({len(text)} characters: expected at most {LONGEST_TEXT})")
-        fields = {key: name for name, key in KEYS.items()}
         try:
-            edits: list[dict[str, Any]] = [dict(json.loads(text))]
-            while (before := edits[-1].pop("before", None)) is not None:
-                edits.append(dict(before))
-            if len(edits) > LONGEST:
-                raise ValueError(f"{len(edits)} edits: expected at most {LONGEST}")
-            recipe = None
-            for edit in reversed(edits):
-                values = {fields.get(key, key): value for key, value in edit.items()}
-                values["batch"] = tuple(tuple(pair) for pair in values.get("batch", ()))
-                if values.get("redrawn") is not None:
-                    values["redrawn"] = tuple(values["redrawn"])
-                recipe = cls(**values, before=recipe)
+            if len(text) > LONGEST_TEXT:
+                raise ValueError(f"{len(text)} characters: expected at most {LONGEST_TEXT}")
+            return cls.from_dict(json.loads(text))
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"not a recipe of marval ({one_line(error)})") from None
-        assert recipe is not None  # there is at least one
-        return recipe
 
 
 def plain_name(class_name: str) -> str:
@@ -122,34 +120,21 @@ def make_recipe(
     name: str, weights: str, pipeline: Pipeline, label: int, seed: int, iterations: int, order: Order | None = None
 ) -> Recipe:
     """Describe a picture that `pipeline` draws; in the model's own order when `order` is None."""
-    config = pipeline.config
-    chain: dict[str, Any] = {}
+    config, chain = pipeline.config, {}
     if isinstance(config.draw, Chain):
-        names = ("guidance", "guidance_schedule", "diffusion_steps", "temperature")
-        chain = {field: getattr(config.draw, field) for field in names}
+        chain = {name: getattr(config.draw, name) for name in CHAIN}
     return Recipe(name, weights, label, config.class_names[label], seed, iterations, order or config.order, **chain)
 
 
-def batch_recipes(
-    name: str,
-    weights: str,
-    pipeline: Pipeline,
-    labels: Sequence[int],
-    seed: int,
-    iterations: int | None,
-    order: Order | None,
-    batch_size: int = 64,
-) -> list[Recipe]:
-    """The recipes of `pipeline.sample(labels, seed=seed, ...)`, which draws `batch_size` pictures together."""
-    pairs = [(label, seed + i) for i, label in enumerate(labels)]
-    count = pipeline.config.iterations if iterations is None else iterations
-    recipes = []
-    for start in range(0, len(pairs), batch_size):
-        batch = tuple(pairs[start : start + batch_size])
-        for row, (label, own_seed) in enumerate(batch):
-            recipe = make_recipe(name, weights, pipeline, label, own_seed, count, order)
-            recipes.append(dataclasses.replace(recipe, batch=batch, row=row) if len(batch) > 1 else recipe)
-    return recipes
+def batch_recipes(recipes: Sequence[Recipe], batch_size: int) -> list[Recipe]:
+    """Say of recipes that `batch_size` of them are drawn together, as `Pipeline.sample` does."""
+    batches = []
+    for i, recipe in enumerate(recipes):
+        row = i % batch_size
+        together = recipes[i - row : i - row + batch_size]
+        batch = tuple((one.label, one.seed) for one in together) if len(together) > 1 else ()
+        batches.append(dataclasses.replace(recipe, batch=batch, row=row))
+    return batches
 
 
 def find_pipelines(name: str | Path | None, device: str) -> Callable[[Recipe], Pipeline]:
@@ -164,17 +149,13 @@ def find_pipelines(name: str | Path | None, device: str) -> Callable[[Recipe], P
         if recipe.weights not in loaded:
             bundled = bundled_models().get(recipe.model)
             folders = [*([] if name is None else named_models(name)), *([] if bundled is None else [bundled])]
-            if not folders:
-                raise ValueError(
-                    f"the picture was drawn by {shorten(recipe.model)}, which is no bundled model: name its folder, "
-                    "marval sample MODEL --like FILE.png"
-                )
             folder = next((folder for folder in folders if model_hash(folder) == recipe.weights), None)
             if folder is None:
-                raise ValueError(
-                    f"{name or recipe.model} has other weights than those that drew the picture (SHA-256 "
-                    f"{shorten(recipe.weights[:12])}): name the right model, marval sample MODEL --like FILE.png"
-                )
+                told = f"the picture was drawn by {shorten(recipe.model)}, which is no bundled model: name its folder"
+                if folders:
+                    told = f"{name or recipe.model} has other weights than those that drew the picture (SHA-256 "
+                    told += f"{shorten(recipe.weights[:12])}): name the right model"
+                raise ValueError(f"{told}, marval sample MODEL --like FILE.png")
             loaded[recipe.weights] = load(folder, device)
         return loaded[recipe.weights]
 
@@ -182,19 +163,15 @@ def find_pipelines(name: str | Path | None, device: str) -> Callable[[Recipe], P
 
 
 def named_models(name: str | Path) -> list[Path]:
-    """Find the model of this name or, in a folder without weights of its own, the models in it.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Find the model of this name or, in a folder without weights of its own, the models in it."""
     folder = find_model(name)
     if folder.is_file() or (folder / WEIGHTS).is_file():
         return [folder]
-    found = [find_model(inside) for inside in sorted(folder.iterdir()) if inside.is_dir()]
-    found = [inside for inside in found if (inside / WEIGHTS).is_file()]
-    if not found:
+    models = [find_model(inside) for inside in sorted(folder.iterdir()) if inside.is_dir()]
+    models = [inside for inside in models if (inside / WEIGHTS).is_file()]
+    if not models:
         raise ValueError(f"{name} has no {WEIGHTS} in it, nor has a folder in it: name a model's or run's folder")
-    return found
+    return models
 
 
 def draw_recipe(
@@ -205,16 +182,10 @@ def draw_recipe(
 ) -> Float[Tensor, "l c"]:
     """Draw a recipe's tokens. An edit keeps the tokens of `before` to the bit, except those that it redraws.
 
-    Args:
-        on_iteration: as that of `marval.sampling.sample`, for the picture alone.
-
     Raises:
         ValueError: a class, position or number out of range for the model.
     """
-    pipeline = pipeline.with_chain(
-        diffusion_steps=recipe.diffusion_steps, guidance=recipe.guidance,
-        guidance_schedule=recipe.guidance_schedule, temperature=recipe.temperature,
-    )  # fmt: skip
+    pipeline = pipeline.with_chain(**{name: getattr(recipe, name) for name in CHAIN})
     pairs, row = recipe.batch or ((recipe.label, recipe.seed),), recipe.row
     if not 0 <= row < len(pairs) or pairs[row] != (recipe.label, recipe.seed):
         raise ValueError(f"row {row} of a batch of {len(pairs)} is not class {recipe.label}, seed {recipe.seed}")
@@ -237,11 +208,7 @@ def draw_recipe(
 
 
 def redraw(recipe: Recipe, find: Callable[[Recipe], Pipeline]) -> Float[Tensor, "c h w"]:
-    """Draw the picture again with its edits, on the CPU; `find` returns a recipe's model.
-
-    Raises:
-        ValueError: as `draw_recipe` and `find`, or a damaged upload.
-    """
+    """Draw the picture again with its edits, on the CPU; `find` returns a recipe's model."""
     tokens: Tensor | None = None
     with torch.inference_mode():
         for edit in reversed(recipe.history):
@@ -255,16 +222,12 @@ def redraw(recipe: Recipe, find: Callable[[Recipe], Pipeline]) -> Float[Tensor, 
                     raise ValueError(f"the upload in the recipe is damaged ({error})") from None
                 tokens = encode_picture(pipeline, picture)
             tokens = draw_recipe(edit, pipeline, tokens)
-        assert tokens is not None  # a history holds at least the recipe itself
+        assert tokens is not None
         return pipeline.space.decode(tokens[None])[0].cpu().clone()
 
 
 def encode_picture(pipeline: Pipeline, picture: Image.Image) -> Float[Tensor, "l c"]:
-    """The tokens of a picture of the model's size, in grey or colour as the model has it.
-
-    Raises:
-        ValueError: another size.
-    """
+    """The tokens of a picture of the model's size, in grey or colour as the model has it."""
     rows, columns = pipeline.config.space.image_size
     if picture.size != (columns, rows):
         raise ValueError(f"a picture of {picture.width}x{picture.height}: the model draws {columns}x{rows}")

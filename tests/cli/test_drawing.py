@@ -1,5 +1,7 @@
 """The verb that draws: pictures that are never lost nor overwritten; and the devices that verbs take."""
 
+import itertools
+
 import pytest
 import torch
 from PIL import Image
@@ -21,14 +23,13 @@ def test_pictures_that_are_there_are_kept_unless_forced(run, workspace):
 
 
 def test_many_pictures_are_saved_as_they_are_drawn(run, workspace, monkeypatch):
-    sample = Pipeline.sample
+    sample_batches = Pipeline.sample_batches
 
-    def fails_at_the_third(self, classes, *, seed, **settings):
-        if seed >= 4:
-            raise ValueError("no more")
-        return sample(self, classes, seed=seed, **settings)
+    def fails_at_the_third(*arguments, **settings):
+        yield from itertools.islice(sample_batches(*arguments, **settings), 2)
+        raise ValueError("no more")
 
-    monkeypatch.setattr(Pipeline, "sample", fails_at_the_third)
+    monkeypatch.setattr(Pipeline, "sample_batches", fails_at_the_third)
     refused(run("sample", "student", "--count", 5, "--batch-size", 2, "--iterations", 2), "no more")
     assert len(list((workspace / "samples").glob("*.png"))) == 4
     monkeypatch.undo()

@@ -72,7 +72,8 @@ def test_an_edited_upload_is_drawn_again_exactly(folder, tiny):
 def test_a_picture_of_a_batch_is_drawn_again_in_its_batch(folder, tiny):
     labels = [0, 1, 1, 0, 1]
     images = tiny.sample(labels, seed=3, iterations=4, batch_size=2)
-    recipes = batch_recipes(str(folder), model_hash(folder), tiny, labels, 3, 4, None, batch_size=2)
+    drawn = [make_recipe(str(folder), model_hash(folder), tiny, n, 3 + i, 4) for i, n in enumerate(labels)]
+    recipes = batch_recipes(drawn, batch_size=2)
     assert [len(recipe.batch) for recipe in recipes] == [2, 2, 2, 2, 0]
     find = find_pipelines(folder, "cpu")
     for image, recipe in zip(images, recipes, strict=True):

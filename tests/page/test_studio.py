@@ -132,7 +132,7 @@ def test_variations_keep_a_share(draw):
     before = draw(seed=1)[-1]["picture"]
     varied = [draw(seed=seed, picture=before, keep=0.75)[-1]["picture"] for seed in (20, 21, 22)]
     redrawn = [changed(before, picture) for picture in varied]
-    assert redrawn == [picture["recipe"]["redrawn"] for picture in varied]
+    assert redrawn == [list(picture["recipe"]["redrawn"]) for picture in varied]
     assert all(len(positions) == 4 for positions in redrawn)
     assert len(set(map(tuple, redrawn))) > 1
     assert len(changed(before, draw(picture=before, keep=1.0)[-1]["picture"])) == 1

@@ -61,28 +61,22 @@ def wait_passively() -> None:
 
 
 def run_verb(arguments: list[str]) -> None:
-    """Run the verb that the arguments begin with, of one word or two.
-
-    Raises:
-        ValueError: no such verb, or what the verb raises.
-    """
-    if not arguments:
-        print_models()
-        return
-    verb, rest = arguments[0], arguments[1:]
-    if verb in ("-h", "--help"):
-        print(help_text(VERBS))
-        return
-    if verb == "--version":
-        print(f"marval {marval.__version__}")
-        return
+    """Run the verb that the arguments begin with, of one word or two."""
+    verb, rest = (arguments or [""])[0], arguments[1:]
     if rest and f"{verb} {rest[0]}" in VERBS:
         verb, rest = f"{verb} {rest[0]}", rest[1:]
-    if verb not in VERBS:
+    if not arguments:
+        print_models()
+    elif verb in ("-h", "--help"):
+        print(help_text(VERBS))
+    elif verb == "--version":
+        print(f"marval {marval.__version__}")
+    elif verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         raise ValueError(f"unknown verb {verb!r}: " + (f"did you mean {near[0]}?" if near else "see marval --help"))
-    watch()
-    read(VERBS[verb], rest, f"marval {verb}")()
+    else:
+        watch()
+        read(VERBS[verb], rest, f"marval {verb}")()
 
 
 def complain(line: str, code: int) -> NoReturn:

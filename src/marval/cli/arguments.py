@@ -13,8 +13,6 @@ TESTED = ("cpu", "cuda")  # kinds of devices that the tests have run on
 def usable_device(name: str) -> str:
     """`name`, or for "auto" the accelerator of this machine (of a kind that was tested), else "cpu".
 
-    A device of another kind may be named; a warning says that nobody has checked what it draws.
-
     Raises:
         ValueError: no such device here.
     """

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 TOGETHER = 64  # images drawn at a time
 IN_GRID = 100  # images that the grid shows
+SAME = "the same, pixel for pixel"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
     from marval.io.checkpoint import model_hash
     from marval.io.images import grid, save_picture, to_pil
     from marval.pipeline import find_model
-    from marval.recipe import KEY, batch_recipes, plain_name
+    from marval.recipe import KEY, batch_recipes, make_recipe, plain_name
     from marval.runtime.progress import progress
     from marval.sampling import draw_counts
 
@@ -84,19 +85,20 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
         draw_counts(pipeline.config.mar.num_tokens, k)  # refuses it before anything is made
     together = drawing.batch_size or min(TOGETHER, DRAWN[pipeline.config.space.kind])
     digest = model_hash(find_model(model))
-    recipes = batch_recipes(model, digest, pipeline, labels, images.seed, k, order, together)
+    iterations = pipeline.default_iterations if k is None else k
+    recipes = batch_recipes(
+        [make_recipe(model, digest, pipeline, n, images.seed + i, iterations, order) for i, n in enumerate(labels)],
+        together,
+    )
     files = [out / f"{i:05d}-{plain_name(r.class_name)}-{r.seed}.png" for i, r in enumerate(recipes)]
     check_targets([*files, out / "grid.png"], output.force)
     shown: list[Tensor] = []
     with progress(count, "drawing images") as advance:
-        for start in range(0, count, together):
-            rows = slice(start, start + together)
-            drawn = pipeline.sample(
-                labels[rows], seed=images.seed + start, iterations=k, order=order, batch_size=together
-            )
-            for file, image, recipe in zip(files[rows], drawn, recipes[rows], strict=True):
+        named = zip(files, recipes, strict=True)
+        for drawn in pipeline.sample_batches(labels, seed=images.seed, iterations=k, order=order, batch_size=together):
+            for image, (file, recipe) in zip(drawn, named, strict=False):
                 save_picture(file, to_pil(image), {KEY: recipe.to_json()})
-            shown += drawn[: max(0, IN_GRID - start)]
+            shown += drawn[: max(0, IN_GRID - len(shown))]
             advance(len(drawn))
     rows = torch.stack(shown).split(math.isqrt(len(shown) - 1) + 1)  # nearly a square
     save_picture(out / "grid.png", grid(rows, scale=max(1, 84 // shown[0].shape[-1])))
@@ -105,11 +107,7 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
 
 
 def check_targets(files: Sequence[Path], force: bool) -> None:
-    """Refuse to replace files that this run did not make, and a folder that cannot be written to.
-
-    Raises:
-        ValueError: some of the files are there and `force` is off, or they cannot be written.
-    """
+    """Refuse to replace files that this run did not make, and a folder that cannot be written to."""
     from marval.io.files import check_output
 
     there = [file for file in files if file.exists()]
@@ -120,13 +118,7 @@ def check_targets(files: Sequence[Path], force: bool) -> None:
 
 
 def sample_like(like: Path, model: str | None, output: Folder, device: str) -> None:
-    """Draw the picture in a PNG file again from its recipe, and say whether it is the same.
-
-    The file itself is never replaced, so that what was to be checked stays.
-
-    Raises:
-        ValueError: the output is the file's own folder and the picture differs, or it holds another file of its name.
-    """
+    """Draw the picture in a PNG file again from its recipe, and say whether it is the same; the file itself stays."""
     import numpy as np
 
     from marval.io.images import save_picture, to_pil
@@ -138,13 +130,11 @@ def sample_like(like: Path, model: str | None, output: Folder, device: str) -> N
     if not itself:
         check_targets([target], output.force)
     picture = to_pil(redraw(recipe, find_pipelines(model, device)))
-    if before.size != picture.size:
-        same, told = False, f"the file holds {before.width}x{before.height} pixels: it was changed after it was saved"
-    else:
+    told = f"the file holds {before.width}x{before.height} pixels: it was changed after it was saved"
+    if before.size == picture.size:
         most = np.abs(np.asarray(before.convert(picture.mode), int) - np.asarray(picture, int)).max()
-        same = most == 0
-        told = "the same, pixel for pixel" if same else f"it differs by up to {most} of 255 levels"
-    if itself and not same:
+        told = f"it differs by up to {most} of 255 levels" if most else SAME
+    if itself and told != SAME:
         raise ValueError(f"{like}: {told}; nothing was written over it: name another folder with --out")
     if not itself:
         save_picture(target, picture, {KEY: recipe.to_json()})

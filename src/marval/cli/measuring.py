@@ -1,10 +1,8 @@
 """The verbs that measure: evaluate and compare."""
 
-import contextlib
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
@@ -90,11 +88,13 @@ def evaluate(
     from marval.evaluate.rewards import measure_rewards
     from marval.evaluate.speed import Speed, measure_speed
     from marval.rewards import find_reward
+    from marval.runtime.distributed import start_workers
 
     images = results.keep_images, results.npz
     samples, out = measured.samples or Measured().samples, results.out  # without any, times alone are measured
     quality = Quality(sampling.iterations, samples, measured.seed, sampling.autocast, sampling.batch_size, *images)
-    with measuring_workers(results.device) as workers:
+    with start_workers(usable_device(results.device)) as workers:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends it at once: finished rows are whole, so nothing is lost
         loaded = models_to_measure(models, sampling, workers)
         if measured.rewards is not None:
             names = [name.strip() for name in measured.rewards.split(",")]
@@ -122,11 +122,7 @@ def full_sizes(models: tuple[str, ...]) -> list[Size]:
 
 
 def check_request(models: tuple[str, ...], measured: Measured, against: Against, results: Results) -> None:
-    """Refuse what cannot be measured, or written, before models are loaded.
-
-    Raises:
-        ValueError: settings that do not go together, a file that cannot be written, or one that holds other things.
-    """
+    """Refuse what cannot be measured, or written, before models are loaded."""
     from marval.evaluate.report import need_matplotlib
     from marval.evaluate.results import read_results
     from marval.io.files import check_output
@@ -148,16 +144,6 @@ def check_request(models: tuple[str, ...], measured: Measured, against: Against,
     if results.plot is not None:
         check_output(results.plot, folder=False)
         need_matplotlib()
-
-
-@contextlib.contextmanager
-def measuring_workers(device: str) -> Iterator["Workers"]:
-    """Start the processes that draw. SIGTERM ends them at once: finished rows are whole, so nothing is lost."""
-    from marval.runtime.distributed import start_workers
-
-    with start_workers(usable_device(device)) as workers:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        yield workers
 
 
 def models_to_measure(models: tuple[str, ...], sampling: Sampling, workers: "Workers") -> "Models":
@@ -212,14 +198,13 @@ def compare(first: Path, second: Path) -> None:
 
     lines, figures = differences_between(first, second)
     counts = Counter(figure.verdict for figure in figures)
-    found = counts.pop("a difference", 0)
-    if found:
-        table = Table("setting", "figure", "first", "second", "change", "by chance", "counts")
-        for one in figures:
-            if one.verdict == "a difference":
-                change, counted = f"{one.second - one.first:+.4g}", "{} and {} ".format(*one.counts) + one.unit
-                values = f"{one.first:.6g}", f"{one.second:.6g}", change, f"± {one.chance:.2g}", counted
-                table.add_row(one.setting, one.figure, *values)
+    table = Table("setting", "figure", "first", "second", "change", "by chance", "counts")
+    for one in figures:
+        if one.verdict == "a difference":
+            change, counted = f"{one.second - one.first:+.4g}", "{} and {} ".format(*one.counts) + one.unit
+            values = f"{one.first:.6g}", f"{one.second:.6g}", change, f"± {one.chance:.2g}", counted
+            table.add_row(one.setting, one.figure, *values)
+    if found := counts.pop("a difference", 0):
         Console(width=None if sys.stdout.isatty() else 160).print(table)
     print(f"{found} of {len(figures)} figures differ by more than chance makes (95 % intervals: 1 in 20 may)")
     for verdict, count in counts.items():

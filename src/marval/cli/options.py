@@ -4,8 +4,7 @@ A function's parameters before the `*` are positional. One whose type is a datac
 docstring is the group's title, the comments behind its fields are the help, and their annotations are rules (see
 `marval.config`), which every value is checked against.
 
-Settings of a training run have presets. What is typed is laid over the preset that `--preset` names, so the arguments
-are read once; only the help must know the preset earlier, and takes the one that stands in front of `--help`.
+Settings of a training run have presets: what is typed is laid over the preset that `--preset` names.
 """
 
 import argparse
@@ -14,6 +13,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import re
 import shutil
 import textwrap
@@ -52,7 +52,7 @@ class Option:
 
     @property
     def name(self) -> str:
-        """The parameter's or field's own name."""
+        """The field's own name."""
         return self.place.rpartition(".")[2]
 
     @property
@@ -106,11 +106,7 @@ class Option:
         group.add_argument(self.flag, dest=self.place, **more)
 
     def value_of(self, typed: Any) -> Any:
-        """Convert what was typed to a value.
-
-        Raises:
-            ValueError: it is of another type, or breaks a rule.
-        """
+        """Convert what was typed to a value, and check it."""
         if self.many and not isinstance(typed, str):
             return tuple(map(self.value_of, typed))
         value = typed
@@ -124,25 +120,24 @@ class Option:
 RECIPE = "recipe"
 
 
-def options_of(function: Callable[..., Any], preset: Any = PRESETS[0]) -> list[Option]:
-    """List the options of a function, with the defaults of a preset."""
-    hints, found = get_type_hints(function, include_extras=True), []
+def options_of(function: Callable[..., Any], preset: str = PRESETS[0]) -> list[Option]:
+    """List the options of a function, with the defaults of a preset; the recipe of a training run comes last."""
+    hints, options = get_type_hints(function, include_extras=True), []
     for name, parameter in inspect.signature(function).parameters.items():
         kind = hints[name]
         if not dataclasses.is_dataclass(kind):
-            text = re.search(
-                rf"^    {name}: (.*(?:\n {{8}}.*)*)", inspect.cleandoc(function.__doc__ or ""), re.MULTILINE
-            )
+            about = inspect.cleandoc(function.__doc__ or "")
+            text = re.search(rf"^    {name}: (.*(?:\n {{8}}.*)*)", about, re.MULTILINE)
             told = " ".join(text[1].split()) if text else ""
-            found.append(Option(name, kind, parameter.default, told, "arguments", positional=True))
+            options.append(Option(name, kind, parameter.default, told, "arguments", positional=True))
             continue
         start, texts = defaults_of(kind, preset), comments_of(kind)
         for field, annotation in get_type_hints(kind, include_extras=True).items():
             group = (kind.__doc__ or "").partition(".")[0]
             if isinstance(start, RunConfig):
                 group = "how to train" if field in EVERYDAY else RECIPE
-            found.append(Option(f"{name}.{field}", annotation, getattr(start, field), texts.get(field, ""), group))
-    return sorted(found, key=lambda option: option.group == RECIPE)
+            options.append(Option(f"{name}.{field}", annotation, getattr(start, field), texts.get(field, ""), group))
+    return sorted(options, key=lambda option: option.group == RECIPE)
 
 
 def defaults_of(group: Any, preset: Any) -> Any:
@@ -176,16 +171,9 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
 
 
-def parser_of(function: Callable[..., Any], prog: str, preset: Any = PRESETS[0]) -> Parser:
-    """The parser of a function's options; its help shows the defaults of a preset."""
-
-    class Help(argparse.Action):
-        def __call__(self, _: Any, namespace: argparse.Namespace, *__: Any) -> None:
-            asked = next((value for place, value in vars(namespace).items() if place.endswith(".preset")), preset)
-            print(parser_of(function, prog, asked if asked in PRESETS else preset).format_help(), end="")
-            parser.exit()
-
-    options, width = options_of(function, preset), min(110, shutil.get_terminal_size().columns)
+def parser_of(options: Sequence[Option], function: Callable[..., Any], prog: str) -> Parser:
+    """The parser of a function's options."""
+    width = min(110, shutil.get_terminal_size().columns)
     forms = {EMPTY: "{}", None: "[{}]", (): "[{} ...]"}  # by the default
     usage = [forms[option.default].format(option.flag) for option in options if option.positional]
     parser = Parser(
@@ -193,12 +181,10 @@ def parser_of(function: Callable[..., Any], prog: str, preset: Any = PRESETS[0])
         description="\n\n".join(paragraphs(function, width)),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=width),
     )  # fmt: skip
-    groups: dict[str, Any] = {}
-    for option in options:
-        if option.group not in groups:
-            groups[option.group] = parser.add_argument_group(option.group)
-        option.add_to(groups[option.group])
-    parser.add_argument("-h", "--help", action=Help, nargs=0, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    for title, group in itertools.groupby(options, lambda option: option.group):
+        added = parser.add_argument_group(title)
+        for option in group:
+            option.add_to(added)
     return parser
 
 
@@ -209,15 +195,20 @@ def read(function: Callable[..., None], arguments: Sequence[str], prog: str) -> 
         ValueError: an unknown option, a missing argument, or a value that does not fit; the option is named.
         SystemExit: after --help.
     """
-    options = {option.place: option for option in options_of(function)}
-    namespace, unknown = parser_of(function, prog).parse_known_intermixed_args(arguments)
+    asked = re.search(r"--preset[ =](\S+)", " ".join(arguments))
+    preset = asked[1] if asked and asked[1] in PRESETS else PRESETS[0]  # another one is refused with its option
+    options = {option.place: option for option in options_of(function, preset)}
+    parser = parser_of(list(options.values()), function, prog)
+    if {"-h", "--help"} & set(arguments):
+        print(parser.format_help(), end="")
+        raise SystemExit(0)
+    namespace, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
         flags = [option.flag for option in options.values() if not option.positional]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1, cutoff=0.75)
         told = f"did you mean {near[0]}?" if near else f"see {prog} --help"
         raise ValueError(f"unknown argument {unknown[0]}: {told}")
     typed = {place: options[place].value_of(text) for place, text in vars(namespace).items()}
-    preset = next((value for place, value in typed.items() if place.endswith(".preset")), PRESETS[0])
     values: dict[str, Any] = {}
     for name, kind in get_type_hints(function, include_extras=True).items():
         if dataclasses.is_dataclass(kind):
@@ -229,11 +220,7 @@ def read(function: Callable[..., None], arguments: Sequence[str], prog: str) -> 
 
 
 def with_fields(group: Any, fields: Mapping[str, Any]) -> Any:
-    """Return the group with these values.
-
-    Raises:
-        ValueError: they do not fit together; the first word, a field's name, becomes its flag.
-    """
+    """Return the group with these values; in a refusal the first word, a field's name, becomes its flag."""
     try:
         return dataclasses.replace(group, **fields)
     except ValueError as error:

@@ -266,11 +266,7 @@ def train_classifier(*, what: Classifier) -> None:
 
 
 def with_size(spec: str, size: str | None) -> tuple[int, int] | None:
-    """Read rows and columns from `--size`; None where it is left out.
-
-    Raises:
-        ValueError: not a size that can be cut, or the data have a size of their own.
-    """
+    """Read rows and columns from `--size`; None where it is left out."""
     from marval.data import parse_size
 
     if size is not None and not spec.startswith("folder:"):
