@@ -26,7 +26,6 @@ KEY = "marval"  # of the PNG's metadata
 LONGEST = 100  # edits of one picture
 LARGEST_BATCH = 1024  # pictures drawn together
 MOST_NOISE = 2**28  # numbers that are drawn for a picture and its batch at once: 1 GiB
-LONGEST_TEXT = 16 * 2**20  # characters of a recipe, with an upload in it
 MOST_PIXELS = 16_000_000  # of a picture with a recipe
 CHAIN = ("guidance", "guidance_schedule", "diffusion_steps", "temperature")  # what only a teacher's recipe says
 KEYS = {"class_name": "class", "iterations": "K", "guidance": "w", "diffusion_steps": "T"}  # field: its name in the PNG
@@ -104,8 +103,6 @@ class Recipe(Checked):
             ValueError: not a recipe.
         """
         try:
-            if len(text) > LONGEST_TEXT:
-                raise ValueError(f"{len(text)} characters: expected at most {LONGEST_TEXT}")
             return cls.from_dict(json.loads(text))
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"not a recipe of marval ({one_line(error)})") from None

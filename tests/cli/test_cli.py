@@ -8,15 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from marval.cli import VERBS
 from marval.cli.options import options_of, read
 from marval.config import MARConfig
-from marval.model import MAR
 from marval.presets import TrainConfig
-from marval.runtime.rng import generator
 
 
 def installed(*arguments, cwd, prefix=(), **environment):
@@ -44,11 +41,9 @@ def test_the_installed_command_says_what_there_is_without_torch(work):
 
 
 def test_marval_alone_lists_the_runs_that_are_there(marval, work, tmp_path):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/mine").mkdir()
-    (tmp_path / "runs/mine/model").symlink_to(work / "tiny")
-    (tmp_path / "runs/broken/model").mkdir(parents=True)
-    (tmp_path / "runs/broken/model/config.json").write_text("{")
+    for name, target in (("mine", work / "tiny"), ("broken", work / "pictures")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "model").symlink_to(target)
     out = marval().out
     assert "runs/mine" in out
     assert "broken" not in out
@@ -95,14 +90,10 @@ REFUSALS = [  # what is typed, and what the line must say
     ("sampel tiny", "unknown verb 'sampel': did you mean sample?"),
     ("sample fashion-studnt", "no model 'fashion-studnt'"),
     ("sample tiny --classs 1", "unknown argument --classs: did you mean --classes?"),
-    ("sample tiny again", "unknown argument again"),
     ("sample tiny --classes sqare", "unknown class 'sqare'|'square'"),
-    ("sample tiny --classes 2", "unknown class '2'|0 to 1"),
     ("sample tiny --iterations 17", "17|1 to 16"),
-    ("sample tiny --iterations 0", "0 iterations|1 to 16"),
     ("sample tiny --iterations few", "--iterations 'few': expected a whole number"),
     ("sample tiny --count 0", "--count 0: expected a whole number from 1"),
-    ("sample tiny --seed", "--seed: expected one argument"),
     ("sample tiny --order upwards", "--order 'upwards': expected random or raster"),
     ("sample tiny --diffusion-steps 1", "1 diffusion steps|2 to 1000"),
     ("sample tiny --device nonsense", "--device nonsense: not here"),
@@ -111,13 +102,11 @@ REFUSALS = [  # what is typed, and what the line must say
     ("distill imagenet256-base", "a recipe, not a model"),
     ("distill tiny --data nowhere", "unknown data 'nowhere'"),
     ("distill tiny --data folder:pictures", "classes|apple"),
-    ("distill tiny --probe-samples 1", "--probe-samples 1: expected 0, or a whole number from 2"),
     ("train --data folder:nothing", "nothing|sub-folder"),
     ("train --data fashion-mnist:nothing", "nothing|.gz"),
     ("train --data folder:damaged", "broken.png|mend or remove"),
     ("train --preset imagenet256", "--preset 'imagenet256': expected fashion-mnist or imagenet256-base"),
     ("train --preset imagenet256-base", "trains on latents|marval cache"),
-    ("train --updates 5 --warmup 6", "--warmup 6: expected at most the 5 updates"),
     ("train --updates=", "--updates '': expected a whole number from 1"),
     ("tune fashion-student --reward pixscore", "pixscore|pickscore|file.py:function"),
     ("tune fashion-student --reward clip:nowhere", "clip:nowhere|config.json|put them"),
@@ -125,15 +114,11 @@ REFUSALS = [  # what is typed, and what the line must say
     ("evaluate tiny --data folder:pictures", "classes|apple"),
     ("evaluate tiny --samples 0 --batches", "nothing to measure"),
     ("evaluate imagenet256-base", "random weights|--samples 0"),
-    ("evaluate tiny --iterations 4 tiny", "--iterations 'tiny': expected a whole number"),
     ("evaluate tiny --batches --plot p.png", "--budget and --plot need times"),
     ("compare here.json there.json", "here.json is not there"),
-    ("convert mar a.pth model", "a.pth|--heads"),
     ("convert marr a b", "'marr': expected mar or to-mar or vae or onnx"),
     ("cache there", "--images DIR"),
     ("sample truncated", "truncated|damaged"),
-    ("sample text", "text|damaged"),
-    ("sample empty", "empty|damaged"),
     ("sample foreign.safetensors", "not a marval model"),
     ("sample nothing", "does not exist"),
 ]
@@ -148,20 +133,13 @@ def bad_files(tmp_path_factory, work):
     for name in ("tiny", "pictures"):
         (root / name).symlink_to(work / name)
     whole = (work / "tiny/model.safetensors").read_bytes()
-    for name, content in (("truncated", whole[: len(whole) // 2]), ("text", b"hello"), ("empty", b"")):
-        (root / name).mkdir()
-        (root / name / "model.safetensors").write_bytes(content)
+    (root / "truncated").mkdir()
+    (root / "truncated/model.safetensors").write_bytes(whole[: len(whole) // 2])
     save_file({"weight": np.zeros(3, np.float32)}, root / "foreign.safetensors")
     (root / "nothing").mkdir()
     (root / "damaged/a").mkdir(parents=True)
     (root / "damaged/a/broken.png").write_bytes(b"not a picture")
-    tensors = official().state_dict()
-    torch.save({"model": tensors, "model_ema": tensors}, root / "a.pth")
     return root
-
-
-def official():
-    return MAR(MARConfig((4, 4), 16, 3, 16, 1, 2, 16, 1, 2, 16, 1, buffer_size=2)).initialize(generator(0))
 
 
 @pytest.mark.parametrize(("typed", "told"), REFUSALS, ids=[typed for typed, _ in REFUSALS])
@@ -197,20 +175,6 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_last_good_state(work, t
     assert files() == good
     assert train(4, "unlimited", "--resume").returncode == 0
     assert [line.name for line in out.glob("state-*")] == ["state-00000004"]
-
-
-def test_training_that_diverges_says_so(refusal, work, tmp_path):
-    said = refusal("train", "--data", f"folder:{work / 'pictures'}", "--updates", 30, "--warmup", 1, "--batch-size", 4,
-                   "--learning-rate", 1e30, "--no-autocast", "--out", "run")  # fmt: skip
-    assert all(words in said for words in ("not finite", "loss nan", "lower the learning rate"))
-    assert not list(tmp_path.glob("run/state-*"))
-
-
-def test_an_official_checkpoint_comes_and_goes(marval, bad_files, tmp_path):
-    marval("convert", "mar", bad_files / "a.pth", "model", "--heads", 2)
-    marval("convert", "to-mar", "model", "b.pth")
-    again = torch.load(tmp_path / "b.pth", weights_only=True)["model_ema"]
-    assert all(torch.equal(again[name], tensor) for name, tensor in official().state_dict().items())
 
 
 def test_evaluate_times_full_size_models_with_random_weights(marval, monkeypatch, tmp_path):

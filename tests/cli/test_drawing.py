@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from marval.cli.arguments import usable_device
 from marval.pipeline import Pipeline
@@ -56,25 +57,22 @@ def test_a_picture_that_is_checked_is_never_replaced(run, workspace):
     assert code == 0
     assert "the same, pixel for pixel" in said
     assert file.read_bytes() == before
+    notes = PngInfo()
     with Image.open(file) as picture:
-        from PIL.PngImagePlugin import PngInfo
-
-        notes = PngInfo()
         notes.add_itxt("marval", picture.info["marval"])
         picture.point(lambda value: 255 - value).save(file, pnginfo=notes)
+        picture.save("bare.png")
     changed = file.read_bytes()
     for more in ((), ("--force",)):
-        refused(
-            run("sample", "student", "--like", file, "--out", "samples", *more),
-            "differs by up to",
-            "nothing was written",
-        )
+        said = run("sample", "student", "--like", file, "--out", "samples", *more)
+        refused(said, "differs by up to", "nothing was written")
         assert file.read_bytes() == changed
     code, said, _ = run("sample", "student", "--like", file, "--out", "other")
     assert code == 0
     assert "differs by up to" in said
     assert (workspace / "other" / file.name).is_file()
     refused(run("sample", "student", "--like", file, "--out", "other"), "is there already", "--force")
+    refused(run("sample", "--like", "bare.png"), "bare.png has no recipe")
 
 
 @pytest.mark.parametrize("name", ["nonsense", "cuda:99", "meta", "hpu", "privateuseone", "", "cpu:zero", "mps", "xla"])

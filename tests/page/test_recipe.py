@@ -4,19 +4,15 @@ import base64
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from marval.cli import main
 from marval.io.checkpoint import model_hash, save_model
 from marval.io.images import png_bytes, to_pil
 from marval.pipeline import Pipeline
-from marval.recipe import KEY, Recipe, batch_recipes, draw_recipe, find_pipelines, make_recipe, redraw
-from marval.recipe import read_recipe as read
+from marval.recipe import KEY, Recipe, batch_recipes, draw_recipe, find_pipelines, make_recipe, read_recipe, redraw
 from tiny import tiny_config, tiny_model
 
 
@@ -42,21 +38,17 @@ def edited(folder, pipeline):
     return third, draw_recipe(third, pipeline, tokens)
 
 
-def test_a_recipe_comes_back_from_json(folder, tiny):
-    recipe, _ = edited(folder, tiny)
-    assert Recipe.from_json(recipe.to_json()) == recipe
-    plain = json.loads(recipe.to_json())
-    assert (plain["class"], plain["seed"], plain["K"], plain["w"], plain["T"]) == ("cross", 5, 1, 1.5, 8)  # for ever
-    assert len(recipe.history) == 3
-
-
 def test_an_edited_picture_is_drawn_again_exactly(folder, tiny, tmp_path):
     recipe, tokens = edited(folder, tiny)
     picture = to_pil(tiny.space.decode(tokens[None])[0])
     (tmp_path / "a.png").write_bytes(png_bytes(picture, {KEY: recipe.to_json()}))
-    found, given = read(tmp_path / "a.png")
+    found, given = read_recipe(tmp_path / "a.png")
+    assert found == recipe
+    assert len(found.history) == 3
     again = to_pil(redraw(found, find_pipelines(folder, "cpu")))
     assert again.tobytes() == given.tobytes() == picture.tobytes()
+    plain = json.loads(recipe.to_json())
+    assert (plain["class"], plain["seed"], plain["K"], plain["w"], plain["T"]) == ("cross", 5, 1, 1.5, 8)  # for ever
 
 
 def test_an_edited_upload_is_drawn_again_exactly(folder, tiny):
@@ -95,35 +87,3 @@ def test_other_weights_are_refused_and_a_moved_model_is_named(folder, tiny, tmp_
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no model\.safetensors in it"):
         redraw(recipe, find_pipelines(tmp_path / "empty", "cpu"))
-
-
-def test_the_command_line_draws_a_picture_again(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def marval(*arguments):
-        monkeypatch.setattr("sys.argv", ["marval", *map(str, arguments)])
-        main()
-        return capsys.readouterr().out
-
-    def refused(*arguments):
-        with pytest.raises(SystemExit) as end:
-            marval(*arguments)
-        told = capsys.readouterr().err
-        assert (end.value.code, told.count("\n")) == (2, 1)
-        return told
-
-    marval("sample", folder, "--classes", "square", "--count", 3, "--iterations", 3, "--out", "first")
-    file = Path("first/00001-square-1.png")
-    assert "MODEL --like" in refused("sample", "--like", file, "--out", "again")
-    assert "the same, pixel for pixel" in marval("sample", folder, "--like", file, "--out", "again")
-    assert Path("again", file.name).read_bytes() == file.read_bytes()
-
-    notes = PngInfo()
-    notes.add_itxt(KEY, read(file)[0].to_json())
-    Image.new("L", (8, 8), 255).save("changed.png", pnginfo=notes)
-    assert "differs by up to" in marval("sample", folder, "--like", "changed.png", "--out", "again")
-    Image.new("L", (8, 8)).save("bare.png")
-    assert "bare.png has no recipe" in refused("sample", "--like", "bare.png")
-    Path("text.png").write_text("hello")
-    assert "text.png cannot be read as a PNG" in refused("sample", "--like", "text.png")
-    assert "name a model" in refused("sample")

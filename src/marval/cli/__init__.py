@@ -16,12 +16,13 @@ from marval.cli.overview import help_text, print_models
 from marval.cli.training import distill, train, train_classifier, tune
 from marval.runtime.refusal import announce, watch
 
-VERBS: dict[str, Callable[..., None]] = {
-    "demo": demo, "sample": sample, "serve": serve,
-    "train": train, "distill": distill, "tune": tune, "train classifier": train_classifier,
-    "evaluate": evaluate, "compare": compare,
-    "convert": convert, "cache": cache,
-}  # fmt: skip
+GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+    "Draw": {"demo": demo, "sample": sample, "serve": serve},
+    "Train": {"train": train, "distill": distill, "tune": tune, "train classifier": train_classifier},
+    "Measure": {"evaluate": evaluate, "compare": compare},
+    "Prepare": {"convert": convert, "cache": cache},
+}
+VERBS = {name: verb for group in GROUPS.values() for name, verb in group.items()}
 
 
 def main() -> None:
@@ -68,7 +69,7 @@ def run_verb(arguments: list[str]) -> None:
     if not arguments:
         print_models()
     elif verb in ("-h", "--help"):
-        print(help_text(VERBS))
+        print(help_text(GROUPS))
     elif verb == "--version":
         print(f"marval {marval.__version__}")
     elif verb not in VERBS:

@@ -34,9 +34,12 @@ def convert(kind: Literal["mar", "to-mar", "vae", "onnx"], source: str, out: Pat
         source: the checkpoint, or the model to write
         out: the folder, or the .pth or .onnx to write
     """
+    from marval.io.checkpoint import weights_file
+    from marval.io.files import check_replace
     from marval.io.official import Hints, convert_mar, convert_to_mar
+    from marval.io.onnx import export_onnx
     from marval.io.vae import convert_vae
-    from marval.pipeline import find_model
+    from marval.pipeline import find_model, load
 
     hints, told = Hints(options.heads, options.image_size, options.vae_stride, options.patch_size), ""
     if kind != "mar" and hints != Hints():
@@ -50,22 +53,12 @@ def convert(kind: Literal["mar", "to-mar", "vae", "onnx"], source: str, out: Pat
     elif kind == "vae":
         convert_vae(source, out, options.force)
     else:
-        told = convert_onnx(source, out, options)
+        check_replace(out, source=weights_file(find_model(source)), folder=False, force=options.force)
+        pipeline = load(source)
+        k = pipeline.default_iterations if options.iterations is None else options.iterations
+        difference = export_onnx(pipeline.model, pipeline.config, k, out)
+        told = f": K = {k}; onnxruntime's pictures differ from PyTorch's by {difference:.1g}"
     print(f"{source} -> {out}{told}")
-
-
-def convert_onnx(source: str, out: Path, options: Conversion) -> str:
-    """Write a student as ONNX, checked with onnxruntime, and say how far their pictures differ."""
-    from marval.io.checkpoint import weights_file
-    from marval.io.files import check_replace
-    from marval.io.onnx import export_onnx
-    from marval.pipeline import find_model, load
-
-    check_replace(out, source=weights_file(find_model(source)), folder=False, force=options.force)
-    pipeline = load(source)
-    k = pipeline.default_iterations if options.iterations is None else options.iterations
-    difference = export_onnx(pipeline.model, pipeline.config, k, out)
-    return f": K = {k}; onnxruntime's pictures differ from PyTorch's by {difference:.1g}"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shlex
 import shutil
 import statistics
 import sys
@@ -43,10 +42,7 @@ LIVE = DistillConfig(
 
 
 def run(out: Path, device: str) -> None:
-    """Draw, time and score the bundled models on the same seeds; then distil the teacher anew for half a minute.
-
-    The report is written before the live distillation begins; where that fails, one line says so.
-    """
+    """Draw, time and score the bundled models, and write the report; then distil the teacher for half a minute."""
     report = out / "demo.json"
     check_output(report, folder=False)
     judge = load_classifier("fashion-judge").to(device)
@@ -63,8 +59,7 @@ def run(out: Path, device: str) -> None:
             raise
         print(f"live distillation skipped: {' '.join(str(error).split()) or type(error).__name__}")
     # The environment that `make demo` made is not on a newcomer's PATH.
-    here = shlex.quote(os.path.relpath(Path(sys.executable).parent / "marval"))
-    marval = "marval" if shutil.which("marval") else here
+    marval = "marval" if shutil.which("marval") else os.path.relpath(Path(sys.executable).parent / "marval")
     print(f"\nNext:  {marval} sample fashion-student --classes sneaker,bag --count 16 --out samples")
     print(f"       {marval} train --data folder:DIR --out runs/mine      (then distill, tune: see README)")
     print(f"       {marval} serve                                        (see it all in a browser)")

@@ -67,7 +67,6 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
     from marval.pipeline import find_model
     from marval.recipe import KEY, batch_recipes, make_recipe, plain_name
     from marval.runtime.progress import progress
-    from marval.sampling import draw_counts
 
     if images.like is not None:
         sample_like(images.like, model, output, drawing.device)
@@ -77,25 +76,22 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
     pipeline = load_pipeline(model, drawing.device).with_chain(
         diffusion_steps=drawing.diffusion_steps, guidance=drawing.guidance, temperature=drawing.temperature
     )
-    k, order, count, out = drawing.iterations, drawing.order, images.count, output.out
+    k = pipeline.default_iterations if drawing.iterations is None else drawing.iterations
+    order, count, seed, out = drawing.order, images.count, images.seed, output.out
     names = pipeline.config.class_names
     chosen = listed_class_numbers(images.classes, names) if images.classes else range(len(names))
     labels = [chosen[i % len(chosen)] for i in range(count)]
-    if k is not None:
-        draw_counts(pipeline.config.mar.num_tokens, k)  # refuses it before anything is made
     together = drawing.batch_size or min(TOGETHER, DRAWN[pipeline.config.space.kind])
+    batches = pipeline.sample_batches(labels, seed=seed, iterations=k, order=order, batch_size=together)
     digest = model_hash(find_model(model))
-    iterations = pipeline.default_iterations if k is None else k
-    recipes = batch_recipes(
-        [make_recipe(model, digest, pipeline, n, images.seed + i, iterations, order) for i, n in enumerate(labels)],
-        together,
-    )
+    alone = [make_recipe(model, digest, pipeline, label, seed + i, k, order) for i, label in enumerate(labels)]
+    recipes = batch_recipes(alone, together)
     files = [out / f"{i:05d}-{plain_name(r.class_name)}-{r.seed}.png" for i, r in enumerate(recipes)]
     check_targets([*files, out / "grid.png"], output.force)
     shown: list[Tensor] = []
     with progress(count, "drawing images") as advance:
         named = zip(files, recipes, strict=True)
-        for drawn in pipeline.sample_batches(labels, seed=images.seed, iterations=k, order=order, batch_size=together):
+        for drawn in batches:
             for image, (file, recipe) in zip(drawn, named, strict=False):
                 save_picture(file, to_pil(image), {KEY: recipe.to_json()})
             shown += drawn[: max(0, IN_GRID - len(shown))]

@@ -9,12 +9,6 @@ from typing import Any
 
 import marval
 
-GROUPS = {
-    "Draw": ("demo", "sample", "serve"),
-    "Train": ("train", "distill", "tune", "train classifier"),
-    "Measure": ("evaluate", "compare"),
-    "Prepare": ("convert", "cache"),
-}
 STAGES = ["teacher", "student", "tuned student"]
 TRY = """\
 Try:
@@ -24,12 +18,12 @@ Try:
 marval --help lists all verbs."""
 
 
-def help_text(verbs: Mapping[str, Callable[..., None]]) -> str:
+def help_text(groups: Mapping[str, Mapping[str, Callable[..., None]]]) -> str:
     """The verbs in their groups."""
     lines = ["Masked auto-regressive diffusion in one step (MARVAL).", "", "usage: marval VERB [options]"]
-    for group, names in GROUPS.items():
+    for group, verbs in groups.items():
         lines += ["", f"{group}:"]
-        lines += [f"  {name:<17} {(verbs[name].__doc__ or '').splitlines()[0]}" for name in names]
+        lines += [f"  {name:<17} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in verbs.items()]
     lines += ["", "marval VERB --help lists a verb's options, with two commands to copy; marval alone lists models."]
     return "\n".join([*lines, "MARVAL_DEBUG=1 in front of a command shows where an error comes from."])
 

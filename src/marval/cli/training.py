@@ -211,18 +211,16 @@ def surprises(pipeline: "Pipeline", samples: int, held_out: bool, anchor: "Ancho
             "distance and the diversity alone say when to stop, and the latest model that keeps both is kept"
         )
     if samples < 2 * classes:
-        what = f"the mean over the {samples - classes} classes that have two"
-        if samples <= classes:
-            what = "not measured, as no class has two, and does not stop the run"
-        yield (
-            f"{samples} images of {classes} classes: the diversity is {what}; --probe-samples {2 * classes} gives "
-            "each class two"
-        )
+        what = "not measured, as no class has two, and does not stop the run"
+        if samples > classes:
+            what = f"the mean over the {samples - classes} classes that have two"
+        told = f"{samples} images of {classes} classes: the diversity is {what}"
+        yield f"{told}; --probe-samples {2 * classes} gives each class two"
     if anchor is not None:
         w, schedule = pipeline.config.draw.guidance, pipeline.config.draw.guidance_schedule
-        yield f"the anchor's teacher is guided as {pipeline.config.name} was distilled: w = {w:g}, {schedule}" + (
-            "; if it was another, write guidance and guidance_schedule into draw in its config.json" if w == 1 else ""
-        )
+        told = f"the anchor's teacher is guided as {pipeline.config.name} was distilled: w = {w:g}, {schedule}"
+        other = "; if it was another, write guidance and guidance_schedule into draw in its config.json"
+        yield told + (other if w == 1 else "")
 
 
 @dataclass(frozen=True)
@@ -253,10 +251,8 @@ def train_classifier(*, what: Classifier) -> None:
     device = usable_device(what.device)
     images = load_images(what.data, size=with_size(what.data, what.size))
     check_classes(images)
-    if what.data.startswith("fashion-mnist"):
-        test = load_images(what.data, split="test")
-    else:
-        images, test = split_data(images, what.seed)
+    own = not what.data.startswith("fashion-mnist")
+    images, test = split_data(images, what.seed) if own else (images, load_images(what.data, split="test"))
     accuracy = run(what.architecture, images, test, what.out, epochs=what.epochs, seed=what.seed, device=device)
     batch, steps = plan_steps(len(images), what.epochs)
     print(

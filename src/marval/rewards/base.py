@@ -140,14 +140,8 @@ class WeightedReward:
         return total
 
 
-def named_parts(reward: Reward) -> dict[str, tuple[Reward, float]]:
-    """The parts of a weighted reward; any other reward is its own one part, named after its function or class."""
-    if isinstance(reward, WeightedReward):
-        return reward.rewards
-    return {getattr(reward, "__qualname__", type(reward).__qualname__): (reward, 1.0)}
-
-
 def reward_identity(reward: Reward) -> str:
     """Describe a reward for a resumed run to compare: names, weights in the sum, and the hashes of what they run."""
-    parts = named_parts(reward).items()
-    return ",".join(f"{name}={weight:g} (sha256 {reward_hash(part)})" for name, (part, weight) in parts)
+    name = getattr(reward, "__qualname__", type(reward).__qualname__)
+    parts = reward.rewards if isinstance(reward, WeightedReward) else {name: (reward, 1.0)}
+    return ",".join(f"{name}={weight:g} (sha256 {reward_hash(part)})" for name, (part, weight) in parts.items())
