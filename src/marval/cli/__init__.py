@@ -84,6 +84,8 @@ def complain(line: str, code: int) -> NoReturn:
     """Print one line on standard error and exit."""
     try:
         print(f"marval: {line}", file=sys.stderr, flush=True)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
         drop_output()
     raise SystemExit(code) from None
