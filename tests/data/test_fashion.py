@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from marval.data import FASHION_CLASSES, fashion, load_fashion_mnist, load_fashion_sample, load_images
-from marval.evaluate.features import Statistics, bundled_statistics
+from marval.evaluate.features import FASHION_STATISTICS, Statistics
 from marval.evaluate.judge import data_hash
 from marval.runtime.rng import generator
 
@@ -78,7 +78,7 @@ def whole(data):
 def test_the_whole_set_has_the_published_content_and_what_ships_is_its_first_200_a_class(fashion_train, fashion_test):
     assert fashion_train.labels.bincount().tolist() == [6000] * 10
     assert fashion_test.labels.bincount().tolist() == [1000] * 10
-    assert data_hash(fashion_train) == Statistics.load(bundled_statistics("fashion-mnist")).data_sha256
+    assert data_hash(fashion_train) == Statistics.load(FASHION_STATISTICS).data_sha256
     shipped = load_fashion_sample()
     rows = torch.cat([(fashion_train.labels == label).nonzero()[:200, 0] for label in range(10)])
     assert torch.equal(shipped.images, fashion_train.images[rows])

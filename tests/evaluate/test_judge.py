@@ -13,9 +13,9 @@ import torch
 from marval.data import ImageData
 from marval.evaluate import fidelity
 from marval.evaluate.features import (
+    FASHION_STATISTICS,
     EfficientNetFeatures,
     Statistics,
-    bundled_statistics,
     extract,
     find_features,
     frechet_distance,
@@ -117,7 +117,7 @@ def test_a_damaged_cache_of_real_features_is_made_again(workspace):
 def test_the_bias_of_few_images_is_foretold(fashion_train):
     """300 real images, whose true distance from the real set is 0, against what is said to expect of 300."""
     data = fashion_train
-    real = Statistics.load(bundled_statistics("fashion-mnist"))
+    real = Statistics.load(FASHION_STATISTICS)
     chosen = torch.randperm(len(data), generator=generator("some"))[:300]
     network = EfficientNetFeatures()
     measured = frechet_distance(extract(network, data.images[chosen]), real)
@@ -163,7 +163,7 @@ def test_the_packaged_statistics_are_those_of_the_real_images(fashion_train, tmp
     """Their hash is the data's, and images that are not the data are never measured under it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     data = fashion_train
-    assert Statistics.load(bundled_statistics("fashion-mnist")).data_sha256 == data_hash(data)
+    assert Statistics.load(FASHION_STATISTICS).data_sha256 == data_hash(data)
     packaged = load_judge("fashion-mnist", lambda: data)
     copied = load_judge("fashion-mnist:elsewhere", lambda: data)  # the same images from another folder
     assert copied.about["data_sha256"] == packaged.about["data_sha256"]

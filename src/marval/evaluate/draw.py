@@ -93,16 +93,10 @@ def check_finite(what: str, values: Shaped[Tensor, "n *rest"], names: Sequence[s
 
 
 def draw_bytes(
-    pipeline: Pipeline,
-    count: int,
-    iterations: int,
-    seed: int,
-    batch_size: int | None = None,
-    autocast: bool = False,
-    workers: Workers | None = None,
+    pipeline: Pipeline, count: int, iterations: int, seed: int, workers: Workers | None = None
 ) -> tuple[Images, Labels]:
     """Draw `count` class-balanced images as rounded bytes, with their labels; all `workers` share and get them."""
-    workers, drawing = workers or Workers(), Drawing(pipeline, count, iterations, seed, autocast, batch_size)
+    workers, drawing = workers or Workers(), Drawing(pipeline, count, iterations, seed)
     (own,) = workers.parts(count)
     return workers.gather(drawing.draw(range(count)[own]), count), drawing.labels(range(count))
 

@@ -18,6 +18,7 @@ from marval.io.files import write_tensors
 from marval.io.own_code import OwnCode
 from marval.rewards.efficientnet import FEATURES, EfficientNetFeatures
 
+FASHION_STATISTICS = Path(str(files("marval"))) / "assets" / "fashion-mnist-statistics.safetensors"
 ROWS = 1000  # of a matrix of distances at a time
 
 
@@ -50,11 +51,7 @@ Features = EfficientNetFeatures | OwnFeatures
 def find_features(spec: str | None = None) -> Features:
     """EfficientNet's features when None, else those of "file.py:function" or "module:function".
 
-    The function takes byte images (B, C, H, W) and returns features (B, F); a class is called without arguments to
-    make one.
-
-    Raises:
-        ValueError: as `OwnCode`.
+    The function takes byte images (B, C, H, W) and returns features (B, F); a class is called without arguments.
     """
     return EfficientNetFeatures() if spec is None else OwnFeatures(OwnCode(spec, "--features"))
 
@@ -141,11 +138,6 @@ def frechet_distance(features: Float[Tensor, "n f"], real: Statistics) -> float:
     between = torch.linalg.svdvals(centred @ root).sum()
     distance = (x.mean(dim=0) - real.mean).square().sum() + centred.square().sum() + values.sum() - 2 * between
     return float(distance)
-
-
-def bundled_statistics(name: str) -> Path:
-    """Where the statistics of a bundled data set lie."""
-    return Path(str(files("marval"))) / "assets" / f"{name}-statistics.safetensors"
 
 
 def diversity_within_class(features: Float[Tensor, "n f"], labels: Tensor) -> float:

@@ -16,9 +16,9 @@ from torch import Tensor
 from marval.config import ModelConfig
 from marval.data import FASHION_FORM, ImageData, check_classes, check_data, load_images
 from marval.evaluate.features import (
+    FASHION_STATISTICS,
     Features,
     Statistics,
-    bundled_statistics,
     diversity_within_class,
     extract,
     find_features,
@@ -220,7 +220,7 @@ def measure_data(
     Raises:
         ValueError: bad images (when they are read), or Fashion-MNIST's are not those of the package.
     """
-    bundled = Statistics.load(bundled_statistics("fashion-mnist"))
+    bundled = Statistics.load(FASHION_STATISTICS)
 
     @functools.cache
     def images() -> ImageData:
