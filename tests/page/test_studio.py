@@ -19,7 +19,7 @@ from marval.io.checkpoint import save_model
 from marval.io.images import to_pil
 from marval.model import MAR
 from marval.page import bundled
-from marval.page.studio import Studio, Wanted
+from marval.page.studio import SHOWING, Studio, Wanted
 from marval.page.uploads import read_upload
 from marval.recipe import LONGEST, find_pipelines, read_recipe, redraw
 from marval.runtime.rng import generator
@@ -237,7 +237,7 @@ def test_a_large_models_picture_is_not_decoded_more_often_than_drawing_allows(st
     taken = time.perf_counter() - began
     shown = [event for event in events if "patches" in event]
     assert events[0] in shown
-    assert len(shown) < 5
+    assert 0.3 * (len(shown) - 1) <= 0.5 + SHOWING * taken  # one more may begin within the limit
     assert pixels(shown[-1]["patches"])[..., -1].sum() > pixels(shown[0]["patches"])[..., -1].sum()
     assert events[-1]["seconds"] < taken - 0.3 * len(shown)  # which does not count as drawing
 
