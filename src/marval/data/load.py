@@ -33,7 +33,9 @@ def load_images(
 
     Args:
         split: of Fashion-MNIST, "train" or "test".
-        size, channels, limit: of a folder's images (see `load_folder`).
+        size: rows and columns that a folder's images are brought to; inferred when None.
+        channels: 1 or 3, for a folder's images; inferred when None.
+        limit: how many of a folder's images are read at most, from all classes alike.
 
     Raises:
         ValueError: an unknown name, or data that cannot be read.
