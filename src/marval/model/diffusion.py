@@ -3,6 +3,7 @@
 Cosine schedule of Nichol & Dhariwal 2021 (arXiv 2102.09672), 1000 steps; respaced to fewer steps as there.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -14,14 +15,19 @@ NUM_TIMESTEPS = 1000
 Index = int | Int[Tensor, " n"]
 
 
-def cosine_alpha_bars(steps: int = NUM_TIMESTEPS, max_beta: float = 0.999) -> Float[Tensor, " t"]:
-    """`abar_t`, the product of `1 - beta_s` with `beta_s` from the squared cosine, capped at `max_beta` (float64)."""
+@functools.cache
+def cosine_betas(steps: int = NUM_TIMESTEPS, max_beta: float = 0.999) -> tuple[float, ...]:
+    """`beta_t` from the squared cosine, capped at `max_beta`."""
 
     def f(u: float) -> float:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
-    betas = [min(1 - f((s + 1) / steps) / f(s / steps), max_beta) for s in range(steps)]
-    return torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), dim=0)
+    return tuple(min(1 - f((s + 1) / steps) / f(s / steps), max_beta) for s in range(steps))
+
+
+def cosine_alpha_bars() -> Float[Tensor, " t"]:
+    """`abar_t`, the product of `1 - beta_s` up to step t (float64)."""
+    return torch.cumprod(1 - torch.tensor(cosine_betas(), dtype=torch.float64), dim=0)
 
 
 def respaced_timesteps(steps: int, total: int = NUM_TIMESTEPS) -> Int[Tensor, " s"]:

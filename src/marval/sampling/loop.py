@@ -1,5 +1,6 @@
 """The AR loop over tokens (MAR, section 3.3), which teacher and student share."""
 
+import collections
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -182,7 +183,7 @@ def sample(
     seeds = image_seeds(seeds, len(condition))
     start = prepare(model, draw, iterations=iterations, seeds=seeds, **settings)
     steps = run(model, draw, condition, start, gradient_iterations=gradient_iterations, autocast=autocast)
-    *_, (tokens, _) = steps
+    ((tokens, _),) = collections.deque(steps, maxlen=1)  # the last iteration's
     check_finite(tokens, [f"seed {seed}" for seed in seeds])
     return tokens
 

@@ -67,6 +67,7 @@ class AnchorLoss:
             unguided = dataclasses.replace(config.draw, guidance=1.0, guidance_schedule="constant")
             config = dataclasses.replace(config, draw=unguided)
         self.config, self.space, self.workers = config, space, workers
+        self.schedule, self.draw = NoiseSchedule.full(workers.device), draw_function(config, workers.device)
         self.phi, reference = (copy.deepcopy(self.teacher.head).eval() for _ in range(2))
         self.networks: dict[str, TokenHead] = {"auxiliary": self.phi}  # that a resumed run needs
         if to == "student":
@@ -85,8 +86,7 @@ class AnchorLoss:
             student_update: counts the student's own updates. Below 0 the student only draws, so that phi can catch
                 up; at 0 the reference becomes what phi is then.
         """
-        phi, settings, workers = self.phi, self.settings, self.workers
-        schedule, draw = NoiseSchedule.full(workers.device), draw_function(self.config, workers.device)
+        phi, settings, schedule, workers = self.phi, self.settings, self.schedule, self.workers
         score = self.networks.get("reference", self.teacher.head)
         if score is not self.teacher.head and student_update == 0:
             with torch.no_grad():
@@ -96,7 +96,7 @@ class AnchorLoss:
             with torch.no_grad():
                 c = target_contexts(self.teacher, inputs, guided=w != 1.0, autocast=settings.autocast)
             with torch.set_grad_enabled(student_update >= 0):
-                x_0 = student_tokens(student, draw, inputs, part.z, settings.autocast)
+                x_0 = student_tokens(student, self.draw, inputs, part.z, settings.autocast)
             if student_update >= 0:
                 t, eps = part.theta
                 x_t = schedule.add_noise(x_0, eps, t)
