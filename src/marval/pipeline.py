@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from marval.classes import class_numbers
 from marval.config import Chain, ModelConfig, Schedule
 from marval.io.checkpoint import WEIGHTS, load_model, save_model
+from marval.io.files import asset
 from marval.io.hub import HUB_ID, fetch_model, push_model
 from marval.io.images import to_pil
 from marval.io.vae import vae_beside
@@ -30,8 +30,7 @@ TokenHook = Callable[[int, Float[Tensor, "b l c"], Bool[Tensor, "b l"]], None]
 
 def bundled_models() -> dict[str, Path]:
     """The models that ship with the package: name to folder."""
-    root = Path(str(files("marval"))) / "assets"
-    return {path.parent.name: path.parent for path in sorted(root.glob("*/model.safetensors"))}
+    return {path.parent.name: path.parent for path in sorted(asset("").glob("*/model.safetensors"))}
 
 
 def find_model(name: str | Path, revision: str | None = None) -> Path:

@@ -10,7 +10,6 @@ import urllib.request
 import zlib
 from collections.abc import Iterator
 from http.client import HTTPException
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 
 from marval.data.images import ImageData
-from marval.io.files import atomic_path, cache_folder, user_cache
+from marval.io.files import asset, atomic_path, cache_folder, user_cache
 
 FASHION_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -61,7 +60,7 @@ def load_fashion_mnist(split: str = "train", folder: Path | str | None = None, *
 
 def load_fashion_sample() -> ImageData:
     """Load the first 200 training images of each class, which ship with the package as one picture."""
-    with Image.open(Path(str(files("marval"))) / "assets" / "fashion-mnist-2000.png") as sheet:
+    with Image.open(asset("fashion-mnist-2000.png")) as sheet:
         pixels = torch.from_numpy(np.array(sheet))
     images = pixels.reshape(40, 28, 50, 28).transpose(1, 2).reshape(2000, 1, 28, 28)
     labels = torch.arange(10).repeat_interleave(200)  # four rows of 50 for each class

@@ -6,7 +6,6 @@ A Fréchet distance on EfficientNet's features is called FD-EfficientNet: it is 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -14,11 +13,11 @@ from jaxtyping import Float, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from marval.io.files import write_tensors
+from marval.io.files import asset, write_tensors
 from marval.io.own_code import OwnCode
 from marval.rewards.efficientnet import FEATURES, EfficientNetFeatures
 
-FASHION_STATISTICS = Path(str(files("marval"))) / "assets" / "fashion-mnist-statistics.safetensors"
+FASHION_STATISTICS = asset("fashion-mnist-statistics.safetensors")
 ROWS = 1000  # of a matrix of distances at a time
 
 

@@ -7,6 +7,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -15,6 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP}  # what network disks without locks answer
+
+
+def asset(name: str) -> Path:
+    """Find a file or folder that ships with the package."""
+    return Path(str(files("marval"))) / "assets" / name
 
 
 def cache_folder() -> Path:

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig
 from marval.io.checkpoint import check_tensors, find_file, load_model, read_checkpoint, save_model, weights_file
-from marval.io.files import atomic_path, check_replace, sha256_of
+from marval.io.files import asset, atomic_path, check_replace, sha256_of
 from marval.io.vae import vae_hash, vae_place
 from marval.model import MAR
 
@@ -42,7 +41,7 @@ def imagenet_classes() -> dict[str, str]:
 
     The names are WordNet's first lemmas, made unique ("crane" is two classes).
     """
-    text = (files("marval") / "assets" / "imagenet-classes.tsv").read_text()
+    text = asset("imagenet-classes.tsv").read_text()
     return dict(line.split("\t") for line in text.splitlines())
 
 

@@ -1,16 +1,10 @@
 """The figures that the page shows beside the pictures: those of the results that ship with the package."""
 
 import statistics
-from importlib.resources import files
-from pathlib import Path
 
 from marval.evaluate.report import points_of
 from marval.evaluate.results import by_setting, read_results
-
-
-def bundled(name: str) -> Path:
-    """Find a results file that ships with the package."""
-    return Path(str(files("marval"))) / "assets" / name
+from marval.io.files import asset
 
 
 def quality(file: str) -> dict[tuple[str, int], dict[str, float]]:
@@ -18,7 +12,7 @@ def quality(file: str) -> dict[tuple[str, int], dict[str, float]]:
     names = ("fd", "diversity", "log_probability")
     return {
         (rows[0]["model"], rows[0]["iterations"]): {name: statistics.mean(row[name] for row in rows) for name in names}
-        for rows in by_setting(read_results(bundled(file))["quality"])
+        for rows in by_setting(read_results(asset(file))["quality"])
     }
 
 
@@ -42,7 +36,7 @@ def tuning_rows() -> tuple[list[str], list[list[str]]]:
 def quality_points() -> dict[str, list[tuple[float, float, int]]]:
     """(milliseconds a picture at batch 1, FD-EfficientNet, K) of each bundled model, from the bundled results."""
     points: dict[str, list[tuple[float, float, int]]] = {}
-    for point in points_of(read_results(bundled("fashion-sweep.json")), 1, mixed=True):
+    for point in points_of(read_results(asset("fashion-sweep.json")), 1, mixed=True):
         own = points.setdefault(point.setting.model, [])
         own.append((point.seconds * 1000, point.distance, point.setting.iterations))
     return {name: points[name] for name in sorted(points, key=lambda name: name != "fashion-teacher")}

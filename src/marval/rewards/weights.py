@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from marval.io.checkpoint import check_tensors, read_checkpoint
-from marval.io.files import write_tensors
+from marval.io.files import asset, write_tensors
 from marval.io.hub import fetch
 
 Tensors = dict[str, Tensor]
@@ -149,7 +148,7 @@ def described_file(name: Path | str, maker: str) -> Path:
     Raises:
         ValueError: there is no such file.
     """
-    bundled = Path(str(files("marval"))) / "assets" / f"{name}.safetensors"
+    bundled = asset(f"{name}.safetensors")
     file = bundled if bundled.is_file() else Path(name)
     if not file.is_file():
         raise ValueError(f"{file} does not exist: make one with {maker}")
