@@ -219,6 +219,11 @@ class LatentSpace(Checked):
         return self.latent_channels * self.patch**2
 
     @property
+    def channels(self) -> int:
+        """Channels of a VAE's pictures."""
+        return 3
+
+    @property
     def token_range(self) -> None:
         """Latents have no fixed range."""
         return None

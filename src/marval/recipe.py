@@ -228,7 +228,7 @@ def encode_picture(pipeline: Pipeline, picture: Image.Image) -> Float[Tensor, "l
     rows, columns = pipeline.config.space.image_size
     if picture.size != (columns, rows):
         raise ValueError(f"a picture of {picture.width}x{picture.height}: the model draws {columns}x{rows}")
-    grey = getattr(pipeline.config.space, "channels", 3) == 1
+    grey = pipeline.config.space.channels == 1
     image = torch.from_numpy(pixels(picture.convert("L" if grey else "RGB"), (rows, columns)).copy()).float() / 255
     with torch.inference_mode():
         return pipeline.space.encode(image[None].to(pipeline.device))[0].clone()

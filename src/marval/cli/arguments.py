@@ -45,7 +45,7 @@ def data_of(pipeline: "Pipeline", data: str | None) -> "TrainingData":
     """The images that `--data` names, or those that the model was trained on; checked against the model."""
     from marval.data import check_data, load_data
 
-    channels = getattr(pipeline.config.space, "channels", None)
-    images = load_data(data or pipeline.config.data, size=pipeline.config.space.image_size, channels=channels)
+    space = pipeline.config.space
+    images = load_data(data or pipeline.config.data, size=space.image_size, channels=space.channels)
     check_data(images, pipeline.config)
     return images

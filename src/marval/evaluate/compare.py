@@ -161,7 +161,7 @@ def chance_of(first: dict[int, float], second: dict[int, float]) -> float | None
 def student_t(degrees: int) -> float:
     """Student's t that 95 % of samples stay within, from the normal's z by the expansion in 1/n of Fisher and Cornish.
 
-    (Abramowitz & Stegun, 26.7.5.) 3 % too small at 2 degrees of freedom, 0.6 % at 3.
+    (Abramowitz & Stegun, 26.7.5.) 3 % too small at 2 degrees of freedom, 0.7 % at 3.
     """
     z, n = statistics.NormalDist().inv_cdf(0.975), degrees
     return (

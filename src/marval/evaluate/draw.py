@@ -76,7 +76,6 @@ class Drawing:
                 images = pipeline.sample(
                     self.labels(some).tolist(), seed=seeds, iterations=self.iterations, batch_size=size
                 )
-                check_finite("the image", images, self.names(some))
                 parts.append((images * 255).round().byte())
                 advance(len(some))
         return torch.cat(parts)

@@ -181,7 +181,7 @@ def measure_quality(
 def check_alike(models: Models) -> None:
     """Check that models draw the same classes in pictures of one form, so that one judge serves them all."""
     configs = [pipeline.config for _, pipeline in models]
-    forms = [(c.class_names, c.space.image_size, getattr(c.space, "channels", 3)) for c in configs]
+    forms = [(c.class_names, c.space.image_size, c.space.channels) for c in configs]
     for config, form in zip(configs, forms, strict=True):
         if form != forms[0]:
             names = f"{config.name} and {configs[0].name}"

@@ -120,7 +120,7 @@ class Judge:
         if self.sample is not None:
             self.sample()
         space = pipeline.config.space
-        blank = torch.zeros(2, getattr(space, "channels", 3), *space.image_size, dtype=torch.uint8)
+        blank = torch.zeros(2, space.channels, *space.image_size, dtype=torch.uint8)
         self.columns(blank, torch.zeros(2, dtype=torch.long))
 
     def warning(self, count: int) -> tuple[str, float] | None:
@@ -162,14 +162,14 @@ def make_judge(
             model, or the reference is missing, broken, or of other features.
     """
     workers, config = workers or Workers(), pipeline.config
-    spec, channels = data or config.data, getattr(config.space, "channels", 3)
+    spec, space = data or config.data, config.space
     if classifier is None and spec.partition(":")[0] == "fashion-mnist":
         classifier = Path("fashion-judge")
     # A model of latents is trained on a cache, but its pictures are compared with pictures.
     check = check_data if config.space.kind == "pixels" else check_classes
 
     def real_images() -> ImageData:
-        images = load_images(spec, size=config.space.image_size, channels=channels, limit=limit)
+        images = load_images(spec, size=space.image_size, channels=space.channels, limit=limit)
         check(images, config)
         return images
 
@@ -191,13 +191,14 @@ def make_judge(
         judge = replace(judge, real=real, sample=some)
     if classifier is not None:
         network = load_classifier(classifier).to(workers.device)
-        check_classifier(network, config, channels)
+        check_classifier(network, config)
         judge = replace(judge, classifier=network, classifier_sha256=sha256_of(classifier_file(classifier)))
     return judge
 
 
-def check_classifier(classifier: Classifier, config: ModelConfig, channels: int) -> None:
+def check_classifier(classifier: Classifier, config: ModelConfig) -> None:
     """Refuse a classifier of other classes or another number of channels."""
+    channels = config.space.channels
     if (classifier.class_names, classifier.channels) != (config.class_names, channels):
         raise ValueError(
             f"--judge tells {', '.join(classifier.class_names[:4])}, ... apart in pictures of {classifier.channels} "

@@ -245,7 +245,7 @@ class Studio:
         pipeline = self.served(model).pipeline
         rows, columns = pipeline.config.space.image_size
         fitted = ImageOps.fit(read_upload(content, max(rows, columns)), (columns, rows))
-        fitted = fitted.convert("L" if getattr(pipeline.config.space, "channels", 3) == 1 else "RGB")
+        fitted = fitted.convert("L" if pipeline.config.space.channels == 1 else "RGB")
         tokens = encode_picture(pipeline, fitted).float().cpu()
         return picture_json(pipeline, Picture(tokens, upload=text_of(png_bytes(fitted))), "upload.png")
 
