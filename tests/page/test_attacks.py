@@ -20,13 +20,6 @@ from tiny import tiny_config, tiny_model
 from uploads import chunk, content, png_of
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_model(folder, tiny_model(), tiny_config())
-    return folder
-
-
 @pytest.fixture
 def like(refusal, unchecked, tmp_path):
     """Draw like a picture with this recipe; the one line that refuses it."""

@@ -17,13 +17,6 @@ from tiny import tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_model(folder, tiny_model(), tiny_config())
-    return folder
-
-
-@pytest.fixture(scope="module")
 def tiny(folder):
     return Pipeline(tiny_model(), tiny_config())
 

@@ -17,7 +17,6 @@ from PIL import Image
 
 import marval as package
 from marval.cli import main
-from marval.io.checkpoint import save_model
 from marval.io.images import to_pil
 from marval.page import guard
 from marval.page import server as server_module
@@ -27,17 +26,9 @@ from marval.page.studio import Studio
 from marval.page.turns import OF_ADDRESS, PLACES, Turns, network_of
 from processes import marval
 from serving import ask, free_port, in_thread, serving
-from tiny import tiny_config, tiny_model
 from uploads import BAD_FILES, content, photo
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_model(folder, tiny_model(), tiny_config())
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -32,15 +32,15 @@ def reward():
 
 
 @pytest.fixture(scope="module")
-def test_images(fashion_test):
+def fashion_images(fashion_test):
     """20 test images of each class."""
     rows = torch.cat([(fashion_test.labels == label).nonzero()[:20, 0] for label in range(10)])
     return fashion_test.images[rows].float() / 255, fashion_test.labels[rows], fashion_test.class_names
 
 
 @pytest.mark.parametrize("prompt", UNSEEN)
-def test_prompts_that_the_head_never_saw_fit_images_of_their_class(prompt, reward, test_images):
-    images, labels, names = test_images
+def test_prompts_that_the_head_never_saw_fit_images_of_their_class(prompt, reward, fashion_images):
+    images, labels, names = fashion_images
     assert prompt not in {text for texts in Phrases.read(None, names).learned for text in texts}
     scores = reward(images, [prompt] * len(images))
     means = torch.stack([scores[labels == label].mean() for label in range(10)])
@@ -49,13 +49,13 @@ def test_prompts_that_the_head_never_saw_fit_images_of_their_class(prompt, rewar
     assert scores.abs().max() <= 1 + 1e-5
 
 
-def test_the_report_is_that_of_the_shipped_head_and_its_phrases(reward, test_images):
+def test_the_report_is_that_of_the_shipped_head_and_its_phrases(reward, fashion_images):
     """The figures of all 10,000 test images, against a sample of 200."""
     report = json.loads((ROOT / "results/text-image.json").read_text())
     with safe_open(described_file("fashion-text-image", ""), framework="pt") as content:
         about = json.loads(content.metadata()["text_image"])
     assert about["figures"]["held_out"] == report["held_out"]
-    images, labels, names = test_images
+    images, labels, names = fashion_images
     phrases = Phrases.read(None, names)
     assert [list(texts) for texts in phrases.held_out] == report["held_out_phrases"]
     texts = [text_image.embed(reward.text.of, texts) for texts in phrases.held_out]
