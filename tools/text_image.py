@@ -18,8 +18,9 @@ from torch import Tensor
 
 from marval.data import ImageData, batch_indices, load_images, split_data
 from marval.io.files import check_output, write_text
-from marval.rewards.efficientnet import EfficientNetFeatures
-from marval.rewards.text_image import TextImageHead, save_head, sentence_encoder
+from marval.rewards.efficientnet import FEATURES, EfficientNetFeatures
+from marval.rewards.text_image import SENTENCES, TextImageHead, sentence_encoder
+from marval.rewards.weights import save_described
 from marval.runtime.provenance import made_by
 from marval.runtime.rng import generator
 from marval.train.classifier import descend
@@ -178,7 +179,8 @@ def main(
         for name, every in (("held_out", said.held_out), ("learned", said.learned))
     }
     figures |= {"images": len(train), "test_images": len(test), "steps": steps, "seed": seed}
-    save_head(out, head, {"classes": train.class_names, "figures": figures})
+    about = {"features": FEATURES, "sentences": SENTENCES, "width": head.text.out_features}
+    save_described(out, head, "text_image", {**about, "classes": train.class_names, "figures": figures})
     write_text(
         report,
         json.dumps({**made_by(torch.device(device)), **figures, "held_out_phrases": said.held_out}, indent=1) + "\n",

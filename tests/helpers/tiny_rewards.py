@@ -4,14 +4,31 @@ import json
 import string
 from collections import OrderedDict
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from marval.rewards import hps, image_reward
 from marval.runtime.rng import generator
 
 SIDE = 32
 WORDS = string.ascii_lowercase
+
+
+@pytest.fixture(scope="module")
+def tiny_sizes():
+    """Give HPSv2 and ImageReward the sizes of the files here."""
+    vision = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 1}
+    images = {"image_size": SIDE, "patch_size": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hps, "EMBEDDING", 40)
+        for module, length, words in ((hps, 16, 54), (image_reward, 40, 59)):
+            words = {"max_position_embeddings": length, "vocab_size": words}
+            patch.setattr(module, "VISION", {**module.VISION, **vision, **images})
+            patch.setattr(module, "TEXT", {**module.TEXT, **text, **words, "encoder_hidden_size": 128})
+        yield
 
 
 def write_clip_tokenizer(folder):
@@ -159,8 +176,8 @@ class BertLayer(nn.Module):
             return nn.ModuleDict({"self": inner, "output": outer})
 
         self.attention, self.crossattention = attend(width), attend(image_width)
-        self.intermediate = part(dense=nn.Linear(width, 2 * width))
-        self.output = part(dense=nn.Linear(2 * width, width), LayerNorm=nn.LayerNorm(width, eps=1e-12))
+        self.intermediate = part(dense=nn.Linear(width, 4 * width))
+        self.output = part(dense=nn.Linear(4 * width, width), LayerNorm=nn.LayerNorm(width, eps=1e-12))
 
     def forward(self, x, mask, image):
         mask = mask[:, None, None].bool()

@@ -36,7 +36,7 @@ def scores(spec):
         ("my_rewards.py", "./my_rewards.py:score"),
         ("mine/rewards.py", "mine.rewards:score"),
         ("package/rewards.py", "package.rewards:score"),
-        ("my own/größe = b.py", "{here}/my own/größe = b.py:score"),
+        ("my own/größe.py", "{here}/my own/größe.py:score"),
         ("json.py", "json:score"),  # the file, though a module of that name is there already
     ],
 )

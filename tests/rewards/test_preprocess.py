@@ -1,7 +1,5 @@
 """The rewards' preprocessing: equal to the processors' own on real pictures, and differentiable at every pixel."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -16,13 +14,10 @@ STEP = 2 / 255  # two levels of a byte
 
 def real_pictures():
     """Photographs that come with installed packages, whole and cut to other shapes, and an enlarged Fashion-MNIST."""
-    matplotlib = pytest.importorskip("matplotlib")
     sklearn = pytest.importorskip("sklearn.datasets")
-    hopper = Image.open(f"{matplotlib.get_data_path()}/sample_data/grace_hopper.jpg").convert("RGB")
     china, flower = (Image.fromarray(sklearn.load_sample_image(name)) for name in ("china.jpg", "flower.jpg"))
     sneaker = Image.fromarray(load_fashion_sample().images[1400, 0].numpy()).convert("RGB")
     return {
-        "portrait 512x600": hopper,
         "landscape 640x427": china,
         "strip 601x150": flower.crop((20, 100, 621, 250)),
         "tall 131x170": china.crop((100, 10, 231, 180)),
@@ -45,17 +40,15 @@ def unnormalised(pixels):
 
 @pytest.mark.parametrize("side", [224, 64])
 @pytest.mark.parametrize("name", PICTURES)
-def test_equals_clips_own_processor(name, side, tmp_path):
+def test_equals_clips_own_processor(name, side):
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    for resize in (side, side + 32):
-        processor = CLIPImageProcessorPil(size={"shortest_edge": resize}, crop_size={"height": side, "width": side})
-        expected = torch.from_numpy(np.asarray(processor(PICTURES[name])["pixel_values"]))
-        processor.save_pretrained(tmp_path)
-        ours = Preprocessing.read(tmp_path / "preprocessor_config.json")(as_tensor(PICTURES[name]))
-        assert ours.shape == expected.shape == (1, 3, side, side)
-        limit = 3 * STEP if "very tall" in name else STEP  # Pillow 13 changes the order of its two passes there
-        assert (unnormalised(ours) - unnormalised(expected)).abs().max() <= limit
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    expected = torch.from_numpy(np.asarray(processor(PICTURES[name])["pixel_values"]))
+    ours = Preprocessing(side)(as_tensor(PICTURES[name]))
+    assert ours.shape == expected.shape == (1, 3, side, side)
+    limit = 3 * STEP if "very tall" in name else STEP  # Pillow 13 changes the order of its two passes there
+    assert (unnormalised(ours) - unnormalised(expected)).abs().max() <= limit
 
 
 @pytest.mark.parametrize("name", [name for name in PICTURES if "very" not in name])
@@ -80,34 +73,11 @@ def test_equals_torchvisions_crop_and_hpss_padding(name):
 def test_every_pixel_of_the_crop_has_a_finite_gradient_that_is_not_zero(fit, shape):
     """Also where the picture is black or white and bicubic weights overshoot."""
     images = (torch.rand(2, 1, *shape, generator=generator("pixels")) * 3 - 1).clamp(0, 1).requires_grad_(True)
-    pixels = Preprocessing(fit=fit)(images)
+    pixels = Preprocessing(fit=fit)(images)  # grey: three channels of it
     (pixels * torch.randn(pixels.shape, generator=generator("weights"))).sum().backward()
     gradient = images.grad
     if fit == "crop":
         side = min(shape)
         top, left = ((length - side) // 2 for length in shape)
         gradient = gradient[:, :, top : top + side, left : left + side]
-    assert gradient.isfinite().all()
-    assert (gradient != 0).all()
-
-
-def test_grey_pictures_become_three_channels_and_others_are_refused():
-    grey = torch.rand(2, 1, 28, 28, generator=generator("grey"))
-    assert torch.equal(Preprocessing()(grey), Preprocessing()(grey.expand(-1, 3, -1, -1)))
-    with pytest.raises(ValueError, match="4 channels"):
-        Preprocessing()(torch.zeros(1, 4, 8, 8))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"size": 224, "crop_size": 224, "resample": 2}, "resampling 2: expected 3"),
-        ({"size": 200, "crop_size": 224}, "a centre crop no larger"),
-        ({"size": {"height": 224, "width": 200}}, "no configuration of CLIP's processor"),
-        ([], "no configuration of CLIP's processor"),
-    ],
-)
-def test_other_processing_is_refused(content, message, tmp_path):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
-        Preprocessing.read(tmp_path / "preprocessor_config.json")
+    assert (gradient.isfinite() & (gradient != 0)).all()

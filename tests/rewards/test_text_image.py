@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 import text_image
 from marval.data import load_fashion_sample, load_folder
 from marval.rewards import find_reward
-from marval.rewards.text_image import load_head
 from marval.rewards.weights import described_file
 from marval.runtime.rng import generator
 from text_image import Phrases
@@ -133,4 +132,4 @@ def test_bad_heads_are_refused(tmp_path):
     (tmp_path / "text.safetensors").write_text("hello")
     for name, message in (("none", r"tools/text_image\.py"), ("other", "not a text-image file"), ("text", "damaged")):
         with pytest.raises(ValueError, match=message):
-            load_head(tmp_path / f"{name}.safetensors")
+            find_reward(f"text-image:{tmp_path / name}.safetensors")

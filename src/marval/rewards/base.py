@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from marval.io.files import sha256_of
 from marval.io.own_code import OwnCode
 from marval.rewards.classifier import load_classifier_reward
-from marval.rewards.clip import load_aesthetic, load_cosine
+from marval.rewards.clip import load_aesthetic, load_clip, load_pickscore
 from marval.rewards.hps import load_hps
 from marval.rewards.image_reward import load_image_reward
 from marval.rewards.text_image import load_text_image
@@ -24,19 +23,16 @@ from marval.rewards.weights import CLIP
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores images: any function of images in [0, 1] and their prompts that returns one number per image.
-
-    It must be differentiable in the images. A prompt that was made for a class knows it: see `Prompt`.
-    """
+    """Any function of images in [0, 1] and their prompts that returns one number per image, differentiable in them."""
 
     def __call__(self, images: Float[Tensor, "b c h w"], prompts: Sequence[str], /) -> Float[Tensor, " b"]: ...
 
 
-# Named rewards: how to load each (by its name, a source and a device), and its source where none is named: a hub id, or
-# a bundled file's name.
-KNOWN: dict[str, tuple[Callable[[str, str, torch.device | str], Reward], str]] = {
-    "pickscore": (load_cosine, "yuvalkirstain/PickScore_v1"),
-    "clip": (load_cosine, CLIP.repo),
+# Named rewards: how to load each (from a source, onto a device), and its source where none is named: a hub id, or a
+# bundled file's name.
+KNOWN: dict[str, tuple[Callable[[str, torch.device | str], Reward], str]] = {
+    "pickscore": (load_pickscore, "yuvalkirstain/PickScore_v1"),
+    "clip": (load_clip, CLIP),
     "image-reward": (load_image_reward, "zai-org/ImageReward"),
     "hps-v2": (load_hps, "xswu/HPSv2"),
     "aesthetic": (load_aesthetic, "trl-lib/ddpo-aesthetic-predictor"),
@@ -59,7 +55,7 @@ def find_reward(name: str, classifier: Path | None = None, device: torch.device 
         load, default = KNOWN[kind]
         if kind == "classifier" and classifier is not None:
             default = str(classifier)
-        return load(kind, source or default, device)
+        return load(source or default, device)
     own = OwnCode(name, "reward", KNOWN)
     if isinstance(own.function, nn.Module):
         own.function.to(device)
@@ -72,19 +68,15 @@ def parse_rewards(
     """Load rewards with their weights: "classifier", or "pickscore=1,clip:FOLDER=0.5"; the weight is 1 by default.
 
     Raises:
-        ValueError: as `find_reward`, a weight that is no finite number, or a reward named twice.
+        ValueError: as `find_reward`, a weight that is no number, or a reward named twice.
     """
     parts: dict[str, tuple[Reward, float]] = {}
-    for part in map(str.strip, text.split(",")):
-        name, _, weight = part.rpartition("=")
-        if not name or ":" in weight:  # an equals sign in a path
-            name, weight = part, "1"
+    for part in text.split(","):
+        name, _, weight = part.strip().partition("=")
         try:
             if name in parts:
                 raise ValueError(f"{name} is named twice")
-            if not math.isfinite(float(weight)):
-                raise ValueError(f"weight {weight}: expected a finite number")
-            parts[name] = (find_reward(name, classifier, device), float(weight))
+            parts[name] = (find_reward(name, classifier, device), float(weight or 1))
         except ValueError as error:
             raise ValueError(f"--reward {text}: {error}") from error
     return parts
@@ -110,11 +102,7 @@ def reward_hash(reward: Reward) -> str:
 
 
 def checked(name: str, reward: Reward, images: Float[Tensor, "b c h w"], prompts: Sequence[str]) -> Tensor:
-    """Call a reward, and check what it returns.
-
-    Raises:
-        ValueError: the value has the wrong shape, no gradient reaches the images, or a number is not finite.
-    """
+    """Call a reward, and check that it returns finite numbers, one per image, whose gradient reaches the images."""
     value = reward(images, prompts)
     if not isinstance(value, Tensor) or value.shape != (len(images),):
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

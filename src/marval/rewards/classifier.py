@@ -81,28 +81,22 @@ class ClassifierReward:
     def class_of(self, prompt: str) -> int:
         """Look up the number of the class that the prompt was made for."""
         name, names = getattr(prompt, "class_name", ""), self.classifier.class_names
-        if not name:
-            raise ValueError(
-                f"prompt {str(prompt)!r} was made for no class: the classifier's reward takes the prompts of classes, "
-                "as marval.rewards.Prompt.of('a picture of {}', 'bag') makes them"
-            )
         if name not in names:
             raise ValueError(
-                f"the classifier does not know {name!r}: it tells {', '.join(names[:10])} apart; make one for this "
-                f"model's classes with {MAKER}, then --classifier FILE"
+                f"the classifier does not know the class {name!r} of the prompt {str(prompt)!r}: it tells "
+                f"{', '.join(names[:10])} apart; make one with {MAKER}, then --classifier FILE"
             )
         return names.index(name)
 
 
-def load_classifier_reward(name: str, source: str, device: torch.device | str = "cpu") -> ClassifierReward:
+def load_classifier_reward(source: str, device: torch.device | str = "cpu") -> ClassifierReward:
     """Load the reward of a classifier's file, or of a bundled one by name."""
     return ClassifierReward(load_classifier(source).to(device))
 
 
 def save_classifier(file: Path, classifier: Classifier, figures: dict[str, object]) -> None:
     """Write a classifier and its figures (accuracy, epochs, ...) to one safetensors file."""
-    fields = ("architecture", "channels", "class_names")
-    about = {name: getattr(classifier, name) for name in fields}
+    about = {name: getattr(classifier, name) for name in ("architecture", "channels", "class_names")}
     save_described(file, classifier, "classifier", {**about, "figures": figures})
 
 
@@ -112,11 +106,7 @@ def classifier_file(name: Path | str) -> Path:
 
 
 def load_classifier(name: Path | str) -> Classifier:
-    """Read a classifier: a bundled one by name ("fashion-classifier", "fashion-judge"), or a file.
-
-    Raises:
-        ValueError: no such file, or not a classifier.
-    """
+    """Read a classifier: a bundled one by name, or a file."""
 
     def build(about: dict[str, Any]) -> Classifier:
         return Classifier(about["architecture"], about["channels"], tuple(about["class_names"]))

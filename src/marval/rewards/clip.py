@@ -1,6 +1,8 @@
 """Rewards on CLIP's encoders: `clip` (Radford et al. 2021), `pickscore` (Kirstain et al. 2023), `aesthetic`."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,19 +38,32 @@ def image_embeddings(model: Any, pixels: Float[Tensor, "b 3 s s"]) -> Float[Tens
     return F.normalize(model.visual_projection(model.vision_model(pixels).pooler_output), dim=1)
 
 
-def load_cosine(name: str, source: str, device: torch.device | str = "cpu") -> ClipReward:
-    """Load `clip`, 100 times the cosine of any CLIP, or `pickscore`, the cosine times its model's own scale.
+def load_images_of(folder: Path, device: torch.device | str) -> tuple[Any, Preprocessing]:
+    """Load a CLIP, and how it wants its images: resized to its own size, with the mean and deviation of its folder."""
+    model = weights.load_clip(folder).to(device)
+    try:
+        about = json.loads((folder / "preprocessor_config.json").read_text())
+        mean, std = about["image_mean"], about["image_std"]
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/preprocessor_config.json is missing, or not of a CLIP ({error})") from None
+    return model, Preprocessing(model.config.vision_config.image_size, mean=mean, std=std)
+
+
+def load_clip(source: str, device: torch.device | str = "cpu") -> ClipReward:
+    """Load `clip`: 100 times the cosine of any CLIP, from a folder in transformers' form or a hub id.
 
     Hessel et al. 2021 cut the CLIP score off at 0, where it would have no gradient; here it is not.
-
-    Args:
-        source: a folder in transformers' form, or a hub id.
     """
-    (folder,) = weights.find_parts(name, source, weights.CLIP)
-    preprocessing = Preprocessing.read(folder / "preprocessor_config.json")
-    model = weights.load_clip(name, folder).to(device)
-    scale = 100.0 if name == "clip" else float(model.logit_scale.exp())
-    return ClipReward(model, weights.load_tokenizer(name, folder), preprocessing, scale)
+    folder = weights.find_folder(source, *weights.MODEL, *weights.TOKENIZER)
+    model, preprocessing = load_images_of(folder, device)
+    return ClipReward(model, weights.from_folder("CLIPTokenizer", folder), preprocessing, scale=100.0)
+
+
+def load_pickscore(source: str, device: torch.device | str = "cpu") -> ClipReward:
+    """Load `pickscore`: the cosine times its model's own scale."""
+    reward = load_clip(source, device)
+    reward.scale = float(reward.model.logit_scale.exp())
+    return reward
 
 
 class ScoreHead(nn.Module):
@@ -75,15 +90,15 @@ class AestheticReward:
         return self.head(image_embeddings(self.model, self.preprocessing(images)))
 
 
-def load_aesthetic(name: str, source: str, device: torch.device | str = "cpu") -> AestheticReward:
+def load_aesthetic(source: str, device: torch.device | str = "cpu") -> AestheticReward:
     """Load LAION's improved aesthetic predictor (Schuhmann 2022): a linear head on CLIP ViT-L/14's embeddings.
 
     Args:
         source: a folder with CLIP ViT-L/14 in transformers' form and the head's .pth beside it, or the head's hub id.
     """
-    head_file = weights.Part((("aesthetic-model.pth", "*.pth"),))
-    folder, clip = weights.find_parts(name, source, head_file, weights.CLIP_IMAGES)
-    file, tensors = weights.read_weights(name, folder, "*.pth")
-    model = weights.load_clip(name, clip).to(device)
+    folder = weights.find_folder(source, "aesthetic-model.pth")
+    file, tensors = weights.read_weights(folder, "*.pth")
+    clip = folder if Path(source).is_dir() else weights.find_folder(weights.CLIP, *weights.MODEL)
+    model, preprocessing = load_images_of(clip, device)
     head = weights.load_strict(lambda: ScoreHead(model.config.projection_dim), tensors, file).to(device)
-    return AestheticReward(model, head, Preprocessing.read(clip / "preprocessor_config.json"))
+    return AestheticReward(model, head, preprocessing)

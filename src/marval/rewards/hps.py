@@ -1,6 +1,7 @@
 """`hps-v2`: Human Preference Score v2 and v2.1 (Wu et al. 2023), from its own file: a CLIP ViT-H/14 of open_clip."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +10,17 @@ from marval.rewards import weights
 from marval.rewards.clip import ClipReward
 from marval.rewards.preprocess import Preprocessing
 
-WEIGHTS = weights.Part((("HPS_v2.1_compressed.pt", "*.pt"),))
-HEADS_OF_WIDTH = {1280: 16}  # ViT-H's image tower; elsewhere a head has 64 channels
+# ViT-H/14, as transformers configures it.
+VISION: dict[str, Any] = {
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+    "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
+}  # fmt: skip
+TEXT: dict[str, Any] = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "max_position_embeddings": 77, "vocab_size": 49408, "hidden_act": "gelu",
+    "eos_token_id": 2,  # makes CLIPModel read the embedding at the highest token, as open_clip does
+}  # fmt: skip
+EMBEDDING = 1024
 
 # open_clip's names, and those of transformers' CLIPModel.
 RENAMED = (
@@ -46,38 +56,17 @@ def clip_tensors(tensors: weights.Tensors) -> weights.Tensors:
     return split
 
 
-def clip_config(tensors: weights.Tensors) -> Any:
-    """Read the sizes of a CLIP off open_clip's weights."""
-
-    def tower(prefix: str, width: int) -> dict[str, Any]:
-        return {
-            "hidden_size": width, "intermediate_size": len(tensors[f"{prefix}0.mlp.c_fc.weight"]),
-            "num_hidden_layers": weights.depth(tensors, prefix), "hidden_act": "gelu",
-            "num_attention_heads": HEADS_OF_WIDTH.get(width, max(1, width // 64)),
-        }  # fmt: skip
-
-    width, _, patch, _ = tensors["visual.conv1.weight"].shape
-    side = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5) * patch
-    vision = {**tower("visual.transformer.resblocks.", width), "image_size": side, "patch_size": patch}
-    length, text_width = tensors["positional_embedding"].shape
-    text = {
-        **tower("transformer.resblocks.", text_width), "max_position_embeddings": length,
-        "vocab_size": len(tensors["token_embedding.weight"]),
-        "eos_token_id": 2,  # makes CLIPModel read the embedding at the highest token, as open_clip does
-    }  # fmt: skip
-    projection = tensors["text_projection"].shape[1]
-    return weights.transformers("hps-v2").CLIPConfig(vision_config=vision, text_config=text, projection_dim=projection)
-
-
-def load_hps(name: str, source: str, device: torch.device | str = "cpu") -> ClipReward:
+def load_hps(source: str, device: torch.device | str = "cpu") -> ClipReward:
     """Load HPSv2: the cosine of its CLIP (about 0.27; its tables show 100 times that); images are padded to a square.
 
     Args:
         source: a folder with the checkpoint and CLIP's tokenizer, or the checkpoint's hub id.
     """
-    folder, words = weights.find_parts(name, source, WEIGHTS, weights.CLIP_WORDS)  # open_clip's words are OpenAI's
-    file, tensors = weights.read_weights(name, folder, "*.pt")
-    build = weights.transformers(name).CLIPModel
-    model = weights.load_strict(lambda: build(clip_config(tensors)), clip_tensors(tensors), file).to(device)
-    side = model.config.vision_config.image_size
-    return ClipReward(model, weights.load_tokenizer(name, words), Preprocessing(side, side, "pad"), scale=1.0)
+    folder = weights.find_folder(source, "HPS_v2.1_compressed.pt")
+    file, tensors = weights.read_weights(folder, "*.pt")
+    library = weights.transformers()
+    config = library.CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=EMBEDDING)
+    model = weights.load_strict(lambda: library.CLIPModel(config), clip_tensors(tensors), file).to(device)
+    words = folder if Path(source).is_dir() else weights.find_folder(weights.CLIP, *weights.TOKENIZER)  # the same words
+    tokenizer = weights.from_folder("CLIPTokenizer", words)
+    return ClipReward(model, tokenizer, Preprocessing(VISION["image_size"], "pad"), scale=1.0)

