@@ -3,8 +3,8 @@
 import contextlib
 import json
 import os
+import re
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -19,12 +19,6 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/c
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"  # for people to look at
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 @contextlib.contextmanager
 def in_thread(studio, host="127.0.0.1", auth=None):
     """A page of a studio, served by this process: its address."""
@@ -33,13 +27,13 @@ def in_thread(studio, host="127.0.0.1", auth=None):
     from marval.page.guard import Guard
     from marval.page.server import build, listen
 
-    port = free_port()
-    with listen(host, port) as listening:
-        server = uvicorn.Server(uvicorn.Config(Guard(build(studio), host, auth), log_config=None, lifespan="off"))
+    with listen(host, 0) as listening:
+        app = Guard(build(studio), host, auth)
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
-            yield f"http://127.0.0.1:{port}/"
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
         finally:
             server.should_exit = server.force_exit = True
             thread.join(timeout=30)
@@ -48,18 +42,15 @@ def in_thread(studio, host="127.0.0.1", auth=None):
 @contextlib.contextmanager
 def serving(*models, cwd, **environment):
     """`marval serve` in a process of its own, which writes log.txt: its address and the process."""
-    port = free_port()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
-    command = python(1, "-m", "marval", "serve", *models, "--port", port, "--device", "cpu")
+    command = python(1, "-m", "marval", "serve", *models, "--port", 0, "--device", "cpu")
     with (cwd / "log.txt").open("w") as log:
         process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
-        for _ in range(600):
-            if "marval is on" in (cwd / "log.txt").read_text() or process.poll() is not None:
-                break
+        while not (address := re.search(r"marval is on (\S+)", (cwd / "log.txt").read_text())):
+            assert process.poll() is None, (cwd / "log.txt").read_text()
             time.sleep(0.1)
-        assert process.poll() is None, (cwd / "log.txt").read_text()
-        yield f"http://127.0.0.1:{port}/", process
+        yield address[1], process
     finally:
         process.terminate()
         process.wait(timeout=30)

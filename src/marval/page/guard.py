@@ -2,10 +2,11 @@
 
 import asyncio
 import base64
+import contextlib
 import ipaddress
-import logging
 import re
 import secrets
+from collections import Counter
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -13,8 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-LARGEST_BODY = 8 * 2**20  # bytes; a picture to edit holds its recipe and perhaps an upload of 5 MB in base64
-PATIENCE = 60  # seconds for a request to arrive, and for a visitor to read what was sent
+LARGEST_BODY = 8 * 2**20  # bytes
+OF_ADDRESS = 8  # drawings and uploads of one address, under way or waiting
 LOCAL = {"localhost", "127.0.0.1", "[::1]"}
 HEADERS = {
     "content-security-policy": (
@@ -25,7 +26,6 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
-log = logging.getLogger("uvicorn.error")
 
 
 def is_local(host: str) -> bool:
@@ -38,7 +38,7 @@ def is_local(host: str) -> bool:
 
 class Guard:
     """ASGI middleware that refuses requests for another host (421), without the password (401), from other sites' pages
-    (403), and with too much in them (413).
+    (403), with too much in them (413), and too many at once (429).
 
     Args:
         host: where the server listens. On a local address requests must name it or this machine: else any name on the
@@ -49,13 +49,10 @@ class Guard:
     def __init__(self, app: Any, host: str, auth: str | None = None):
         self.app, self.hosts = app, {*LOCAL, host} if is_local(host) else None
         self.auth = None if auth is None else b"Basic " + base64.b64encode(auth.encode())
+        self.posts: Counter[str] = Counter()  # under way, of each address
 
-    def check(self, method: str, headers: Headers) -> None:
-        """Refuse a request before its body is read.
-
-        Raises:
-            HTTPException: with the status and a line for the visitor.
-        """
+    def check(self, method: str, headers: Headers, address: str) -> None:
+        """Raise HTTPException for a request that is refused, before its body is read."""
         host = re.sub(r":\d*$", "", headers.get("host", "").lower())
         if self.hosts is not None and host not in self.hosts:
             raise HTTPException(421, "this page answers to localhost only: see --host")
@@ -67,13 +64,12 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > LARGEST_BODY:
             raise HTTPException(413, f"too large: at most {LARGEST_BODY // 2**20} MB")
+        if method != "GET" and self.posts[address] >= OF_ADDRESS:
+            raise HTTPException(429, f"you have {OF_ADDRESS} drawings under way or waiting: wait until one is done")
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass a request on, or refuse it."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        received = 0
+        method, address, received = scope["method"], (scope["client"] or [""])[0], 0
 
         async def counted() -> Any:  # a body may come without its length
             nonlocal received
@@ -87,21 +83,19 @@ class Guard:
             if message["type"] == "http.response.start":
                 added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
                 message = {**message, "headers": [*message["headers"], *added]}
-            try:
-                async with asyncio.timeout(PATIENCE):
-                    await send(message)
-            except TimeoutError:  # who does not read gives up the place
-                raise ClientDisconnect from None
+            await send(message)
 
         try:
-            self.check(scope["method"], Headers(scope=scope))
+            self.check(method, Headers(scope=scope), address)
         except HTTPException as refusal:
             answer = JSONResponse({"error": refusal.detail}, refusal.status_code, refusal.headers)
-            await answer(scope, receive, sealed)
-            return
+            return await answer(scope, receive, sealed)
+        self.posts[address] += method != "GET"
         try:
-            await self.app(scope, counted, sealed)
-        except ClientDisconnect:
-            log.warning("a visitor did not read the answer")
+            with contextlib.suppress(ClientDisconnect):
+                await self.app(scope, counted, sealed)
         except asyncio.CancelledError:  # the server ends: so does the answer, without a trace in the log
             await send({"type": "http.response.body"})
+        finally:
+            self.posts[address] -= method != "GET"
+            self.posts = +self.posts  # forgets addresses without a request

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import io
 import json
 import time
 from collections import Counter
@@ -18,16 +19,20 @@ from torch import Tensor
 from marval.config import Chain, Checked, Count, Guidance, Order, Rule, Share
 from marval.evaluate.speed import synchronize
 from marval.io.checkpoint import model_hash
-from marval.io.images import png_bytes, to_pil
-from marval.page.uploads import read_upload
+from marval.io.images import png_bytes, read_image, to_pil
 from marval.pipeline import Pipeline, find_model, load
-from marval.recipe import KEY, LONGEST, Recipe, draw_recipe, encode_picture, make_recipe, plain_name
+from marval.recipe import KEY, LONGEST, MOST_PIXELS, Recipe, draw_recipe, encode_picture, make_recipe, plain_name
 from marval.runtime.rng import generator
-from marval.sampling import draw_counts
 
 LAST_SEED = 999_999
 SHOWING = 0.25  # seconds of decoding partial pictures for each second of drawing, after the first half second
 PageSeed = Annotated[int, Rule(f"a whole number from 0 to {LAST_SEED}", lambda seed: 0 <= seed <= LAST_SEED)]
+
+
+UPLOADS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+
+Event = dict[str, Any]  # what a visitor is told of a drawing, ready for JSON
+Job = tuple[Recipe, Tensor | None]  # a picture to draw, checked, and the tokens of the one that it is an edit of
 
 
 def text_of(content: bytes) -> str:
@@ -35,34 +40,20 @@ def text_of(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-Event = dict[str, Any]  # what a visitor is told of a drawing, ready for JSON
+def read_picture(values: Any, pipeline: Pipeline) -> tuple[Float[Tensor, "l d"], Recipe | None, str | None]:
+    """Read a picture that `pipeline` is to edit, as the server gave it: tokens, recipe, and the upload that it was.
 
-
-@dataclass(frozen=True)
-class Picture:
-    """A visitor's picture: its tokens, which edits keep to the bit, and its recipe, or the upload that it was."""
-
-    tokens: Float[Tensor, "l d"]
-    recipe: Recipe | None = None
-    upload: str | None = None
-
-    @classmethod
-    def from_json(cls, values: Any, pipeline: Pipeline) -> "Picture":
-        """Read a picture that this server gave to a visitor before; `pipeline` is to edit it.
-
-        Raises:
-            ValueError: it is none, or of another kind of model.
-        """
-        if not isinstance(values, dict) or not isinstance(values.get("tokens"), str):
-            raise ValueError("this is no picture: send one as /draw or /upload gave it")
-        mar, recipe, upload = pipeline.config.mar, values.get("recipe"), values.get("upload")
-        content = base64.b64decode(values["tokens"], validate=True)
-        if len(content) != 4 * mar.num_tokens * mar.token_dim:
-            raise ValueError("this model draws pictures of another kind: choose the model that drew this one")
-        tokens = torch.from_numpy(np.frombuffer(content, "<f4").reshape(mar.num_tokens, mar.token_dim).copy())
-        if not tokens.isfinite().all() or not isinstance(upload, str | None) or (recipe is None) == (upload is None):
-            raise ValueError("this picture is damaged: draw or upload it again")
-        return cls(tokens, None if recipe is None else Recipe.from_json(json.dumps(recipe)), upload)
+    Raises:
+        ValueError: it is none, or of another kind of model.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("tokens"), str):
+        raise ValueError("this is no picture: send one as /draw or /upload gave it")
+    mar, recipe = pipeline.config.mar, values.get("recipe")
+    content = base64.b64decode(values["tokens"], validate=True)
+    if len(content) != 4 * mar.num_tokens * mar.token_dim:
+        raise ValueError("this model draws pictures of another kind: choose the model that drew this one")
+    tokens = torch.from_numpy(np.frombuffer(content, "<f4").reshape(mar.num_tokens, mar.token_dim).copy())
+    return tokens, None if recipe is None else Recipe.from_json(json.dumps(recipe)), values.get("upload")
 
 
 @dataclass(frozen=True)
@@ -86,23 +77,11 @@ class Wanted(Checked):
         Raises:
             ValueError: a field is missing, unknown, or of a wrong type or range.
         """
-        if not isinstance(values, dict) or not {"model", "class"} <= values.keys():
-            raise ValueError("this is no picture to draw: it needs a model and a class")
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-        }
         try:
+            fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
             return cls(class_name=fields.pop("class"), **fields)
-        except TypeError as error:
-            raise ValueError(f"this is no picture to draw ({error})") from None
-
-
-@dataclass(frozen=True)
-class Job:
-    """A picture to draw, with all that was asked for checked."""
-
-    recipe: Recipe
-    before: Picture | None = None
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"this is no picture to draw, with a model and a class ({error})") from None
 
 
 class Served:
@@ -134,23 +113,13 @@ class Served:
         }
 
 
-@dataclass(frozen=True)
 class Studio:
     """The models of a page. It keeps nothing of what visitors draw."""
 
-    models: dict[str, Served]
-
-    @classmethod
-    def open(cls, names: Sequence[str], device: str) -> "Studio":
-        """Load models, and let each draw once: the first pass of a network is slow.
-
-        Raises:
-            ValueError: a model is not there, or damaged.
-        """
-        studio = cls({name: Served(name, device) for name in names})
-        for name in names:
-            studio.draw(studio.job(Wanted(name, 0, iterations=1)))
-        return studio
+    def __init__(self, names: Sequence[str], device: str):
+        self.models = {name: Served(name, device) for name in names}
+        for name in names:  # the first pass of a network is slow
+            self.draw(self.job(Wanted(name, 0, iterations=1)))
 
     def served(self, name: str) -> Served:
         """A model by its name.
@@ -163,39 +132,33 @@ class Studio:
         return self.models[name]
 
     def job(self, wanted: Wanted) -> Job:
-        """Check what is asked for.
+        """Check what is asked for; what `draw_recipe` refuses is left to it.
 
         Raises:
-            ValueError: an unknown model or class, K out of range, or an edit that is none.
+            ValueError: an unknown model or class, or an edit of no picture.
         """
         served = self.served(wanted.model)
         pipeline, count = served.pipeline, served.pipeline.config.mar.num_tokens
         (label,) = pipeline.labels([wanted.class_name])
-        iterations = pipeline.default_iterations if wanted.iterations is None else wanted.iterations
-        draw_counts(count, iterations)  # refuses K out of range
+        iterations = wanted.iterations or pipeline.default_iterations
         if wanted.guidance is not None and isinstance(pipeline.config.draw, Chain):
             pipeline = pipeline.with_chain(guidance=float(wanted.guidance))
         recipe = make_recipe(wanted.model, served.weights, pipeline, label, wanted.seed, iterations, wanted.order)
-        if wanted.picture is None:
-            if wanted.redrawn is not None or wanted.keep is not None:
-                raise ValueError("draw or upload a picture first")
-            return Job(recipe)
-        redrawn = tuple(sorted(set(wanted.redrawn or ())))
+        redrawn = wanted.redrawn
         if wanted.keep is not None:
             rest = max(1, round((1 - wanted.keep) * count))
-            redrawn = tuple(sorted(torch.randperm(count, generator=generator(wanted.seed, "vary"))[:rest].tolist()))
-        if not redrawn or redrawn[0] < 0 or redrawn[-1] >= count:
-            raise ValueError(f"paint over at least one token first: they are numbered 0 to {count - 1}")
-        before = Picture.from_json(wanted.picture, pipeline)
-        if before.recipe is not None and len(before.recipe.history) >= LONGEST:
+            redrawn = tuple(torch.randperm(count, generator=generator(wanted.seed, "vary"))[:rest].tolist())
+        if wanted.picture is None:
+            if redrawn is not None:
+                raise ValueError("draw or upload a picture first")
+            return recipe, None
+        redrawn = tuple(sorted(set(redrawn or ())))
+        tokens, before, upload = read_picture(wanted.picture, pipeline)
+        if before is not None and len(before.history) >= LONGEST:
             raise ValueError(f"a recipe holds {LONGEST} edits: save this picture and upload it to go on from there")
         iterations = min(iterations, len(redrawn))
-        return Job(
-            dataclasses.replace(
-                recipe, redrawn=redrawn, iterations=iterations, before=before.recipe, upload=before.upload
-            ),
-            before,
-        )
+        edit: dict[str, Any] = {"redrawn": redrawn, "iterations": iterations, "before": before, "upload": upload}
+        return dataclasses.replace(recipe, **edit), tokens
 
     def draw(self, job: Job, show: Callable[[Event], None] = lambda event: None) -> Event:
         """Draw a picture, and return its last event with the `picture`, which a visitor may send back to edit it.
@@ -209,7 +172,8 @@ class Studio:
         Raises:
             ValueError: as `draw_recipe`.
         """
-        served, recipe = self.models[job.recipe.model], job.recipe
+        recipe, before = job
+        served = self.models[recipe.model]
         pipeline, showing, event = served.pipeline, 0.0, {}
         sent = torch.zeros(pipeline.config.mar.num_tokens, dtype=torch.bool)
         served.calls.clear()
@@ -231,36 +195,38 @@ class Studio:
             show(event)
             showing += time.perf_counter() - now
 
-        tokens = draw_recipe(recipe, pipeline, None if job.before is None else job.before.tokens, look)
+        tokens = draw_recipe(recipe, pipeline, before, look)
         name = [recipe.model.rsplit("/", 1)[-1], recipe.class_name, f"seed{recipe.seed}", f"K{recipe.iterations}"]
         file = plain_name("-".join(name)) + ("-edited.png" if recipe.redrawn else ".png")
-        return {**event, "picture": picture_json(pipeline, Picture(tokens.float().cpu(), recipe), file)}
+        return {**event, "picture": picture_json(pipeline, tokens, file, recipe=recipe)}
 
     def upload(self, content: bytes, model: str) -> Event:
         """A picture from a visitor's file: cropped to the model's shape, scaled to its size, and encoded once.
 
         Raises:
-            ValueError: as `read_upload`.
+            ValueError: not a picture, or too many pixels, which are not unpacked.
         """
         pipeline = self.served(model).pipeline
         rows, columns = pipeline.config.space.image_size
-        fitted = ImageOps.fit(read_upload(content, max(rows, columns)), (columns, rows))
+        picture = read_image(io.BytesIO(content), most_pixels=MOST_PIXELS, formats=UPLOADS)
+        fitted = ImageOps.fit(picture, (columns, rows))
         fitted = fitted.convert("L" if pipeline.config.space.channels == 1 else "RGB")
-        tokens = encode_picture(pipeline, fitted).float().cpu()
-        return picture_json(pipeline, Picture(tokens, upload=text_of(png_bytes(fitted))), "upload.png")
+        tokens = encode_picture(pipeline, fitted)
+        return picture_json(pipeline, tokens, "upload.png", upload=text_of(png_bytes(fitted)))
 
 
-def picture_json(pipeline: Pipeline, picture: Picture, file: str) -> Event:
-    """A picture as a visitor gets it: `Picture.from_json` reads it, `png` and `file` are for saving it."""
+def picture_json(
+    pipeline: Pipeline, tokens: Float[Tensor, "l d"], file: str, recipe: Recipe | None = None, upload: str | None = None
+) -> Event:
+    """A picture as a visitor gets it: `read_picture` reads it, `png` and `file` are for saving it."""
     with torch.inference_mode():
-        image = to_pil(pipeline.space.decode(picture.tokens[None].to(pipeline.device))[0])
-    recipe = picture.recipe
+        image = to_pil(pipeline.space.decode(tokens[None].to(pipeline.device))[0])
     return {
         "png": text_of(png_bytes(image, None if recipe is None else {KEY: recipe.to_json()})),
         "file": file,
-        "tokens": text_of(picture.tokens.numpy().astype("<f4").tobytes()),
+        "tokens": text_of(tokens.float().cpu().numpy().astype("<f4").tobytes()),
         "recipe": None if recipe is None else recipe.to_dict(),
-        "upload": picture.upload,
+        "upload": upload,
     }
 
 

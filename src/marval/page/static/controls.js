@@ -16,12 +16,16 @@ function build(node, attributes, children) {
 export const h = (tag, attributes = {}, ...children) => build(document.createElement(tag), attributes, children);
 export const s = (tag, attributes = {}, ...children) => build(document.createElementNS(SVG, tag), attributes, children);
 
-export const about = await (await fetch("models")).json();
+const about = await (await fetch("models")).json();
 export const models = Object.fromEntries(about.models.map((one, i) => [one.name, { ...one, tint: (i % 4) + 1 }]));
 export const isTeacher = (name) => models[name].diffusion_steps !== null;
 
-function choice(label, name, options, value) {
-  const select = h("select", { name }, options.map((one) => new Option(one, one, one === value, one === value)));
+// The options of a list, the chosen ones first.
+const offer = (options, chosen) => [...options].sort((a, b) => chosen.includes(b) - chosen.includes(a))
+  .map((one) => new Option(one, one, false, chosen.includes(one)));
+
+function choice(label, name, options, chosen, multiple = false) {
+  const select = h("select", { name, multiple, size: multiple && 4 }, offer(options, chosen));
   return h("label", { class: "field" }, h("span", {}, label), select);
 }
 
@@ -40,62 +44,30 @@ function slider(label, name, min, max, value, step = 1) {
   return h("div", { class: "field slider" }, h("span", {}, label), number, range);
 }
 
-// Several classes, each once: chosen in a list, taken away by their buttons.
-function several(label, name, options, chosen) {
-  const select = h("select", { "aria-label": `${label}: add one` });
-  const chips = h("div", { class: "chips" });
-  const add = (value) => {
-    const remove = h("button", { type: "button", "aria-label": `Remove ${value}` }, "×");
-    const chip = h("span", { class: "chip" }, value, h("input", { type: "hidden", name, value }), remove);
-    remove.addEventListener("click", () => (chip.remove(), select.focus()));
-    chips.append(chip);
-  };
-  const root = h("div", { class: "field" }, h("span", {}, label), chips, select);
-  root.offer = (known) => {
-    select.replaceChildren(new Option("add a class…", ""), ...known.map((one) => new Option(one, one)));
-    $$("input", chips).filter((input) => !known.includes(input.value)).forEach((input) => input.parentElement.remove());
-  };
-  select.addEventListener("change", () => {
-    if (select.value && !$$("input", chips).some((input) => input.value === select.value)) add(select.value);
-    select.value = "";
-  });
-  root.offer(options);
-  chosen.forEach(add);
-  return root;
-}
-
 export function field(kind, { name = kind, label, value }) {
-  const names = Object.keys(models), first = models[names[0]], students = names.filter((one) => !isTeacher(one));
+  const names = Object.keys(models), { classes } = models[names[0]], some = classes.slice(-3);
   const tokens = Math.min(...names.map((one) => models[one].token_grid[0] * models[one].token_grid[1]));
-  const alike = names.filter((one) => String(models[one].classes) === String(first.classes)).slice(0, 3);
-  const fashion = ["sneaker", "bag", "dress", "ankle boot"].filter((one) => first.classes.includes(one));
-  const some = fashion.length ? fashion : first.classes.slice(0, 4);
-  const teacher = names.find(isTeacher);
+  const alike = names.filter((one) => String(models[one].classes) === String(classes)).slice(0, 3);
+  const counts = [1, 2, 4, 6, 8, 16, 32, 64, 128, 256].filter((k) => k <= tokens);
+  const own = models[names.find(isTeacher)]?.guidance ?? 1;
   switch (kind) {
-    case "model": return choice("Model", name, names, students[0]);
+    case "model": return choice("Model", name, names, names.filter((one) => !isTeacher(one)).slice(0, 1));
     case "models": return checks("Models", name, names, alike);
-    case "class": return choice("Class", name, first.classes, some[0]);
-    case "classes": return several("Classes, in turn", name, first.classes, some);
+    case "class": return choice("Class", name, classes, [some[0]]);
+    case "classes": return choice("Classes, in turn (Ctrl or ⌘ chooses several)", name, classes, some, true);
     case "seed": return slider("Seed", name, 0, 999999, value ?? 0);
     case "iterations": return slider("Iterations K", name, 1, tokens, Math.min(8, tokens));
     case "count": return slider(label ?? "Pictures of each model", name, 1, 8, value ?? 4);
     case "keep": return slider("Share of tokens to keep", name, 0, 1, 0.5, 0.05);
-    case "order": return choice("Unmasking order", name, [OWN_ORDER, ...about.orders]);
-    case "guidance": {
-      const own = models[teacher]?.guidance ?? 1;
-      return slider("Guidance w of a teacher (a student has it baked in)", name, 0, 10, own, 0.1);
-    }
-    case "columns": {
-      const every = [1, 2, 4, 6, 8, 16, 32, 64, 128, 256].filter((k) => k <= tokens);
-      return checks("Iterations K", name, every, [1, 2, 4, 8, 16]);
-    }
+    case "order": return choice("Unmasking order", name, [OWN_ORDER, ...about.orders], []);
+    case "guidance": return slider("Guidance w of a teacher (a student has it baked in)", name, 0, 10, own, 0.1);
+    case "columns": return checks("Iterations K", name, counts, [1, 2, 4, 8, 16]);
   }
 }
 
-// The values of a form: numbers of sliders, lists of boxes and chips, texts of the others.
+// The values of a form: numbers of sliders, lists of boxes and classes, texts of the others.
 export function read(form) {
-  const data = new FormData(form), values = {};
-  for (const name of new Set(data.keys())) values[name] = data.get(name);
+  const data = new FormData(form), values = Object.fromEntries(data);
   for (const input of $$("input[type=range]", form)) values[input.name] = Number(input.value);
   for (const name of ["models", "classes", "columns"]) values[name] = data.getAll(name);
   return values;
@@ -106,11 +78,9 @@ export function fit(form) {
   const chosen = $$("[name=models]:checked, select[name=model]", form).map((input) => input.value);
   if (!chosen.length) return;
   const known = models[chosen[0]].classes.filter((one) => chosen.every((name) => models[name].classes.includes(one)));
-  for (const select of $$("select[name$=class]", form)) {
-    const now = select.value;
-    select.replaceChildren(...known.map((one) => new Option(one, one, one === now, one === now)));
+  for (const select of $$("select:is([name=class], [name=classes], [name=new_class])", form)) {
+    select.replaceChildren(...offer(known, [...select.selectedOptions].map((one) => one.value)));
   }
-  $$(".field", form).forEach((one) => one.offer?.(known));
   for (const input of $$(".slider:has([name=guidance]) input", form)) input.disabled = !chosen.some(isTeacher);
 }
 

@@ -3,14 +3,13 @@
 import { $, $$, fit, h, models, open, read } from "./controls.js";
 import { ask, Cell, draw, pngUrl, refuse, say } from "./drawing.js";
 
-const MOST_UNDO = 30;
 const desk = { picture: null, past: [], painted: [] };
 const cells = () => $$("#edit [data-token]");
 const pressed = (cell) => cell.getAttribute("aria-pressed") === "true";
 const grid = () => models[$("#edit [name=model]").value].token_grid;
 
 function put(picture, painted = []) {
-  if (desk.picture) desk.past = [...desk.past, desk.picture].slice(-MOST_UNDO);
+  if (desk.picture) desk.past.push(desk.picture);
   Object.assign(desk, { picture, painted });
   show();
 }

@@ -1,9 +1,9 @@
 // The page: a form becomes a list of pictures to draw.
 
-import { figures, loops, panel, plot } from "./charts.js";
-import { $, $$, about, field, fit, h, isTeacher, models, open, OWN_ORDER, read } from "./controls.js";
+import { $, $$, field, fit, h, isTeacher, models, open, OWN_ORDER, read } from "./controls.js";
 import { edit, takeToDesk, wireDesk } from "./desk.js";
 import { Cell, draw, duration, refuse, Strip } from "./drawing.js";
+import { loops, panel } from "./loops.js";
 
 const mean = (numbers) => numbers.reduce((sum, number) => sum + number, 0) / numbers.length;
 const studentsFirst = (a, b) => isTeacher(a.model) - isTeacher(b.model);
@@ -99,17 +99,14 @@ function why(form) {
 }
 
 function wireTabs() {
-  const tabs = $$("[role=tab]");
-  tabs.forEach((tab, i) => {
+  for (const tab of $$("[role=tab]")) {
     tab.addEventListener("click", () => open(tab));
     tab.addEventListener("keydown", (event) => {
-      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-      if (!step) return;
-      const next = tabs[(i + step + tabs.length) % tabs.length];
-      open(next);
-      next.focus();
+      const next = { ArrowLeft: tab.previousElementSibling, ArrowRight: tab.nextElementSibling }[event.key];
+      next?.click();
+      next?.focus();
     });
-  });
+  }
 }
 
 function wireForms() {
@@ -130,6 +127,4 @@ wireTabs();
 wireForms();
 wireDesk($("#edit"));
 rest($("#why"));
-plot(about.curves);
-figures(about.tuning);
 document.documentElement.dataset.ready = true;
