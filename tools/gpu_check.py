@@ -32,12 +32,13 @@ from marval.data import ImageData
 from marval.evaluate.speed import flops_per_image, synchronize
 from marval.losses.gsim import theta_loss
 from marval.model import MAR, NoiseSchedule
+from marval.pipeline import Pipeline
 from marval.presets import DistillConfig, TrainConfig, TuneConfig
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import open_run
 from marval.runtime.optim import Optimizer
 from marval.runtime.provenance import made_by
-from marval.sampling import DrawByChain, DrawInOneStep, draw_counts, draw_function, sample
+from marval.sampling import DrawByChain, draw_function
 from marval.spaces import token_space
 from marval.train.anchor import Anchor, AnchorLoss
 from marval.train.distill import distill, predicted_eps, student_tokens, target_contexts
@@ -281,68 +282,24 @@ def peak(check: Check) -> dict[str, float]:
     return found
 
 
-def drawing(model: MAR, draw: Any, iterations: int, batch: int, autocast: bool) -> Callable[[], Tensor]:
-    """A call that draws a batch of latents by the package's sampler."""
-    labels = torch.arange(batch, device=model.mask_token.device) % model.config.num_classes
+def drawing(model: MAR, draw: Chain | OneStep, iterations: int, batch: int, mode: str) -> Callable[[], Tensor]:
+    """A call that draws a batch of latents as `Pipeline.sample` does; `mode` has some of bf16, graph, compiled."""
+    pipeline = Pipeline(copy.deepcopy(model), random_config(model, draw))
+    if "bf16" in mode:
+        pipeline.to(dtype=torch.bfloat16)
+    if "compiled" in mode:
+        pipeline.compile()
+    pipeline.graphs.work = "graph" in mode
+    labels = [i % model.config.num_classes for i in range(batch)]
 
-    @torch.inference_mode()
     def run() -> Tensor:
-        with torch.autocast(labels.device.type, torch.bfloat16, enabled=autocast):
-            return sample(model, draw, model.embed(labels), iterations=iterations, seeds=range(batch), orders="random")
+        return pipeline.sample_tokens(labels, seeds=range(batch), iterations=iterations, order="random")
 
+    for _ in range(2 if "graph" in mode else 0):  # the first compiles, the second records
+        run()
+    if "graph" in mode and model.mask_token.is_cuda and not any(pipeline.graphs.recordings.values()):
+        raise ValueError("no graph was recorded")
     return run
-
-
-class GraphedStudent:
-    """A prototype: the whole K-iteration loop of a student with bf16 weights as one CUDA graph per (batch, K)."""
-
-    def __init__(self, model: MAR, iterations: int, batch: int, compiled: bool, graphed: bool = True):
-        device = model.mask_token.device
-        self.model = copy.deepcopy(model).bfloat16()
-        if compiled:
-            for block in [*self.model.encoder_blocks, *self.model.decoder_blocks, *self.model.head.res_blocks]:
-                block.compile(dynamic=True)
-        self.counts = draw_counts(model.config.num_tokens, iterations)
-        total, channels = model.config.num_tokens, model.config.token_dim
-        schedule = NoiseSchedule.at(torch.tensor([755]))
-        self.alpha, self.sigma = schedule.alpha.item(), schedule.sigma.item()
-        self.time = schedule.timesteps.float().to(device)
-        self.labels = torch.arange(batch, device=device)
-        self.noise = torch.randn(batch, total, channels, device=device)
-        self.order = torch.stack([torch.randperm(total, device=device) for _ in range(batch)])
-        self.graph = None
-        with torch.inference_mode():
-            for _ in range(3):
-                self.tokens = self.loop()
-            if graphed and device.type == "cuda":
-                synchronize(device)
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    self.tokens = self.loop()
-
-    def loop(self) -> Tensor:
-        """The AR loop; tokens and diffusion arithmetic in float32, networks in bf16."""
-        head, shown = self.model.head, 0
-        tokens = torch.zeros_like(self.noise)
-        time = head.embed_time(self.time)
-        for count in self.counts:
-            visible, positions = self.order[:, :shown], self.order[:, shown : shown + count]
-            shown += count
-            state = self.model.start(self.model.embed(self.labels))
-            context = self.model.advance(state, tokens.bfloat16(), visible, positions)[0][0]
-            index = positions[..., None].expand(-1, -1, tokens.shape[-1])
-            x_t = self.sigma * self.noise.gather(1, index).flatten(0, 1)
-            eps = head.denoise(x_t.bfloat16(), head.embed_context(context) + time)[:, : head.token_dim].float()
-            x_0 = (x_t - self.sigma * eps) / self.alpha
-            tokens = tokens.scatter(1, index, x_0.unflatten(0, positions.shape))
-        return tokens
-
-    @torch.inference_mode()
-    def __call__(self) -> Tensor:
-        if self.graph is None:
-            return self.loop()
-        self.graph.replay()
-        return self.tokens
 
 
 def sampling_table(check: Check, size: str, settings: list[tuple[str, int, int, str]]) -> list[dict[str, Any]]:
@@ -352,15 +309,11 @@ def sampling_table(check: Check, size: str, settings: list[tuple[str, int, int, 
     rows: list[dict[str, Any]] = []
     bf16 = check.results.get("peak", {}).get("bf16 TFLOP/s", 800.0) * 1e12
     for role, iterations, batch, mode in settings:
-        draw_config: Chain | OneStep = Chain(guidance=3.0) if role != "student" else OneStep()
-        config = random_config(model, draw_config)
-        draw = draw_function(config, check.device)
+        draw: Chain | OneStep = Chain(guidance=3.0) if role != "student" else OneStep()
         row: dict[str, Any] = {"size": size, "role": role, "iterations": iterations, "batch": batch, "mode": mode}
         job: Callable[[], Any]
         try:
-            if mode.startswith(("graph", "bf16 loop")):
-                job = GraphedStudent(model, iterations, batch, "compiled" in mode, mode.startswith("graph"))
-            elif role == "official loop":
+            if role == "official loop":
                 from straightforward import straightforward
 
                 labels = torch.arange(batch, device=check.device)
@@ -369,9 +322,9 @@ def sampling_table(check: Check, size: str, settings: list[tuple[str, int, int, 
                     with torch.autocast(check.device.type, torch.bfloat16):
                         return straightforward(model, Chain(guidance=3.0), labels, k, list(range(len(labels))))
             else:
-                job = drawing(model, draw, iterations, batch, mode == "autocast")
+                job = drawing(model, draw, iterations, batch, mode)
             taken = check.seconds(job, 3 if role != "student" else 10)
-            flops = flops_per_image(config, iterations)
+            flops = flops_per_image(random_config(model, draw), iterations)
             row |= {f"ms per image, {name}": value / batch * 1000 for name, value in taken.items()}
             row["share of bf16 peak"] = flops * batch / taken["median"] / bf16
             row["share of read limit"] = iterations * 2 * parameters / READ_BYTES_PER_SECOND / taken["median"]
@@ -449,7 +402,7 @@ def trace(check: Check) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     model = full_size(check, "base")
-    job = drawing(model, DrawInOneStep(OneStep(), device=check.device), 4, 1, True)
+    job = drawing(model, OneStep(), 4, 1, "bf16")
     job()
     activities = [ProfilerActivity.CPU] + ([] if check.dry_run else [ProfilerActivity.CUDA])
     with profile(activities=activities) as profiler:
@@ -478,21 +431,19 @@ def main() -> None:
             ok.append(check.run(job.__name__, lambda job=job: job(check)))
     if "sample" in given.parts:
         many = 4 if check.dry_run else 128
+        graph = "bf16 graph compiled"
         table = [
             ("student", 16, 1, "float32"),
-            ("student", 16, 1, "autocast"),
-            ("student", 64, 1, "autocast"),
-            ("student", 16, 1, "bf16 loop"),
-            *(("student", k, 1, "graph") for k in (4, 16, 64)),
-            ("student", 16, many, "autocast"),
-            ("student", 16, many, "bf16 loop"),
-            ("student", 64, many, "bf16 loop"),
-            ("teacher", 16, 1, "autocast"),
-            ("official loop", 16, 1, "autocast"),
-            ("teacher", 16, many, "autocast"),
-            ("student", 16, many, "bf16 loop compiled"),
-            ("student", 16, 1, "graph compiled"),
-            ("student", 64, 1, "graph compiled"),
+            ("student", 16, 1, "bf16"),
+            ("student", 16, 1, "bf16 graph"),
+            *(("student", k, 1, graph) for k in (4, 16, 64)),
+            ("student", 16, many, "bf16"),
+            ("student", 16, many, "bf16 compiled"),
+            ("student", 64, many, "bf16 compiled"),
+            ("teacher", 16, 1, "bf16"),
+            ("teacher", 16, 1, graph),
+            ("teacher", 16, many, "bf16 compiled"),
+            ("official loop", 16, 1, "bf16 autocast"),
         ]
         for size in given.sizes:
             rows = table if size == "base" else [row for row in table if row[0] == "student"]

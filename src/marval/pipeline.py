@@ -20,8 +20,9 @@ from marval.io.images import to_pil
 from marval.io.vae import vae_beside
 from marval.model import MAR
 from marval.runtime.rng import Seeds, image_seeds
-from marval.sampling import Orders, check_finite, draw_function, drawing_orders, prepare, run
+from marval.sampling import Orders, check_finite, draw_function, drawing_orders, prepare
 from marval.sampling.fast import few_threads
+from marval.sampling.graphs import Graphs
 from marval.spaces import TokenSpace, token_space
 
 ImageHook = Callable[[int, Float[Tensor, "b c h w"], Bool[Tensor, "b l"]], None]
@@ -79,7 +80,7 @@ class Pipeline:
     """A teacher or a student with all that it needs to draw images: network, token space, and its way to draw."""
 
     def __init__(self, model: MAR, config: ModelConfig, space: TokenSpace | None = None):
-        self.model, self.config = model, config
+        self.model, self.config, self.graphs = model, config, Graphs()
         self.space = space or token_space(config.space, self.device)
 
     @property
@@ -99,6 +100,16 @@ class Pipeline:
         """
         self.model.to(device=device, dtype=dtype)
         self.space = self.space.to(self.device)
+        return self
+
+    def compile(self) -> "Pipeline":
+        """Compile the network's blocks with `torch.compile` when they are first called, and return the pipeline itself.
+
+        It pays on a GPU that draws much: the first images of a batch size take a minute.
+        """
+        model = self.model
+        for block in (*model.encoder_blocks, *model.decoder_blocks, *model.head.res_blocks):
+            block.compile(dynamic=True)
         return self
 
     def with_chain(
@@ -294,7 +305,7 @@ class Pipeline:
         )  # fmt: skip
         condition = self.model.embed(torch.tensor(numbers, device=self.device))
         with few_threads(self.config.mar, len(numbers), self.device):
-            for k, (tokens, places) in enumerate(run(self.model, draw, condition, start)):
+            for k, (tokens, places) in enumerate(self.graphs.run(self.model, draw, condition, start)):
                 if on_iteration is not None:
                     nothing = torch.zeros_like(start.order, dtype=torch.bool)
                     on_iteration(k + 1, tokens, nothing.scatter(1, places, True))

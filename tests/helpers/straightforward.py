@@ -13,7 +13,7 @@ def straightforward(model, chain, labels, iterations, seeds):
     """The official loop, rendered step by step: every network sees the doubled batch, and nothing is kept."""
     config, device, schedule = model.config, labels.device, NoiseSchedule.respaced(chain.diffusion_steps, labels.device)
     total, channels, batch = config.num_tokens, config.token_dim, len(labels)
-    noise = torch.stack([image_noise(seed, chain.diffusion_steps, total, channels) for seed in seeds], dim=1).to(device)
+    noise = image_noise(seeds, chain.diffusion_steps, total, channels, device)
     orders = drawing_orders("random", config.token_grid, seeds).to(device)
     tokens, shown = torch.zeros(batch, total, channels, device=device), 0
     everywhere = torch.arange(total, device=device).expand(2 * batch, -1)

@@ -15,6 +15,7 @@ from marval.sampling import (
     ORDERS,
     DrawByChain,
     DrawInOneStep,
+    DrawTokens,
     draw_counts,
     drawing_orders,
     image_noise,
@@ -25,7 +26,7 @@ from marval.sampling import (
 from small import CHAIN, CHANNELS, DRAWS, SPACE, TOKENS, drawn, kept_mask, randn, small_model
 
 
-class StartNoise:
+class StartNoise(DrawTokens):
     """Draws a token's start noise, which is known in advance, and remembers what it was given."""
 
     noise_draws, guidance_schedule = 1, "linear"
@@ -33,9 +34,12 @@ class StartNoise:
     def __init__(self, guidance=1.0):
         self.guidance, self.needs_null, self.seen = guidance, guidance != 1.0, []
 
-    def __call__(self, head, contexts, guidance, noise):
-        self.seen.append((guidance, len(contexts), contexts.dtype, noise.dtype))
-        return noise[0]
+    def bind(self, head):
+        def draw(contexts, guidance, noise):
+            self.seen.append((guidance, len(contexts), contexts.dtype, noise.dtype))
+            return noise[0]
+
+        return draw
 
 
 @settings(deadline=None, max_examples=25)
@@ -44,7 +48,7 @@ def test_every_token_is_drawn_once_in_order_with_its_own_noise(grid, order, data
     total, seeds, model = math.prod(grid), [3, 4], small_model(grid, 2)
     iterations = data.draw(st.integers(1, total))
     start = prepare(model, StartNoise(), iterations=iterations, seeds=seeds, orders=order)
-    expected = torch.stack([image_noise(seed, 1, total, 2)[0] for seed in seeds])
+    expected = image_noise(seeds, 1, total, 2)[0]
     orders, counts, shown = drawing_orders(order, grid, seeds), draw_counts(total, iterations), 0
     for k, (tokens, places) in enumerate(run(model, StartNoise(), model.embed(torch.tensor([0, 1])), start)):
         shown += counts[k]
@@ -55,12 +59,12 @@ def test_every_token_is_drawn_once_in_order_with_its_own_noise(grid, order, data
 
 
 def test_student_and_teacher_start_from_the_same_noise():
-    start = image_noise(11, 1, TOKENS, CHANNELS)
+    start = image_noise([11], 1, TOKENS, CHANNELS)
     for draws in (2, 50, 100):
-        noise = image_noise(11, draws, TOKENS, CHANNELS)
-        assert noise.shape == (draws, TOKENS, CHANNELS)
-        assert torch.equal(noise[:1], start)
-    assert not torch.equal(image_noise(12, 1, TOKENS, CHANNELS), start)
+        noise = image_noise([12, 11], draws, TOKENS, CHANNELS)
+        assert noise.shape == (draws, 2, TOKENS, CHANNELS)
+        assert torch.equal(noise[:1, 1:], start)
+        assert not torch.equal(noise[:1, :1], start)
     assert (DRAWS["one_step"].noise_draws, DRAWS["chain"].noise_draws) == (1, CHAIN.diffusion_steps)
 
 
@@ -132,7 +136,7 @@ def test_only_known_tokens_are_read_and_they_are_read():
 @pytest.mark.parametrize("kind", DRAWS)
 def test_given_noise_replaces_the_seeds(kind):
     model, draw = small_model(), DRAWS[kind]
-    noise = torch.stack([image_noise(seed, draw.noise_draws, TOKENS, CHANNELS) for seed in (5, 6)], dim=1)
+    noise = image_noise([5, 6], draw.noise_draws, TOKENS, CHANNELS)
     common = {"iterations": 3, "orders": "raster"}
     expected = drawn(model, draw, [0, 1], seeds=[5, 6], **common)
     assert torch.equal(drawn(model, draw, [0, 1], seeds=[0, 0], noise=noise, **common), expected)

@@ -166,21 +166,27 @@ def flops_per_image(config: ModelConfig, iterations: int) -> int:
         short = [dataclasses.replace(config, draw=dataclasses.replace(draw, diffusion_steps=t)) for t in (2, 3)]
         two, three = (flops_per_image(one, iterations) for one in short)
         return two + (draw.diffusion_steps - 2) * (three - two)
-    constant, line, square, each = iteration_costs(config)
+    constant, line, square, each, once = iteration_costs(config)
     counts = draw_counts(config.mar.num_tokens, iterations)
     visible = [sum(counts[:k]) for k in range(iterations)]
-    return sum(constant + line * v + square * v**2 + each * n for v, n in zip(visible, counts, strict=True))
+    return once + sum(constant + line * v + square * v**2 + each * n for v, n in zip(visible, counts, strict=True))
 
 
 @functools.cache
-def iteration_costs(config: ModelConfig) -> tuple[int, int, int, int]:
-    """Fit an AR iteration's operations: a constant, and factors of visible tokens, their square, and drawn tokens."""
+def iteration_costs(config: ModelConfig) -> tuple[int, int, int, int, int]:
+    """Fit an AR iteration's operations: a constant, and factors of visible tokens, their square, and drawn tokens.
+
+    The last number is of what an image needs once: its time steps' embeddings.
+    """
     draw_tokens = draw_function(config)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):  # tensors with shapes alone
         model = MAR(config.mar).eval()
+        with FlopCounterMode(display=False) as counter:
+            draw_tokens.bind(model.head)
+        once = counter.get_total_flops()
         none, one, two, more = (iteration_flops(model, draw_tokens, v, n) for v, n in ((0, 1), (1, 1), (2, 1), (0, 2)))
     square, each = (two - 2 * one + none) // 2, more - none
-    return none - each, one - none - square, square, each
+    return none - each - once, one - none - square, square, each, once
 
 
 def iteration_flops(model: MAR, draw_tokens: DrawTokens, visible: int, drawn: int) -> int:

@@ -17,7 +17,7 @@ from marval.model import MAR
 from marval.runtime.rng import generator
 from marval.sampling import draw_counts, draw_function, sample
 from marval.sampling.loop import Start, run
-from marval.sampling.orders import random_order
+from marval.sampling.orders import random_orders
 from marval.spaces import Pixels, unpatchify
 
 TOLERANCE = 1e-4  # of the largest value, between the two programs
@@ -97,7 +97,7 @@ def trial(student: Student, batch: int = 3) -> tuple[dict[str, Tensor], Tensor]:
     rng, mar = generator("onnx"), student.config.mar
     labels = torch.randint(mar.num_classes, (batch,), generator=rng)
     noise = torch.randn(batch, mar.num_tokens, mar.token_dim, generator=rng)
-    order = torch.stack([random_order(mar.token_grid, seed) for seed in range(batch)])
+    order = random_orders(mar.token_grid, range(batch))
     tokens = sample(
         student.model, student.draw, student.model.embed(labels), iterations=len(student.counts), seeds=0,
         orders=order, noise=noise[None],

@@ -20,11 +20,15 @@ def whole_number(value: Any) -> int:
         raise TypeError(f"{value!r} is not a whole number") from None
 
 
+def stream_number(*stream: SupportsIndex | str) -> int:
+    """Hash a stream's names and whole numbers to a number of 63 bits."""
+    parts = tuple(str(part) if isinstance(part, str) else whole_number(part) for part in stream)
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
 def generator(*stream: SupportsIndex | str, device: torch.device | str = "cpu") -> torch.Generator:
     """Make a generator seeded by the names and whole numbers in `stream`: `generator(seed, "batch", step)`."""
-    parts = tuple(str(part) if isinstance(part, str) else whole_number(part) for part in stream)
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator(device).manual_seed(stream_number(*stream))
 
 
 def image_seeds(seeds: Seeds, count: int) -> list[int]:

@@ -1,6 +1,9 @@
 """The two ways to draw a token: the teacher's diffusion chain and the student's one step."""
 
-from typing import Protocol, TypeVar, runtime_checkable
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,8 +18,10 @@ Guidance = float | Float[Tensor, " n"]
 G = TypeVar("G", bound=Guidance)
 
 
-@runtime_checkable
-class DrawTokens(Protocol):
+Draw = Callable[[Float[Tensor, "g n d"], Guidance, Float[Tensor, "s n c"]], Float[Tensor, "n c"]]
+
+
+class DrawTokens(ABC):
     """A way to draw tokens given their contexts; everything random is handed in."""
 
     noise_draws: int  # Gaussian draws for a token
@@ -24,16 +29,22 @@ class DrawTokens(Protocol):
     guidance: float  # w, unless the caller has another; 1 is no guidance
     guidance_schedule: Schedule  # how w grows with the revealed fraction
 
+    @abstractmethod
+    def bind(self, head: TokenHead) -> Draw:
+        """Compute what depends on the head alone, and return the function that draws tokens with it."""
+
     def __call__(
         self, head: TokenHead, contexts: Float[Tensor, "g n d"], guidance: Guidance, noise: Float[Tensor, "s n c"]
-    ) -> Float[Tensor, "n c"]: ...
+    ) -> Float[Tensor, "n c"]:
+        """Draw tokens in their contexts."""
+        return self.bind(head)(contexts, guidance, noise)
 
 
-class DrawByChain:
+class DrawByChain(DrawTokens):
     """The teacher's inner loop: guided ancestral sampling over respaced steps (MAR, section 3.2; DDPM, algorithm 2).
 
     Args:
-        device: where tokens will be drawn; elsewhere works too, but each call copies the time steps there.
+        device: where tokens will be drawn; elsewhere works too, but each loop copies the time steps there.
     """
 
     def __init__(
@@ -47,36 +58,46 @@ class DrawByChain:
         self.needs_null = config.guidance != 1.0
         self.guidance, self.guidance_schedule = config.guidance, config.guidance_schedule
 
-    def __call__(
-        self, head: TokenHead, contexts: Float[Tensor, "g n d"], guidance: Guidance, noise: Float[Tensor, "s n c"]
-    ) -> Float[Tensor, "n c"]:
-        x_t, steps, kind = noise[0], len(self.times), contexts.device.type
-        precise = head.in_float32()
-        if precise is not head or torch.is_autocast_enabled(kind):
-            # In bf16 the first step alone would put x_t a third of a standard deviation off.
-            guarded = range(steps - GUARDED_STEPS, steps)
-            exact_contexts = contexts.to(torch.promote_types(contexts.dtype, torch.float32))
-            with torch.autocast(kind, enabled=False):
-                x_t = self._walk(precise, exact_contexts, guidance, noise, x_t, guarded)
-            steps -= GUARDED_STEPS
-        return self._walk(head, contexts, guidance, noise, x_t, range(steps))
+    def bind(self, head: TokenHead) -> Draw:
+        """Embed the chain's time steps, in float32 for those of its steps that need it."""
+        device, steps, precise = head.input_proj.weight.device, len(self.times), head.in_float32()
+        kind, times = device.type, self.times.to(device)
+        # In bf16 the first step alone would put x_t a third of a standard deviation off.
+        guarded = precise is not head or torch.is_autocast_enabled(kind)
+        rest = steps - GUARDED_STEPS if guarded else steps
+        with torch.autocast(kind, enabled=False) if guarded else contextlib.nullcontext():
+            first = precise.embed_time(times[rest:]) if guarded else None
+        embedded = head.embed_time(times[:rest])
+
+        def draw(
+            contexts: Float[Tensor, "g n d"], guidance: Guidance, noise: Float[Tensor, "s n c"]
+        ) -> Float[Tensor, "n c"]:
+            x_t = noise[0]
+            if first is not None:
+                exact_contexts = contexts.to(torch.promote_types(contexts.dtype, torch.float32))
+                with torch.autocast(kind, enabled=False):
+                    x_t = self._walk(precise, first, exact_contexts, guidance, noise, x_t, range(rest, steps))
+            return self._walk(head, embedded, contexts, guidance, noise, x_t, range(rest))
+
+        return draw
 
     def _walk(
         self,
         head: TokenHead,
+        times: Float[Tensor, "t w"],
         contexts: Float[Tensor, "g n d"],
         guidance: Guidance,
         noise: Float[Tensor, "s n c"],
         x_t: Float[Tensor, "n c"],
         steps: range,
     ) -> Float[Tensor, "n c"]:
-        """`x_t` after `steps` of the chain, the last of them first."""
+        """`x_t` after `steps` of the chain, the last of them first; `times` are these steps' embeddings."""
         embedded = head.embed_context(contexts)
-        times = head.embed_time(self.times.to(contexts.device)[steps.start : steps.stop])[:, None, None]
         together = max(1, MODULATED_ROWS // embedded[..., 0].numel())
         for stop in range(steps.stop, steps.start, -together):
             some = range(max(steps.start, stop - together), stop)
-            modulations = head.modulate(embedded + times[some.start - steps.start : some.stop - steps.start])
+            rows = times[some.start - steps.start : some.stop - steps.start, None, None]
+            modulations = head.modulate(embedded + rows)
             for row, i in reversed(list(enumerate(some))):
                 output = head.denoise(x_t, [m[row] for m in modulations])
                 x_t = self._step(x_t, output.split(head.token_dim, dim=-1), guidance, noise, i)
@@ -105,11 +126,11 @@ class DrawByChain:
         return mean + (0.5 * log_variance).exp() * (self.temperature * noise[len(self.times) - i])
 
 
-class DrawInOneStep:
+class DrawInOneStep(DrawTokens):
     """The student's single call (MARVAL, section "GSIM"): from pure noise at the level of `timestep` to `x_0`.
 
     Args:
-        device: where tokens will be drawn; elsewhere works too, but each call copies the time steps there.
+        device: where tokens will be drawn; elsewhere works too, but each loop copies the time step there.
     """
 
     noise_draws, needs_null = 1, False
@@ -127,16 +148,21 @@ class DrawInOneStep:
         self.schedule = NoiseSchedule.at(torch.tensor([config.timestep]))
         self.times = self.schedule.timesteps.float().to(device)
 
-    def __call__(
-        self, head: TokenHead, contexts: Float[Tensor, "1 n d"], guidance: Guidance, noise: Float[Tensor, "1 n c"]
-    ) -> Float[Tensor, "n c"]:
-        x_t = self.schedule.sigma[0] * noise[0]
-        embedded = head.embed_context(contexts[0]) + head.embed_time(self.times.to(contexts.device))
-        eps = head.denoise(x_t, embedded)[:, : head.token_dim]
-        x_0 = self.schedule.x0_from_eps(x_t, eps, 0)
-        if self.clip_range is None:
-            return x_0
-        return x_0.clamp(*self.clip_range) + 0 * eps  # NaN where the clip hides that eps is not finite
+    def bind(self, head: TokenHead) -> Draw:
+        """Embed the time step."""
+        time = head.embed_time(self.times.to(head.input_proj.weight.device))
+
+        def draw(
+            contexts: Float[Tensor, "1 n d"], guidance: Guidance, noise: Float[Tensor, "1 n c"]
+        ) -> Float[Tensor, "n c"]:
+            x_t = self.schedule.sigma[0] * noise[0]
+            eps = head.denoise(x_t, head.embed_context(contexts[0]) + time)[:, : head.token_dim]
+            x_0 = self.schedule.x0_from_eps(x_t, eps, 0)
+            if self.clip_range is None:
+                return x_0
+            return x_0.clamp(*self.clip_range) + 0 * eps  # NaN where the clip hides that eps is not finite
+
+        return draw
 
 
 def clip_range(config: Chain | OneStep, token_range: tuple[float, float] | None) -> tuple[float, float] | None:

@@ -11,18 +11,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from marval.model import MAR, TokenHead
-from marval.runtime.rng import Seeds, generator, image_seeds
-from marval.sampling.draw import DrawTokens, Guidance, guidance_at
+from marval.model import MAR
+from marval.runtime.philox import standard_normal, stream_keys
+from marval.runtime.rng import Seeds, image_seeds
+from marval.sampling.draw import Draw, DrawTokens, Guidance, guidance_at
 from marval.sampling.fast import prepare_for_drawing
 from marval.sampling.orders import Orders, draw_counts, drawing_orders
 
 
-def image_noise(seed: int, draws: int, tokens: int, channels: int) -> Float[Tensor, "s l c"]:
-    """Draw one image's noise: a start for each position (the same for every `draws`), then `draws - 1` steps."""
-    rng = generator(seed, "image")
-    start = torch.randn(1, tokens, channels, generator=rng)
-    return torch.cat([start, torch.randn(draws - 1, tokens, channels, generator=rng)])
+def image_noise(
+    seeds: Sequence[int], draws: int, tokens: int, channels: int, device: torch.device | str = "cpu"
+) -> Float[Tensor, "s b l c"]:
+    """Draw images' noise: a start for each position (the same for every `draws`), then `draws - 1` steps."""
+    keys = stream_keys(((seed, "image") for seed in seeds), device)
+    return standard_normal(keys, (draws, tokens, channels)).transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,7 @@ def prepare(
             raise ValueError("the known tokens hold values that are not finite: expected the tokens of real images")
     counts = draw_counts(config.num_tokens - shown, iterations)
     if noise is None:
-        of_images = [image_noise(seed, draw.noise_draws, config.num_tokens, config.token_dim) for seed in seeds]
-        noise = torch.stack(of_images, dim=1)
+        noise = image_noise(seeds, draw.noise_draws, config.num_tokens, config.token_dim, device)
     return Start(tokens, order.to(device), shown, counts, noise.to(device, dtype))
 
 
@@ -113,7 +114,7 @@ def run(
     if draw.needs_null:
         conditions.append(model.null_condition(len(condition)) if null_condition is None else null_condition)
     model = prepare_for_drawing(model, len(start.counts) * draw.noise_draws)
-    state = model.start(*conditions)
+    state, draw_in = model.start(*conditions), draw.bind(model.head)
 
     def iterate(
         state: Tensor, tokens: Tensor, visible: Tensor, positions: Tensor, w: Guidance
@@ -122,7 +123,7 @@ def run(
         with torch.autocast(tokens.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
             contexts, state = model.advance(state, tokens, visible, positions)
         contexts = contexts.float() if autocast else contexts
-        drawn = draw_at(positions, model.head, draw, contexts, w, start.noise)
+        drawn = draw_at(positions, draw_in, contexts, w, start.noise)
         return state, tokens.scatter(1, positions[..., None].expand_as(drawn), drawn.to(tokens.dtype))
 
     for k, count in enumerate(start.counts):
@@ -144,8 +145,7 @@ def run(
 
 def draw_at(
     positions: Int[Tensor, "b q"],
-    head: TokenHead,
-    draw: DrawTokens,
+    draw: Draw,
     contexts: Float[Tensor, "g n d"],
     guidance: float | Float[Tensor, " b"],
     noise: Float[Tensor, "s b l c"],
@@ -155,7 +155,7 @@ def draw_at(
     local_noise = noise.gather(2, index.expand(len(noise), -1, -1, -1)).flatten(1, 2)
     if isinstance(guidance, Tensor):
         guidance = guidance[:, None].expand(positions.shape).flatten()
-    return draw(head, contexts, guidance, local_noise).unflatten(0, positions.shape)
+    return draw(contexts, guidance, local_noise).unflatten(0, positions.shape)
 
 
 def sample(

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
 
-from marval.runtime.rng import generator
+from marval.runtime.philox import random_words, stream_keys
 
-OrderFunction = Callable[[tuple[int, int], int], Int[Tensor, " l"]]
+OrderFunction = Callable[[tuple[int, int], int], Int[Tensor, " l"]]  # of the grid and an image's seed
 Orders = str | Integer[Tensor, "..."] | OrderFunction  # positions (L,) or (B, L)
 
 
@@ -32,19 +32,28 @@ def draw_counts(tokens: int, iterations: int) -> list[int]:
     return [*counts, masked]
 
 
-def raster_order(grid: tuple[int, int], seed: int) -> Int[Tensor, " l"]:
+def raster_orders(grid: tuple[int, int], seeds: Sequence[int]) -> Int[Tensor, "b l"]:
     """Row by row."""
-    return torch.arange(math.prod(grid))
+    return torch.arange(math.prod(grid)).expand(len(seeds), -1)
 
 
-def random_order(grid: tuple[int, int], seed: int) -> Int[Tensor, " l"]:
+def random_orders(grid: tuple[int, int], seeds: Sequence[int]) -> Int[Tensor, "b l"]:
     """A random permutation for each image."""
-    return torch.randperm(math.prod(grid), generator=generator(seed, "order"))
+    return _priorities(grid, seeds).argsort(dim=1, stable=True)
 
 
-def halton_order(grid: tuple[int, int], seed: int) -> Int[Tensor, " l"]:
+def _priorities(grid: tuple[int, int], seeds: Sequence[int]) -> Int[Tensor, "b l"]:
+    """Draw a number below 2^32 for every position of every image."""
+    return random_words(stream_keys((seed, "order") for seed in seeds), math.prod(grid))
+
+
+def halton_orders(grid: tuple[int, int], seeds: Sequence[int]) -> Int[Tensor, "b l"]:
     """Spread out evenly: the Halton sequence in bases 2 and 3 (Besnier et al. 2025), the same for every image."""
+    return torch.tensor(_halton(grid)).expand(len(seeds), -1)
 
+
+@functools.cache
+def _halton(grid: tuple[int, int]) -> list[int]:
     def radical_inverse(n: int, base: int) -> float:
         value, scale = 0.0, 1.0
         while n:
@@ -59,7 +68,7 @@ def halton_order(grid: tuple[int, int], seed: int) -> Int[Tensor, " l"]:
         row, column = int(radical_inverse(n, 2) * grid[0]), int(radical_inverse(n, 3) * grid[1])
         order[row * grid[1] + column] = None
         n += 1
-    return torch.tensor(list(order))
+    return list(order)
 
 
 @functools.cache
@@ -70,26 +79,26 @@ def nearness(grid: tuple[int, int]) -> np.ndarray:
     return np.where(squares > 0, 1.0 / np.maximum(squares, 1) ** 2, 0.0)
 
 
-def spread_order(grid: tuple[int, int], seed: int) -> Int[Tensor, " l"]:
+def spread_orders(grid: tuple[int, int], seeds: Sequence[int]) -> Int[Tensor, "b l"]:
     """Random, but a position waits while those beside it have just been drawn.
 
     Tokens of one iteration are drawn independently of each other, so neighbours drawn together need not agree where
     they meet. Greedy: the next position has the smallest sum of its random priority in [0, 1] and half its nearness to
     those drawn before, each of which counts 0.8 times as much at every step (weights by measurement, at K = 8).
     """
-    near = nearness(grid)
-    priority = torch.rand(len(near), generator=generator(seed, "order"), dtype=torch.float64).numpy()
-    crowding, order = np.zeros(len(near)), []
-    for _ in range(len(near)):
-        position = int((priority + 0.5 * crowding).argmin())
-        order.append(position)
-        priority[position] = np.inf
+    near, images = nearness(grid), np.arange(len(seeds))
+    priority = _priorities(grid, seeds).numpy() / 2**32
+    crowding, order = np.zeros_like(priority), np.zeros_like(priority, dtype=np.int64)
+    for step in range(len(near)):
+        position = (priority + 0.5 * crowding).argmin(axis=1)
+        order[:, step] = position
+        priority[images, position] = np.inf
         crowding = 0.8 * crowding + near[position]
-    return torch.tensor(order)
+    return torch.from_numpy(order)
 
 
-ORDERS: dict[str, OrderFunction] = {
-    "random": random_order, "raster": raster_order, "halton": halton_order, "spread": spread_order,
+ORDERS: dict[str, Callable[[tuple[int, int], Sequence[int]], Int[Tensor, "b l"]]] = {
+    "random": random_orders, "raster": raster_orders, "halton": halton_orders, "spread": spread_orders,
 }  # fmt: skip
 
 
@@ -106,7 +115,7 @@ def drawing_orders(orders: Orders, grid: tuple[int, int], seeds: Sequence[int]) 
     if isinstance(orders, str):
         if orders not in ORDERS:
             raise ValueError(f"unknown order {orders!r}: expected one of {', '.join(ORDERS)}")
-        orders = ORDERS[orders]
+        return ORDERS[orders](grid, seeds)
     rows = orders if isinstance(orders, Tensor) else torch.stack([orders(grid, seed) for seed in seeds])
     whole = not (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool)
     found = rows.to("cpu", torch.int64) if whole and rows.shape in ((count,), (len(seeds), count)) else None

@@ -1,0 +1,115 @@
+"""What a GPU needs: nothing waits for the host in the AR loop, and a recorded loop draws what the loop draws.
+
+Without a GPU a recording is played by calling the recorded function again, which writes to the same static results.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from marval.config import Chain, MARConfig
+from marval.model import MAR
+from marval.sampling import DrawByChain, DrawInOneStep, graphs, prepare, run
+from marval.sampling.graphs import Graphs
+from small import CHANNELS, DRAWS, TOKENS, kept_mask, randn, small_model
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations, and lists those that wait for the device or bring data from another."""
+
+    WAIT = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "lift_fresh")
+    NOTHING = ("view", "slice", "select", "expand", "transpose", "unsqueeze", "split", "chunk", "to.", "alias",
+               "promote", "flatten", "unflatten", "contiguous", "dropout")  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.waits = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result, name = function(*args, **(kwargs or {})), str(function)
+        devices = {x.device.type for x in (*args, result) if isinstance(x, torch.Tensor) and x.ndim}
+        if any(word in name for word in self.WAIT) or len(devices) > 1:
+            self.waits.append(name)
+        self.count += not any(f"aten.{word}" in name for word in self.NOTHING)
+        return result
+
+
+CHAIN = Chain(guidance=3.0, diffusion_steps=20)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("one_step", 335), ("chain", 1650)])
+def test_the_loop_of_a_full_size_model_waits_for_no_device_and_launches_little(kind, most, monkeypatch):
+    """On torch's device without data, where a value that the host needs is an error."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # unknown there
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    with torch.device("meta"):
+        model = MAR(MARConfig.imagenet256("base")).eval().requires_grad_(False)
+    draw = DrawInOneStep(device="meta") if kind == "one_step" else DrawByChain(CHAIN, device="meta")
+    noise = torch.zeros(draw.noise_draws, 1, 256, 16, device="meta")
+    start = prepare(model, draw, iterations=2, seeds=[0], noise=noise)
+    condition = model.embed(torch.tensor([0], device="meta"))
+    with torch.inference_mode(), Launches() as launches:
+        list(run(model, draw, condition, start))
+    assert launches.waits == []
+    assert launches.count / 2 <= most
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Recordings on the CPU; returns how often each was made."""
+    made = []
+
+    def record(job, pool):
+        results = job()
+        made.append(results)
+
+        def replay():
+            for static, new in zip(results, job(), strict=True):
+                static.copy_(new)
+
+        return replay, results
+
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(Graphs, "serve", lambda self, model, draw, start: self.work)
+    return made
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+@torch.inference_mode()
+def test_a_recorded_loop_draws_what_the_loop_draws(kind, recorded):
+    model, draw, loops = small_model(), DRAWS[kind], Graphs()
+    known = (randn(2, TOKENS, CHANNELS), kept_mask([0, 5, 11], [1, 2, 3]))
+    for call, (seeds, labels) in enumerate([([0, 1], [0, 1]), ([5, 9], [2, 0]), ([0, 1], [0, 1])]):
+        condition = model.embed(torch.tensor(labels))
+        for given in (None, known):
+            start = prepare(model, draw, iterations=4, seeds=seeds, known=given)
+            expected = list(run(model, draw, condition, start))
+            drawn = list(loops.run(model, draw, condition, start))
+            for (tokens, places), (right, right_places) in zip(drawn, expected, strict=True):
+                assert torch.equal(tokens, right)
+                assert torch.equal(places, right_places)
+        assert len(recorded) == (0 if call == 0 else 2), "one for each form of the inputs, from its second call on"
+
+
+@torch.inference_mode()
+def test_the_oldest_recordings_go_and_a_failure_costs_no_picture(recorded, monkeypatch):
+    model, draw, loops = small_model(), DRAWS["one_step"], Graphs()
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+
+    def images(count):
+        start = prepare(model, draw, iterations=2, seeds=range(count))
+        condition = model.embed(torch.zeros(count, dtype=torch.long))
+        return [tokens for tokens, _ in loops.run(model, draw, condition, start)][-1]
+
+    for count in (1, 1, 2, 2, 1, 3, 3, 1):
+        images(count)
+    assert len(recorded) == 3, "that of 1 stayed, for it was used after that of 2"
+    images(2)
+    monkeypatch.setattr(graphs, "record", lambda job, pool: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.warns(UserWarning, match="out of memory"):
+        drawn = images(2)
+    assert drawn.shape == (2, TOKENS, CHANNELS)
+    images(2)
