@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from marval.config import LatentSpace, PixelSpace
-from marval.io.vae import find_vae, load_vae, same_vae, vae_hash
+from marval.io.vae import load_vae, same_vae, vae_hash
 
 
 @runtime_checkable
@@ -67,7 +67,7 @@ class Latents:
             ValueError: diffusers is not installed, or the VAE's files are not there or hold other weights.
         """
         if self.loaded is None:
-            name = find_vae(self.config.vae)
+            name = self.config.vae
             with torch.inference_mode(False):  # whoever asks first: gradients may pass through it later
                 self.loaded = load_vae(name, self.device)
             found, expected = vae_hash(name), self.config.vae_sha256

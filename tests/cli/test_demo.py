@@ -25,7 +25,7 @@ def small(monkeypatch, tmp_path):
         raise AssertionError("the demo asked the network")
 
     monkeypatch.setattr("urllib.request.urlopen", nowhere)
-    monkeypatch.setenv("XDG_DATA_DIRS", str(tmp_path / "nothing"))
+    monkeypatch.setattr("marval.data.fashion.PACKAGE", tmp_path / "nothing")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "SAMPLES", 10)
     monkeypatch.setattr(demo, "REPEATS", 1)

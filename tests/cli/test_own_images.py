@@ -127,7 +127,7 @@ def test_a_classifier_that_cannot_be_is_refused_before_anything_is_trained(refus
         ("two", (), "none can be held out"),
         ("two", ("--epochs", 0), "--epochs 0: expected a whole number from 1"),
         ("two", ("--out", "two"), "is a folder"),
-        ("two", ("--out", "file/c.safetensors"), "is a file, expected a folder"),
+        ("two", ("--out", "file/c.safetensors"), "Not a directory"),
     ):
         assert reason in refusal("train", "classifier", "--out", "c.safetensors", "--data", f"folder:{data}", *more)
     assert not list(tmp_path.glob("c.*"))
