@@ -31,7 +31,6 @@ format: .venv/installed-dev
 
 tables: .venv/installed  ## fill the tables of docs/ from results/
 	$(BIN)/python tools/tables.py docs/results.md docs/full-size.md
-	cp results/fashion-sweep.json results/fashion-reward.json src/marval/assets/
 
 docs: .venv/installed-docs  ## the documentation as a site in build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -73,41 +73,23 @@ def test_shell_examples_parse_and_ask_for_what_they_need(script):
     assert "line" in run.stderr
 
 
-@pytest.fixture(scope="module")
-def sketches():
-    """What the Python blocks of CONTRIBUTING define, each run by itself."""
-    found = {}
+def test_the_sketches_of_contributing():
+    sketches = {}
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL):
-        names = {}
-        exec(compile(block, "CONTRIBUTING.md", "exec"), names)
-        found |= names
-    return found
-
-
-def test_the_sketch_of_a_reward(sketches):
+        exec(compile(block, "CONTRIBUTING.md", "exec"), names := {})
+        sketches |= names
     images = torch.rand(3, 1, 8, 8, requires_grad=True)
     rewards = sketches["score"](images, ["a"] * 3)
     rewards.sum().backward()
     assert rewards.shape == (3,)
     assert images.grad.abs().sum() > 0
-
-
-def test_the_sketch_of_an_order(sketches):
     assert sketches["column_order"]((2, 3), 0).tolist() == [0, 3, 1, 4, 2, 5]
     assert sketches["image"].shape == (1, 1, 28, 28)
-
-
-def test_the_sketch_of_an_objective(sketches):
     y = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     distance, gradient = sketches["cauchy"](y)
     assert torch.allclose(torch.autograd.grad(distance.sum(), y)[0], gradient)
     teacher_eps, phi_eps, eps = torch.randn(3, 5, 3)
     assert sketches["cauchy_loss"](teacher_eps, phi_eps, eps).shape == (5,)
-
-
-def test_the_sketch_of_a_data_set(sketches):
     data = sketches["load_stripes"]()
-    assert data.shape == (1, 8, 8)
-    assert data.class_names == ("vertical", "horizontal")
-    assert data.images[0, 0, :, 0].tolist() == [0] * 8
-    assert data.images[1, 0, 0, :].tolist() == [0] * 8
+    assert (data.shape, data.class_names) == ((1, 8, 8), ("vertical", "horizontal"))
+    assert data.images[0, 0, :, 0].tolist() == data.images[1, 0, 0, :].tolist() == [0] * 8

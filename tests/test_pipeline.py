@@ -9,7 +9,7 @@ import torch
 from jaxtyping import TypeCheckError
 from PIL import Image
 
-from marval.config import Chain, OneStep
+from marval.config import OneStep
 from marval.pipeline import Pipeline
 from marval.runtime.rng import generator
 from marval.spaces import Pixels
@@ -50,20 +50,16 @@ def test_images_depend_on_seed_class_order_and_iterations(kind):
         assert (model.sample(**{"classes": [1], "seed": 0, "order": "raster", **change}) - base).abs().max() > 0.01
 
 
-@pytest.mark.parametrize(
-    "seed",
-    [range(4, 6), np.array([4, 5], dtype=np.uint8), torch.tensor([4, 5], dtype=torch.int32),
-     [np.int64(4), torch.tensor(5)], 4, np.int16(4), np.array(4), torch.tensor(4)],
-    ids=repr,
-)  # fmt: skip
-def test_seeds_of_any_integer_type_draw_the_same_pictures(seed):
+def test_seeds_of_any_integer_type_draw_the_same_pictures():
     student = small_pipeline("one_step")
     expected = student.sample([1, 2], seed=[4, 5])
-    assert torch.equal(student.sample([1, 2], seed=seed), expected)
-    assert torch.equal(student.space.decode(student.sample_tokens([1, 2], seeds=seed)), expected)
+    for seed in (range(4, 6), torch.tensor([4, 5], dtype=torch.int32), [np.int64(4), torch.tensor(5)], np.int16(4)):
+        assert torch.equal(student.sample([1, 2], seed=seed), expected)
+        assert torch.equal(student.space.decode(student.sample_tokens([1, 2], seeds=seed)), expected)
 
 
 def test_seeds_may_be_negative_and_of_any_size():
+    assert generator(-5, "order", 3).initial_seed() == 4270118236149423675  # as every picture so far was drawn
     student, pictures = small_pipeline("one_step"), []
     for seed in (-1, 1, -(2**70), 2**63 + 1, 2**70):
         pictures.append(student.sample([1], seed=seed))
@@ -71,21 +67,11 @@ def test_seeds_may_be_negative_and_of_any_size():
     assert len({tuple(picture.flatten().tolist()) for picture in pictures}) == len(pictures)
 
 
-@pytest.mark.parametrize("seed", [True, np.bool_(True), [0, True], 0.0, [0, 1.5], torch.tensor(1.0), "12", [[0, 1]]])
+@pytest.mark.parametrize("seed", [True, [0, 1.5], torch.tensor(1.0), "12"])
 def test_what_is_no_whole_number_is_no_seed(seed):
     with pytest.raises((ValueError, TypeError)) as refused:  # the tests' type checks find some of them first
         small_pipeline("one_step").sample([0, 1], seed=seed)
     assert refused.type is TypeCheckError or "is not a whole number" in str(refused.value)
-
-
-def test_streams_are_names_and_whole_numbers():
-    """The numbers are those that every picture so far was drawn with."""
-    assert generator(-5, "order", 3).initial_seed() == 4270118236149423675
-    for zero in (0, np.int64(0), np.uint8(0), torch.tensor(0), torch.tensor([0], dtype=torch.int16)):
-        assert generator(zero, np.str_("image")).initial_seed() == 345345920761941096
-    for part in (True, np.bool_(False), torch.tensor(True), 0.0, torch.tensor(0.0), None, (0,)):
-        with pytest.raises(TypeError):
-            generator(part, "image")
 
 
 def test_classes_may_be_names_and_integers_of_any_type():
@@ -93,7 +79,7 @@ def test_classes_may_be_names_and_integers_of_any_type():
     expected = student.sample([1, 3])
     for classes in (np.array([1, 3]), torch.tensor([1, 3]), [np.uint8(1), "3"], ["b", torch.tensor(3)], "bd"):
         assert torch.equal(student.sample(classes), expected)
-    for classes in ([-1], [5], [True], [1.0], ["-1"], [np.float32(1)], ["²"]):
+    for classes in ([-1], [5], [True], [1.0], ["-1"], ["²"]):
         with pytest.raises((ValueError, TypeCheckError), match=r"unknown class|Type"):
             student.labels(classes)
 
@@ -119,19 +105,6 @@ def test_no_more_than_a_batch_is_encoded_or_decoded_at_a_time(inpainting):
     assert sizes == ([3, 3, 3, 3, 1, 1] if inpainting else [3, 3, 1])
 
 
-def test_batches_come_one_by_one_and_are_checked_before_the_first():
-    student, calls = small_pipeline("one_step"), []
-    student.model.head.final_layer.register_forward_hook(lambda *_: calls.append(1))
-    batches = student.sample_batches([0, 1, 2], batch_size=2, iterations=2, seed=5)
-    assert not calls
-    first = next(batches)
-    assert len(calls) == 2
-    assert not first.is_inference()
-    assert torch.equal(torch.cat([first, *batches]), student.sample([0, 1, 2], batch_size=2, iterations=2, seed=5))
-    with pytest.raises(ValueError, match="1 seeds for 3"):
-        student.sample_batches([0, 1, 2], seed=[1])
-
-
 # --- other ways to call it ---
 
 
@@ -144,8 +117,8 @@ def test_a_call_returns_pil_images_of_seeds_from_a_generator():
     assert all(isinstance(image, Image.Image) for image in images)
     assert np.array_equal(np.stack([np.asarray(image) for image in images]), as_bytes(expected)[:, 0].numpy())
     assert torch.equal(student("b", output_type="pt", seed=7), student.sample([1], seed=7))
-    for wrong in ({"output_type": "np"}, {"generator": rng, "seed": 1}, {"num_images": 0}):
-        with pytest.raises((ValueError, TypeCheckError)):
+    for wrong in ({"generator": rng, "seed": 1}, {"num_images": 0}):
+        with pytest.raises(ValueError, match=r"a generator and a seed|0 classes"):
             student("b", **wrong)
 
 
@@ -227,7 +200,6 @@ def test_bad_input_is_refused_with_what_was_expected():
         ({"batch_size": 0}, "batches of 0"),
         ({"images": images}, "both"),
         ({"keep": keep}, "both"),
-        ({"classes": ["²"]}, "unknown class"),
         ({"seed": [1, 2, 3], "batch_size": 1}, "3 seeds for 2 images"),
         ({"order": torch.arange(12).expand(3, -1), "batch_size": 1}, r"shape \(12,\) or \(2, 12\)"),
         ({"images": images[:1].expand(3, -1, -1, -1), "keep": keep[:1].expand(3, -1)}, "3 images and a mask"),
@@ -237,42 +209,28 @@ def test_bad_input_is_refused_with_what_was_expected():
     ):
         with pytest.raises(ValueError, match=message):
             student.sample(**{"classes": [0, 1], **settings})
-    for make, message in (
-        (lambda: OneStep(-1), "timestep -1"),
-        (lambda: OneStep(1000), "timestep 1000"),
-        (lambda: Chain(diffusion_steps=0), "0 diffusion steps"),
-        (lambda: Chain(temperature=-1.0), "temperature"),
-        (lambda: Chain(guidance=float("nan")), "guidance nan"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            make()
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
-def test_orders_of_any_integer_type(dtype):
+def test_orders_of_any_integer_type():
     student, order = small_pipeline("one_step"), torch.arange(12).roll(5)
-    expected = student.sample([0, 1], order=order)
-    assert torch.equal(student.sample([0, 1], order=order.to(dtype)), expected)
-    assert close(student.sample([0, 1], order=order.to(dtype).expand(2, -1), batch_size=1), expected)
-    assert torch.equal(student.sample([0, 1], order=lambda grid, seed: order.to(dtype)), expected)
+    expected, small = student.sample([0, 1], order=order), order.to(torch.uint8)
+    assert torch.equal(student.sample([0, 1], order=small), expected)
+    assert close(student.sample([0, 1], order=small.expand(2, -1), batch_size=1), expected)
+    assert torch.equal(student.sample([0, 1], order=lambda grid, seed: small), expected)
 
 
 # --- values that are not finite ---
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("kind", [*KINDS, "clipped"])
-def test_values_that_are_not_finite_are_refused_with_seed_and_class(kind, value):
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_that_are_not_finite_are_refused_with_seed_and_class(kind):
     model = small_pipeline(kind)
-    if kind == "clipped":
-        model = Pipeline(model.model, dataclasses.replace(model.config, draw=OneStep(clip=True)))
-    model.model.class_emb.weight[3] = value
+    model.model.class_emb.weight[3] = math.nan
     inpainting = {"images": torch.zeros(3, 1, 6, 8), "keep": kept_mask(*[[0, 5, 11]] * 3)}
     assert model.sample([0, 1], seed=7).isfinite().all()
     for draw in (
         lambda: model.sample([0, 1, 3], seed=7),
         lambda: model.sample([0, 1, 3], seed=7, **inpainting),
-        lambda: model.sample([0, 1, 3], seed=7, on_iteration=lambda k, images, drawn: None),
         lambda: model.sample_tokens([0, 1, 3], seeds=[7, 8, 9]),
     ):
         with pytest.raises(ValueError, match=r"draws values that are not finite \(first: seed 9, class 3\): .*float32"):

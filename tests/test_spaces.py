@@ -64,20 +64,6 @@ def test_token_range_is_what_black_and_white_become():
     torch.testing.assert_close(white, torch.full_like(white, high))
 
 
-def test_pixels_decode_clamps_to_the_unit_range():
-    space = Pixels(PixelSpace((2, 2), 1, 2, shift=0.5, scale=2.0))
-    images = space.decode(torch.tensor([[[-5.0, -1.0, 0.0, 5.0]]]))
-    assert images.flatten().tolist() == [0.0, 0.0, 0.5, 1.0]
-
-
-def test_grids_and_channels_of_both_kinds_of_space():
-    pixels = PixelSpace((28, 20), 3, 4, shift=0.0, scale=1.0)
-    assert (pixels.token_grid, pixels.token_dim) == ((7, 5), 48)
-    latents = LatentSpace((256, 512), "a-vae", patch=2)
-    assert (latents.token_grid, latents.token_dim) == ((8, 16), 64)
-    assert latents.token_range is None
-
-
 def test_latents_without_diffusers_are_a_value_error_that_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)  # as if it were not installed
     with pytest.raises(ValueError, match="install diffusers"):

@@ -5,7 +5,6 @@ A field's annotation carries its rule; every configuration checks its fields whe
 
 import dataclasses
 import math
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -22,10 +21,13 @@ class Rule(NamedTuple):
 
 def plain_name(name: str) -> bool:
     """Tell whether a model's name can be part of a file's name: no path, nothing hidden, nothing invisible."""
-    odd = any(mark in "/\\" or unicodedata.category(mark) in ("Cc", "Cs", "Zl", "Zp") for mark in name)
-    return not odd and not name.startswith(".") and len(name) <= 100
+    return name.isprintable() and not {"/", "\\"} & set(name) and not name.startswith(".") and len(name) <= 100
 
 
+Schedule = Literal["linear", "constant"]
+Size = Literal["base", "large", "huge"]
+Order = Literal["random", "raster", "halton", "spread"]
+Objective = Literal["gsim", "sim", "sid"]
 Count = Annotated[int, Rule("a whole number from 1", lambda x: x >= 1)]
 Pairs = Annotated[int, Rule("a whole number from 2", lambda x: x >= 2)]
 Whole = Annotated[int, Rule("a whole number from 0", lambda x: x >= 0)]
@@ -36,13 +38,11 @@ Limit = Annotated[float, Rule("a number above 0 (inf: no limit)", lambda x: x > 
 Share = Annotated[float, Rule("a number from 0 to 1", lambda x: 0 <= x <= 1)]
 Decay = Annotated[float, Rule("a number from 0 to below 1", lambda x: 0 <= x < 1)]
 Guidance = Annotated[float, Rule("a number from 0, where 1 is no guidance", lambda x: 0 <= x < math.inf)]
+Steps = Annotated[int, Rule("a whole number from 2 to 1000", lambda x: 2 <= x <= 1000)]
 Timestep = Annotated[int, Rule("a number from 0 to 998 (1/alpha explodes at 999)", lambda x: 0 <= x < 999)]
 Name = Annotated[str, Rule("a plain name: at most 100 characters, no / or \\, no dot in front", plain_name)]
 Template = Annotated[
-    str,
-    Rule(
-        "exactly one {} for the class and no other braces", lambda x: x.count("{}") == x.count("{") == x.count("}") == 1
-    ),
+    str, Rule("exactly one {} and no other braces", lambda x: x.count("{}") == x.count("{") == x.count("}") == 1)
 ]
 
 
@@ -50,11 +50,11 @@ def fits(value: object, kind: Any) -> bool:
     """Tell whether a value is of a field's type and keeps its rules. Whole numbers must fit into 64 bits."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return fits(value, parts[0]) and all(rule.holds(value) for rule in parts[1:] if isinstance(rule, Rule))
+        return fits(value, parts[0]) and parts[1].holds(value)
     if origin in (Union, UnionType):
         return any(fits(value, part) for part in parts)
     if origin is Literal:
-        return any(type(value) is type(part) and value == part for part in parts)
+        return value in parts
     if origin is tuple:
         parts = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
         return isinstance(value, tuple) and len(value) == len(parts) and all(map(fits, value, parts))
@@ -68,14 +68,14 @@ def wanted(kind: Any) -> str:
     """Say in words what `fits` asks of a value."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return next((rule.expected for rule in parts[1:] if isinstance(rule, Rule)), wanted(parts[0]))
+        return parts[1].expected
     if origin in (Union, UnionType):
         return " or ".join(wanted(part) for part in parts if part is not NoneType)
     if origin is Literal:
         return " or ".join(map(str, parts))
     if origin is tuple:
         return f"a list, each {wanted(parts[0])}"
-    words = {int: "a whole number below 2^63", float: "a number", str: "a text", bool: "true or false"}
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
     return words.get(kind) or f"a {kind.__name__}"
 
 
@@ -86,19 +86,12 @@ def check(name: str, value: object, kind: Any) -> None:
 
 
 def shorten(value: object) -> str:
-    """Quote a value for a message, in at most 60 characters; Python refuses to print a very long number."""
-    try:
-        return repr(value)[:60]
-    except ValueError:
-        return "a number of thousands of digits"
+    """Quote a value for a message, in at most 60 characters."""
+    return repr(value)[:60]
 
 
 class Checked:
-    """A dataclass whose fields are checked when it is made.
-
-    Raises:
-        ValueError: names the first field that is of another type or breaks its rule.
-    """
+    """A dataclass that refuses a field of another type, or one that breaks its rule, when it is made."""
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self), include_extras=True).items():
@@ -147,7 +140,7 @@ class MARConfig(Checked):
         )  # fmt: skip
 
     @classmethod
-    def imagenet256(cls, size: "Size") -> "MARConfig":
+    def imagenet256(cls, size: Size) -> "MARConfig":
         """MAR-B, MAR-L and MAR-H on 16x16 latents of KL-16 (MAR, appendix B): 208M, 479M and 943M parameters."""
         width, depth, heads, head_depth, head_width = {
             "base": (768, 12, 12, 6, 1024),
@@ -207,6 +200,9 @@ class LatentSpace(Checked):
     kind: Literal["latents"] = "latents"
     vae_sha256: str = ""  # of the VAE's weights, where they are known
 
+    channels = 3  # of its pictures
+    token_range = None  # latents have none
+
     @property
     def token_grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
@@ -217,16 +213,6 @@ class LatentSpace(Checked):
     def token_dim(self) -> int:
         """Channels of one token."""
         return self.latent_channels * self.patch**2
-
-    @property
-    def channels(self) -> int:
-        """Channels of a VAE's pictures."""
-        return 3
-
-    @property
-    def token_range(self) -> None:
-        """Latents have no fixed range."""
-        return None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -239,27 +225,16 @@ def check_sides(image_size: tuple[int, int], token: int) -> None:
         raise ValueError(f"images of {image_size[0]}x{image_size[1]} pixels: expected multiples of a token's {token}")
 
 
-Schedule = Literal["linear", "constant"]
-Size = Literal["base", "large", "huge"]
-Order = Literal["random", "raster", "halton", "spread"]
-Objective = Literal["gsim", "sim", "sid"]
-
-
 @dataclass(frozen=True)
 class Chain(Checked):
     """A teacher's way to draw a token: `steps` of guided ancestral sampling."""
 
     guidance: Guidance = 1.0  # w; 1 is no guidance
     guidance_schedule: Schedule = "linear"
-    diffusion_steps: int = 100  # T
+    diffusion_steps: Steps = 100  # T
     temperature: NotNegative = 1.0  # scales the noise added at each step
     clip: bool = False  # keep x_0 within the data's range at each step
     kind: Literal["chain"] = "chain"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 2 <= self.diffusion_steps <= 1000:
-            raise ValueError(f"{self.diffusion_steps} diffusion steps: expected a number from 2 to 1000")
 
 
 @dataclass(frozen=True)
@@ -268,13 +243,9 @@ class OneStep(Checked):
 
     timestep: Timestep = 755
     clip: bool = False  # keep x_0 within the data's range, as the teacher's chain does
-    guidance: float = 1.0  # the teacher's w that it was distilled with; older models do not say
+    guidance: Guidance = 1.0  # the teacher's w that it was distilled with; older models do not say
     guidance_schedule: Schedule = "constant"
     kind: Literal["one_step"] = "one_step"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        Chain(self.guidance, self.guidance_schedule)  # checks these two
 
 
 @dataclass(frozen=True)
@@ -304,28 +275,20 @@ class ModelConfig(Checked):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ModelConfig":
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: a field is missing, unknown, or of an unknown kind.
-        """
+        """The inverse of `to_dict`, of older checkpoints too; a field that is missing or unknown is a ValueError."""
         try:
-            data = dict(data)
-            space = dict(data.pop("space"))
-            draw = dict(data.pop("draw"))
+            mar, space, draw = dict(data["mar"]), dict(data["space"]), dict(data["draw"])
+            mar["token_grid"], space["image_size"] = tuple(mar["token_grid"]), tuple(space["image_size"])
             if "steps" in draw:  # the older name
                 draw["diffusion_steps"] = draw.pop("steps")
-            mar = dict(data.pop("mar"))
-            space["image_size"] = tuple(space["image_size"])
-            mar["token_grid"] = tuple(mar["token_grid"])
             if space["kind"] == "latents":
                 draw["clip"] = False  # older checkpoints may say True, which never did anything
-            return cls(
-                mar=MARConfig(**mar),
-                space={"pixels": PixelSpace, "latents": LatentSpace}[space["kind"]](**space),
-                draw={"chain": Chain, "one_step": OneStep}[draw["kind"]](**draw),
-                class_names=tuple(data.pop("class_names")),
-                **data,
-            )
+            parts = {
+                "mar": MARConfig(**mar),
+                "space": {"pixels": PixelSpace, "latents": LatentSpace}[space["kind"]](**space),
+                "draw": {"chain": Chain, "one_step": OneStep}[draw["kind"]](**draw),
+                "class_names": tuple(data["class_names"]),
+            }
+            return cls(**data | parts)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a marval model configuration: {error}") from error

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
@@ -12,12 +12,12 @@ from PIL.Image import Image
 from torch import Tensor
 
 from marval.classes import class_numbers
-from marval.config import Chain, ModelConfig, Schedule
+from marval.config import Chain, ModelConfig
 from marval.io.checkpoint import WEIGHTS, load_model, save_model
 from marval.io.files import asset
 from marval.io.hub import HUB_ID, fetch_model, push_model
 from marval.io.images import to_pil
-from marval.io.vae import find_vae
+from marval.io.vae import vae_beside
 from marval.model import MAR
 from marval.runtime.rng import Seeds, image_seeds
 from marval.sampling import Orders, check_finite, draw_function, drawing_orders, prepare
@@ -35,22 +35,13 @@ def bundled_models() -> dict[str, Path]:
 
 
 def find_model(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model that a person named: a path, a bundled model, or "user/repo" on the Hugging Face hub.
-
-    Raises:
-        ValueError: none of these; the nearest names are suggested.
-    """
+    """The folder of a model that a person named: a path, a bundled model, or "user/repo" on the Hugging Face hub."""
     if Path(name).exists():
         in_run = Path(name) / "model"  # a training run's folder
         return in_run if (in_run / WEIGHTS).is_file() else Path(name)
     known = bundled_models()
     if str(name) in known:
         return known[str(name)]
-    if str(name).startswith("imagenet256-"):
-        raise ValueError(
-            f"{str(name)!r} is a recipe, not a model: name a model's folder (marval convert mar makes one), "
-            f"then --preset {name}"
-        )
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or list(known)
     missing = f"no model {str(name)!r}: expected a folder, or a bundled model such as {', '.join(near) or 'none'}"
     if HUB_ID.fullmatch(str(name)) and not Path(name).parent.is_dir():  # runs/student is a path where runs/ is here
@@ -73,7 +64,7 @@ def load(name: str | Path, device: torch.device | str = "cpu", *, revision: str 
     found = find_model(name, revision)
     model, config = load_model(found, device)
     folder = found if found.is_dir() else found.parent
-    return Pipeline(model, dataclasses.replace(config, space=find_vae(config.space, folder)))
+    return Pipeline(model, dataclasses.replace(config, space=vae_beside(config.space, folder)))
 
 
 class Pipeline:
@@ -112,24 +103,9 @@ class Pipeline:
             block.compile(dynamic=True)
         return self
 
-    def with_chain(
-        self,
-        *,
-        diffusion_steps: int | None = None,
-        guidance: float | None = None,
-        guidance_schedule: Schedule | None = None,
-        temperature: float | None = None,
-    ) -> "Pipeline":
-        """The same teacher with other settings of its chain (see `marval.config.Chain`); None keeps the model's own.
-
-        Raises:
-            ValueError: the model is a student, or a value is out of range.
-        """
-        given: dict[str, Any] = {
-            "diffusion_steps": diffusion_steps, "guidance": guidance, "guidance_schedule": guidance_schedule,
-            "temperature": temperature,
-        }  # fmt: skip
-        changes = {name: value for name, value in given.items() if value is not None}
+    def with_chain(self, **settings: Any) -> "Pipeline":
+        """The same teacher with other settings of its chain (see `marval.config.Chain`); None keeps the model's own."""
+        changes = {name: value for name, value in settings.items() if value is not None}
         if not changes:
             return self
         if not isinstance(self.config.draw, Chain):
@@ -138,11 +114,7 @@ class Pipeline:
         return Pipeline(self.model, dataclasses.replace(self.config, draw=draw), self.space)
 
     def labels(self, classes: Iterable[str | SupportsIndex]) -> list[int]:
-        """Class names or numbers (of any integer type) to numbers.
-
-        Raises:
-            ValueError: an unknown class; the nearest names are suggested.
-        """
+        """Class names or numbers (of any integer type) to numbers; for an unknown one near names are suggested."""
         return class_numbers(classes, self.config.class_names)
 
     def __call__(
@@ -164,10 +136,8 @@ class Pipeline:
             settings: further arguments of `sample`.
 
         Raises:
-            ValueError: as `sample`; an unknown `output_type`, or both a generator and a seed.
+            ValueError: as `sample`; both a generator and a seed.
         """
-        if output_type not in ("pil", "pt"):
-            raise ValueError(f"output_type {output_type!r}: expected 'pil' or 'pt'")
         if isinstance(classes, str) or not isinstance(classes, Iterable):
             classes = [classes]
         labels = [label for label in self.labels(classes) for _ in range(num_images)]
@@ -207,25 +177,6 @@ class Pipeline:
             ValueError: an unknown class, K out of range, a bad seed or order, or a model that draws values that are
                 not finite.
         """
-        drawn = self.sample_batches(
-            classes, seed=seed, iterations=iterations, order=order, batch_size=batch_size, images=images, keep=keep,
-            on_iteration=on_iteration,
-        )  # fmt: skip
-        return torch.cat(list(drawn))
-
-    def sample_batches(
-        self,
-        classes: Iterable[str | SupportsIndex],
-        *,
-        seed: Seeds = 0,
-        iterations: int | None = None,
-        order: Orders | None = None,
-        batch_size: int = 64,
-        images: Float[Tensor, "b c h w"] | None = None,
-        keep: Bool[Tensor, "b l"] | None = None,
-        on_iteration: ImageHook | None = None,
-    ) -> Iterator[Float[Tensor, "b c h w"]]:
-        """Draw the images of `sample` a batch at a time, when each is asked for; arguments are checked at once."""
         labels = self.labels(classes)
         count, tokens = len(labels), self.config.mar.num_tokens
         if count < 1 or batch_size < 1:
@@ -243,26 +194,26 @@ class Pipeline:
                 )
             hidden = int((~keep).sum(dim=1).max())
             iterations = min(self.default_iterations, hidden) if iterations is None else iterations
-
-        def draw(first: int) -> Tensor:
+        drawn = []
+        for first in range(0, count, batch_size):
             rows = slice(first, first + batch_size)
             inpainted = None if images is None or keep is None else (images[rows], keep[rows])
             part = order[rows] if isinstance(order, Tensor) else order
-            settings = {"seeds": seeds[rows], "iterations": iterations, "order": part}
-            return self._draw(labels[rows], inpainted, on_iteration, **settings).clone()  # no inference tensor
-
-        return map(draw, range(0, count, batch_size))
+            drawn.append(self._draw(labels[rows], seeds[rows], inpainted, on_iteration, iterations, part))
+        return torch.cat(drawn)
 
     @torch.inference_mode()
     def _draw(
         self,
         labels: list[int],
+        seeds: list[int],
         inpainted: tuple[Float[Tensor, "b c h w"], Bool[Tensor, "b l"]] | None,
         on_iteration: ImageHook | None,
-        **settings: Any,
+        iterations: int | None,
+        order: Orders | None,
     ) -> Float[Tensor, "b c h w"]:
-        """Draw a batch of `sample`, with the images and the mask of inpainting, and settings of `sample_tokens`."""
-        known, names = None, image_names(settings["seeds"], labels)
+        """Draw a batch of `sample`."""
+        known = None
         if inpainted is not None:
             images, keep = (x.to(self.device) for x in inpainted)
             if keep.all():
@@ -271,12 +222,13 @@ class Pipeline:
 
         def show(k: int, tokens: Tensor, drawn: Tensor) -> None:
             if on_iteration is not None:
-                check_finite(tokens, names)
                 on_iteration(k, self.space.decode(tokens).cpu(), drawn.cpu())
 
-        tokens = self.sample_tokens(labels, known=known, on_iteration=on_iteration and show, **settings)
+        tokens = self.sample_tokens(
+            labels, seeds=seeds, iterations=iterations, order=order, known=known, on_iteration=on_iteration and show
+        )
         drawn = self.space.decode(tokens)
-        check_finite(drawn, names)
+        check_finite(drawn, image_names(seeds, labels))
         return (drawn if known is None else restore_known(drawn, images.to(drawn), keep, self.config)).cpu()
 
     @torch.inference_mode()
@@ -293,9 +245,6 @@ class Pipeline:
         """Draw the tokens of a batch, one image for each label.
 
         Arguments are those of `sample`, and `known` of `marval.sampling.prepare`; `on_iteration` is given tokens.
-
-        Raises:
-            ValueError: as `sample`.
         """
         numbers = self.labels(labels)
         seeds, draw = image_seeds(seeds, len(numbers)), draw_function(self.config, self.device)

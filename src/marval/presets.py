@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar, cast, get_args
 
 from marval.config import (
     Checked,
@@ -27,6 +27,7 @@ IMAGENET_IMAGES = 1_281_167
 Preset = Literal["fashion-mnist", "imagenet256-base", "imagenet256-large", "imagenet256-huge"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 AnchorTo = Literal["teacher", "student"]
+Stage = TypeVar("Stage", bound="RunConfig")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class RunConfig(Checked):
     autocast: bool = True  # bf16 for the transformer; head, score arithmetic, decoder and rewards stay float32
     save_every: Count = 250  # updates between two saved states
     log_every: Count = 10  # updates between two lines of the log
+
+    def within(self: Stage, tokens: int) -> Stage:
+        """Lower K and M to the number of tokens, of which small images have few."""
+        counts = {name: getattr(self, name) for name in ("iterations", "gradient_iterations") if hasattr(self, name)}
+        return dataclasses.replace(self, **{name: min(count, tokens) for name, count in counts.items()})
 
 
 @dataclass(frozen=True)
@@ -72,25 +78,14 @@ class TrainConfig(RunConfig):
     def imagenet256(cls, size: Size) -> "TrainConfig":
         """MAR's recipe, the same for all sizes: 400 epochs (its released models: 800, `updates` twice this).
 
-        Batches of 2048 at a constant rate of 1e-4 x batch / 256 after 100 epochs of warm-up, all masked tokens in the
-        loss. One thing differs: MAR draws 4 noise levels for each token of a batch (`diffusion_batch_mul`), here it
-        is one.
+        One thing differs: MAR draws 4 noise levels for each token of a batch (`diffusion_batch_mul`), here it is one.
         """
-        batch = 2048
-        epoch = IMAGENET_IMAGES // batch
+        batch, epoch = 2048, IMAGENET_IMAGES // 2048
         return cls(
             updates=400 * epoch, batch_size=batch, tokens_per_image=256, learning_rate=1e-4 * batch / 256,
-            warmup=100 * epoch, decay=0, weight_decay=0.02, ema_decay=0.9999, label_drop=0.1, mask_ratio_min=0.7,
-            mask_ratio_std=0.25, gradient_clip=3.0, checkpoint_blocks=True, save_every=500, log_every=50,
+            warmup=100 * epoch, decay=0, ema_decay=0.9999, mask_ratio_min=0.7, mask_ratio_std=0.25, gradient_clip=3.0,
+            checkpoint_blocks=True, save_every=500, log_every=50,
         )  # fmt: skip
-
-
-def check_warmup(name: str, warmup: int, updates: int) -> None:
-    """Check that a run is longer than its warm-up."""
-    if warmup >= updates:
-        raise ValueError(
-            f"updates {updates}: expected more than the {warmup} of the warm-up ({name}), or a shorter warm-up"
-        )
 
 
 @dataclass(frozen=True)
@@ -119,7 +114,8 @@ class DistillConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_warmup("warmup", self.warmup, self.updates)
+        if self.warmup >= self.updates:
+            raise ValueError(f"updates {self.updates}: expected more than the {self.warmup} of warmup")
 
     @classmethod
     def imagenet256(cls, size: Size) -> "DistillConfig":
@@ -136,10 +132,6 @@ class DistillConfig(RunConfig):
             learning_rate=rate, auxiliary_learning_rate=rate, auxiliary_steps=1, warmup=200, decay=2000,
             ema_decay=0.9999, checkpoint_blocks=True, iterations=64, save_every=500, probe_every=1000,
         )  # fmt: skip
-
-    def within(self, tokens: int) -> "DistillConfig":
-        """The same settings with K of at most the number of tokens, of which small images have few."""
-        return dataclasses.replace(self, iterations=min(self.iterations, tokens))
 
 
 @dataclass(frozen=True)
@@ -172,13 +164,8 @@ class TuneConfig(RunConfig):
             raise ValueError(
                 f"gradient_iterations {self.gradient_iterations}: expected at most the {self.iterations} of iterations"
             )
-        if self.anchor:
-            check_warmup("anchor_warmup", self.anchor_warmup, self.updates)
-
-    def within(self, tokens: int) -> "TuneConfig":
-        """The same settings with K (and M) of at most the number of tokens, of which small images have few."""
-        iterations, last = min(self.iterations, tokens), min(self.gradient_iterations, tokens)
-        return dataclasses.replace(self, iterations=iterations, gradient_iterations=last)
+        if self.anchor and self.anchor_warmup >= self.updates:
+            raise ValueError(f"updates {self.updates}: expected more than the {self.anchor_warmup} of anchor_warmup")
 
     @classmethod
     def imagenet256(cls, size: Size) -> "TuneConfig":
@@ -199,18 +186,11 @@ Settings = TypeVar("Settings", TrainConfig, DistillConfig, TuneConfig)
 
 def preset_size(preset: str) -> Size:
     """The size of MAR that a preset of full size is for."""
-    sizes: dict[str, Size] = {"imagenet256-base": "base", "imagenet256-large": "large", "imagenet256-huge": "huge"}
-    if preset not in sizes:
-        raise ValueError(f"the preset {preset} trains on images; for latents name one of {', '.join(sizes)}")
-    return sizes[preset]
+    if preset not in PRESETS[1:]:
+        raise ValueError(f"preset {preset!r}: expected one of full size, {', '.join(PRESETS[1:])}")
+    return cast(Size, preset.removeprefix("imagenet256-"))
 
 
 def settings_of(kind: type[Settings], preset: str) -> Settings:
-    """The settings of a stage (`TrainConfig`, `DistillConfig` or `TuneConfig`) by a preset's name.
-
-    Raises:
-        ValueError: an unknown preset.
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}: expected one of {', '.join(PRESETS)}")
+    """The settings of a stage (`TrainConfig`, `DistillConfig` or `TuneConfig`) by a preset's name."""
     return kind() if preset == "fashion-mnist" else kind.imagenet256(preset_size(preset))

@@ -2,11 +2,12 @@
 
 import base64
 import dataclasses
+import functools
 import io
 import json
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from marval.config import Chain, Checked, Finite, Order, Schedule, shorten
-from marval.io.checkpoint import WEIGHTS, model_hash
-from marval.io.files import one_line
+from marval.io.checkpoint import WEIGHTS
+from marval.io.files import one_line, sha256_of
 from marval.io.images import pixels, read_image
 from marval.pipeline import Pipeline, bundled_models, find_model, load
 
 KEY = "marval"  # of the PNG's metadata
 LONGEST = 100  # edits of one picture
-LARGEST_BATCH = 1024  # pictures drawn together
-MOST_NOISE = 2**28  # numbers that are drawn for a picture and its batch at once: 1 GiB
 MOST_PIXELS = 16_000_000  # of a picture with a recipe
 CHAIN = ("guidance", "guidance_schedule", "diffusion_steps", "temperature")  # what only a teacher's recipe says
 KEYS = {"class_name": "class", "iterations": "K", "guidance": "w", "diffusion_steps": "T"}  # field: its name in the PNG
@@ -35,9 +34,8 @@ KEYS = {"class_name": "class", "iterations": "K", "guidance": "w", "diffusion_st
 class Recipe(Checked):
     """How one picture was drawn.
 
-    `batch` holds (class, seed) of all pictures that were drawn together, and `row` this one's place: sums in a batch
-    are rounded in another order than alone. An edit says which tokens were `redrawn`, and of what: the picture
-    `before`, or an `upload` (a PNG of the model's size in base64).
+    An edit says which tokens were `redrawn`, and of what: the picture `before`, or an `upload` (a PNG of the model's
+    size in base64).
     """
 
     model: str  # a bundled model's name, or a folder
@@ -51,16 +49,12 @@ class Recipe(Checked):
     guidance_schedule: Schedule | None = None
     diffusion_steps: int | None = None
     temperature: Finite | None = None
-    batch: tuple[tuple[int, int], ...] = ()
-    row: int = 0
     redrawn: tuple[int, ...] | None = None
     before: "Recipe | None" = None
     upload: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.batch) > LARGEST_BATCH:
-            raise ValueError(f"a batch of {len(self.batch)} pictures: expected at most {LARGEST_BATCH}")
         if (self.redrawn is None) != (self.before is None and self.upload is None):
             raise ValueError("an edit needs the tokens that it redrew and the picture before")
 
@@ -88,7 +82,6 @@ class Recipe(Checked):
             raise ValueError(f"expected at most {LONGEST} edits")
         fields = {key: name for name, key in KEYS.items()}
         values = {fields.get(key, key): value for key, value in dict(values).items()}
-        values["batch"] = tuple(map(tuple, values.get("batch", ())))
         if values.get("redrawn") is not None:
             values["redrawn"] = tuple(values["redrawn"])
         if values.get("before") is not None:
@@ -97,11 +90,7 @@ class Recipe(Checked):
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
-        """The inverse of `to_json`.
-
-        Raises:
-            ValueError: not a recipe.
-        """
+        """The inverse of `to_json`; a ValueError where the text is no recipe."""
         try:
             return cls.from_dict(json.loads(text))
         except (ValueError, TypeError, RecursionError) as error:
@@ -123,52 +112,28 @@ def make_recipe(
     return Recipe(name, weights, label, config.class_names[label], seed, iterations, order or config.order, **chain)
 
 
-def batch_recipes(recipes: Sequence[Recipe], batch_size: int) -> list[Recipe]:
-    """Say of recipes that `batch_size` of them are drawn together, as `Pipeline.sample` does."""
-    batches = []
-    for i, recipe in enumerate(recipes):
-        row = i % batch_size
-        together = recipes[i - row : i - row + batch_size]
-        batch = tuple((one.label, one.seed) for one in together) if len(together) > 1 else ()
-        batches.append(dataclasses.replace(recipe, batch=batch, row=row))
-    return batches
-
-
 def find_pipelines(name: str | Path | None, device: str) -> Callable[[Recipe], Pipeline]:
     """Finds the model of a recipe by its weights: the one called `name`, one in that folder, or a bundled model.
 
-    What a recipe calls its model is never opened as a path: the picture may be a stranger's. The function raises
-    ValueError where there is no such model, or it has other weights.
+    What a recipe calls its model is never opened as a path: the picture may be a stranger's.
     """
-    loaded: dict[str, Pipeline] = {}
+    files = [folder / WEIGHTS for folder in bundled_models().values()]
+    if name is not None:
+        found, inside = find_model(name), Path(name)
+        files += [found if found.is_file() else found / WEIGHTS]
+        files += [*inside.glob(f"*/{WEIGHTS}"), *inside.glob(f"*/model/{WEIGHTS}")]
 
-    def find(recipe: Recipe) -> Pipeline:
-        if recipe.weights not in loaded:
-            bundled = bundled_models().get(recipe.model)
-            folders = [*([] if name is None else named_models(name)), *([] if bundled is None else [bundled])]
-            folder = next((folder for folder in folders if model_hash(folder) == recipe.weights), None)
-            if folder is None:
-                told = f"the picture was drawn by {shorten(recipe.model)}, which is no bundled model: name its folder"
-                if folders:
-                    told = f"{name or recipe.model} has other weights than those that drew the picture (SHA-256 "
-                    told += f"{shorten(recipe.weights[:12])}): name the right model"
-                raise ValueError(f"{told}, marval sample MODEL --like FILE.png")
-            loaded[recipe.weights] = load(folder, device)
-        return loaded[recipe.weights]
+    @functools.cache
+    def load_weights(weights: str) -> Pipeline:
+        file = next((file for file in files if file.is_file() and sha256_of(file) == weights), None)
+        if file is None:
+            raise ValueError(
+                f"no model here has the weights that drew the picture (SHA-256 {shorten(weights[:12])}): name its "
+                "folder, marval sample MODEL --like FILE.png"
+            )
+        return load(file, device)
 
-    return find
-
-
-def named_models(name: str | Path) -> list[Path]:
-    """Find the model of this name or, in a folder without weights of its own, the models in it."""
-    folder = find_model(name)
-    if folder.is_file() or (folder / WEIGHTS).is_file():
-        return [folder]
-    models = [find_model(inside) for inside in sorted(folder.iterdir()) if inside.is_dir()]
-    models = [inside for inside in models if (inside / WEIGHTS).is_file()]
-    if not models:
-        raise ValueError(f"{name} has no {WEIGHTS} in it, nor has a folder in it: name a model's or run's folder")
-    return models
+    return lambda recipe: load_weights(recipe.weights)
 
 
 def draw_recipe(
@@ -177,31 +142,21 @@ def draw_recipe(
     before: Float[Tensor, "l c"] | None = None,
     on_iteration: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Float[Tensor, "l c"]:
-    """Draw a recipe's tokens. An edit keeps the tokens of `before` to the bit, except those that it redraws.
-
-    Raises:
-        ValueError: a class, position or number out of range for the model.
-    """
+    """Draw a recipe's tokens. An edit keeps the tokens of `before` to the bit, except those that it redraws."""
     pipeline = pipeline.with_chain(**{name: getattr(recipe, name) for name in CHAIN})
-    pairs, row = recipe.batch or ((recipe.label, recipe.seed),), recipe.row
-    if not 0 <= row < len(pairs) or pairs[row] != (recipe.label, recipe.seed):
-        raise ValueError(f"row {row} of a batch of {len(pairs)} is not class {recipe.label}, seed {recipe.seed}")
-    mar, draw, known = pipeline.config.mar, pipeline.config.draw, None
-    draws = draw.diffusion_steps if isinstance(draw, Chain) else 1
-    if len(pairs) * draws * mar.num_tokens * mar.token_dim > MOST_NOISE:
-        raise ValueError(f"a batch of {len(pairs)} pictures of this model needs more than 1 GiB of noise")
+    known, count = None, pipeline.config.mar.num_tokens
     if before is not None and recipe.redrawn is not None:
         redrawn = sorted(set(recipe.redrawn))
-        if not redrawn or redrawn[0] < 0 or redrawn[-1] >= mar.num_tokens:
-            raise ValueError(f"tokens to redraw: expected some numbered 0 to {mar.num_tokens - 1}; got {redrawn[:5]}")
-        keep = torch.ones(1, mar.num_tokens, dtype=torch.bool)
+        if not redrawn or redrawn[0] < 0 or redrawn[-1] >= count:
+            raise ValueError(f"tokens to redraw: expected some numbered 0 to {count - 1}; got {redrawn[:5]}")
+        keep = torch.ones(1, count, dtype=torch.bool)
         keep[0, redrawn] = False
         known = (before[None], keep)
     tokens = pipeline.sample_tokens(
-        pipeline.labels([label for label, _ in pairs]), seeds=[seed for _, seed in pairs],
-        iterations=recipe.iterations, order=recipe.order, known=known, on_iteration=on_iteration,
+        [recipe.label], seeds=[recipe.seed], iterations=recipe.iterations, order=recipe.order, known=known,
+        on_iteration=on_iteration,
     )  # fmt: skip
-    return tokens[row].clone()
+    return tokens[0].clone()
 
 
 def redraw(recipe: Recipe, find: Callable[[Recipe], Pipeline]) -> Float[Tensor, "c h w"]:
@@ -214,7 +169,7 @@ def redraw(recipe: Recipe, find: Callable[[Recipe], Pipeline]) -> Float[Tensor, 
                 rows, columns = pipeline.config.space.image_size
                 try:
                     content = io.BytesIO(base64.b64decode(edit.upload))
-                    picture = read_image(content, formats=("PNG",), most_pixels=rows * columns)
+                    picture = read_image(content, formats=["PNG"], most_pixels=rows * columns)
                 except ValueError as error:
                     raise ValueError(f"the upload in the recipe is damaged ({error})") from None
                 tokens = encode_picture(pipeline, picture)
@@ -235,25 +190,17 @@ def encode_picture(pipeline: Pipeline, picture: Image.Image) -> Float[Tensor, "l
 
 
 def read_recipe(file: Path) -> tuple[Recipe, Image.Image]:
-    """Read the recipe in a PNG file's metadata, and the picture.
-
-    Raises:
-        ValueError: no such file, not a PNG, too many pixels, or none of marval's recipes in it.
-    """
+    """Read the recipe in a PNG file's metadata, and the picture; a ValueError where it is none of marval's."""
     if not file.is_file():
         raise ValueError(f"{file} does not exist, or is no file: expected a PNG")
     try:
         with warnings.catch_warnings(action="ignore"):  # of Pillow's own, larger limit
-            picture = Image.open(file, formats=("PNG",))
+            picture = Image.open(file, formats=["PNG"])
         if picture.width * picture.height > MOST_PIXELS:  # by the header, before it is unpacked
             raise ValueError(f"{picture.width}x{picture.height} pixels: expected at most {MOST_PIXELS}")
         picture.load()
-    except (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as a PNG ({one_line(error)})") from None
-    text = picture.info.get(KEY)
-    if not isinstance(text, str):
-        raise ValueError(f"{file} has no recipe in it: expected a picture that marval sample or marval serve saved")
-    try:
-        return Recipe.from_json(text), picture
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        if KEY not in picture.info:
+            raise ValueError("it has no recipe in it: expected a picture that marval sample or marval serve saved")
+        return Recipe.from_json(picture.info[KEY]), picture
+    except Exception as error:  # a decoder may raise anything on damaged bytes
+        raise ValueError(f"{file} cannot be read as a PNG with a recipe ({one_line(error)})") from None

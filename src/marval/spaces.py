@@ -1,6 +1,6 @@
 """Token spaces: how an image becomes tokens and tokens become an image."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,18 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from marval.config import LatentSpace, PixelSpace
-from marval.io.vae import load_vae, same_vae, vae_hash
-
-
-@runtime_checkable
-class TokenSpace(Protocol):
-    """What samplers and trainers need of a token space. Images are in [0, 1]; tokens run row by row."""
-
-    def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]: ...
-
-    def decode(self, tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b c h w"]: ...
-
-    def to(self, device: torch.device) -> "TokenSpace": ...
+from marval.io.vae import find_vae, load_vae, same_vae, vae_hash
 
 
 def patchify(x: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b l d"]:
@@ -61,13 +50,9 @@ class Latents:
 
     @property
     def vae(self) -> Any:
-        """The VAE (diffusers' `AutoencoderKL`).
-
-        Raises:
-            ValueError: diffusers is not installed, or the VAE's files are not there or hold other weights.
-        """
+        """The VAE (diffusers' `AutoencoderKL`); a ValueError where it is not there or has other weights."""
         if self.loaded is None:
-            name = self.config.vae
+            name = find_vae(self.config.vae)
             with torch.inference_mode(False):  # whoever asks first: gradients may pass through it later
                 self.loaded = load_vae(name, self.device)
             found, expected = vae_hash(name), self.config.vae_sha256
@@ -97,6 +82,9 @@ class Latents:
         """Tokens to images, clamped to [0, 1]."""
         latents = unpatchify(tokens, self.config.token_grid, self.config.patch)
         return (self.vae.decode(latents / self.config.scale + self.config.shift).sample / 2 + 0.5).clamp(0, 1)
+
+
+TokenSpace = Pixels | Latents  # images in [0, 1] to tokens, row by row, and back
 
 
 def token_space(config: PixelSpace | LatentSpace, device: torch.device | str = "cpu") -> TokenSpace:

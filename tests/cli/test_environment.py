@@ -1,4 +1,4 @@
-"""The command line in odd environments: no home, other locales, a reader that leaves, a full disk."""
+"""The command line in odd environments: no home, other locales, a reader that leaves."""
 
 import io
 import os
@@ -15,18 +15,18 @@ from marval.io.files import cache_folder
 from processes import MARVAL
 
 
-@pytest.mark.parametrize("home", [None, "/proc/version"])  # a container's user without one; nothing can be made there
-def test_without_a_home_what_is_kept_goes_to_temporary_files(home, monkeypatch, tmp_path):
-    def nobody(*_):
-        raise KeyError("getpwuid(): uid not found: 1234")
-
+@pytest.mark.parametrize("variable", ["HOME", "XDG_CACHE_HOME"])
+def test_what_is_kept_goes_to_own_temporary_files_where_there_is_no_home(variable, monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setenv(variable, "/proc/version")  # nothing can be made there, not even by root
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("HOME", home) if home else monkeypatch.delenv("HOME", raising=False)
-    assert cache_folder().parent == tmp_path
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))
-    assert cache_folder() == tmp_path / "there/marval"
+    kept = cache_folder()
+    assert kept == tmp_path / f"marval-{os.getuid()}"
+    assert kept.stat().st_mode & 0o077 == 0
+    stranger = kept.stat().st_uid + 1  # whose folder of this name is ours now
+    kept.rename(tmp_path / f"marval-{stranger}")
+    monkeypatch.setattr(os, "getuid", lambda: stranger)
+    assert cache_folder() != tmp_path / f"marval-{stranger}"
 
 
 def test_pictures_are_drawn_below_a_folder_with_any_name_in_a_bare_locale(work):
@@ -48,25 +48,19 @@ def test_what_a_terminal_cannot_show_is_a_question_mark(marval, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "redirect", "unbuffered", "code", "said"),
+    ("arguments", "redirect", "code", "said"),
     [
-        ("--help", ">&3", "", 141, b""),  # what reads from 3 has gone
-        ("sample --help", ">&3", "1", 141, b""),
-        ("sampel", ">&3 2>&3", "", 2, b""),
-        ("sampel", ">&3", "1", 2, b"marval: unknown verb 'sampel': did you mean sample?\n"),
-        ("--help", ">/dev/full", "", 2, b"marval: [Errno 28] No space left on device\n"),
-        ("--version", ">&-", "", 0, b""),
-        ("--version", ">&- 2>&-", "", 0, b""),
+        ("sample --help", ">&3", 141, b""),  # what reads from 3 has gone
+        ("sampel", ">&3", 2, b"marval: unknown verb 'sampel': did you mean sample?\n"),
+        ("--version", ">&-", 0, b""),
     ],
 )
-def test_outputs_that_take_nothing_are_no_trouble(arguments, redirect, unbuffered, code, said, work):
+def test_outputs_that_take_nothing_are_no_trouble(arguments, redirect, code, said, work):
     read_end, write_end = os.pipe()
     os.close(read_end)
     gone = ["bash", "-c", f'exec 3>&{write_end}; exec "$@" {redirect}', "bash"]
-    done = subprocess.run(
-        [*gone, *MARVAL, *arguments.split()], cwd=work, env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
-        pass_fds=[write_end], capture_output=True, timeout=60,
-    )  # fmt: skip
+    command = [*gone, *MARVAL, *arguments.split()]
+    done = subprocess.run(command, cwd=work, pass_fds=[write_end], capture_output=True, timeout=60)
     os.close(write_end)
     assert (done.returncode, done.stderr) == (code, said)
 
@@ -88,11 +82,11 @@ def test_the_version(marval):
     assert f'version = "{package.__version__}"' in metadata
 
 
-@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "9"}, {"KMP_BLOCKTIME": "0"}])
-def test_threads_wait_passively_unless_the_user_chose(chosen, marval, monkeypatch):
+@pytest.mark.parametrize(("chosen", "policy"), [({}, "PASSIVE"), ({"GOMP_SPINCOUNT": "9"}, None)])
+def test_threads_wait_passively_unless_the_user_chose(chosen, policy, marval, monkeypatch):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
     marval("--version")
-    assert os.environ.get("OMP_WAIT_POLICY") == (chosen.get("OMP_WAIT_POLICY") if chosen else "PASSIVE")
+    assert os.environ.get("OMP_WAIT_POLICY") == policy

@@ -12,12 +12,10 @@ from marval.data import ImageData
 from marval.io.checkpoint import load_model
 from marval.model import MAR
 from marval.pipeline import Pipeline
-from marval.presets import DistillConfig, TuneConfig
-from marval.rewards import load_classifier
 from marval.runtime.rng import generator
-from marval.train.classifier import plan_steps, train_classifier
+from marval.train.classifier import train_classifier
 from pictures import make_pictures
-from tiny import tiny_config, tiny_model
+from tiny import tiny_config
 
 FAST = ("--batch-size", 4, "--updates", 2, "--warmup", 1, "--decay", 1, "--no-autocast")
 
@@ -52,26 +50,14 @@ def test_the_whole_way_from_pictures_to_figures(marval, tmp_path):
     assert "figures: the same" in said
 
 
-@pytest.mark.parametrize("classes", [["a"], ["a", "b"]])
-def test_a_few_tiny_images_train_distil_and_sample(classes, marval, tmp_path):
+def test_one_tiny_image_trains_distils_and_is_drawn(marval, tmp_path):
     """8x8 pixels make 4 tokens, fewer than every default K."""
-    make_pictures(tmp_path / "mine", classes, 1)
+    make_pictures(tmp_path / "mine", ["a"], 1)
     marval("train", "--data", "folder:mine", *FAST, "--out", "teacher")
-    said = marval("distill", "teacher", *FAST, "--probe-samples", 4, "--probe-every", 1, "--out", "student").out
-    assert "teacher has 4 tokens: K is 4, not 8" in said
-    assert ("one image has no Fréchet distance" in said) == (len(classes) == 1)
+    marval("distill", "teacher", *FAST, "--probe-samples", 4, "--probe-every", 1, "--out", "student")
     assert load_model(tmp_path / "student/model")[1].iterations == 4
     marval("sample", "student", "--count", 2, "--out", "drawn")
     assert len(list((tmp_path / "drawn").iterdir())) == 3
-
-
-def test_k_and_m_stay_within_the_tokens():
-    assert DistillConfig().within(4).iterations == 4
-    tuned = TuneConfig(iterations=8, gradient_iterations=8).within(4)
-    assert (tuned.iterations, tuned.gradient_iterations) == (4, 4)
-    assert TuneConfig().within(49) == TuneConfig()
-    old = dataclasses.replace(tiny_config(), iterations=40)  # students of four tokens were once saved with K = 8
-    assert Pipeline(tiny_model(), old).sample([0]).shape == (1, 1, 8, 8)
 
 
 def test_the_size_can_be_said(marval, refusal, tmp_path):
@@ -79,11 +65,7 @@ def test_the_size_can_be_said(marval, refusal, tmp_path):
     train = ["train", "--data", "folder:mine", "--batch-size", 2, "--updates", 1, "--no-autocast", "--out", "run"]
     marval(*train, "--size", "48x24")
     assert space_of(tmp_path / "run")["image_size"] == [24, 48]
-    marval("sample", "run", "--count", 1, "--out", "drawn", "--diffusion-steps", 2, "--iterations", 1)
-    (file,) = (tmp_path / "drawn").glob("00000*")
-    assert Image.open(file).size == (48, 24)
     assert "expected a --size such as 40x40" in refusal(*train, "--out", "other", "--size", "37")
-    assert "--size 32: fashion-mnist has its own size" in refusal("train", "--size", 32)
 
 
 def test_grey_images_train_a_grey_model_and_fit_a_colour_one(marval, refusal, tmp_path):
@@ -98,18 +80,6 @@ def test_grey_images_train_a_grey_model_and_fit_a_colour_one(marval, refusal, tm
     assert "the data's pixels are (3, 8, 8)" in said
 
 
-def test_a_classifier_of_few_images_takes_steps_and_says_how_many(marval, tmp_path):
-    make_pictures(tmp_path / "mine", ["a", "b"], 71)  # 142: once 0 steps
-    classifier = ["train", "classifier", "--out", "c.safetensors"]
-    said = marval(*classifier, "--data", "folder:mine", "--epochs", 2).out
-    assert "on 14 images that it was not trained on, after 32 steps with 8 of 128 images each" in said
-    make_pictures(tmp_path / "five", ["a", "b"], 2)
-    said = marval(*classifier, "--data", "folder:five", "--epochs", 3).out
-    assert "on 2 images that it was not trained on, after 3 steps with 2 of 2 images each" in said
-    assert load_classifier(tmp_path / "c.safetensors").class_names == ("a", "b")
-    assert plan_steps(60_000, 4) == (128, 4 * 468)  # large sets as ever
-
-
 @pytest.mark.parametrize("architecture", ["plain", "residual"])
 def test_a_classifier_learns_from_a_hundred_images(architecture, tmp_path):
     images, labels = torch.randint(0, 60, (100, 1, 12, 12), dtype=torch.uint8), torch.arange(100) % 2
@@ -121,19 +91,12 @@ def test_a_classifier_learns_from_a_hundred_images(architecture, tmp_path):
 def test_a_classifier_that_cannot_be_is_refused_before_anything_is_trained(refusal, tmp_path):
     make_pictures(tmp_path / "one", ["a"], 4)
     make_pictures(tmp_path / "two", ["a", "b"], 1)
-    (tmp_path / "file").write_text("x")
-    for data, more, reason in (
-        ("one", (), "all images are of one class, 'a'"),
-        ("two", (), "none can be held out"),
-        ("two", ("--epochs", 0), "--epochs 0: expected a whole number from 1"),
-        ("two", ("--out", "two"), "is a folder"),
-        ("two", ("--out", "file/c.safetensors"), "Not a directory"),
-    ):
-        assert reason in refusal("train", "classifier", "--out", "c.safetensors", "--data", f"folder:{data}", *more)
+    for data, reason in (("one", "all images are of one class, 'a'"), ("two", "none can be held out")):
+        assert reason in refusal("train", "classifier", "--out", "c.safetensors", "--data", f"folder:{data}")
     assert not list(tmp_path.glob("c.*"))
 
 
-NAMES = ("cat", "cat, black", "black", "cat, black, old", "7", "1", "café", " spaced ", "a" * 200, "../up", "猫")
+NAMES = ("cat", "cat, black", "7", "1", "café", " spaced ", "a" * 200, "../up", "猫")
 
 
 @pytest.fixture
@@ -150,14 +113,10 @@ def named(tmp_path):
     ("texts", "labels"),
     [
         (NAMES, list(range(len(NAMES)))),
-        (["cat,7,café"], [0, 4, 6]),
-        (["7, cat, black, 猫"], [4, 1, 10]),  # the longest name
-        (["cat, black, old,cat"], [3, 0]),
-        (["cat", "black"], [0, 2]),  # the option twice
-        (["0, 3"], [0, 3]),
-        (["1"], [5]),  # a name goes before a number
-        (["cafe\u0301"], [6]),  # as macOS writes it
-        (["spaced"], [7]),
+        (["cat,7, 猫"], [0, 2, 8]),
+        (["cat, black", "0, 5"], [1, 0, 5]),  # a name with a comma by itself
+        (["1"], [3]),  # a name goes before a number
+        (["cafe\u0301", "spaced"], [4, 5]),  # as macOS writes it
     ],
 )
 def test_every_class_can_be_asked_for_in_lists_with_commas(named, texts, labels):
@@ -167,7 +126,7 @@ def test_every_class_can_be_asked_for_in_lists_with_commas(named, texts, labels)
 
 @pytest.mark.parametrize(("text", "wrong"), [("cat, dog", "' dog'"), ("11", "'11'")])
 def test_unknown_classes_are_named(text, wrong):
-    with pytest.raises(ValueError, match=rf"unknown class {wrong}: expected a number from 0 to 10, or "):
+    with pytest.raises(ValueError, match=rf"unknown class {wrong}: expected a number from 0 to 8, or "):
         listed_class_numbers([text], NAMES)
 
 
@@ -177,9 +136,7 @@ def test_pictures_of_classes_of_any_name_are_saved(named, marval, tmp_path):
     files = sorted(file.name for file in (tmp_path / "all").iterdir())
     assert len(files) == len(NAMES) + 1
     assert files[1] == "00001-cat,-black-1.png"
-    assert files[8] == f"00008-{'a' * 40}-8.png"
-    assert files[9] == "00009-..-up-9.png"
+    assert files[6] == f"00006-{'a' * 40}-6.png"
+    assert files[7] == "00007-..-up-7.png"
     marval(*draw, 2, "--out", "two", "--classes", "cat, black", "--classes", "7")
-    marval(*draw, 2, "--out", "comma", "--classes", "cat, black,7")
-    for out in ("two", "comma"):
-        assert sorted(file.name for file in (tmp_path / out).glob("0*")) == ["00000-cat,-black-0.png", "00001-7-1.png"]
+    assert sorted(file.name for file in (tmp_path / "two").glob("0*")) == ["00000-cat,-black-0.png", "00001-7-1.png"]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import time
@@ -28,22 +27,12 @@ def dark(images, prompts):
 """
 
 
-def save_student(folder, classes):
-    """A tiny student of RGB pictures of 8x8 pixels, in these classes."""
-    config = tiny_config()
-    space = dataclasses.replace(config.space, channels=3)
-    mar = dataclasses.replace(config.mar, num_classes=len(classes), token_dim=space.token_dim)
-    named = {"class_names": tuple(classes), "draw": OneStep(), "data": "folder:pictures", "name": "student"}
-    model = MAR(mar).initialize(generator(0, "tiny")).eval().requires_grad_(False)
-    Pipeline(model, dataclasses.replace(config, mar=mar, space=space, **named)).save(folder)
-
-
 @pytest.fixture
 def nothing_is_read(monkeypatch):
     def never(*_, **__):
         raise AssertionError("something was read")
 
-    for name in ("marval.cli.training.load_pipeline", "marval.data.load_data", "marval.data.load_images"):
+    for name in ("marval.pipeline.load", "marval.data.load_data", "marval.data.load_images"):
         monkeypatch.setattr(name, never)
 
 
@@ -55,12 +44,9 @@ def nothing_is_read(monkeypatch):
         (["train", "--name", "a/b"], ("--name 'a/b'", "plain name")),
         (["train", "classifier", "--epochs", "0"], ("--epochs 0",)),
         (["distill", "fashion-teacher", "--updates", "50"], ("--updates 50", "100")),
-        (["distill", "fashion-teacher", "--probe-samples", "1"], ("--probe-samples 1",)),
         (["tune", "fashion-student", "--probe-samples", "0"], ("--probe-samples 0",)),
         (["tune", "fashion-student", "--gradient-iterations", "9"], ("--gradient-iterations 9", "8")),
         (["tune", "fashion-student", "--prompt", "{x}"], ("--prompt '{x}'", "exactly one {}")),
-        (["tune", "fashion-student", "--name", "../elsewhere"], ("--name '../elsewhere'", "plain name")),
-        (["tune", "fashion-student", "--train", "low-rank", "--rank", "0"], ("--rank 0",)),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_read(arguments, words, refusal, nothing_is_read):
@@ -74,7 +60,7 @@ def test_outputs_are_checked_before_anything_is_read(tmp_path, refusal, nothing_
     (tmp_path / "run" / "state-00000002" / "run.json").write_text("{}")
     for verb in (["train"], ["distill", "fashion-teacher"], ["tune", "fashion-student"]):
         assert "is a file" in refusal(*verb, "--out", "file")
-        assert "Not a directory" in refusal(*verb, "--out", "file/inside")
+        assert "is a file" in refusal(*verb, "--out", "file/inside")
         assert "--resume" in refusal(*verb, "--out", "run")
         assert "nothing to resume" in refusal(*verb, "--out", "nowhere", "--resume")
     for out in (tmp_path, "file/inside"):
@@ -83,29 +69,17 @@ def test_outputs_are_checked_before_anything_is_read(tmp_path, refusal, nothing_
 
 
 def test_tuning_starts_where_there_are_as_many_classes_as_probe_images(marval, tmp_path):
-    classes = ("four", "one", "three", "two")
-    make_pictures(tmp_path / "pictures", classes, 3)
-    save_student(tmp_path / "student", classes)
+    make_pictures(tmp_path / "pictures", tiny_config().class_names, 3, grey=True)
+    student = dataclasses.replace(tiny_config(), draw=OneStep(), data="folder:pictures")
+    Pipeline(tiny_model(), student).save(tmp_path / "student")
     (tmp_path / "mine.py").write_text(REWARDS)
-
-    def tune(samples):
-        arguments = ["--updates", 1, "--probe-every", 1, "--batch-size", 4, "--reward", "mine.py:score"]
-        said = marval("tune", "student", *arguments, "--probe-samples", samples, "--out", str(samples)).out
-        return said, log_of(tmp_path / str(samples))
-
-    said, log = tune(4)
-    assert "no class has two" in said
-    assert "--probe-samples 8" in said
-    assert "no held-out classifier" in said
+    fast = ["--updates", 1, "--probe-every", 1, "--batch-size", 4, "--iterations", 2, "--probe-samples", 2]
+    said = marval("tune", "student", *fast, "--reward", "mine.py:score", "--out", "run").out
+    assert "no --judge and no --held-out" in said
     assert "1 of 1 updates done" in said
+    log = log_of(tmp_path / "run")
     assert [line["update"] for line in log] == [0, 1]
-    assert all("fd" in line and "diversity" not in line for line in log)
-    said, log = tune(6)
-    assert "the mean over the 2 classes that have two" in said
-    assert all(line["diversity_classes"] == 2 and line["diversity"] > 0 for line in log)
-    said, log = tune(8)
-    assert "diversity is the mean" not in said
-    assert all("diversity_classes" not in line and line["diversity"] > 0 for line in log)
+    assert all("fd" in line and "diversity" not in line for line in log)  # no class has two images
 
 
 def test_a_latent_student_is_distilled_and_tuned_with_the_full_size_recipe(marval, refusal, tmp_path):
@@ -140,9 +114,7 @@ def test_a_latent_student_is_distilled_and_tuned_with_the_full_size_recipe(marva
     assert "--judge-data folder:DIR" in refusal("tune", "student", *tuning, "--teacher", "teacher", "--out", "tuned")
     assert "the anchor needs the teacher" in refusal("tune", "student", *tuning, *pictures, "--out", "tuned")
     watched = ["--held-out", "mine.py:dark", "--out", "tuned"]
-    said = marval("tune", "student", *tuning, *pictures, *watched, "--teacher", "teacher").out
-    assert "w = 1.2, constant" in said
-    assert "no held-out classifier" not in said
+    assert "no --judge" not in marval("tune", "student", *tuning, *pictures, *watched, "--teacher", "teacher").out
     log = log_of(tmp_path / "tuned")
     assert {"fd", "diversity", "held_out"} <= set(log[0]) & set(log[-1])
     assert not {"accuracy", "log_probability", "diversity_classes"} & set(log[-1])
@@ -152,16 +124,6 @@ def test_a_latent_student_is_distilled_and_tuned_with_the_full_size_recipe(marva
     Pipeline(tiny_model(), tiny_config()).save(tmp_path / "other")
     said = refusal("tune", "student", *tuning, *pictures, "--teacher", "other", "--out", "never")
     assert "other sizes, tokens or classes" in said
-
-
-def test_ctrl_c_before_the_first_update_saves_nothing_and_says_so(marval, monkeypatch, tmp_path):
-    def probe(*_, **__):
-        return lambda pipeline: os.kill(os.getpid(), signal.SIGINT) or time.sleep(9)
-
-    monkeypatch.setattr("marval.evaluate.probe.probe", probe)
-    done = marval("tune", "fashion-student", "--out", tmp_path / "run", code=130)
-    assert done.err == "marval: interrupted: nothing was saved\n"
-    assert not (tmp_path / "run").exists()
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path):

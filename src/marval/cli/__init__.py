@@ -1,19 +1,24 @@
 """The command line: one verb per job. Heavy imports stand inside the verbs, so that --help answers at once."""
 
+import contextlib
 import difflib
 import io
+import json
 import os
 import sys
 from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
 from typing import NoReturn
 
 import marval
+from marval.cli.arguments import BUNDLED
 from marval.cli.converting import cache, convert
 from marval.cli.drawing import demo, sample, serve
 from marval.cli.measuring import compare, evaluate
 from marval.cli.options import read
-from marval.cli.overview import help_text, print_models
 from marval.cli.training import distill, train, train_classifier, tune
+from marval.config import ModelConfig
 from marval.runtime.refusal import announce, watch
 
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
@@ -24,6 +29,13 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
 }
 VERBS = {name: verb for group in GROUPS.values() for name, verb in group.items()}
 
+TRY = """
+Try:
+  marval sample fashion-student --classes sneaker,bag --out samples
+  marval demo                          two minutes: draw, time, score, and distil a student
+  marval serve                         draw, edit and compare in a browser
+marval --help lists all verbs."""
+
 
 def main() -> None:
     """Run a verb; a `ValueError` or `OSError` becomes one line on standard error and exit code 2."""
@@ -32,13 +44,10 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an ASCII terminal gets ? for what it cannot show
     try:
-        try:
-            run_verb(sys.argv[1:])
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
+        run_verb(sys.argv[1:])
+        print(end="", flush=True)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
-        drop_output()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own last flush
         raise SystemExit(141) from None  # as a shell says of a program that SIGPIPE ended
     except (ValueError, OSError) as error:
         if os.environ.get("MARVAL_DEBUG"):
@@ -47,9 +56,7 @@ def main() -> None:
         file = error.filename if isinstance(error, OSError) else None
         complain(f"{file}: {error.strerror}" if file and isinstance(error, OSError) else str(error), 2)
     except KeyboardInterrupt as interrupt:
-        training = sys.argv[1:2] in (["train"], ["distill"], ["tune"])
-        told = str(interrupt) or ("nothing was saved" if training else "")
-        complain("interrupted" + (f": {told}" if told else ""), 130)
+        complain(": ".join(["interrupted", *map(str, interrupt.args)]), 130)
 
 
 def wait_passively() -> None:
@@ -69,7 +76,7 @@ def run_verb(arguments: list[str]) -> None:
     if not arguments:
         print_models()
     elif verb in ("-h", "--help"):
-        print(help_text(GROUPS))
+        print(help_text())
     elif verb == "--version":
         print(f"marval {marval.__version__}")
     elif verb not in VERBS:
@@ -80,19 +87,31 @@ def run_verb(arguments: list[str]) -> None:
         read(VERBS[verb], rest, f"marval {verb}")()
 
 
+def help_text() -> str:
+    """The verbs in their groups."""
+    lines = ["Masked auto-regressive diffusion in one step (MARVAL).", "", "usage: marval VERB [options]"]
+    for group, verbs in GROUPS.items():
+        lines += ["", f"{group}:"]
+        lines += [f"  {name:<17} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in verbs.items()]
+    lines += ["", "marval VERB --help lists a verb's options, with two commands to copy; marval alone lists models."]
+    return "\n".join([*lines, "MARVAL_DEBUG=1 in front of a command shows where an error comes from."])
+
+
+def print_models() -> None:
+    """Print the bundled models, the models of runs below the current folder, and three things to try."""
+    assets = Path(str(files("marval"))) / "assets"
+    models = {name: assets / name for name in BUNDLED} | {str(f.parent): f for f in sorted(Path().glob("runs/*/model"))}
+    print(f"marval {marval.__version__}: masked auto-regressive diffusion in one step\n")
+    print(f"{'model':<32}  {'draws by':<13}  {'K':>3}  pictures")
+    for name, folder in models.items():
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            config = ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
+            (rows, columns), kind = config.space.image_size, config.draw.kind.replace("_", " ")
+            print(f"{name:<32}  {kind:<13}  {config.iterations:>3}  {columns}x{rows}")
+    print(TRY)
+
+
 def complain(line: str, code: int) -> NoReturn:
     """Print one line on standard error and exit."""
-    try:
-        print(f"marval: {line}", file=sys.stderr, flush=True)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        drop_output()
+    print(f"marval: {line}", file=sys.stderr)
     raise SystemExit(code) from None
-
-
-def drop_output() -> None:
-    """Send what is still printed to nowhere, so that the interpreter's own last flush does not fail."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        os.dup2(nowhere, stream.fileno())

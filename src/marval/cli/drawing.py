@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from marval.cli.arguments import load_pipeline, usable_device
-from marval.config import Checked, Count, Order
+import marval
+from marval.cli.arguments import BUNDLED, usable_device
+from marval.config import Checked, Count, Order, Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOGETHER = 64  # images drawn at a time
-IN_GRID = 100  # images that the grid shows
-SAME = "the same, pixel for pixel"
+IN_GRID = 100  # images that the grid shows at most
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,10 @@ class Drawing(Checked):
 
     iterations: int | None = None  # K, the AR iterations
     order: Order | None = None  # in which tokens are drawn
-    diffusion_steps: int | None = None  # T of a teacher's chain
+    diffusion_steps: Steps | None = None  # T of a teacher's chain
     guidance: float | None = None  # w of a teacher; 1 is none
     temperature: float | None = None  # of a teacher's chain
-    batch_size: Count | None = None  # images drawn together (64, or 50 of latents); recipes record it
+    batch_size: Count = 50  # images drawn together; another one rounds a few pixels otherwise
     device: str = "auto"  # auto, cpu, cuda, ...
 
 
@@ -61,11 +60,10 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
     import torch
 
     from marval.classes import listed_class_numbers
-    from marval.evaluate.draw import DRAWN
     from marval.io.checkpoint import model_hash
     from marval.io.images import grid, save_picture, to_pil
     from marval.pipeline import find_model
-    from marval.recipe import KEY, batch_recipes, make_recipe, plain_name
+    from marval.recipe import KEY, make_recipe, plain_name
     from marval.runtime.progress import progress
 
     if images.like is not None:
@@ -73,67 +71,59 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
         return
     if model is None:
         raise ValueError("name a model, for example: marval sample fashion-student (or a picture with --like)")
-    pipeline = load_pipeline(model, drawing.device).with_chain(
+    pipeline = marval.load(model, usable_device(drawing.device)).with_chain(
         diffusion_steps=drawing.diffusion_steps, guidance=drawing.guidance, temperature=drawing.temperature
     )
     k = pipeline.default_iterations if drawing.iterations is None else drawing.iterations
-    order, count, seed, out = drawing.order, images.count, images.seed, output.out
-    names = pipeline.config.class_names
+    names, digest, count = pipeline.config.class_names, model_hash(find_model(model)), images.count
     chosen = listed_class_numbers(images.classes, names) if images.classes else range(len(names))
-    labels = [chosen[i % len(chosen)] for i in range(count)]
-    together = drawing.batch_size or min(TOGETHER, DRAWN[pipeline.config.space.kind])
-    batches = pipeline.sample_batches(labels, seed=seed, iterations=k, order=order, batch_size=together)
-    digest = model_hash(find_model(model))
-    alone = [make_recipe(model, digest, pipeline, label, seed + i, k, order) for i, label in enumerate(labels)]
-    recipes = batch_recipes(alone, together)
-    files = [out / f"{i:05d}-{plain_name(r.class_name)}-{r.seed}.png" for i, r in enumerate(recipes)]
-    check_targets([*files, out / "grid.png"], output.force)
+    pictures = [
+        make_recipe(model, digest, pipeline, chosen[i % len(chosen)], images.seed + i, k, drawing.order)
+        for i in range(count)
+    ]
+    files = [output.out / f"{i:05d}-{plain_name(r.class_name)}-{r.seed}.png" for i, r in enumerate(pictures)]
+    check_targets([*files, output.out / "grid.png"], output.force)
     shown: list[Tensor] = []
     with progress(count, "drawing images") as advance:
-        named = zip(files, recipes, strict=True)
-        for drawn in batches:
-            for image, (file, recipe) in zip(drawn, named, strict=False):
+        for first in range(0, count, drawing.batch_size):
+            some = slice(first, first + drawing.batch_size)
+            labels, seeds = [r.label for r in pictures[some]], [r.seed for r in pictures[some]]
+            drawn = pipeline.sample(labels, seed=seeds, iterations=k, order=drawing.order, batch_size=len(labels))
+            for image, file, recipe in zip(drawn, files[some], pictures[some], strict=True):
                 save_picture(file, to_pil(image), {KEY: recipe.to_json()})
             shown += drawn[: max(0, IN_GRID - len(shown))]
             advance(len(drawn))
     rows = torch.stack(shown).split(math.isqrt(len(shown) - 1) + 1)  # nearly a square
-    save_picture(out / "grid.png", grid(rows, scale=max(1, 84 // shown[0].shape[-1])))
-    first = f" (the first {IN_GRID})" if count > IN_GRID else ""
-    print(f"{count} image{'s' if count > 1 else ''} and grid.png{first} in {out}")
+    save_picture(output.out / "grid.png", grid(rows, scale=max(1, 84 // shown[0].shape[-1])))
+    print(f"{count} image{'s' if count > 1 else ''} and grid.png in {output.out}")
 
 
 def check_targets(files: Sequence[Path], force: bool) -> None:
     """Refuse to replace files that this run did not make, and a folder that cannot be written to."""
     from marval.io.files import check_output
 
-    there = [file for file in files if file.exists()]
-    if there and not force:
-        others = f", and {len(there) - 1} more files" if len(there) > 1 else ""
-        raise ValueError(f"{there[0]} is there already{others}: choose another --out, or replace with --force")
+    there = next((file for file in files if file.exists()), None)
+    if there is not None and not force:
+        raise ValueError(f"{there} is there already: choose another --out, or replace with --force")
     check_output(files[0], folder=False)
 
 
 def sample_like(like: Path, model: str | None, output: Folder, device: str) -> None:
-    """Draw the picture in a PNG file again from its recipe, and say whether it is the same; the file itself stays."""
+    """Draw the picture in a PNG file again from its recipe, and say whether it is the same."""
     import numpy as np
 
     from marval.io.images import save_picture, to_pil
     from marval.recipe import KEY, find_pipelines, read_recipe, redraw
 
     recipe, before = read_recipe(like)
-    device, target = usable_device(device), output.out / like.name
-    itself = target.exists() and target.samefile(like)
-    if not itself:
-        check_targets([target], output.force)
-    picture = to_pil(redraw(recipe, find_pipelines(model, device)))
+    target = output.out / like.name
+    check_targets([target], output.force)
+    picture = to_pil(redraw(recipe, find_pipelines(model, usable_device(device))))
     told = f"the file holds {before.width}x{before.height} pixels: it was changed after it was saved"
     if before.size == picture.size:
         most = np.abs(np.asarray(before.convert(picture.mode), int) - np.asarray(picture, int)).max()
-        told = f"it differs by up to {most} of 255 levels" if most else SAME
-    if itself and told != SAME:
-        raise ValueError(f"{like}: {told}; nothing was written over it: name another folder with --out")
-    if not itself:
-        save_picture(target, picture, {KEY: recipe.to_json()})
+        told = f"it differs by up to {most} of 255 levels (1 is rounding)" if most else "the same, pixel for pixel"
+    save_picture(target, picture, {KEY: recipe.to_json()})
     print(f"{target}: {told}")
 
 
@@ -162,7 +152,7 @@ class Address(Checked):
 
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0 lets other machines in: then say who, with --auth
     port: int = 7860  # the port to listen on
-    auth: str | None = None  # ask visitors for this; hidden from this machine's others in the variable MARVAL_AUTH
+    auth: str | None = None  # NAME:PASSWORD to ask visitors for; MARVAL_AUTH may hold it, where nobody else sees it
     browser: bool = False  # open the page in a browser
     device: str = "auto"  # auto, cpu, cuda, ...
 
@@ -184,5 +174,4 @@ def serve(models: tuple[str, ...] = (), *, address: Address) -> None:
     except ImportError as error:
         raise ValueError(f"the page needs starlette and uvicorn ({error}): pip install starlette uvicorn") from None
 
-    names = models or ("fashion-teacher", "fashion-student", "fashion-tuned")
-    run(names, usable_device(address.device), address.host, address.port, address.auth, address.browser)
+    run(models or BUNDLED, usable_device(address.device), address.host, address.port, address.auth, address.browser)

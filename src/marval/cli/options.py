@@ -17,7 +17,7 @@ import itertools
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -25,18 +25,8 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 from marval.config import check
 from marval.presets import PRESETS, RunConfig, settings_of
 
-EVERYDAY = {  # settings of training that are shown first; the others are the recipe
-    "updates", "batch_size", "learning_rate", "objective", "guidance", "iterations", "gradient_iterations", "anchor",
-    "train", "prompt", "name", "seed",
-}  # fmt: skip
-METAVARS = {
-    "iterations": "K", "gradient_iterations": "M", "diffusion_steps": "T", "guidance": "W", "budget": "SECONDS",
-    "model": "MODEL", "models": "MODEL", "teacher": "MODEL", "student": "MODEL", "init": "MODEL",
-    "data": "DATA", "judge_data": "DATA", "images": "DIR", "keep_images": "DIR", "size": "SIZE", "vae": "VAE",
-    "classes": "CLASSES", "prompt": "TEXT", "features": "CODE", "reward": "REWARD", "rewards": "REWARD",
-    "held_out": "REWARD", "device": "DEVICE", "host": "ADDRESS", "auth": "NAME:PASSWORD",
-}  # fmt: skip
-EMPTY = inspect.Parameter.empty
+SYMBOLS = {"iterations": "K", "gradient_iterations": "M", "diffusion_steps": "T", "guidance": "W"}  # the paper's
+REQUIRED = inspect.Parameter.empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +41,9 @@ class Option:
     positional: bool = False
 
     @property
-    def name(self) -> str:
-        """The field's own name."""
-        return self.place.rpartition(".")[2]
-
-    @property
     def flag(self) -> str:
         """What names it, on the command line and in messages."""
-        return self.metavar if self.positional else f"--{self.name.replace('_', '-')}"
+        return self.metavar if self.positional else f"--{self.place.rpartition('.')[2].replace('_', '-')}"
 
     @property
     def many(self) -> bool:
@@ -82,25 +67,22 @@ class Option:
         """What stands for a value in the help."""
         if get_origin(self.plain) is Literal:
             return "{" + ",".join(get_args(self.plain)) + "}"
-        if self.positional:
-            return METAVARS.get(self.name, self.name.upper())
-        folder = isinstance(self.default, Path) and not self.default.suffix
-        kinds = {int: "N", float: "X", str: "NAME", Path: "DIR" if folder else "FILE"}
-        return METAVARS.get(self.name) or kinds.get(self.plain, "")
+        name = self.place.rpartition(".")[2]
+        kinds = {} if self.positional else {int: "N", float: "X", Path: "PATH"}
+        return SYMBOLS.get(name) or kinds.get(self.plain, name.upper())
 
     def add_to(self, group: Any) -> None:
         """Add it to a group of a parser."""
-        shown = " ".join(map(str, self.default)) if self.many and self.default is not EMPTY else self.default
-        known = shown not in (None, "", EMPTY) and not isinstance(shown, bool)
-        text = (self.help + (f" (default: {shown})" if known else "")).strip().replace("%", "%%")
-        more: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text, "metavar": self.metavar}
+        default = " ".join(map(str, self.default)) if isinstance(self.default, tuple) else self.default
+        known = default not in (None, "", REQUIRED) and not isinstance(default, bool)
+        text = self.help + (f" (default: {default})" if known else "")
+        more: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%"), "metavar": self.metavar}
         if self.positional:
             group.add_argument(self.place, nargs="*" if self.many else "?" if self.default is None else None, **more)
             return
         if self.plain is bool:
             del more["metavar"]
-            turns_off = self.default or self.group == RECIPE  # there a preset may have turned it on
-            more["action"] = argparse.BooleanOptionalAction if turns_off else "store_true"
+            more["action"] = argparse.BooleanOptionalAction if self.default else "store_true"
         elif self.many:  # one text a flag: it may hold spaces, and a model's name may follow it
             more |= {"action": "append"} if self.plain is str else {"action": "extend", "nargs": "*"}
         group.add_argument(self.flag, dest=self.place, **more)
@@ -117,27 +99,21 @@ class Option:
         return value
 
 
-RECIPE = "recipe"
-
-
 def options_of(function: Callable[..., Any], preset: str = PRESETS[0]) -> list[Option]:
-    """List the options of a function, with the defaults of a preset; the recipe of a training run comes last."""
+    """List the options of a function, with the defaults of a preset."""
     hints, options = get_type_hints(function, include_extras=True), []
     for name, parameter in inspect.signature(function).parameters.items():
         kind = hints[name]
-        if not dataclasses.is_dataclass(kind):
-            about = inspect.cleandoc(function.__doc__ or "")
-            text = re.search(rf"^    {name}: (.*(?:\n {{8}}.*)*)", about, re.MULTILINE)
+        if dataclasses.is_dataclass(kind):
+            start, texts, title = defaults_of(kind, preset), comments_of(kind), (kind.__doc__ or "").partition(".")[0]
+            title = title[:1].lower() + title[1:]
+            for field, annotation in get_type_hints(kind, include_extras=True).items():
+                options.append(Option(f"{name}.{field}", annotation, getattr(start, field), texts[field], title))
+        else:
+            text = re.search(rf"^ +{name}: (.*(?:\n {{8}}.*)*)", inspect.getdoc(function) or "", re.MULTILINE)
             told = " ".join(text[1].split()) if text else ""
             options.append(Option(name, kind, parameter.default, told, "arguments", positional=True))
-            continue
-        start, texts = defaults_of(kind, preset), comments_of(kind)
-        for field, annotation in get_type_hints(kind, include_extras=True).items():
-            group = (kind.__doc__ or "").partition(".")[0]
-            if isinstance(start, RunConfig):
-                group = "how to train" if field in EVERYDAY else RECIPE
-            options.append(Option(f"{name}.{field}", annotation, getattr(start, field), texts.get(field, ""), group))
-    return sorted(options, key=lambda option: option.group == RECIPE)
+    return options
 
 
 def defaults_of(group: Any, preset: Any) -> Any:
@@ -146,21 +122,17 @@ def defaults_of(group: Any, preset: Any) -> Any:
 
 
 def comments_of(group: Any) -> dict[str, str]:
-    """Read the comment behind each of a dataclass's fields; none where Python runs without its sources."""
-    classes = [one for one in group.__mro__[-2::-1] if hasattr(one, "__dataclass_fields__")]
-    try:
-        sources = "".join(map(inspect.getsource, classes))
-    except OSError:
-        return {}
+    """Read the comment behind each of a dataclass's fields."""
+    sources = "".join(inspect.getsource(one) for one in group.__mro__[-2::-1] if hasattr(one, "__dataclass_fields__"))
     return dict(re.findall(r"^    (\w+): .*?  # (.*)$", sources, re.MULTILINE))
 
 
-def paragraphs(function: Callable[..., Any], width: int) -> Iterator[str]:
-    """Wrap a docstring's text before its "Args:" to this width; commands to copy stay whole."""
-    text = inspect.cleandoc(function.__doc__ or "").partition("\nArgs:\n")[0]
-    for part in text.split("\n\n"):
-        commands = part.startswith(("marval ", "torchrun "))
-        yield textwrap.indent(part, "  ") if commands else textwrap.fill(" ".join(part.split()), width)
+def description(function: Callable[..., Any], width: int) -> str:
+    """A docstring's text before its "Args:", wrapped; commands to copy stay whole."""
+    parts = (inspect.getdoc(function) or "").partition("\nArgs:\n")[0].split("\n\n")
+    commands = ("marval ", "torchrun ")
+    wrapped = [textwrap.indent(p, "  ") if p.startswith(commands) else textwrap.fill(p, width) for p in parts]
+    return "\n\n".join(wrapped)
 
 
 class Parser(argparse.ArgumentParser):
@@ -174,11 +146,11 @@ class Parser(argparse.ArgumentParser):
 def parser_of(options: Sequence[Option], function: Callable[..., Any], prog: str) -> Parser:
     """The parser of a function's options."""
     width = min(110, shutil.get_terminal_size().columns)
-    forms = {EMPTY: "{}", None: "[{}]", (): "[{} ...]"}  # by the default
+    forms = {REQUIRED: "{}", None: "[{}]", (): "[{} ...]"}  # by the default
     usage = [forms[option.default].format(option.flag) for option in options if option.positional]
     parser = Parser(
         prog=prog, usage=" ".join([prog, *usage, "[options]"]), add_help=False, allow_abbrev=False,
-        description="\n\n".join(paragraphs(function, width)),
+        description=description(function, width),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=width),
     )  # fmt: skip
     for title, group in itertools.groupby(options, lambda option: option.group):
@@ -189,19 +161,17 @@ def parser_of(options: Sequence[Option], function: Callable[..., Any], prog: str
 
 
 def read(function: Callable[..., None], arguments: Sequence[str], prog: str) -> Callable[[], None]:
-    """Parse what was typed for a function, and return the function with these arguments, ready to be called.
+    """Parse what was typed for a function, and return the function with these arguments, or what prints its help.
 
     Raises:
         ValueError: an unknown option, a missing argument, or a value that does not fit; the option is named.
-        SystemExit: after --help.
     """
     asked = re.search(r"--preset[ =](\S+)", " ".join(arguments))
     preset = asked[1] if asked and asked[1] in PRESETS else PRESETS[0]  # another one is refused with its option
     options = {option.place: option for option in options_of(function, preset)}
     parser = parser_of(list(options.values()), function, prog)
     if {"-h", "--help"} & set(arguments):
-        print(parser.format_help(), end="")
-        raise SystemExit(0)
+        return functools.partial(print, parser.format_help(), end="")
     namespace, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
         flags = [option.flag for option in options.values() if not option.positional]
@@ -212,7 +182,7 @@ def read(function: Callable[..., None], arguments: Sequence[str], prog: str) -> 
     values: dict[str, Any] = {}
     for name, kind in get_type_hints(function, include_extras=True).items():
         if dataclasses.is_dataclass(kind):
-            fields = {options[place].name: value for place, value in typed.items() if place.startswith(f"{name}.")}
+            fields = {p.partition(".")[2]: value for p, value in typed.items() if p.startswith(f"{name}.")}
             values[name] = with_fields(defaults_of(kind, preset), fields)
         elif name in typed:
             values[name] = typed[name]

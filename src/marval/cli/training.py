@@ -5,19 +5,17 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from marval.cli.arguments import data_of, load_pipeline, usable_device
+import marval
+from marval.cli.arguments import data_of, usable_device
 from marval.config import Chain, Checked, Count, Name, OneStep, Pairs, Rule
 from marval.presets import DistillConfig, Preset, TrainConfig, TuneConfig, settings_of
 from marval.runtime.provenance import command_line
 
 if TYPE_CHECKING:
-    from marval.pipeline import Pipeline
     from marval.runtime import folder
-    from marval.train.anchor import Anchor
 
-Settings = TypeVar("Settings", DistillConfig, TuneConfig)
 Probes = Annotated[int, Rule("0, or a whole number from 2", lambda x: x == 0 or x >= 2)]
 JUDGED = 10_000  # real images that a training run's judge reads at most
 
@@ -68,20 +66,22 @@ def train(*, what: Teacher, settings: TrainConfig, output: Run) -> None:
     marval train --data folder:my-images --updates 5000 --out runs/mine
     torchrun --nproc_per_node 8 -m marval train --preset imagenet256-base --data latents:cache --out runs/mar-base
     """
-    from marval.data import LatentData, load_data
+    from marval.data import LatentData, load_data, parse_size
     from marval.train.teacher import latent_teacher_config, teacher_config, train_teacher
 
     device, spec = output.check(), what.data or what.preset
     if what.preset != "fashion-mnist" and not spec.startswith("latents:"):
         raise ValueError(f"{what.preset} trains on latents: make a cache with marval cache, then --data latents:DIR")
-    images = load_data(spec, size=with_size(spec, what.size))
+    images = load_data(spec, size=parse_size(what.size) if what.size else None)
     if isinstance(images, LatentData):
         config = latent_teacher_config(what.preset, what.name, images, spec, command_line())
     else:
         config = teacher_config(what.name, images, spec, command_line())
-    start = load_pipeline(what.init, "cpu").model if what.init is not None else None
+    start = marval.load(what.init).model if what.init is not None else None
     with output.start(device) as run:
-        say_where(run, train_teacher(config, settings, images, run, init=start), settings.updates)
+        done = train_teacher(config, settings, images, run, init=start)
+        if run.workers.main:
+            print(f"{output.out / 'model'}: {done} of {settings.updates} updates done")
 
 
 @dataclass(frozen=True)
@@ -115,22 +115,19 @@ def distill(teacher: str, *, what: Student, settings: DistillConfig, output: Stu
     from marval.train.distill import distill as train_student
 
     device, samples = output.check(), output.probe_samples
-    pipeline = load_pipeline(teacher, "cpu")
+    pipeline = marval.load(teacher)
     if not isinstance(pipeline.config.draw, Chain):
         raise ValueError(f"{teacher} is a one-step student already: expected a teacher")
-    settings = with_few_tokens(settings, pipeline)
-    images = data_of(pipeline, what.data)
-    if samples and len(images) < 2:
-        print("one image has no Fréchet distance: none is logged")
-        samples = 0
+    settings, images = settings.within(pipeline.config.mar.num_tokens), data_of(pipeline, what.data)
     config = dataclasses.replace(pipeline.config, source=command_line())
     with output.start(device) as run:
         watch = None
-        if samples:
+        if samples and len(images) > 1:  # one image has no Fréchet distance
             judge = make_judge(pipeline, what.judge_data or what.data, None, run.workers, limit=JUDGED)
             watch = probe(judge, samples, settings.iterations, workers=run.workers)
         done = train_student(pipeline.model, config, settings, images, run, probe=watch)
-        say_where(run, done, settings.updates)
+        if run.workers.main:
+            print(f"{output.out / 'model'}: {done} of {settings.updates} updates done")
 
 
 @dataclass(frozen=True)
@@ -175,52 +172,28 @@ def tune(student: str, *, rewards: Rewards, settings: TuneConfig, output: TunedR
     from marval.train.tune import tune as tune_student
 
     device = output.check()
-    pipeline = load_pipeline(student, "cpu")
+    pipeline = marval.load(student)
     if not isinstance(pipeline.config.draw, OneStep):
         raise ValueError(f"{student} is a teacher: distil it first (marval distill)")
-    settings = with_few_tokens(settings, pipeline)
+    settings = settings.within(pipeline.config.mar.num_tokens)
     config = dataclasses.replace(pipeline.config, source=command_line())
     samples = output.probe_samples or max(1000, 2 * len(config.class_names))
     anchor = None
     if settings.anchor and rewards.teacher is not None:
-        guide, recipe = load_pipeline(rewards.teacher, "cpu"), settings_of(DistillConfig, rewards.preset)
+        guide, recipe = marval.load(rewards.teacher), settings_of(DistillConfig, rewards.preset)
         anchor = anchor_of(guide, pipeline, data_of(pipeline, rewards.data), recipe, settings)
     with output.start(device) as run:
-        workers, watched = run.workers, None
+        workers, held_out = run.workers, None
         reward = WeightedReward(parse_rewards(rewards.reward, rewards.classifier, workers.device))
         if rewards.held_out is not None:
-            watched = WeightedReward(parse_rewards(rewards.held_out, None, workers.device))
+            held_out = WeightedReward(parse_rewards(rewards.held_out, None, workers.device))
         judge = make_judge(pipeline, rewards.judge_data or rewards.data, rewards.judge, workers, limit=JUDGED)
-        if workers.main:
-            for line in surprises(pipeline, samples, judge.classifier is not None or watched is not None, anchor):
-                print(line)
-        watch = probe(
-            judge, samples, settings.iterations, workers=workers, held_out=watched, prompt=settings.prompt
-        )  # fmt: skip
+        if workers.main and judge.classifier is None and held_out is None:
+            print("no --judge and no --held-out reward: the Fréchet distance and the diversity alone say when to stop")
+        watch = probe(judge, samples, settings.iterations, workers=workers, held_out=held_out, prompt=settings.prompt)
         ended = tune_student(pipeline.model, config, reward, settings, run, probe=watch, anchor=anchor)
         if workers.main:
             print(f"{output.out / 'model'}: {ended}")
-
-
-def surprises(pipeline: "Pipeline", samples: int, held_out: bool, anchor: "Anchor | None") -> Iterator[str]:
-    """Yield what a user should know before tuning starts: what stops the run, and how the anchor is guided."""
-    classes = len(pipeline.config.class_names)
-    if not held_out:
-        yield (
-            "no held-out classifier (--judge FILE, by marval train classifier) and no --held-out reward: the Fréchet "
-            "distance and the diversity alone say when to stop, and the latest model that keeps both is kept"
-        )
-    if samples < 2 * classes:
-        what = "not measured, as no class has two, and does not stop the run"
-        if samples > classes:
-            what = f"the mean over the {samples - classes} classes that have two"
-        told = f"{samples} images of {classes} classes: the diversity is {what}"
-        yield f"{told}; --probe-samples {2 * classes} gives each class two"
-    if anchor is not None:
-        w, schedule = pipeline.config.draw.guidance, pipeline.config.draw.guidance_schedule
-        told = f"the anchor's teacher is guided as {pipeline.config.name} was distilled: w = {w:g}, {schedule}"
-        other = "; if it was another, write guidance and guidance_schedule into draw in its config.json"
-        yield told + (other if w == 1 else "")
 
 
 @dataclass(frozen=True)
@@ -242,45 +215,16 @@ def train_classifier(*, what: Classifier) -> None:
     marval train classifier --data folder:my-images --out runs/reward.safetensors
     marval train classifier --data folder:my-images --architecture residual --epochs 6 --out runs/judge.safetensors
     """
-    from marval.data import load_images, split_data
+    from marval.data import load_images, parse_size, split_data
     from marval.io.files import check_output
-    from marval.train.classifier import check_classes, plan_steps
+    from marval.train.classifier import check_classes
     from marval.train.classifier import train_classifier as run
 
     check_output(what.out, folder=False)
     device = usable_device(what.device)
-    images = load_images(what.data, size=with_size(what.data, what.size))
+    images = load_images(what.data, size=parse_size(what.size) if what.size else None)
     check_classes(images)
     own = not what.data.startswith("fashion-mnist")
     images, test = split_data(images, what.seed) if own else (images, load_images(what.data, split="test"))
     accuracy = run(what.architecture, images, test, what.out, epochs=what.epochs, seed=what.seed, device=device)
-    batch, steps = plan_steps(len(images), what.epochs)
-    print(
-        f"{what.out}: accuracy {accuracy:.4f} on {len(test)} images that it was not trained on, after {steps} steps "
-        f"with {batch} of {len(images)} images each"
-    )
-
-
-def with_size(spec: str, size: str | None) -> tuple[int, int] | None:
-    """Read rows and columns from `--size`; None where it is left out."""
-    from marval.data import parse_size
-
-    if size is not None and not spec.startswith("folder:"):
-        raise ValueError(f"--size {size}: {spec} has its own size; expected --data folder:DIR with it")
-    return None if size is None else parse_size(size)
-
-
-def with_few_tokens(settings: Settings, pipeline: "Pipeline") -> Settings:
-    """Lower K to the model's number of tokens where that is smaller, and print a line that says so."""
-    fitting = settings.within(pipeline.config.mar.num_tokens)
-    if fitting != settings:
-        name, count = pipeline.config.name, fitting.iterations
-        print(f"{name} has {count} tokens: K is {count}, not {settings.iterations}")
-    return fitting
-
-
-def say_where(run: "folder.Run", done: int, total: int) -> None:
-    """Print the last line of a training run."""
-    if run.workers.main:
-        more = "; go on with --resume" if done < total else ""
-        print(f"{run.folder / 'model'}: {done} of {total} updates done{more}")
+    print(f"{what.out}: accuracy {accuracy:.4f} on {len(test)} images that it was not trained on")
