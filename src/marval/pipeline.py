@@ -17,7 +17,7 @@ from marval.io.checkpoint import WEIGHTS, load_model, save_model
 from marval.io.files import asset
 from marval.io.hub import HUB_ID, fetch_model, push_model
 from marval.io.images import to_pil
-from marval.io.vae import vae_beside
+from marval.io.vae import find_vae
 from marval.model import MAR
 from marval.runtime.rng import Seeds, image_seeds
 from marval.sampling import Orders, check_finite, draw_function, drawing_orders, prepare
@@ -64,7 +64,7 @@ def load(name: str | Path, device: torch.device | str = "cpu", *, revision: str 
     found = find_model(name, revision)
     model, config = load_model(found, device)
     folder = found if found.is_dir() else found.parent
-    return Pipeline(model, dataclasses.replace(config, space=vae_beside(config.space, folder)))
+    return Pipeline(model, dataclasses.replace(config, space=find_vae(config.space, folder)))
 
 
 class Pipeline:

@@ -169,7 +169,7 @@ def redraw(recipe: Recipe, find: Callable[[Recipe], Pipeline]) -> Float[Tensor, 
                 rows, columns = pipeline.config.space.image_size
                 try:
                     content = io.BytesIO(base64.b64decode(edit.upload))
-                    picture = read_image(content, formats=["PNG"], most_pixels=rows * columns)
+                    picture = read_image(content, formats=("PNG",), most_pixels=rows * columns)
                 except ValueError as error:
                     raise ValueError(f"the upload in the recipe is damaged ({error})") from None
                 tokens = encode_picture(pipeline, picture)
@@ -195,7 +195,7 @@ def read_recipe(file: Path) -> tuple[Recipe, Image.Image]:
         raise ValueError(f"{file} does not exist, or is no file: expected a PNG")
     try:
         with warnings.catch_warnings(action="ignore"):  # of Pillow's own, larger limit
-            picture = Image.open(file, formats=["PNG"])
+            picture = Image.open(file, formats=("PNG",))
         if picture.width * picture.height > MOST_PIXELS:  # by the header, before it is unpacked
             raise ValueError(f"{picture.width}x{picture.height} pixels: expected at most {MOST_PIXELS}")
         picture.load()

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from marval.config import LatentSpace, PixelSpace
-from marval.io.vae import find_vae, load_vae, same_vae, vae_hash
+from marval.io.vae import load_vae, same_vae, vae_hash
 
 
 def patchify(x: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b l d"]:
@@ -52,7 +52,7 @@ class Latents:
     def vae(self) -> Any:
         """The VAE (diffusers' `AutoencoderKL`); a ValueError where it is not there or has other weights."""
         if self.loaded is None:
-            name = find_vae(self.config.vae)
+            name = self.config.vae
             with torch.inference_mode(False):  # whoever asks first: gradients may pass through it later
                 self.loaded = load_vae(name, self.device)
             found, expected = vae_hash(name), self.config.vae_sha256

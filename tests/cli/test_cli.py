@@ -104,7 +104,7 @@ REFUSALS = [  # what is typed, and what the line must say
     ("evaluate imagenet256-base", "random weights|--samples 0"),
     ("evaluate tiny --batches --plot p.png", "--budget and --plot need times"),
     ("compare here.json there.json", "here.json is not there"),
-    ("convert marr a b", "'marr': expected mar or to-mar or vae or onnx"),
+    ("convert marr a b", "'marr': expected mar or vae or onnx"),
     ("cache there", "--images DIR"),
     ("sample truncated", "truncated|damaged"),
     ("sample foreign.safetensors", "not a marval model"),

@@ -19,7 +19,7 @@ def test_the_demo_draws_scores_and_distils_without_a_network(marval, tmp_path, m
         raise AssertionError("the demo asked the network")
 
     monkeypatch.setattr("urllib.request.urlopen", nowhere)
-    monkeypatch.setenv("XDG_DATA_DIRS", str(tmp_path / "nothing"))
+    monkeypatch.setattr("marval.data.fashion.PACKAGE", tmp_path / "nothing")
     live = dataclasses.replace(demo.LIVE, updates=4, warmup=1, probe_every=2, batch_size=4, iterations=2)
     for name, value in {"SAMPLES": 10, "REPEATS": 1, "DRAWN": STUDENTS, "LIVE": live}.items():
         monkeypatch.setattr(demo, name, value)

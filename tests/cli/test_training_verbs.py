@@ -60,7 +60,7 @@ def test_outputs_are_checked_before_anything_is_read(tmp_path, refusal, nothing_
     (tmp_path / "run" / "state-00000002" / "run.json").write_text("{}")
     for verb in (["train"], ["distill", "fashion-teacher"], ["tune", "fashion-student"]):
         assert "is a file" in refusal(*verb, "--out", "file")
-        assert "is a file" in refusal(*verb, "--out", "file/inside")
+        assert "Not a directory" in refusal(*verb, "--out", "file/inside")
         assert "--resume" in refusal(*verb, "--out", "run")
         assert "nothing to resume" in refusal(*verb, "--out", "nowhere", "--resume")
     for out in (tmp_path, "file/inside"):

@@ -2,17 +2,15 @@
 
 import itertools
 import os
-import socket
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import marval.data.folder as folder_module
 from marval.data import load_folder, load_images, parse_size, patch_size, split_data
 from marval.data.folder import list_folder, say_once
-from marval.data.images import cut_to_patches, infer_size
+from marval.data.images import cut_to_patches
 from marval.io.official import imagenet_classes
 from marval.train.teacher import teacher_config
 
@@ -31,61 +29,21 @@ def root(tmp_path):
     return tmp_path / "mine"
 
 
-@pytest.fixture
-def reads(monkeypatch):
-    """The files that were decoded."""
-    files, read = [], folder_module.read_image
-    monkeypatch.setattr(folder_module, "read_image", lambda file: (files.append(file), read(file))[1])
-    return files
-
-
-def hidden(root):
-    for name in (".ipynb_checkpoints/x.png", "cat/.ipynb_checkpoints/0.png", "__MACOSX/cat/0.png"):
+def test_what_is_no_image_of_a_class_is_left_out_and_counted(root, capsys):
+    for name in (".ipynb_checkpoints/x.png", "cat/.ipynb_checkpoints/0.png", "__MACOSX/cat/0.png", "cover.png"):
         picture(root / name)
     picture(root / "dog/._0.png", format="PNG")
-    (root / ".git").mkdir()
-    (root / ".DS_Store").write_text("x")
-    return ["left out 6 hidden (.DS_Store, .git, .ipynb_checkpoints, ...)"]
-
-
-def other_files(root):
-    for name in ("photo.heic", "other.HEIC", "paper.pdf", "notes.txt", "README"):
+    for name in ("photo.heic", "other.HEIC", "paper.pdf", "README"):
         (root / "dog" / name).write_bytes(b"x")
-    picture(root / "cover.png")
-    return [
-        "2 .heic files (other.HEIC, photo.heic)", "1 .pdf files (paper.pdf)", "1 .txt files (notes.txt)",
-        "1 files without a suffix (README)", "1 images beside the folders of classes (cover.png)",
-    ]  # fmt: skip
-
-
-def no_files(root):
-    """A pipe would be waited for for ever."""
-    os.mkfifo(root / "cat/pipe.png")
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(os.path.relpath(root / "dog/socket.png"))
+    os.mkfifo(root / "cat/pipe.png")  # which would be waited for for ever
     (root / "dog/gone.png").symlink_to(root / "nowhere.png")
-    return ["2 special files (pipe.png, socket.png)", "1 broken links (gone.png)"]
-
-
-def loops(root):
     (root / "cat/loop").symlink_to(root / "cat")
-    (root / "up").symlink_to(root.parent)
-    (root / "self").symlink_to(root / "self")
-    (root.parent / "bare").mkdir()
-    for name in ("first", "second"):
-        (root / "dog" / name).symlink_to(root.parent / "bare")
-    return ["3 links to folders that were read already (up, loop, second)"]
-
-
-@pytest.mark.parametrize("add", [hidden, other_files, no_files, loops])
-def test_what_is_no_image_of_a_class_is_left_out_and_named(add, root, capsys):
-    expected = add(root)
     data = load_folder(root)
     assert data.class_names == ("cat", "dog")
     assert data.labels.tolist() == [0] * 3 + [1] * 3
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 1
-    assert all(words in printed for words in expected), printed
+    assert "2 .heic" in printed
+    assert "1 images beside the folders of classes" in printed
 
 
 def test_suffixes_of_any_kind_and_case_are_read(root):
@@ -95,54 +53,48 @@ def test_suffixes_of_any_kind_and_case_are_read(root):
     assert load_folder(root).labels.tolist() == [0] * 8 + [1] * 3
 
 
-def test_links_are_followed_and_a_class_has_each_folder_once(root, tmp_path):
+def test_links_are_followed(root, tmp_path):
     picture(tmp_path / "elsewhere/deep/far.png")
     picture(tmp_path / "elsewhere/near.png")
     (root / "cat/linked").symlink_to(tmp_path / "elsewhere")
-    (root / "cat/again").symlink_to(tmp_path / "elsewhere/deep")
     (root / "dog/one.png").symlink_to(tmp_path / "elsewhere/near.png")
     (root / "fox").symlink_to(tmp_path / "elsewhere")  # a class that is a link
     listing = list_folder(root)
     assert listing.class_names == ("cat", "dog", "fox")
-    files = {os.path.relpath(file, root) for file, _ in listing.files if os.path.basename(file)[0] not in "012"}
-    assert files == {"cat/again/far.png", "cat/linked/near.png", "dog/one.png", "fox/deep/far.png", "fox/near.png"}
+    files = [os.path.relpath(file, root) for file, _ in listing.files if os.path.basename(file)[0] not in "012"]
+    assert files == [
+        "cat/linked/near.png",
+        "cat/linked/deep/far.png",
+        "dog/one.png",
+        "fox/near.png",
+        "fox/deep/far.png",
+    ]
 
 
 def test_names_of_any_bytes_are_read_and_printed(root, capsys):
-    odd = os.fsencode(root / "cat") + b"/caf\xe9 \n\xff.png"
-    os.rename(root / "cat/0.png", odd)
+    os.rename(root / "cat/0.png", odd := os.fsencode(root / "cat") + b"/caf\xe9.png")
     os.rename(root / "dog", os.fsencode(root) + b"/d\xf6g")
-    with open(os.fsencode(root) + b"/cat/\xfe.txt", "w"):
-        pass
-    assert load_folder(root).class_names == ("cat", "d\\xf6g")
-    assert "1 .txt files (\\xfe.txt)" in capsys.readouterr().out
     os.truncate(odd, 40)
-    assert len(load_folder(root)) == 5
-    assert "caf\\xe9 \\n\\xff.png cannot be read" in capsys.readouterr().out
+    assert load_folder(root).class_names == ("cat", "d\\xf6g")
+    assert "caf\\xe9.png cannot be read" in capsys.readouterr().out
 
 
 def test_a_folder_without_class_folders_is_one_class(root, capsys, monkeypatch):
-    assert load_folder(root / "cat").class_names == ("cat",)
-    assert "no sub-folders of images: its images, 3, are one class, 'cat'" in capsys.readouterr().out
     monkeypatch.chdir(root / "dog")
     assert load_folder(".").class_names == ("dog",)
+    assert "no sub-folders of images: its 3 images are one class" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")
     say_once("from the second process")
-    assert capsys.readouterr().out.count("\n") == 1
+    assert capsys.readouterr().out == ""
 
 
 def test_what_is_no_set_of_images_is_refused(root, tmp_path):
     (root / "empty").mkdir()
     (tmp_path / "bare/a").mkdir(parents=True)
-    (tmp_path / "bare/a/x.heic").write_bytes(b"x")
-    wordnet, tench = next(iter(imagenet_classes().items()))
-    for name in (wordnet, tench):
-        picture(tmp_path / "fish" / name / "0.png")
     for name, words in {
         "nothing": "nothing is not a folder",
         "mine": "no images in empty",
-        "bare": r"holds no images: .* \(left out: 1 .heic files \(x.heic\)\)",
-        "fish": f"the folders {wordnet} and {tench} are both the class '{tench}'",
+        "bare": "holds no images: expected DIR/CLASS/IMAGE.png",
     }.items():
         with pytest.raises(ValueError, match=words):
             load_folder(tmp_path / name)
@@ -153,10 +105,9 @@ def test_what_is_no_set_of_images_is_refused(root, tmp_path):
 
 SIZES = [  # (width, height) of the files -> rows, columns
     ([(28, 28)] * 3, (28, 28)), ([(39, 37)] * 3, (35, 35)), ([(63, 63)] * 3, (56, 56)), ([(40, 30)] * 3, (30, 40)),
-    ([(1, 1)], (8, 8)), ([(5, 40)], (40, 10)), ([(1000, 9)], (8, 64)), ([(400, 300), (4000, 3000), (80, 60)], (48, 64)),
-    ([(200, 100)] * 6 + [(100, 200)] * 4, (64, 64)), ([(200, 200)] * 9 + [(10, 10)], (64, 64)),
-    ([(200, 200)] * 2 + [(3, 3)], (64, 64)), ([(20, 20)] * 9 + [(3000, 100)], (20, 20)),
-    ([(64, 32)] * 19 + [(50, 50)], (32, 64)),
+    ([(1, 1)], (8, 8)), ([(1000, 9)], (8, 64)), ([(400, 300), (4000, 3000), (80, 60)], (48, 64)),
+    ([(200, 100)] * 6 + [(100, 200)] * 4, (64, 64)), ([(20, 20)] * 9 + [(10, 10)], (20, 20)),
+    ([(20, 20)] * 9 + [(3000, 100)], (20, 20)), ([(64, 32)] * 19 + [(50, 50)], (32, 64)),
 ]  # fmt: skip
 
 
@@ -169,13 +120,6 @@ def test_sizes_are_inferred_and_can_be_cut(sizes, expected, tmp_path):
     config = teacher_config("mine", data, "folder:x")
     assert config.space.token_grid[0] * config.space.patch == expected[0]
     assert max(config.space.token_grid) <= 8
-
-
-def test_exif_counts_for_the_size(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture(tmp_path / "a/turned.jpg", (40, 30), exif=exif)
-    assert infer_size([str(tmp_path / "a/turned.jpg")]) == (40, 30)
 
 
 def test_every_inferred_size_can_be_cut_into_patches():
@@ -237,42 +181,17 @@ def test_a_few_damaged_images_are_left_out_and_more_are_refused(root, capsys):
     for i in range(400):
         picture(root / "dog" / f"more-{i}.png")
     assert load_folder(root).labels.tolist() == [0] * 3 + [1] * 403  # one in a hundred
-    for i in range(4):
-        (root / f"cat/bad-{i}.png").unlink()
-    picture(root / "owl/only.png")
-    (root / "owl/only.png").write_bytes(b"bad")
-    with pytest.raises(ValueError, match="no image of owl can be read"):
-        load_folder(root)
 
 
-def test_a_limited_sample_is_balanced_reads_no_more_and_is_the_same_again(tmp_path, reads):
+def test_a_limited_sample_is_balanced_and_the_same_again(tmp_path):
     for name, count in (("few", 2), ("many", 30), ("some", 8)):
         for i in range(count):
             picture(tmp_path / name / f"{i:02d}.png", colour=(i, 0, 0))
-    data = load_folder(tmp_path, (16, 16), limit=12)
-    assert len(reads) == 12
+    data, again = (load_folder(tmp_path, (16, 16), limit=12) for _ in range(2))
     assert data.labels.bincount().tolist() == [2, 5, 5]
-    assert data.class_names == ("few", "many", "some")
-    del data
-    again = [load_folder(tmp_path, (16, 16), limit=12).images.clone() for _ in range(2)]
-    assert torch.equal(*again)
+    assert torch.equal(data.images, again.images)
     assert len(load_folder(tmp_path, limit=1000)) == 40
-    with pytest.raises(ValueError, match="a limit of 0 images: expected at least 1"):
-        load_folder(tmp_path, limit=0)
-    for name in "abcdefgh":
-        picture(tmp_path / name / "0.png")
-    assert load_folder(tmp_path, limit=5).labels.bincount().max() == 1  # fewer than classes: one each
-
-
-def test_images_that_are_still_held_are_not_decoded_again_unless_they_changed(root, reads, capsys):
-    picture(root / "cat/moving.gif", save_all=True, append_images=[Image.new("RGB", (16, 16), "lime")])
-    data = load_folder(root)
-    assert load_folder(root, (16, 16)) is data
-    assert load_folder(root, (8, 8)) is not data
-    assert len(reads) == 14
-    assert capsys.readouterr().out.count("1 animations whose first frames are read (moving.gif)") == 1
-    picture(root / "cat/0.png", colour="lime")
-    assert load_folder(root).images[0, :, 0, 0].tolist() == [0, 255, 0]
+    assert load_folder(tmp_path, limit=2).labels.bincount().max() == 1  # fewer than classes: one each
 
 
 def test_each_class_is_split_and_never_lost(tmp_path):

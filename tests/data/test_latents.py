@@ -32,7 +32,7 @@ class StandInVAE:
     dtype = torch.float32
 
     def __init__(self):
-        self.seen = 0  # images and mirrors; the grey image that it is tried with does not count
+        self.seen = 0  # images and mirrors; the black image that it is tried with does not count
 
     def encode(self, x):
         self.seen += len(x) if x.std() > 0 else 0
@@ -156,7 +156,7 @@ def test_damaged_images_are_listed_and_skipped_and_too_many_stop_the_run(picture
 
 def test_a_cache_of_something_else_is_not_mixed_up(pictures, tmp_path):
     cache(pictures, tmp_path / "cache")
-    with pytest.raises(ValueError, match="image_size was 16, now 8"):
+    with pytest.raises(ValueError, match=r"caches something else \(another image_size\): choose another folder"):
         cache(pictures, tmp_path / "cache", image_size=8)
     first = pictures / "pear/01.png"
     status = first.stat()
@@ -164,10 +164,7 @@ def test_a_cache_of_something_else_is_not_mixed_up(pictures, tmp_path):
     os.utime(first, ns=(status.st_atime_ns, status.st_mtime_ns))
     cache(pictures, tmp_path / "cache")  # the same size and time
     Image.new("RGB", (20, 24), "red").save(first)
-    with pytest.raises(ValueError, match=r"caches something else \(other pictures, or changed ones\)"):
-        cache(pictures, tmp_path / "cache")
-    Image.new("RGB", (16, 16)).save(pictures / "pear/new.png")
-    with pytest.raises(ValueError, match="images was 13, now 14"):
+    with pytest.raises(ValueError, match="another listing"):
         cache(pictures, tmp_path / "cache")
     with pytest.raises(ValueError, match="no cache"):
         load_data(f"latents:{tmp_path}")
@@ -204,27 +201,24 @@ def test_the_vae_is_known_by_its_weights_not_by_its_name(command, tmp_path):
     (tmp_path / "vae").rename(tmp_path / "moved")
     command("moved")
     vae_folder(tmp_path / "vae", seed=1)
-    assert "caches something else (a VAE of other weights): choose another folder" in command("vae", code=2)
+    assert "caches something else (another vae_sha256): choose another folder" in command("vae", code=2)
 
 
-def test_a_models_vae_is_found_where_it_was_moved_to_and_checked(tmp_path, monkeypatch):
-    folder = str(vae_folder(tmp_path / "a/vae"))
+def test_a_models_vae_of_other_weights_is_refused(tmp_path):
+    folder = str(vae_folder(tmp_path / "vae"))
     config = LatentSpace((16, 16), vae_place(folder), 4, 2, vae_sha256=vae_hash(folder))
-    (tmp_path / "a").rename(tmp_path / "b")
-    monkeypatch.chdir(tmp_path / "b")
     assert Latents(config).vae.config.latent_channels == 2
-    vae_folder(tmp_path / "b/vae", seed=1)
-    with pytest.raises(ValueError, match="the VAE vae has other weights"):
+    vae_folder(tmp_path / "vae", seed=1)
+    with pytest.raises(ValueError, match="vae has other weights"):
         Latents(config).vae  # noqa: B018
     assert vae_place("owner/a-hub-id") == "owner/a-hub-id"
-    assert vae_hash("owner/a-hub-id") == vae_hash(str(tmp_path / "nothing")) == ""
+    assert vae_hash("owner/a-hub-id") == ""
 
 
 def test_a_typing_error_claims_nothing(command, pictures, tmp_path):
     vae_folder(tmp_path / "vae")
     assert "vea' is no folder here" in command(tmp_path / "vea", code=2)
-    stride = "--image-size 18: expected a multiple of the VAE's stride of 4 pixels"
-    assert stride in command("vae", "--image-size", 18, code=2)
+    assert "--image-size 18: expected a multiple of the VAE's stride" in command("vae", "--image-size", 18, code=2)
     for flag, *values in ("--image-size", 0), ("--batch-size", 0), ("--scale", 0, "nan", -1, "inf"):
         for value in values:
             assert f"{flag} {value}" in command("vae", flag, value, code=2)
@@ -236,15 +230,12 @@ def test_a_typing_error_claims_nothing(command, pictures, tmp_path):
 
 def test_damage_to_a_finished_cache_is_named(pictures, tmp_path):
     data = cache(pictures, tmp_path / "cache")
-    shard = tmp_path / "cache/shard-00001.safetensors"
+    expected, shard = data.moments(9), tmp_path / "cache/shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"shard-00001.safetensors is damaged .* remove it, and run marval cache"):
         data.moments(5)
     shard.unlink()
-    assert torch.equal(cache(pictures, tmp_path / "cache").moments(5), cache(pictures, tmp_path / "new").moments(5))
-    (tmp_path / "cache/index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"index.json is damaged"):
-        LatentData.open(tmp_path / "cache")
+    assert torch.equal(cache(pictures, tmp_path / "cache").moments(9), expected)
 
 
 def test_a_vae_of_numbers_that_are_not_finite_is_refused(pictures, tmp_path):

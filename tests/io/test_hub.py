@@ -1,16 +1,13 @@
-"""Models on the Hugging Face hub, with its own library against a small server in the place of huggingface.co."""
+"""Models on the Hugging Face hub: what is sent and asked for, and what is told when the hub does not answer."""
 
-import base64
 import dataclasses
-import hashlib
-import json
-import os
-import subprocess
+import shutil
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
+import torch
 
 import marval
 from marval.config import LatentSpace, OneStep
@@ -18,135 +15,60 @@ from marval.io.hub import fetch_model, model_card, published
 from marval.pipeline import Pipeline
 from tiny import tiny_config, tiny_model
 
-pytest.importorskip("huggingface_hub")
-COMMIT = "0" * 39 + "1"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The few routes of the hub that making, filling and reading one repository takes."""
-
-    files: dict[str, bytes]
-    asked: list[str]
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, content, headers=None, code=200):
-        content = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(code)
-        for name, value in {"Content-Length": len(content), **(headers or {})}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def do_GET(self):
-        path = self.path.partition("?")[0]
-        self.asked.append(f"{self.command} {path}")
-        if path == "/api/models/me/tiny/revision/none":
-            self.answer({}, {"X-Error-Code": "RevisionNotFound"}, 404)
-        elif path.startswith("/api/models/me/tiny/revision/"):
-            self.answer({"_id": "1", "id": "me/tiny", "sha": COMMIT, "siblings": []})
-        elif path == f"/api/models/me/tiny/tree/{COMMIT}":
-            oids = {name: hashlib.sha1(content).hexdigest() for name, content in self.files.items()}
-            sizes = {name: len(content) for name, content in self.files.items()}
-            self.answer([{"type": "file", "path": name, "size": sizes[name], "oid": oids[name]} for name in sizes])
-        elif path.startswith(f"/me/tiny/resolve/{COMMIT}/"):
-            content = self.files[path.rpartition("/")[2]]
-            self.answer(content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT})
-        else:
-            self.answer({}, {"X-Error-Code": "RepoNotFound"}, 404)
-
-    do_HEAD = do_GET  # noqa: N815
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        if self.path == "/api/repos/create":
-            self.asked.append(f"create {body}")
-            self.answer({"url": f"http://{self.headers['Host']}/me/tiny"})
-        elif self.path.endswith("/preupload/main"):
-            names = [entry["path"] for entry in json.loads(body)["files"]]
-            self.answer({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
-        elif self.path.endswith("/commit/main"):
-            for line in body.splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            self.answer({"commitOid": COMMIT, "commitUrl": f"http://{self.headers['Host']}/me/tiny/commit/{COMMIT}"})
-        else:
-            self.answer({})
+hub = pytest.importorskip("huggingface_hub")
 
 
 @pytest.fixture
-def hub(tmp_path):
-    """A server with one repository, me/tiny, and `python`, which runs a script that knows it as the hub."""
-    handler = type("Handler", (Hub,), {"files": {}, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {
-        **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
-        "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-    }  # fmt: skip
+def repository(tmp_path, monkeypatch):
+    """The files of me/tiny, the one repository; the library's functions keep their signatures."""
+    folder, calls = tmp_path / "repository", []
 
-    def python(*arguments, **more):
-        command = [sys.executable, *arguments]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment | more, capture_output=True, text=True, timeout=120
-        )
+    def upload_folder(*, folder_path, **options):
+        calls.append(options)
+        shutil.copytree(folder_path, folder)
 
-    handler.python = python
-    yield handler
-    server.shutdown()
-    server.server_close()
+    def snapshot_download(repo_id, *, revision, allow_patterns):
+        calls.append({"revision": revision, "patterns": allow_patterns})
+        if repo_id != "me/tiny":
+            raise hub.errors.LocalEntryNotFoundError("nothing on this disk.\n\nPlease check your connection.")
+        return str(folder)
 
+    def create_repo(repo_id, **options):
+        calls.append({"create": repo_id, **options})
+        return f"https://hub/{repo_id}"
 
-PUSH_AND_LOAD = """
-import marval, torch
-model = marval.load("model")
-print(model.push_to_hub("me/tiny", private=True, license="apache-2.0"))
-again = marval.load("me/tiny", revision="v1")
-assert torch.equal(model.sample(["cross"], seed=3), again.sample(["cross"], seed=3))
-"""
+    api = create_autospec(hub.HfApi, instance=True)
+    api.create_repo.side_effect, api.upload_folder.side_effect = create_repo, upload_folder
+    monkeypatch.setattr(hub, "HfApi", lambda: api)
+    monkeypatch.setattr(hub, "snapshot_download", create_autospec(hub.snapshot_download, side_effect=snapshot_download))
+    fetch_model.cache_clear()
+    return SimpleNamespace(folder=folder, calls=calls)
 
 
-def test_a_model_is_pushed_with_its_card_and_loaded_from_there(hub, tmp_path):
-    Pipeline(tiny_model(), tiny_config()).save(tmp_path / "model")
-    done = hub.python("-c", PUSH_AND_LOAD)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("/me/tiny")
-    assert any(asked.startswith("create") and "private" in asked for asked in hub.asked)
-    assert set(hub.files) == {"model.safetensors", "config.json", "README.md"}
-    read = [asked.rpartition("/")[2] for asked in hub.asked if asked.startswith("GET /me/tiny/resolve")]
-    assert sorted(read) == ["config.json", "model.safetensors"]
-    card = hub.files["README.md"].decode()
+def test_a_model_is_pushed_with_its_card_and_loaded_from_there(repository):
+    model = Pipeline(tiny_model(), tiny_config())
+    address = model.push_to_hub("me/tiny", private=True, license="apache-2.0")
+    assert address == "https://hub/me/tiny"
+    assert repository.calls[0] == {"create": "me/tiny", "private": True, "exist_ok": True}
+    assert {file.name for file in repository.folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    card = (repository.folder / "README.md").read_text()
     for part in ("library_name: marval", "license: apache-2.0", "- marval", 'marval.load("me/tiny")', "1 square"):
         assert part in card
-    # The command line takes it too; afterwards the cache does without the hub.
-    done = hub.python("-m", "marval", "sample", "me/tiny", "--classes", "cross", "--out", "drawn")
-    assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "drawn").glob("*.png"))
-    gone = hub.python("-c", "import marval; marval.load('me/tiny')", HF_ENDPOINT="http://127.0.0.1:1")
-    assert gone.returncode == 0, gone.stderr
+    again = marval.load("me/tiny", revision="v1")
+    assert repository.calls[-1] == {"revision": "v1", "patterns": ["model.safetensors", "config.json"]}
+    assert torch.equal(model.sample(["cross"], seed=3), again.sample(["cross"], seed=3))
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "reason"),
-    [
-        ("me/other", {}, "it has no such repository, or a private one"),
-        ("me/tiny", {"revision": "none"}, "it has no such revision"),
-        ("me/tiny", {}, "has no model.safetensors"),
-        ("me/tiny", {"unreachable": True}, "it cannot be reached, and nothing is in the local cache"),
-    ],
-)
-def test_what_the_hub_does_not_give_is_told_in_one_line(name, options, reason, hub):
-    hub.files["pytorch_model.bin"] = b"never fetched"
-    arguments = f"{name!r}, revision={options.get('revision')!r}"
-    script = f"import marval\ntry:\n    marval.load({arguments})\nexcept ValueError as error:\n    print(error)"
-    place = {"HF_ENDPOINT": "http://127.0.0.1:1"} if "unreachable" in options else {}
-    done = hub.python("-c", script, **place)
-    assert reason in done.stdout, done.stdout + done.stderr
-    assert len(done.stdout.strip().splitlines()) == 1
-    assert not any("resolve" in asked for asked in hub.asked)
+def test_what_the_hub_does_not_give_is_told_in_one_line(repository):
+    with pytest.raises(
+        ValueError,
+        match=r"no model 'me/other': .*did not give me/other: .*: nothing on this disk. Please check your connection.$",
+    ):
+        marval.load("me/other")
+    repository.folder.mkdir()
+    (repository.folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"has no model.safetensors"):
+        marval.load("me/tiny")
 
 
 def test_paths_come_first_and_the_package_is_asked_for(tmp_path, monkeypatch):
@@ -154,9 +76,7 @@ def test_paths_come_first_and_the_package_is_asked_for(tmp_path, monkeypatch):
     Pipeline(tiny_model(), tiny_config()).save(tmp_path / "runs/student")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
     assert marval.load("runs/student").config == tiny_config()
-    with pytest.raises(
-        ValueError, match=r"no model 'runs/other': expected a folder, or a bundled model such as [\w, -]+$"
-    ):
+    with pytest.raises(ValueError, match=r"no model 'runs/other': expected a folder, or a bundled model [\w, -]+$"):
         marval.load("runs/other")  # runs/ is here, so this is no hub id
     fetch_model.cache_clear()
     with pytest.raises(ValueError, match="pip install huggingface_hub"):

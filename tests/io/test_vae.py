@@ -141,10 +141,7 @@ def test_bad_autoencoders_are_refused_by_name(weights, tmp_path):
     bias = weights["quant_conv.bias"]
     for content, message in [
         ({"model": {}}, "encoder.conv_in.weight is missing"),
-        ({"model": 3}, "holds a int"),
         ({"model": {**weights, "quant_conv.bias": bias / 0}}, "quant_conv.bias holds values"),
-        ({"model": {**weights, "quant_conv.bias": bias.int()}}, "quant_conv.bias has torch.int32"),
-        ({"model": {**weights, "decoder.norm_out.bias": 0}}, "decoder.conv_norm_out.bias is missing"),
         ({"model": {**weights, "surplus": torch.zeros(1)}}, "unknown tensor surplus"),
         ({"model": {**weights, "quant_conv.bias": torch.zeros(3)}}, "quant_conv.bias has shape"),
         ({"model": {**weights, "hook": print}}, "run code"),
@@ -159,7 +156,6 @@ def test_bad_autoencoders_are_refused_by_name(weights, tmp_path):
     ("vae", "message"),
     [
         ("stranger/vae", "nothing is fetched that a file names: hf download stranger/vae"),
-        *[(name, "is no folder here, nor a hub id") for name in ("//host/share", "\\\\host\\share", "/\\host/share")],
         *[(name, "is no folder here, nor a hub id") for name in ("/dev/zero", "https://example.com/vae")],
         *[(name, "cannot be loaded") for name in ("", "/dev", "pickled")],
     ],
@@ -199,3 +195,10 @@ def test_a_vae_is_looked_for_beside_its_model(tmp_path, monkeypatch):
     Path("vae/config.json").write_text("damaged")
     assert load("model").sample([0], iterations=1, seed=0).shape == (1, 3, 8, 8)
     assert load_model("model")[1].space.vae == "vae"  # as the file says
+    Path("model/vae").rename("moved")
+    save_model(
+        "model",
+        tiny_model(),
+        dataclasses.replace(tiny_config(), space=dataclasses.replace(space, vae="/gone/moved"), draw=draw),
+    )
+    assert load("model").sample([0], iterations=1, seed=0).shape == (1, 3, 8, 8)  # in the current folder, by its name

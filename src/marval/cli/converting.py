@@ -13,40 +13,34 @@ class Conversion(Checked):
     """options"""
 
     heads: Count | None = None  # mar: attention heads, where the widths are not MAR-B's, -L's or -H's
-    image_size: Count | None = None  # mar: pixels a side; checked against the tensors
-    vae_stride: Count | None = None  # mar: pixels a latent; the checkpoint's args or 16 when left out
-    patch_size: Count | None = None  # mar: latents a token's side; the checkpoint's args or 1 when left out
     vae: str = "kl16"  # mar: the VAE's folder or hub id, for the configuration
     ema: bool = True  # mar: take the averaged weights
     iterations: int | None = None  # onnx: K of the file; the model's own when left out
     force: bool = False  # write over what is there
 
 
-def convert(kind: Literal["mar", "to-mar", "vae", "onnx"], source: str, out: Path, *, options: Conversion) -> None:
-    """Convert official MAR checkpoints to models and back, and students to ONNX.
+def convert(kind: Literal["mar", "vae", "onnx"], source: str, out: Path, *, options: Conversion) -> None:
+    """Convert official MAR checkpoints and VAEs to models, and students to ONNX.
 
     marval convert mar mar_base/checkpoint-last.pth models/mar-base --vae models/kl16
     marval convert onnx fashion-student student.onnx --iterations 4
 
     Args:
-        kind: mar: an official .pth, flat safetensors or a folder with one, to a model's folder; to-mar: back; vae: the
-            official kl16.ckpt to a diffusers folder; onnx: a student to an ONNX file
-        source: the checkpoint, or the model to write
-        out: the folder, or the .pth or .onnx to write
+        kind: mar: an official .pth, flat safetensors or a folder with one, to a model's folder; vae: the official
+            kl16.ckpt to a diffusers folder; onnx: a student to an ONNX file
+        source: the checkpoint, or the student
+        out: the folder or the .onnx to write
     """
     from marval.io.checkpoint import weights_file
     from marval.io.files import check_replace
-    from marval.io.official import Hints, convert_mar, convert_to_mar
+    from marval.io.official import convert_mar
     from marval.io.onnx import export_onnx
     from marval.io.vae import convert_vae
     from marval.pipeline import find_model, load
 
     told = ""
     if kind == "mar":
-        hints = Hints(options.heads, options.image_size, options.vae_stride, options.patch_size)
-        convert_mar(source, out, hints, ema=options.ema, vae=options.vae, force=options.force)
-    elif kind == "to-mar":
-        convert_to_mar(find_model(source), out, force=options.force)
+        convert_mar(source, out, options.heads, ema=options.ema, vae=options.vae, force=options.force)
     elif kind == "vae":
         convert_vae(source, out, options.force)
     else:

@@ -3,12 +3,9 @@
 import contextlib
 import gzip
 import hashlib
-import io
-import os
 import sys
 import urllib.request
 import zlib
-from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 
@@ -17,7 +14,7 @@ import torch
 from PIL import Image
 
 from marval.data.images import ImageData
-from marval.io.files import asset, atomic_path, cache_folder, user_cache
+from marval.io.files import asset, atomic_path, cache_folder
 
 FASHION_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -34,7 +31,7 @@ URLS = (
     "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",  # the host offers no https
 )
-MOST_BYTES = 2**26  # read of a file: more than the largest has
+PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
 TIMEOUT = 15  # seconds that a host may be silent
 
 
@@ -69,49 +66,32 @@ def load_fashion_sample() -> ImageData:
 
 def _find_file(name: str, folder: Path | str | None, fetch: bool) -> bytes:
     """Read one file of Fashion-MNIST, unpacked, from the first place that has it with the right content."""
-    cache, problems = cache_folder() / "fashion-mnist", []
-    for place in _places(name, cache, folder, fetch):
+    cache = cache_folder() / "fashion-mnist"
+    folders = [PACKAGE, cache] if folder is None else [Path(folder)]
+    files = [root / f"{name}{suffix}" for root in folders for suffix in (".gz", "")]
+    urls = [f"{url}{name}.gz" for url in URLS] if folder is None and fetch else []
+    problems = [f"no such file in {' or '.join(map(str, folders))}"]
+    places: list[Path | str] = [*(file for file in files if file.is_file()), *urls]
+    for place in places:
         try:
-            packed, content = _read(name, place)
-        except (OSError, EOFError, zlib.error, HTTPException, ValueError) as error:
-            reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
-            problems.append(f"{place}: {reason}")
+            packed = place.read_bytes() if isinstance(place, Path) else _fetched(place)
+            content = gzip.decompress(packed) if packed.startswith(b"\x1f\x8b") else packed
+        except (OSError, EOFError, zlib.error, HTTPException) as error:
+            problems.append(f"{place}: {error}")
             continue
-        if isinstance(place, str):
-            with contextlib.suppress(ValueError), atomic_path(cache / f"{name}.gz") as partial:
-                partial.write_bytes(packed)  # where that fails it is fetched again the next time
-        return content
-    where = f"put {name}.gz there" if folder is not None else f"put its four .gz files into {cache}"
+        if (digest := hashlib.sha256(content).hexdigest()) == SHA256[name]:
+            if isinstance(place, str):
+                with contextlib.suppress(ValueError), atomic_path(cache / f"{name}.gz") as partial:
+                    partial.write_bytes(packed)  # where that fails it is fetched again the next time
+            return content
+        problems.append(f"{place}: {len(content):,} other bytes (SHA-256 {digest[:12]}..., not {SHA256[name][:12]}...)")
     raise ValueError(
-        f"cannot find Fashion-MNIST's {name} ({'; '.join(problems)}): "
-        f"install Debian's package dataset-fashion-mnist, or {where}"
+        f"cannot find Fashion-MNIST's {name} ({'; '.join(problems[1:] or problems)}): install Debian's package "
+        f"dataset-fashion-mnist, or put its four .gz files into {folder or cache}"
     )
 
 
-def _places(name: str, cache: Path, folder: Path | str | None, fetch: bool) -> Iterator[Path | str]:
-    """The files to try (a folder stands for the file that it lacks), then the addresses."""
-    shared = (os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share").split(":")
-    folders = [Path(root) / "datasets" / "fashion-mnist" for root in shared if root]
-    if user := user_cache():  # it may hold the files though nothing can be added: then `cache` is another one
-        folders.append(user / "fashion-mnist")
-    for root in [Path(folder)] if folder is not None else dict.fromkeys([*folders, cache]):
-        yield from [file for file in (root / f"{name}.gz", root / name) if os.path.isfile(file)] or [root]
-    if folder is None and fetch:
-        yield from (f"{url}{name}.gz" for url in URLS)
-
-
-def _read(name: str, place: Path | str) -> tuple[bytes, bytes]:
-    """Read a file, as it is packed and unpacked, and compare its SHA-256 with the one expected."""
-    if isinstance(place, Path) and place.is_dir():
-        raise ValueError("no such file in it")
-    with place.open("rb") if isinstance(place, Path) else urllib.request.urlopen(place, timeout=TIMEOUT) as source:
-        if isinstance(place, str):
-            print(f"Fetching {place}", file=sys.stderr, flush=True)
-        packed = source.read(MOST_BYTES)
-    zipped = packed.startswith(b"\x1f\x8b")
-    content = gzip.GzipFile(fileobj=io.BytesIO(packed)).read(MOST_BYTES) if zipped else packed
-    if (digest := hashlib.sha256(content).hexdigest()) != SHA256[name]:
-        if content.lstrip()[:1] == b"<":
-            raise ValueError("a web page in its place; does this network ask for a login?")
-        raise ValueError(f"damaged: {len(content):,} bytes of SHA-256 {digest[:12]}..., not {SHA256[name][:12]}...")
-    return packed, content
+def _fetched(url: str) -> bytes:
+    print(f"Fetching {url}", file=sys.stderr, flush=True)
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as source:
+        return source.read()

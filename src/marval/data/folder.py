@@ -1,10 +1,8 @@
 """Folders of people's own images: which files belong to which class, and their pixels."""
 
 import functools
-import hashlib
 import os
-import weakref
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +21,12 @@ FEW_DAMAGED, MOST_DAMAGED = 3, 0.01  # more images than both, a number and a sha
 NO_CLASSES = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 
 Labelled = tuple[str, int]  # a file and its class's number
-Skipped = defaultdict[str, list[str]]  # why something is not read -> names
 
 
 @dataclass(frozen=True)
 class Folder:
     """The images of a folder."""
 
-    root: Path
     class_names: tuple[str, ...]
     files: list[Labelled]
 
@@ -45,93 +41,57 @@ def say_once(line: str) -> None:
 def list_folder(root: Path) -> Folder:
     """List a folder with one sub-folder of images for each class; without sub-folders all images are one class.
 
-    Hidden files are skipped and links are followed; what is left out is printed. Classes and files are sorted by name.
-    A class has its folder's name, or ImageNet's readable name where that is a WordNet id.
+    Hidden files are skipped and links are followed; what else is left out is printed. Classes and files are sorted by
+    name. A class has its folder's name, or ImageNet's readable name where that is a WordNet id.
 
     Raises:
-        ValueError: no such folder, no images, a class without images, or two folders of one class.
+        ValueError: no such folder, no images, or a class without images.
     """
     if not root.is_dir():
         raise ValueError(f"{printable(root)} is not a folder: expected one with a sub-folder of images for each class")
-    skipped: Skipped = defaultdict(list)
-    above = set(map(str, (root.resolve(), *root.resolve().parents)))
-    folders, loose = _entries(str(root), set(above), skipped)
-    images = [_images(folder, {*above, os.path.realpath(folder)}, skipped) for folder in folders]
-    if loose and not any(images):
-        folders, images = [str(root.resolve())], [loose]
-        name = printable(root.resolve().name)
-        say_once(f"{printable(root)} has no sub-folders of images: its images, {len(loose)}, are one class, {name!r}")
+    others: Counter[str] = Counter()
+    loose, names = _entries(root, others)
+    images = {name: _images(root / name, others) for name in names}
+    if loose and not any(images.values()):
+        images = {root.resolve().name: loose}
+        say_once(f"{printable(root)} has no sub-folders of images: its {len(loose)} images are one class")
     elif loose:
-        skipped["images beside the folders of classes"] += [os.path.basename(file) for file in loose]
-    left_out = _describe(skipped)
-    more = f" (left out: {left_out})" if left_out else ""
-    if not any(images):
+        others["images beside the folders of classes"] += len(loose)
+    if others:
+        left_out = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in others.items())
+        say_once(f"{printable(root)}: left out files ({left_out})")
+    if not any(images.values()):
         raise ValueError(
-            f"{printable(root)} holds no images: expected DIR/CLASS/IMAGE.png, one sub-folder for each class{more}"
+            f"{printable(root)} holds no images: expected DIR/CLASS/IMAGE.png, one sub-folder for each class"
         )
-    if empty := [os.path.basename(folder) for folder, files in zip(folders, images, strict=True) if not files]:
-        names = ", ".join(map(printable, empty[:5]))
-        raise ValueError(f"{printable(root)}: no images in {names}; remove such folders or fill them{more}")
-    class_names = _class_names(folders)
-    if left_out:
-        say_once(f"{printable(root)}: left out {left_out}")
-    return Folder(root, class_names, [(file, label) for label, files in enumerate(images) for file in files])
+    if empty := [printable(name) for name, files in images.items() if not files]:
+        raise ValueError(f"{printable(root)}: no images in {', '.join(empty[:5])}; remove such folders or fill them")
+    class_names = tuple(imagenet_classes().get(name, printable(name)) for name in images)
+    return Folder(class_names, [(file, label) for label, files in enumerate(images.values()) for file in files])
 
 
-def _entries(folder: str, read: set[str], skipped: Skipped) -> tuple[list[str], list[str]]:
-    """The images directly in a folder, and its sub-folders that are not in `read`, where they are noted."""
-    folders, images = [], []
-    try:
-        with os.scandir(folder) as content:
-            entries = sorted(content, key=lambda entry: entry.name)
-    except OSError as error:
-        raise ValueError(f"{printable(folder)} cannot be listed ({error.strerror}): allow it or remove it") from None
+def _entries(folder: Path, others: Counter[str]) -> tuple[list[str], list[str]]:
+    """List the images in a folder, and the names of its sub-folders; count other files by their suffixes."""
+    images, folders = [], []
+    with os.scandir(folder) as content:
+        entries = sorted((entry for entry in content if entry.name[0] != "."), key=lambda entry: entry.name)
     for entry in entries:
         suffix = os.path.splitext(entry.name)[1].lower()
-        is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-        if entry.name.startswith(".") or (is_folder and entry.name in NO_CLASSES):
-            skipped["hidden"].append(entry.name)
-        elif is_folder and (place := os.path.realpath(entry.path)) in read:
-            skipped["links to folders that were read already"].append(entry.name)
-        elif is_folder:
-            read.add(place)
-            folders.append(entry.path)
-        elif suffix not in readable_suffixes():
-            skipped[f"{printable(suffix)} files" if suffix else "files without a suffix"].append(entry.name)
-        elif not os.path.isfile(entry.path):
-            skipped["broken links" if entry.is_symlink() else "special files"].append(entry.name)
-        else:
+        if entry.is_dir():
+            folders += [entry.name] if entry.name not in NO_CLASSES else []
+        elif suffix in readable_suffixes() and entry.is_file():  # a pipe would be waited for for ever
             images.append(entry.path)
-    return folders, images
+        else:
+            others[printable(suffix)] += 1
+    return images, folders
 
 
-def _images(folder: str, read: set[str], skipped: Skipped) -> list[str]:
-    """All images below a class's folder; each folder once, by whatever links it is reached."""
-    folders, images = _entries(folder, read, skipped)
-    for path in folders:
-        images += _images(path, read, skipped)
-    return images
-
-
-def _describe(skipped: dict[str, list[str]]) -> str:
-    return "; ".join(
-        f"{len(names)} {reason} ({', '.join(map(printable, names[:3]))}{', ...' if len(names) > 3 else ''})"
-        for reason, names in skipped.items()
-    )
-
-
-def _class_names(folders: Sequence[str]) -> tuple[str, ...]:
-    """Return the folders' names, or ImageNet's readable names where they are WordNet ids."""
-    folder_of: dict[str, str] = {}
-    for folder in map(os.path.basename, folders):
-        name = imagenet_classes().get(folder, printable(folder))
-        if name in folder_of:
-            raise ValueError(
-                f"the folders {printable(folder_of[name])} and {printable(folder)} are both the class {name!r}: "
-                "rename one, or move its images into the other"
-            )
-        folder_of[name] = folder
-    return tuple(folder_of)
+def _images(folder: Path, others: Counter[str], above: tuple[str, ...] = ()) -> list[str]:
+    """List all images below a class's folder; a link to a folder above is not followed."""
+    if (place := os.path.realpath(folder)) in above:
+        return []
+    images, folders = _entries(folder, others)
+    return images + [file for name in folders for file in _images(folder / name, others, (*above, place))]
 
 
 def load_folder(
@@ -152,57 +112,23 @@ def load_folder(
     listing = list_folder(Path(folder))
     files = listing.files if limit is None else _balanced_sample(listing.files, limit)
     size = infer_size([file for file, _ in files]) if size is None else size
-    key = (listing_hash(listing.root, files), listing.class_names, size, channels)
-    if (data := _decoded.get(key)) is None:
-        data = _decoded[key] = _decode(listing, files, size, grey=channels != 3)
-    return data
-
-
-# Training images that are the judge's, too, are decoded once.
-_decoded: "weakref.WeakValueDictionary[tuple[object, ...], ImageData]" = weakref.WeakValueDictionary()
-
-
-def _decode(listing: Folder, files: Sequence[Labelled], size: tuple[int, int], grey: bool) -> ImageData:
-    """Decode some files of a folder in threads into bytes of `size`; with `grey`, one channel if every file is grey."""
     images = np.empty((len(files), 3, *size), np.uint8)
-    labels, damaged, animations = list[int](), list[str](), list[str]()
-
-    def read(file: Labelled) -> tuple[np.ndarray, bool]:
-        picture = read_image(Path(file[0]))
-        return pixels(picture, size), "animated" in picture.info
-
-    with progress(len(files), f"images of {printable(listing.root)}") as advance:
-        for result, (file, label) in zip(in_threads(read, files), files, strict=True):
+    labels, damaged, grey = list[int](), list[str](), channels != 3
+    with progress(len(files), f"images of {printable(folder)}") as advance:
+        results = in_threads(lambda file: pixels(read_image(Path(file[0])), size), files)
+        for picture, (_, label) in zip(results, files, strict=True):
             advance(1)
-            if isinstance(result, ValueError):
-                damaged.append(str(result))
+            if isinstance(picture, ValueError):
+                damaged.append(str(picture))
                 check_damaged(damaged, len(files))
                 continue
-            picture, animated = result
             images[len(labels)] = picture  # a grey one fills all three channels
             labels.append(label)
             grey &= len(picture) == 1
-            animations += [os.path.basename(file)] * animated
-    root = printable(listing.root)
-    if animations:
-        say_once(f"{root}: {_describe({'animations whose first frames are read': animations})}")
     if damaged:
-        say_once(f"{root}: left out {len(damaged)} that cannot be read, such as: {damaged[0]}")
-    if lost := sorted({label for _, label in files} - set(labels)):
-        names = ", ".join(listing.class_names[label] for label in lost[:5])
-        raise ValueError(f"{root}: no image of {names} can be read; mend or remove such folders")
+        say_once(f"{printable(folder)}: left out {len(damaged)} that cannot be read, such as: {damaged[0]}")
     tensor = torch.from_numpy(images)[: len(labels)]
     return ImageData(tensor[:, :1].clone() if grey else tensor, torch.tensor(labels), listing.class_names)
-
-
-def listing_hash(root: Path, files: Sequence[Labelled]) -> str:
-    """Hash (SHA-256) the files' classes, names, sizes and times, which change when a picture does."""
-    digest = hashlib.sha256()
-    for file, label in files:
-        status = os.stat(file)
-        name = os.fsencode(os.path.relpath(file, root))
-        digest.update(b"%d %d %d %s\0" % (label, status.st_size, status.st_mtime_ns, name))
-    return digest.hexdigest()
 
 
 def check_damaged(reasons: Sequence[str], total: int, advice: str = "") -> None:
@@ -215,8 +141,6 @@ def check_damaged(reasons: Sequence[str], total: int, advice: str = "") -> None:
 
 def _balanced_sample(files: Sequence[Labelled], limit: int) -> list[Labelled]:
     """Draw at most `limit` files at random, from every class in turn; they keep their order."""
-    if limit < 1:
-        raise ValueError(f"a limit of {limit} images: expected at least 1")
     drawn: Counter[int] = Counter()
 
     def turn(i: int) -> int:

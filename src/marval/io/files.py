@@ -1,7 +1,6 @@
 """Files written so that a reader, or a crash, never meets half of one; and their hashes."""
 
 import contextlib
-import errno
 import hashlib
 import os
 import secrets
@@ -15,8 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP}  # what network disks without locks answer
-
 
 def asset(name: str) -> Path:
     """Find a file or folder that ships with the package."""
@@ -24,25 +21,13 @@ def asset(name: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Make and return the user's cache; where it cannot be written to, its own among the temporary files."""
-    if user := user_cache():
-        with contextlib.suppress(OSError):
-            user.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=user):  # asking for permission alone misses much
-                return user
-    owner = os.getuid() if hasattr(os, "getuid") else 0  # as Windows says of every file
-    folder = Path(tempfile.gettempdir()) / f"marval-{owner}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.lstat().st_uid != owner:  # a stranger was there first
-        return Path(tempfile.mkdtemp(prefix="marval-"))
-    return folder
-
-
-def user_cache() -> Path | None:
-    """Name `$XDG_CACHE_HOME/marval`, else `~/.cache/marval`; None without a home (a container's user may have none)."""
-    chosen = os.environ.get("XDG_CACHE_HOME", "")
-    root = os.path.expanduser(chosen if os.path.isabs(chosen) else "~/.cache")  # XDG says to ignore relative paths
-    return Path(root) / "marval" if os.path.isabs(root) else None
+    """Make and return `$XDG_CACHE_HOME/marval`, else `~/.cache/marval`; where nobody may write, a temporary folder."""
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "marval"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    return Path(tempfile.mkdtemp(prefix="marval-"))
 
 
 @contextlib.contextmanager
@@ -113,7 +98,7 @@ def locked(path: Path | str, wait: bool) -> Iterator[None]:
     It keeps out only those who ask for it, and nobody on disks without locks. A killed process loses its lock.
 
     Raises:
-        ValueError: another process or block holds it and `wait` is off, or the file cannot be made.
+        ValueError: another process or block holds it and `wait` is off.
     """
     path, lock = Path(path), FileLock(path)
     try:
@@ -121,9 +106,8 @@ def locked(path: Path | str, wait: bool) -> Iterator[None]:
         lock.acquire(blocking=wait)
     except Timeout:
         raise ValueError(f"{path} is held by another command: wait for it to end") from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise ValueError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+    except (OSError, NotImplementedError):
+        pass  # without locks; where nothing can be written, the first write says so
     try:
         yield
     finally:
@@ -139,11 +123,9 @@ def check_output(path: Path | str, *, folder: bool) -> None:
             kind, expected = ("file", "folder") if folder else ("folder", "file")
             raise ValueError(f"{path} is a {kind}: expected a {expected}; choose another place")
         there = next(place for place in (path if folder else path.parent, *path.absolute().parents) if place.exists())
-        if not there.is_dir():
-            raise ValueError(f"{path}: {there} is a file, expected a folder; choose another place")
         with tempfile.TemporaryFile(dir=there):  # asking for permission alone misses much
             pass
-    except OSError as error:  # a name that is too long, a folder that may not be entered or written to
+    except OSError as error:  # a file in a folder's place, a name that is too long, a folder that may not be entered
         raise ValueError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
 
 

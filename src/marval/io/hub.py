@@ -11,17 +11,10 @@ from types import ModuleType
 
 from marval.config import LatentSpace, ModelConfig
 from marval.io.checkpoint import WEIGHTS, save_model
-from marval.io.files import write_text
+from marval.io.files import one_line, write_text
 from marval.model import MAR
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-REASONS = {
-    "RepositoryNotFoundError": "it has no such repository, or a private one: log in with `hf auth login`",
-    "GatedRepoError": "its owner must let you in: ask on its page, then log in with `hf auth login`",
-    "RevisionNotFoundError": "it has no such revision",
-    "LocalEntryNotFoundError": "it cannot be reached, and nothing is in the local cache",
-    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, and nothing is in the local cache",
-}
 
 
 def hub() -> ModuleType:
@@ -33,12 +26,6 @@ def hub() -> ModuleType:
     return huggingface_hub
 
 
-def reason_of(error: Exception) -> str:
-    """Say in a few words why the hub did not answer."""
-    line = next(iter(str(error).splitlines()), "")[:200]
-    return REASONS.get(type(error).__name__, f"{type(error).__name__}: {line}".rstrip(": "))
-
-
 def fetch(repo_id: str, patterns: Sequence[str], revision: str | None = None) -> Path:
     """Fetch a repository's files that match `patterns`, or find them in the cache, and return their folder.
 
@@ -48,7 +35,9 @@ def fetch(repo_id: str, patterns: Sequence[str], revision: str | None = None) ->
     try:
         return Path(download(repo_id, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # no network, no such repository, no right to read it: many kinds
-        raise ValueError(f"the Hugging Face hub did not give {repo_id}: {reason_of(error)}") from error
+        raise ValueError(
+            f"the Hugging Face hub did not give {repo_id}: {type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 @functools.cache  # so that a process sees one version of a repository
@@ -80,7 +69,9 @@ def push_model(
             address = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Add {config.name or 'a model'}")
         except Exception as error:  # no network, no token, no right to write, a bad name: many kinds
-            raise ValueError(f"the Hugging Face hub did not take {repo_id}: {reason_of(error)}") from error
+            raise ValueError(
+                f"the Hugging Face hub did not take {repo_id}: {type(error).__name__}: {one_line(error)}"
+            ) from error
     return str(address)
 
 

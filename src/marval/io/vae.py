@@ -17,8 +17,6 @@ from marval.io.checkpoint import check_tensors, find_file, read_checkpoint
 from marval.io.files import atomic_folder, check_replace, sha256_of
 from marval.io.hub import HUB_ID
 
-ELSEWHERE = re.compile(r"[\\/]{2}")  # at the start of a path: another machine, which Windows would log in to
-
 
 def load_vae(name: str, device: torch.device | str = "cpu", *, download: bool = False) -> Any:
     """Load a frozen VAE: a folder in diffusers' form, or a hub id. Its weights must be safetensors, never a pickle.
@@ -27,7 +25,7 @@ def load_vae(name: str, device: torch.device | str = "cpu", *, download: bool = 
         download: fetch a hub id; only where a person typed it, not where a model's file names it. Without, what
             `hf download` put into the local cache is found.
     """
-    kind, is_folder = _autoencoder_kl(), not ELSEWHERE.match(name) and Path(name).is_dir()
+    kind, is_folder = _autoencoder_kl(), Path(name).is_dir()
     if not is_folder and not HUB_ID.fullmatch(name):
         raise ValueError(f"the VAE {name[:200]!r} is no folder here, nor a hub id: name a folder in diffusers' form")
     try:
@@ -45,14 +43,6 @@ def load_vae(name: str, device: torch.device | str = "cpu", *, download: bool = 
 def vae_place(name: str) -> str:
     """Name a VAE for a model or cache to keep: a folder by its absolute path, good from anywhere; or a hub id."""
     return os.path.abspath(name) if Path(name).is_dir() else name
-
-
-def find_vae(place: str) -> str:
-    """Find a VAE at its place, or else in a folder of the same name in the current one."""
-    if ELSEWHERE.match(place):
-        return place
-    moved = os.path.isabs(place) and not Path(place).is_dir() and Path(Path(place).name).is_dir()
-    return Path(place).name if moved else place
 
 
 def vae_hash(name: str) -> str:
@@ -74,11 +64,14 @@ def same_vae(first: tuple[str, str], second: tuple[str, str]) -> bool:
     return Path(first[0]).name == Path(second[0]).name
 
 
-def vae_beside(space: PixelSpace | LatentSpace, folder: Path) -> PixelSpace | LatentSpace:
-    """Look for a model's VAE, where its path is relative, in the model's folder first."""
-    if not isinstance(space, LatentSpace) or ELSEWHERE.match(space.vae) or not (folder / space.vae).is_dir():
-        return space
-    return dataclasses.replace(space, vae=str(folder / space.vae))
+def find_vae(space: PixelSpace | LatentSpace, folder: Path) -> PixelSpace | LatentSpace:
+    """Look for a model's VAE by its path and then by its name, each in the model's folder and in the current one."""
+    if isinstance(space, LatentSpace):
+        name = Path(space.vae).name
+        for place in (folder / space.vae, Path(space.vae), folder / name, Path(name)):
+            if name and place.is_dir():
+                return dataclasses.replace(space, vae=str(place))
+    return space
 
 
 def _autoencoder_kl() -> Any:
@@ -123,11 +116,9 @@ def diffusers_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def infer_vae_config(tensors: dict[str, Tensor], source: Path | str) -> dict[str, Any]:
     """Read the arguments of diffusers' `AutoencoderKL` off the shapes of weights in latent-diffusion's format."""
     first, last, level = "encoder.conv_in.weight", "post_quant_conv.weight", "encoder.down.{}.block.0.conv2.weight"
-    for name in (first, level.format(0), last):
-        if name not in tensors or tensors[name].ndim != 4:
-            raise ValueError(
-                f"{source}: tensor {name} is missing or no convolution's: expected a KL autoencoder such as kl16.ckpt"
-            )
+    for name in (first, last):
+        if name not in tensors:
+            raise ValueError(f"{source}: tensor {name} is missing: expected a KL autoencoder such as kl16.ckpt")
     channels: list[int] = []
     while (name := level.format(len(channels))) in tensors:
         channels.append(tensors[name].shape[0])
@@ -154,8 +145,6 @@ def convert_vae(path: Path | str, out: Path | str, force: bool = False) -> None:
     check_replace(out, source=file, folder=True, force=force)
     content = read_checkpoint(path)
     content = content.get("model", content.get("state_dict", content))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} for its weights: expected a dictionary of tensors")
     tensors = {name: t for name, t in content.items() if isinstance(t, Tensor) and not name.startswith("loss.")}
     with torch.device("meta"):
         vae = kind(**infer_vae_config(tensors, path))
