@@ -28,7 +28,7 @@ from marval.runtime.rng import generator
 from marval.sampling import DrawByChain, DrawInOneStep, sample
 from marval.train.distill import distill
 from marval.train.tune import tune
-from plan import GIB, distill_row, distill_step, tune_row, tune_step
+from plan import GIB, distill_step, row_of, tune_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 from straightforward import straightforward
@@ -79,15 +79,14 @@ def report(figures):
 def planned(stage, images):
     """What `tools/plan.py` expects of such a step in one process, in bytes; of tuning, without the VAE."""
     mar, machine = MARConfig.imagenet256("base"), {"gpus": 1, "gpu_gib": 80.0, "tflops": 1.0, "efficiency": 1.0}
-    machine["float32_tflops"] = 1.0
     if stage == "distill":
         settings = DistillConfig.imagenet256("base")
-        row, meter = distill_row(mar, settings, machine), distill_step(mar, settings, images, False, masked=256)
+        meter = distill_step(mar, settings, images, False, 256)
     else:
         settings = dataclasses.replace(TuneConfig.imagenet256("base"), iterations=4, gradient_iterations=1)
-        row, meter = tune_row(mar, settings, machine), tune_step(mar, settings, images, False, 4)
-    held = sum(row[f"{name}_gib"] for name in ("weights", "gradients", "optimiser"))
-    return held * GIB + meter.peak
+        meter = tune_step(mar, settings, images, False, 4)
+    row = row_of(stage, mar, settings, machine)
+    return sum(row[f"{name}_gib"] for name in ("weights", "gradients", "optimiser")) * GIB + meter.peak
 
 
 def main(stage, images):

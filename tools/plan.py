@@ -10,6 +10,7 @@ operations are counted.
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal, cast
 
 import torch
@@ -24,26 +25,27 @@ from tyro.conf import Positional
 from marval.config import MARConfig, Size
 from marval.evaluate.results import write_results
 from marval.losses.gsim import phi_loss, theta_loss
-from marval.model import MAR, NoiseSchedule, TokenHead
+from marval.model import MAR, NoiseSchedule
 from marval.model.mar import Block
 from marval.presets import IMAGENET_IMAGES, DistillConfig, TuneConfig
 from marval.runtime.provenance import made_by
+from marval.runtime.rng import generator
 from marval.sampling import DrawInOneStep, draw_counts, run
 from marval.sampling.loop import Start
 from marval.train.distill import predicted_eps, student_tokens, target_contexts
+from marval.train.draws import masked_count
+from tables import plan as table
 
 GIB = 2**30
 FLOAT32 = 4
-FLOAT32_EFFICIENCY = 0.8  # of a GPU's float32 peak without tensor cores, which large products come near
-CACHE_BYTES_PER_CHANNEL = 2 * 2 * 2  # an image and its mirror, mean and log-variance, half precision
+FLOAT32_SHARE = 0.8 / 16  # of the bf16 peak: a sixteenth without tensor cores, of which large products reach 80 %
+LATENTS_BYTES = 2 * 2 * 2 * 16**3  # of an image and its mirror in `marval cache`: mean and log-variance in 16 bits
 aten = torch.ops.aten
 COUNTED = {
     **flop_registry,  # of attention, torch counts only what runs on a GPU
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
-
-Step = Callable[[int, bool], "Meter"]  # of so many images, with blocks that are recomputed or kept
 
 
 class Meter(TorchDispatchMode):
@@ -53,44 +55,36 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self.flops = {torch.bfloat16: 0, torch.float32: 0}
-        self.seen: weakref.WeakKeyDictionary[torch.UntypedStorage, bool] = weakref.WeakKeyDictionary()
+        self.seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
-        if count := COUNTED.get(function._overloadpacket):
-            self.flops[args[0].dtype] += count(*args, **(kwargs or {}), out_val=result)
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
+                self.seen.add(storage)
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._count, -storage.nbytes())
+        if flops := COUNTED.get(function._overloadpacket):
+            self.flops[args[0].dtype] += flops(*args, **(kwargs or {}), out_val=result)
         return result
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage, once, until it is freed."""
-        if storage not in self.seen:
-            self.seen[storage] = True
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, storage.nbytes())
-
-    def _free(self, size: int) -> None:
-        self.now -= size
+    def _count(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 def distill_step(config: MARConfig, settings: DistillConfig, images: int, recompute: bool, masked: int) -> Meter:
     """One part of an update of stage 1, with `masked` tokens hidden of each image."""
-    schedule, draw, targets = NoiseSchedule.full(), DrawInOneStep(), min(settings.tokens_per_image, masked)
+    schedule, draw, known = NoiseSchedule.full(), DrawInOneStep(), config.num_tokens - masked
     with FakeTensorMode(allow_non_fake_inputs=True):
         teacher, student = MAR(config).eval().requires_grad_(False), MAR(config).eval()
-        phi = TokenHead(
-            config.token_dim, config.decoder_dim, config.head_width, config.head_depth, config.learn_variance
-        )
+        phi = MAR(config).head
         student.checkpoint_blocks = recompute
         free_gradients(student, phi)
         places = torch.arange(config.num_tokens).expand(images, -1)
-        visible, hidden = places[:, : config.num_tokens - masked], places[:, config.num_tokens - masked :][:, :targets]
-        tokens, labels = torch.randn(images, config.num_tokens, config.token_dim), torch.zeros(images, dtype=torch.long)
-        inputs = (tokens, visible, hidden, labels)
-        z, eps = (torch.randn(images * targets, config.token_dim) for _ in range(2))
+        targets, labels = places[:, known:][:, : settings.tokens_per_image], torch.zeros(images, dtype=torch.long)
+        inputs = (torch.randn(images, config.num_tokens, config.token_dim), places[:, :known], targets, labels)
+        z, eps = (torch.randn(targets.numel(), config.token_dim) for _ in range(2))
         t, w, autocast = torch.zeros(len(z), dtype=torch.long), settings.guidance or 2.0, settings.autocast
         with Meter() as meter:
             with torch.no_grad():
@@ -133,121 +127,51 @@ def free_gradients(*networks: nn.Module) -> None:
     def free(parameter: Tensor) -> None:
         parameter.grad = None
 
-    for network in networks:
-        for parameter in network.parameters():
-            parameter.register_post_accumulate_grad_hook(free)
+    for parameter in nn.ModuleList(networks).parameters():
+        parameter.register_post_accumulate_grad_hook(free)
 
 
-def mean_mask_ratio(settings: DistillConfig) -> float:
-    """The mean of the cut normal that mask ratios are drawn from (a normal around 1, cut to [ratio_min, 1])."""
-    normal = torch.distributions.Normal(1.0, settings.mask_ratio_std)
-    low = torch.tensor(settings.mask_ratio_min)
-    mass = 0.5 - normal.cdf(low)
-    density = normal.log_prob(low).exp() - normal.log_prob(torch.tensor(1.0)).exp()
-    return float(1 + settings.mask_ratio_std**2 * density / mass)
-
-
-def cache_bytes(latent_channels: int = 16, side: int = 16, images: int = IMAGENET_IMAGES) -> int:
-    """Size of a cache of latents (`marval cache`)."""
-    return images * CACHE_BYTES_PER_CHANNEL * latent_channels * side * side
-
-
-def network_sizes(config: MARConfig) -> dict[str, int]:
-    """Parameters of the whole network, its head, its largest block, and what lies outside blocks and head."""
-
-    def count(network: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in network.parameters())
-
-    with torch.device("meta"):
-        model = MAR(config)
-    blocks = [count(module) for module in model.modules() if isinstance(module, Block)]
-    total, head = count(model), count(model.head)
-    return {"MAR": total, "head": head, "block": max(blocks), "outside blocks": total - head - sum(blocks)}
-
-
-def distill_row(config: MARConfig, settings: DistillConfig, machine: Mapping[str, Any]) -> dict[str, Any]:
-    """Stage 1: student, its EMA, teacher and auxiliary network."""
-    masked = round(config.num_tokens * mean_mask_ratio(settings))
-
-    def step(images: int, recompute: bool) -> Meter:
-        return distill_step(config, settings, images, recompute, masked)
-
-    sizes, whole = network_sizes(config), step(1, settings.checkpoint_blocks)
-    networks = dict.fromkeys(("student", "EMA", "teacher"), sizes["MAR"]) | {"auxiliary": sizes["head"]}
-    return {"stage": "distill", **_row(sizes, networks, ("student", "auxiliary"), settings, machine, step, whole)}
-
-
-def tune_row(config: MARConfig, settings: TuneConfig, machine: Mapping[str, Any]) -> dict[str, Any]:
-    """Stage 2: student and its EMA. The VAE's decoder and the reward, which are the user's choice, come on top."""
-
-    def step(images: int, recompute: bool) -> Meter:
-        return tune_step(config, settings, images, recompute, settings.gradient_iterations)
-
-    sizes, whole = (
-        network_sizes(config),
-        tune_step(config, settings, 1, settings.checkpoint_blocks, settings.iterations),
-    )
-    networks = {"student": sizes["MAR"], "EMA": sizes["MAR"]}
-    return {"stage": "tune", **_row(sizes, networks, ("student",), settings, machine, step, whole)}
-
-
-def _row(
-    sizes: Mapping[str, int],
-    networks: Mapping[str, int],
-    trained: tuple[str, ...],
-    settings: DistillConfig | TuneConfig,
-    machine: Mapping[str, Any],
-    step: Step,
-    whole: Meter,
+def row_of(
+    stage: str, config: MARConfig, settings: DistillConfig | TuneConfig, machine: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A stage's row of the results: memory of a GPU in GiB, operations of an update, and days.
 
     Of the activations, `kept` are without recomputation and `recomputed` with `--checkpoint-blocks`; `images` is how
-    many of the batch fit at a time. `float32_tflops` is a GPU's peak without tensor cores, which the training loops do
-    not use in float32 (torch's default: no TF32).
-
-    Args:
-        step: measures a part of an update.
-        whole: an update of one image.
+    many of the batch fit at a time. The VAE's decoder and the reward, which are the user's choice, come on top.
     """
-    gpus, learnt = machine["gpus"], FLOAT32 * sum(networks[name] for name in trained)
-    gathered = 0 if gpus == 1 else FLOAT32 * (sizes["outside blocks"] + 2 * max(sizes["block"], sizes["head"]))
-    held = {"weights": FLOAT32 * sum(networks.values()) / gpus, "gradients": learnt / gpus}
-    held |= {"optimiser": 2 * learnt / gpus, "gathered": float(gathered)}
-    row: dict[str, Any] = {**machine, "batch": settings.batch_size, "updates": settings.updates}
-    row |= {"parameters": dict(networks), **{f"{name}_gib": value / GIB for name, value in held.items()}}
-    for how, recompute in (("kept", False), ("recomputed", True)):
-        some, twice = step(8, recompute).peak, step(16, recompute).peak  # with fewer, the weights' copies hide the rest
-        fixed, each = 2 * some - twice, (twice - some) / 8
-        fit = max(0, int((machine["gpu_gib"] * GIB - sum(held.values()) - fixed) // each))
-        row |= {f"{how}_fixed_gib": fixed / GIB, f"{how}_image_mib": each / 2**20}
-        row |= {f"{how}_images": min(fit, -(-settings.batch_size // gpus))}
-    half, single = (settings.batch_size * whole.flops[dtype] for dtype in (torch.bfloat16, torch.float32))
-    seconds = half / (machine["tflops"] * 1e12 * machine["efficiency"])
-    seconds += single / (machine["float32_tflops"] * 1e12 * FLOAT32_EFFICIENCY)
-    row |= {"pflop_per_step": (half + single) / 1e15, "float32_pflop_per_step": single / 1e15}
-    return row | {"days": settings.updates * seconds / gpus / 86400}
-
-
-def report(row: Mapping[str, Any]) -> list[str]:
-    """A stage's plan in lines."""
-    networks = ", ".join(f"{name} {number / 1e6:.1f}M" for name, number in row["parameters"].items())
-    held = ", ".join(f"{name} {row[f'{name}_gib']:.2f}" for name in ("weights", "gradients", "optimiser", "gathered"))
-    lines = ["", f"{row['stage']}: {row['updates']} updates of {row['batch']} images on {row['gpus']} GPUs"]
-    lines += [f"  parameters: {networks}", f"  GiB a GPU: {held} (layers at a time)"]
-    for how, label in (("kept", "without recomputation"), ("recomputed", "with --checkpoint-blocks")):
-        fit = row[f"{how}_images"]
-        parts = f"--accumulate {-(-row['batch'] // (row['gpus'] * fit))}" if fit else "not even one image fits"
-        lines.append(
-            f"  activations {label}: {row[f'{how}_fixed_gib']:.2f} GiB + {row[f'{how}_image_mib']:.0f} MiB an image; "
-            f"in {row['gpu_gib']:.0f} GiB: {fit} images at a time ({parts})"
-        )
-    lines.append(
-        f"  {row['pflop_per_step']:.2f} PFLOP an update, {row['float32_pflop_per_step']:.2f} of them the heads' in "
-        f"float32; {row['days']:.2f} days at {row['efficiency']:.0%} of {row['tflops']:.0f} TFLOP/s in bf16 and "
-        f"{FLOAT32_EFFICIENCY:.0%} of {row['float32_tflops']:g} in float32 a GPU"
+    with torch.device("meta"):
+        model = MAR(config)
+    total, head, *blocks = (
+        sum(parameter.numel() for parameter in network.parameters())
+        for network in (model, model.head, *(module for module in model.modules() if isinstance(module, Block)))
     )
-    return lines
+    step: Callable[..., Meter] = distill_step if stage == "distill" else tune_step
+    if isinstance(settings, DistillConfig):
+        how = (config.num_tokens, settings.mask_ratio_min, settings.mask_ratio_std, generator("plan"))
+        masked = round(mean(masked_count(*how) for _ in range(1000)))
+        parts = whole = masked
+        networks, trained = {"student": total, "EMA": total, "teacher": total, "auxiliary": head}, total + head
+    else:
+        parts, whole = settings.gradient_iterations, settings.iterations
+        networks, trained = {"student": total, "EMA": total}, total
+    gpus, batch = machine["gpus"], settings.batch_size
+    row = {"stage": stage, **machine, "batch": batch, "updates": settings.updates, "parameters": networks}
+    gathered = 0 if gpus == 1 else total - head - sum(blocks) + 2 * max(*blocks, head)
+    held = {"weights": sum(networks.values()) / gpus, "gradients": trained / gpus}
+    held |= {"optimiser": 2 * trained / gpus, "gathered": float(gathered)}
+    row |= {f"{name}_gib": FLOAT32 * number / GIB for name, number in held.items()}
+    for name, recompute in (("kept", False), ("recomputed", True)):
+        # With fewer images the weights' copies hide the rest.
+        some, twice = (step(config, settings, images, recompute, parts).peak for images in (8, 16))
+        fixed, each = 2 * some - twice, (twice - some) / 8
+        fit = max(0, int(((machine["gpu_gib"] * GIB - FLOAT32 * sum(held.values())) - fixed) // each))
+        row |= {f"{name}_fixed_gib": fixed / GIB, f"{name}_image_mib": each / 2**20}
+        row |= {f"{name}_images": min(fit, -(-batch // gpus))}
+    flops = step(config, settings, 1, settings.checkpoint_blocks, whole).flops
+    half, single = (batch * flops[dtype] for dtype in (torch.bfloat16, torch.float32))
+    row |= {"pflop_per_step": (half + single) / 1e15, "float32_pflop_per_step": single / 1e15}
+    seconds = (half / machine["efficiency"] + single / FLOAT32_SHARE) / (machine["tflops"] * 1e12)
+    return row | {"days": settings.updates * seconds / gpus / 86400}
 
 
 def main(
@@ -256,7 +180,6 @@ def main(
     gpu_memory: float = 80.0,
     tflops: float = 312.0,
     efficiency: float = 0.35,
-    float32_tflops: float = 19.5,
     out: Path | None = None,
 ) -> None:
     """Print what each preset's two stages need.
@@ -267,26 +190,16 @@ def main(
         gpu_memory: of one GPU, in GiB.
         tflops: peak of one GPU in bf16, in TFLOP/s (A100: 312, H100: 989).
         efficiency: the share of that peak that the transformers reach: a guess.
-        float32_tflops: peak of one GPU in float32 without tensor cores (A100: 19.5, H100: 67), for the heads.
         out: a JSON file that keeps the figures.
     """
-    if not presets or min(gpus, gpu_memory, tflops, efficiency, float32_tflops) <= 0:
-        raise ValueError("name at least one preset; the numbers must be above 0")
     machine = {"gpus": gpus, "gpu_gib": gpu_memory, "tflops": tflops, "efficiency": efficiency}
-    machine |= {"float32_tflops": float32_tflops}
     rows: list[dict[str, Any]] = []
-    print(f"cache of latents: {cache_bytes() / 1e9:.1f} GB for {IMAGENET_IMAGES} images and their mirrors")
     for preset in presets:
         size = cast(Size, preset.removeprefix("imagenet256-"))
-        config, distill, tune = (
-            MARConfig.imagenet256(size),
-            DistillConfig.imagenet256(size),
-            TuneConfig.imagenet256(size),
-        )
-        stages = [distill_row(config, distill, machine), tune_row(config, tune, machine)]
-        print("\n".join(["", f"{preset}:", *(line for row in stages for line in report(row))]))
-        rows += [{"preset": preset, **row} for row in stages]
-    print("\ntune: the VAE's decoder and the reward are not counted.")
+        for stage, settings in (("distill", DistillConfig.imagenet256(size)), ("tune", TuneConfig.imagenet256(size))):
+            rows.append({"preset": preset, **row_of(stage, MARConfig.imagenet256(size), settings, machine)})
+    print(table({"plan": rows}))
+    print(f"On top: {LATENTS_BYTES * IMAGENET_IMAGES / 1e9:.1f} GB on disk for latents, the VAE's decoder, the reward")
     if out is not None:
         made = made_by(torch.device("cpu"))
         write_results(out, "plan", [{**row, "made": made} for row in rows])

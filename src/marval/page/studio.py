@@ -25,12 +25,9 @@ from marval.recipe import KEY, LONGEST, MOST_PIXELS, Recipe, draw_recipe, encode
 from marval.runtime.rng import generator
 
 LAST_SEED = 999_999
+UPLOADS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 SHOWING = 0.25  # seconds of decoding partial pictures for each second of drawing, after the first half second
 PageSeed = Annotated[int, Rule(f"a whole number from 0 to {LAST_SEED}", lambda seed: 0 <= seed <= LAST_SEED)]
-
-
-UPLOADS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-
 Event = dict[str, Any]  # what a visitor is told of a drawing, ready for JSON
 Job = tuple[Recipe, Tensor | None]  # a picture to draw, checked, and the tokens of the one that it is an edit of
 
