@@ -92,18 +92,6 @@ def test_the_counters_count_the_networks_calls(draw, names):
     assert student["calls"] == {"context": 4, "head": 4, "tokens": 16}
 
 
-def test_what_is_asked_for_is_drawn_and_a_saved_picture_is_drawn_again(studio, names, draw, tmp_path):
-    picture = draw(model=names[0], seed=11, guidance=2.0, order="raster", **{"class": 1})[-1]["picture"]
-    recipe = picture["recipe"]
-    assert (recipe["class"], recipe["seed"], recipe["w"], recipe["order"]) == ("square", 11, 2.0, "raster")
-    assert picture["file"] == "teacher-square-seed11-K4.png"
-    assert drawn_again(picture, names, tmp_path)
-    given = studio.served(names[0]).pipeline.with_chain(guidance=2.0)
-    alone = given.sample(["square"], seed=11, iterations=4, order="raster")[0]
-    assert np.array_equal(pixels(picture["png"]), np.asarray(to_pil(alone)))
-    assert draw(guidance=2.0)[-1]["picture"]["recipe"].get("w") is None  # a student has it baked in
-
-
 def test_an_edit_changes_what_is_painted_and_nothing_else(draw, names, tmp_path):
     before = draw(seed=1)[-1]["picture"]
     (first, *_, last) = draw(seed=2, picture=before, redrawn=[9, 5, 6, 5], **{"class": "square"})
