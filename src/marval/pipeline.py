@@ -15,7 +15,7 @@ from marval.classes import class_numbers
 from marval.config import Chain, ModelConfig
 from marval.io.checkpoint import WEIGHTS, load_model, save_model
 from marval.io.files import asset
-from marval.io.hub import HUB_ID, fetch_model, push_model
+from marval.io.hub import HUB_ID, fetch, push_model
 from marval.io.images import to_pil
 from marval.io.vae import find_vae
 from marval.model import MAR
@@ -46,7 +46,7 @@ def find_model(name: str | Path, revision: str | None = None) -> Path:
     missing = f"no model {str(name)!r}: expected a folder, or a bundled model such as {', '.join(near) or 'none'}"
     if HUB_ID.fullmatch(str(name)) and not Path(name).parent.is_dir():  # runs/student is a path where runs/ is here
         try:
-            return fetch_model(str(name), revision)
+            return fetch(str(name), (WEIGHTS, "config.json"), revision)
         except ValueError as error:
             raise ValueError(f"{missing}; {error}") from error
     raise ValueError(missing)

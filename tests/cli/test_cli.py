@@ -107,7 +107,7 @@ REFUSALS = [  # what is typed, and what the line must say
     ("convert marr a b", "'marr': expected mar or vae or onnx"),
     ("cache there", "--images DIR"),
     ("sample truncated", "truncated|damaged"),
-    ("sample foreign.safetensors", "not a marval model"),
+    ("sample foreign.safetensors", "no model of marval"),
     ("sample nothing", "does not exist"),
 ]
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -158,12 +157,7 @@ def test_a_cache_of_something_else_is_not_mixed_up(pictures, tmp_path):
     cache(pictures, tmp_path / "cache")
     with pytest.raises(ValueError, match=r"caches something else \(another image_size\): choose another folder"):
         cache(pictures, tmp_path / "cache", image_size=8)
-    first = pictures / "pear/01.png"
-    status = first.stat()
-    first.write_bytes(first.read_bytes())
-    os.utime(first, ns=(status.st_atime_ns, status.st_mtime_ns))
-    cache(pictures, tmp_path / "cache")  # the same size and time
-    Image.new("RGB", (20, 24), "red").save(first)
+    Image.new("RGB", (20, 24), "red").save(pictures / "pear/01.png")
     with pytest.raises(ValueError, match="another listing"):
         cache(pictures, tmp_path / "cache")
     with pytest.raises(ValueError, match="no cache"):
@@ -219,9 +213,8 @@ def test_a_typing_error_claims_nothing(command, pictures, tmp_path):
     vae_folder(tmp_path / "vae")
     assert "vea' is no folder here" in command(tmp_path / "vea", code=2)
     assert "--image-size 18: expected a multiple of the VAE's stride" in command("vae", "--image-size", 18, code=2)
-    for flag, *values in ("--image-size", 0), ("--batch-size", 0), ("--scale", 0, "nan", -1, "inf"):
-        for value in values:
-            assert f"{flag} {value}" in command("vae", flag, value, code=2)
+    for flag, value in ("--image-size", 0), ("--batch-size", 0), ("--scale", 0), ("--scale", "nan"), ("--scale", "inf"):
+        assert f"{flag} {value}" in command("vae", flag, value, code=2)
     assert not (tmp_path / "latents").exists()
     cache(pictures, tmp_path / "latents", workers=stopped())  # claimed, but no shard is written
     command("vae")

@@ -67,10 +67,10 @@ def test_tensors_that_do_not_fit_are_named(change, message, tmp_path):
         ({"space": dataclasses.asdict(LatentSpace((64, 64), "//host/vae"))}, "it names '//host/vae'"),
         ({"reward": "os:getcwd"}, "unexpected keyword argument 'reward'"),  # no file may name code
         ({"mar__encoder_depth": 10**9}, "1000000004 blocks, but 80 tensors"),
-        ({"mar__encoder_dim": 10**15}, "no network has the sizes in its configuration"),
+        ({"mar__encoder_dim": 10**15}, "damaged or no model of marval"),
         ({"mar__mlp_ratio": float("nan")}, "mlp_ratio (is )?nan"),
         ({"space__image_size": [10**9, 10**9]}, "pictures of 1000000000x1000000000 pixels|the network draws"),
-        ({"space__image_size": 8}, "not a marval model"),
+        ({"space__image_size": 8}, "damaged or no model of marval"),
         ({"class_names": [1, 2]}, r"class_names (is )?\(1, 2\)"),
     ],
 )

@@ -45,8 +45,6 @@ def test_sizes_are_read_off_the_tensors_and_ema_is_taken(tensors, tmp_path):
     assert config.draw.guidance == 2.9
     assert config.class_names[:2] == ("0", "1")
     assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
-    model, _ = official_model(file, 2, ema=False)
-    assert torch.equal(model.state_dict()["mask_token"], tensors["mask_token"] + 1)
     wide = {**tensors, "class_emb.weight": torch.zeros(1000, 24)}
     names = official_model(write(tmp_path / "b.pth", wide), 2)[1].class_names
     assert (names[0], names[207], names[999]) == ("tench", "golden retriever", "toilet tissue")
@@ -101,7 +99,7 @@ def test_a_pickle_that_would_run_code_is_refused_before_it_does(tensors, tmp_pat
     ("change", "args", "message"),
     [
         ({"decoder_norm.bias": None}, {}, "decoder_norm.bias is missing"),
-        ({"z_proj.weight": torch.zeros(24, 0)}, {}, "z_proj.weight is missing, empty or not of 2 dimensions"),
+        ({"z_proj.weight": torch.zeros(24, 0)}, {}, "z_proj.weight of an official MAR checkpoint is missing or of"),
         ({"z_proj.bias": torch.zeros(3)}, {}, r"z_proj.bias has shape \(3,\)"),
         ({"decoder_embed.weight": torch.zeros(9, 24)}, {}, "widths 24 and 9 do not say the attention heads"),
         ({}, {"img_size": 256}, "16 tokens of 32 channels, a patch size of 2, .* images of 256 pixels contradict"),
@@ -117,14 +115,11 @@ def test_files_that_are_no_checkpoints_are_refused_in_one_line(tensors, tmp_path
     whole = write(tmp_path / "whole.pth", tensors).read_bytes()
     (tmp_path / "in").mkdir()
     torch.save({"weights": tensors}, tmp_path / "in/other.pth")
-    for name, content in {
-        "empty.pth": b"", "text.pth": b"not a checkpoint\n", "number.pth": b"\x80", "cut.pth": whole[: len(whole) // 2],
-        "text.safetensors": b"not a checkpoint\n", "empty.safetensors": b"", "other.pth": None,
-    }.items():  # fmt: skip
-        if content is not None:
-            (tmp_path / "in" / name).write_bytes(content)
+    (tmp_path / "in/text.safetensors").write_bytes(b"not a checkpoint\n")
+    (tmp_path / "in/cut.pth").write_bytes(whole[: len(whole) // 2])
+    for name in ("other.pth", "text.safetensors", "cut.pth"):
         for kind in ("mar", "vae"):
-            assert name in refusal("convert", kind, f"in/{name}", "out.pth")
+            assert name in refusal("convert", kind, f"in/{name}", "out")
     assert "folder with one" in refusal("convert", "mar", "in", "out")
     assert "found none" in refusal("convert", "mar", "absent", "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "whole.pth"]

@@ -14,7 +14,6 @@ class Conversion(Checked):
 
     heads: Count | None = None  # mar: attention heads, where the widths are not MAR-B's, -L's or -H's
     vae: str = "kl16"  # mar: the VAE's folder or hub id, for the configuration
-    ema: bool = True  # mar: take the averaged weights
     iterations: int | None = None  # onnx: K of the file; the model's own when left out
     force: bool = False  # write over what is there
 
@@ -40,7 +39,7 @@ def convert(kind: Literal["mar", "vae", "onnx"], source: str, out: Path, *, opti
 
     told = ""
     if kind == "mar":
-        convert_mar(source, out, options.heads, ema=options.ema, vae=options.vae, force=options.force)
+        convert_mar(source, out, options.heads, vae=options.vae, force=options.force)
     elif kind == "vae":
         convert_vae(source, out, options.force)
     else:

@@ -1,6 +1,5 @@
 """Models and weights on the Hugging Face hub: fetch them, and publish a model with its card."""
 
-import functools
 import os
 import re
 import tempfile
@@ -10,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from marval.config import LatentSpace, ModelConfig
-from marval.io.checkpoint import WEIGHTS, save_model
+from marval.io.checkpoint import save_model
 from marval.io.files import one_line, write_text
 from marval.model import MAR
 
@@ -38,15 +37,6 @@ def fetch(repo_id: str, patterns: Sequence[str], revision: str | None = None) ->
         raise ValueError(
             f"the Hugging Face hub did not give {repo_id}: {type(error).__name__}: {one_line(error)}"
         ) from error
-
-
-@functools.cache  # so that a process sees one version of a repository
-def fetch_model(repo_id: str, revision: str | None = None) -> Path:
-    """Fetch a model from the hub, its weights (safetensors) and configuration alone, and return its folder."""
-    folder = fetch(repo_id, (WEIGHTS, "config.json"), revision)
-    if not (folder / WEIGHTS).is_file():
-        raise ValueError(f"{repo_id} on the Hugging Face hub has no {WEIGHTS}: it is no model of marval")
-    return folder
 
 
 def push_model(

@@ -5,7 +5,6 @@ tensors have the same names as ours, and sizes are read off the tensors. What te
 stride, patch size) and the caller (attention heads), or is as in MAR-B, -L and -H.
 """
 
-import argparse
 import dataclasses
 import functools
 import math
@@ -34,45 +33,31 @@ def imagenet_classes() -> dict[str, str]:
     return dict(line.split("\t") for line in text.splitlines())
 
 
-def read_official(path: Path | str, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors and the `args` (empty where there are none) of an official MAR checkpoint.
+def official_model(
+    path: Path | str, heads: int | None = None, *, vae: str = "kl16", vae_sha256: str = ""
+) -> tuple[MAR, ModelConfig]:
+    """Read an official checkpoint as a network (its averaged tensors stay memory-mapped) and a configuration.
 
     Args:
         path: a `.pth`, a `.safetensors` file, or a folder that holds one of either.
-        ema: take `model_ema` rather than `model` of a `.pth`.
-    """
-    content = read_checkpoint(path)
-    if find_file(Path(path)).suffix == ".safetensors":
-        return content, {}
-    key = "model_ema" if ema else "model"
-    tensors, args = content.get(key), content.get("args")
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{path} has no {key}: expected an official MAR checkpoint with model, model_ema and args")
-    tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
-    return tensors, vars(args) if isinstance(args, argparse.Namespace) else {}
-
-
-def official_model(
-    path: Path | str, heads: int | None = None, *, ema: bool = True, vae: str = "kl16", vae_sha256: str = ""
-) -> tuple[MAR, ModelConfig]:
-    """Read an official checkpoint as a network (its tensors stay memory-mapped) and a configuration.
-
-    Args:
         heads: attention heads, where the widths are not those of MAR-B, -L or -H.
 
     Raises:
         ValueError: as `read_checkpoint` and `check_tensors`; sizes that contradict each other or that nothing says.
     """
-    tensors, args = read_official(path, ema)
-    mar, space = infer_config(tensors, args, heads, path)
+    file = find_file(Path(path))
+    tensors, args = read_checkpoint(file), dict[str, Any]()
+    if file.suffix != ".safetensors":
+        args, tensors = getattr(tensors.get("args"), "__dict__", {}), tensors.get("model_ema", {})
+    mar, space = infer_config(tensors, args, heads, file)
     draw = Chain(guidance=float(args.get("cfg", 1.0)), guidance_schedule=args.get("cfg_schedule", "linear"))
     with torch.device("meta"):
         model = MAR(mar)
-    check_tensors(path, tensors, model.state_dict())
+    check_tensors(file, tensors, model.state_dict())
     model.load_state_dict(tensors, strict=True, assign=True)
     names = tuple(imagenet_classes().values() if mar.num_classes == 1000 else map(str, range(mar.num_classes)))
     space = dataclasses.replace(space, vae=vae, vae_sha256=vae_sha256)
-    source = f"{path} sha256 {sha256_of(find_file(Path(path)))}"
+    source = f"{path} sha256 {sha256_of(file)}"
     config = ModelConfig(mar, space, draw, names, 64, Path(path).stem, source=source)
     return model.eval().requires_grad_(False), config
 
@@ -84,7 +69,7 @@ def infer_config(
 
     def shape(name: str, dimensions: int = 2) -> torch.Size:
         if name not in tensors or tensors[name].ndim != dimensions or not tensors[name].numel():
-            raise ValueError(f"{source}: tensor {name} is missing, empty or not of {dimensions} dimensions")
+            raise ValueError(f"{source}: tensor {name} of an official MAR checkpoint is missing or of another shape")
         return tensors[name].shape
 
     def depth(blocks: str) -> int:
@@ -121,9 +106,7 @@ def _infer_space(tokens: int, token_dim: int, args: dict[str, Any], source: Path
     return LatentSpace((image, image), "kl16", stride, token_dim // patch**2, patch)
 
 
-def convert_mar(
-    source: Path | str, out: Path, heads: int | None, *, ema: bool = True, vae: str = "kl16", force: bool = False
-) -> None:
+def convert_mar(source: Path | str, out: Path, heads: int | None, *, vae: str = "kl16", force: bool = False) -> None:
     """Convert an official checkpoint to a model folder (see `official_model`); `force` writes over one."""
     check_replace(out, source=find_file(Path(source)), folder=True, force=force)
-    save_model(out, *official_model(source, heads, ema=ema, vae=vae_place(vae), vae_sha256=vae_hash(vae)))
+    save_model(out, *official_model(source, heads, vae=vae_place(vae), vae_sha256=vae_hash(vae)))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from marval.config import LatentSpace, PixelSpace
 from marval.io.checkpoint import check_tensors, find_file, read_checkpoint
-from marval.io.files import atomic_folder, check_replace, sha256_of
+from marval.io.files import atomic_folder, check_replace, one_line, sha256_of
 from marval.io.hub import HUB_ID
 
 
@@ -32,11 +32,9 @@ def load_vae(name: str, device: torch.device | str = "cpu", *, download: bool = 
         vae = kind.from_pretrained(name, local_files_only=not download, use_safetensors=True, low_cpu_mem_usage=False)
         return vae.to(device).eval().requires_grad_(False)
     except (OSError, ValueError, TypeError, RuntimeError, LookupError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
         advice = "" if download or is_folder else f"nothing is fetched that a file names: hf download {name}; or "
         raise ValueError(
-            f"the VAE {name!r} cannot be loaded ({reason}): {advice}name a folder in diffusers' form, such as marval "
-            "convert vae makes"
+            f"the VAE {name!r} cannot be loaded ({one_line(error)}): {advice}name a folder that marval convert vae made"
         ) from error
 
 
@@ -84,12 +82,9 @@ def _autoencoder_kl() -> Any:
 
 # latent-diffusion's names, and those of diffusers; the decoder's levels are counted from the other end.
 RENAMED = (
-    (r"^encoder\.down\.(\d+)\.block\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2."),
-    (r"^encoder\.down\.(\d+)\.attn\.(\d+)\.", r"encoder.down_blocks.\1.attentions.\2."),
-    (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
-    (r"^decoder\.up\.(\d+)\.block\.(\d+)\.", r"decoder.up_blocks.\1.resnets.\2."),
-    (r"^decoder\.up\.(\d+)\.attn\.(\d+)\.", r"decoder.up_blocks.\1.attentions.\2."),
-    (r"^decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
+    (r"^(encoder\.down|decoder\.up)\.(\d+)\.block\.", r"\1_blocks.\2.resnets."),
+    (r"^(encoder\.down|decoder\.up)\.(\d+)\.attn\.", r"\1_blocks.\2.attentions."),
+    (r"^(encoder\.down|decoder\.up)\.(\d+)\.(down|up)sample\.", r"\1_blocks.\2.\3samplers.0."),
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
     (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
     (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
