@@ -4,6 +4,7 @@ student = marval.load("fashion-student")
 images = student.sample(["sneaker", "bag"], seed=0)
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,12 +17,6 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """Import torch and the rest only when they are asked for."""
-    if name in ("Pipeline", "bundled_models", "load"):
-        from marval import pipeline
-
-        return getattr(pipeline, name)
-    if name == "sample":
-        from marval.sampling.loop import sample
-
-        return sample
-    raise AttributeError(f"module 'marval' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'marval' has no attribute {name!r}")
+    return getattr(importlib.import_module("marval.sampling.loop" if name == "sample" else "marval.pipeline"), name)

@@ -85,10 +85,7 @@ class Pipeline:
         return min(self.config.iterations, self.config.mar.num_tokens)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
-        """Move the weights and the token space, change the weights' precision, and return the pipeline itself.
-
-        Tokens stay float32, whatever the weights are; so does a VAE.
-        """
+        """Move the weights and the token space, change the weights' precision (tokens stay float32), and return it."""
         self.model.to(device=device, dtype=dtype)
         self.space = self.space.to(self.device)
         return self
@@ -229,7 +226,12 @@ class Pipeline:
         )
         drawn = self.space.decode(tokens)
         check_finite(drawn, image_names(seeds, labels))
-        return (drawn if known is None else restore_known(drawn, images.to(drawn), keep, self.config)).cpu()
+        space = self.config.space
+        if known is not None and space.kind == "pixels":  # the kept tokens' own pixels, which rounding would change
+            mask = keep.unflatten(1, space.token_grid)[:, None]
+            mask = mask.repeat_interleave(space.patch, 2).repeat_interleave(space.patch, 3)
+            drawn = torch.where(mask, images.to(drawn), drawn)
+        return drawn.cpu()
 
     @torch.inference_mode()
     def sample_tokens(
@@ -273,17 +275,3 @@ class Pipeline:
 def image_names(seeds: list[int], labels: list[int]) -> list[str]:
     """Name each image for error messages."""
     return [f"seed {seed}, class {label}" for seed, label in zip(seeds, labels, strict=True)]
-
-
-def restore_known(
-    drawn: Float[Tensor, "b c h w"],
-    images: Float[Tensor, "b c h w"],
-    keep: Bool[Tensor, "b l"],
-    config: ModelConfig,
-) -> Float[Tensor, "b c h w"]:
-    """Put the kept tokens' own pixels back, so that rounding does not change them (pixel patches only)."""
-    if config.space.kind != "pixels":
-        return drawn
-    mask = keep.unflatten(1, config.space.token_grid)[:, None]
-    patch = config.space.patch
-    return torch.where(mask.repeat_interleave(patch, 2).repeat_interleave(patch, 3), images, drawn)

@@ -40,7 +40,7 @@ def test_the_demo_draws_scores_and_distils_without_a_network(marval, tmp_path, m
 def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_drawn(refusal, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(demo, "draw_models", None)
-    assert "file is a file, expected a folder; choose another place" in refusal("demo", "--out", "file")
+    assert "Not a directory; choose another place" in refusal("demo", "--out", "file")
 
 
 @pytest.mark.slow

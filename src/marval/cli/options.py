@@ -1,8 +1,8 @@
 """Command lines from plain functions, by the standard library's argparse.
 
 A function's parameters before the `*` are positional. One whose type is a dataclass is a group of options: its
-docstring is the group's title, the comments behind its fields are the help, and their annotations are rules (see
-`marval.config`), which every value is checked against.
+docstring is the group's title, the comments behind its fields are the help, and their annotations are rules, which
+the group checks itself (see `marval.config`).
 
 Settings of a training run have presets: what is typed is laid over the preset that `--preset` names.
 """
@@ -19,10 +19,9 @@ import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from marval.config import check
 from marval.presets import PRESETS, RunConfig, settings_of
 
 SYMBOLS = {"iterations": "K", "gradient_iterations": "M", "diffusion_steps": "T", "guidance": "W"}  # the paper's
@@ -51,16 +50,12 @@ class Option:
         return get_origin(self.annotation) is tuple
 
     @property
-    def kind(self) -> Any:
-        """The type of one value with its rules: X, where the annotation is `tuple[X, ...]` or `X | None`."""
-        optional = get_origin(self.annotation) in (Union, UnionType)
-        parts = get_args(self.annotation) if optional or self.many else (self.annotation,)
-        return next(part for part in parts if part is not NoneType)
-
-    @property
     def plain(self) -> Any:
-        """The same without its rules."""
-        return get_args(self.kind)[0] if get_origin(self.kind) is Annotated else self.kind
+        """The type of one value without rules: X of `X | None`, `tuple[X, ...]` and `Annotated[X, rule]`."""
+        kind = self.annotation
+        while get_origin(kind) in (tuple, Union, UnionType, Annotated):
+            kind = get_args(kind)[0]
+        return kind
 
     @property
     def metavar(self) -> str:
@@ -78,6 +73,7 @@ class Option:
         text = self.help + (f" (default: {default})" if known else "")
         more: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%"), "metavar": self.metavar}
         if self.positional:
+            more["choices"] = get_args(self.plain) or None
             group.add_argument(self.place, nargs="*" if self.many else "?" if self.default is None else None, **more)
             return
         if self.plain is bool:
@@ -88,15 +84,12 @@ class Option:
         group.add_argument(self.flag, dest=self.place, **more)
 
     def value_of(self, typed: Any) -> Any:
-        """Convert what was typed to a value, and check it."""
-        if self.many and not isinstance(typed, str):
+        """Convert what was typed; what is no number stays a text, which its group refuses."""
+        if isinstance(typed, list):
             return tuple(map(self.value_of, typed))
-        value = typed
-        if self.plain in (int, float, Path):
-            with contextlib.suppress(ValueError):
-                value = self.plain(typed)
-        check(self.flag, value, self.kind)
-        return value
+        with contextlib.suppress(ValueError):
+            return self.plain(typed) if self.plain in (int, float, Path) else typed
+        return typed
 
 
 def options_of(function: Callable[..., Any], preset: str = PRESETS[0]) -> list[Option]:
