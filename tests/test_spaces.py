@@ -9,24 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marval.config import LatentSpace, PixelSpace
-from marval.spaces import Latents, Pixels, patchify, token_space, unpatchify
+from marval.spaces import Latents, Pixels, patchify, token_space
 
 sizes = st.integers(1, 4)
-
-
-def images_in_unit_range(*shape, seed):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@settings(deadline=None, max_examples=40)
-@given(batch=sizes, channels=sizes, rows=sizes, columns=sizes, patch=sizes)
-def test_patchify_and_unpatchify_are_inverse(batch, channels, rows, columns, patch):
-    images = torch.arange(batch * channels * rows * columns * patch**2).float()
-    images = images.reshape(batch, channels, rows * patch, columns * patch)
-    tokens = patchify(images, patch)
-    assert tokens.shape == (batch, rows * columns, channels * patch**2)
-    assert torch.equal(unpatchify(tokens, (rows, columns), patch), images)
-    assert torch.equal(patchify(unpatchify(tokens, (rows, columns), patch), patch), tokens)
 
 
 def test_a_token_lists_its_channels_then_rows_then_columns():
@@ -37,18 +22,10 @@ def test_a_token_lists_its_channels_then_rows_then_columns():
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    channels=st.sampled_from([1, 3]),
-    rows=sizes,
-    columns=sizes,
-    patch=sizes,
-    shift=st.floats(-1, 1, width=32),
-    scale=st.floats(0.25, 8, width=32),
-    seed=st.integers(0, 100),
-)
-def test_pixels_encode_and_decode_are_inverse(channels, rows, columns, patch, shift, scale, seed):
+@given(st.sampled_from([1, 3]), sizes, sizes, sizes, st.floats(-1, 1, width=32), st.floats(0.25, 8, width=32))
+def test_pixels_encode_and_decode_are_inverse(channels, rows, columns, patch, shift, scale):
     space = Pixels(PixelSpace((rows * patch, columns * patch), channels, patch, shift, scale))
-    images = images_in_unit_range(2, channels, rows * patch, columns * patch, seed=seed)
+    images = torch.rand(2, channels, rows * patch, columns * patch)
     tokens = space.encode(images)
     assert tokens.shape[1:] == (rows * columns, space.config.token_dim)
     torch.testing.assert_close(space.decode(tokens), images, rtol=0, atol=1e-6)
@@ -76,7 +53,7 @@ def test_latents_scale_shift_and_cut_what_a_vae_gives():
     vae.encode = lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mean=x))
     vae.decode = lambda x: SimpleNamespace(sample=x)
     config = LatentSpace((4, 6), "stand-in", vae_stride=1, latent_channels=3, patch=2, shift=0.25, scale=0.5)
-    images = images_in_unit_range(2, 3, 4, 6, seed=0)
+    images = torch.rand(2, 3, 4, 6)
     space = Latents(config, vae=vae)
     tokens = space.encode(images)
     torch.testing.assert_close(tokens, patchify((images * 2 - 1 - 0.25) * 0.5, 2))
