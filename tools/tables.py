@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from marval.evaluate.report import models_of, notes_of, quality_table
+from marval.evaluate.report import lines_of, notes_of, quality_table
 from marval.evaluate.results import Results, Row, Setting, by_setting, on_one_machine, read_results
 from marval.io.files import write_text
 
@@ -24,11 +24,43 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
 
 
+def recorded(file: Path) -> Results:
+    """Return the rows of a results file, where what the former bench timed, tokens alone, is timing as well."""
+    results = read_results(file)
+    tokens = [{"decoded": False, **row} for row in results.pop("bench", [])]
+    timing = [{"decoded": True, **row} for row in results.get("timing", [])] + tokens
+    return {**results, "timing": timing} if timing else results
+
+
 def quality(results: Results) -> str:
     """Return quality by model and K, times where they were measured with it, and what the figures mean."""
-    times = [row for row in results.get("timing", []) if row["decoded"]]
-    notes = notes_of({**results, "timing": times})
-    return "\n\n".join([markdown(*quality_table(results["quality"], times)), " ".join(notes)]).rstrip()
+    rows, times = results["quality"], [row for row in results.get("timing", []) if row["decoded"]]
+    header, lines = quality_table(rows)
+    notes = notes_of(rows)
+    if any("diversity" in row and row.get("metrics", 1) < 2 for row in rows):
+        notes.append("diversity by metrics 1 is of the first 200 images of a class; today's metrics are 2.")
+    if times:
+        precisions = " or ".join(sorted({Setting.of(row).precision for row in rows}))
+        notes.append(
+            f"The images of the figures were drawn in {precisions}; times of another precision are marked. Times "
+            "include decoding."
+        )
+    for batch in sorted({row["batch"] for row in times}):
+        header.append(f"ms / image, batch {batch}")
+        for line, group in zip(lines, lines_of(rows), strict=True):
+            line.append(milliseconds(times, group[0], batch))
+    return "\n\n".join([markdown(header, lines), " ".join(notes)]).rstrip()
+
+
+def milliseconds(times: Sequence[Row], row: Row, batch: int) -> str:
+    """Format the time of a row's setting in the precision of its images; another precision is marked."""
+    wanted = Setting.of(row)
+    here = [time for time in times if time["batch"] == batch and str(Setting.of(time)) == str(wanted)]
+    if not here:
+        return ""
+    time = min(here, key=lambda time: Setting.of(time).precision != wanted.precision)
+    precision = Setting.of(time).precision
+    return f"{time['seconds_per_image'] * 1000:.2f}" + (f" ({precision})" if precision != wanted.precision else "")
 
 
 def speed(results: Results) -> str:
@@ -37,8 +69,8 @@ def speed(results: Results) -> str:
     Only distances of equal numbers of images in one precision, and times of one machine in one precision, make ratios.
     A teacher counts as it was measured first, where it was measured at several T and w.
     """
-    rows, (timing, left_out) = results["quality"], on_one_machine(results.get("timing", []))
-    teacher, first = models_of(rows)[0], {row["model"]: Setting.of(row).curve for row in reversed(rows)}
+    rows, timing = results["quality"], on_one_machine(results.get("timing", []))
+    teacher, first = lines_of(rows)[0][0]["model"], {row["model"]: Setting.of(row).curve for row in reversed(rows)}
     fd: dict[tuple[Any, ...], float] = {}
     for group in by_setting(row for row in rows if Setting.of(row).curve == first[row["model"]] and "fd" in row):
         key = tuple(group[0].get(name) for name in ("model", "iterations", "samples", "autocast"))
@@ -61,7 +93,7 @@ def speed(results: Results) -> str:
         for (model, k, samples, autocast), value in fd.items()
         if model != teacher and (same := (teacher, k, samples, autocast)) in fd
     ]
-    return "\n\n".join([markdown(header, lines), *([left_out] if left_out else [])])
+    return markdown(header, lines)
 
 
 def bench(results: Results) -> str:
@@ -73,7 +105,8 @@ def bench(results: Results) -> str:
     for row in rows:
         cells = [row["model"], str(row["iterations"]), str(row["batch"]), f"{row['seconds_per_image']:.1f}"]
         cells += [f"{row['context_seconds'] / row['seconds_per_image']:.0%}"] if context else []
-        cells += [f"{row['gflops_per_image']:,.0f}", f"{row['fraction_of_peak']:.0%}"]
+        peak = f"{row['fraction_of_peak']:.0%}" if "fraction_of_peak" in row else ""
+        cells += [f"{row['gflops_per_image']:,.0f}", peak]
         same = [r for r in rows if r["teacher"] and all(r[n] == row[n] for n in ("iterations", "batch", "autocast"))]
         ratios = ["", ""]
         if same and not row["teacher"]:
@@ -160,7 +193,7 @@ def fill(text: str, root: Path) -> str:
             raise ValueError(f"unknown table {kind}: expected one of {', '.join(TABLES)}")
         if not (root / name).is_file():
             raise ValueError(f"{name} is not there: make it with --out {name}")
-        (table, parts), results = TABLES[kind], read_results(root / name)
+        (table, parts), results = TABLES[kind], recorded(root / name)
         return f"<!-- table: {kind} {name} -->\n{table(results)}\n\n{made_by(results, parts)}\n<!-- end -->"
 
     return MARK.sub(filled, text)

@@ -9,16 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from marval.evaluate.draw import (
-    SHARD,
-    Drawing,
-    claim_folder,
-    draw_bytes,
-    draw_shards,
-    read_shard,
-    shard_file,
-    write_npz,
-)
+from marval.evaluate.draw import SHARD, Drawing, claim_folder, draw_bytes, draw_shards, write_npz
 from marval.pipeline import Pipeline
 from marval.runtime.distributed import Workers
 from processes import command, environment, launch
@@ -42,12 +33,7 @@ def alone(tmp_path_factory):
     return folder
 
 
-def test_the_set_is_the_same_on_one_process_and_on_three(alone, tmp_path):
-    launch(SCRIPT, 3, tmp_path / "three", COUNT, timeout=120)
-    assert contents(tmp_path / "three") == contents(alone)
-
-
-def test_a_killed_run_keeps_its_shards_and_ends_the_same(alone, tmp_path):
+def test_a_killed_run_keeps_its_shards_and_ends_on_three_processes_as_on_one(alone, tmp_path):
     folder = tmp_path / "killed"
     process = subprocess.Popen(command(SCRIPT, 1, folder, COUNT, 0.5), env=environment(), stderr=subprocess.DEVNULL)
     while len(list(folder.glob("shard-*"))) < 2 and process.poll() is None:
@@ -56,15 +42,15 @@ def test_a_killed_run_keeps_its_shards_and_ends_the_same(alone, tmp_path):
     process.wait()
     kept = {file: file.stat().st_mtime_ns for file in folder.glob("shard-*")}
     assert 2 <= len(kept) < 5
-    launch(SCRIPT, 1, folder, COUNT, timeout=120)
+    launch(SCRIPT, 3, folder, COUNT, timeout=120)
     assert contents(folder) == contents(alone)
     assert all(file.stat().st_mtime_ns == when for file, when in kept.items())  # none was drawn again
 
 
 def test_images_are_balanced_seeded_one_by_one_and_written_in_adms_format(alone):
     pipeline = Pipeline(tiny_model(), tiny_config())
-    drawing = Drawing(pipeline, COUNT, 3, 2, shard=4)
-    images, labels = (torch.cat(parts) for parts in list(zip(*draw_shards(drawing, alone), strict=True))[1:])
+    drawing = Drawing(pipeline, COUNT, 3, 2, folder=alone, shard=4)
+    images, labels = (torch.cat(parts) for parts in list(zip(*draw_shards(drawing), strict=True))[1:])
     assert labels.tolist() == [0, 1] * 9
     in_memory, same_labels = draw_bytes(pipeline, COUNT, 3, seed=2)
     assert torch.equal(images, in_memory)
@@ -81,35 +67,33 @@ def test_images_are_balanced_seeded_one_by_one_and_written_in_adms_format(alone)
     before = (alone / "images.npz").stat().st_mtime_ns
     assert write_npz(drawing, alone).stat().st_mtime_ns == before  # a whole one is kept
     (alone / "images.npz").unlink()
-    again = write_npz(drawing, alone)
-    assert (np.load(again)["arr_0"] == array).all()
+    write_npz(drawing, alone)
     assert not list(alone.glob(".images*"))
 
 
 def test_another_models_images_and_damaged_shards_are_refused(tmp_path):
-    pipeline = Pipeline(tiny_model(), tiny_config())
-
     def draw(sha256):
-        claim_folder(tmp_path / "a", {"sha256": sha256}, Workers())
-        list(draw_shards(Drawing(pipeline, 6, 2, shard=4), tmp_path / "a", report=lambda line: None))
+        pipeline = Pipeline(tiny_model(), tiny_config())
+        drawing = Drawing(pipeline, 6, 2, folder=tmp_path / "a", key={"sha256": sha256}, shard=4)
+        claim_folder(drawing, Workers())
+        return [len(images) for _, images, _ in draw_shards(drawing)]
 
-    draw("one")
+    assert draw("one") == [4, 2]
     with pytest.raises(ValueError, match="holds images of sha256 'one', expected 'two': choose another --keep-images"):
         draw("two")
-    file = shard_file(tmp_path / "a", 1)
+    file = tmp_path / "a/shard-00001.safetensors"
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"damaged .* remove it and run the same command again"):
-        read_shard(file, 2)
+        draw("one")
     file.unlink()
-    draw("one")
-    assert len(read_shard(file, 2)) == 2
+    assert draw("one") == [4, 2]
 
 
 def test_scores_are_in_the_images_order_on_any_number_of_processes(tmp_path):
-    """Three shards on three processes; two of them gone, on two; some images drawn and some read."""
+    """Three shards on two processes; two of them gone, on one; some images drawn and some read."""
     count = 2 * SHARD + 7
     expected, labels = draw_bytes(Pipeline(tiny_model(), tiny_config()), count, 2, seed=3)
-    for processes in (3, 2, 1):
+    for processes in (2, 1):
         launch("columns_run.py", processes, count, tmp_path / "drawn", tmp_path / "columns.pt", timeout=120)
         found = torch.load(tmp_path / "columns.pt")
         assert torch.equal(found["images"], expected)

@@ -10,18 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from marval.data import ImageData
+from marval.data import ImageData, load_fashion_sample
 from marval.evaluate import fidelity
 from marval.evaluate.features import (
-    FASHION_STATISTICS,
     EfficientNetFeatures,
     Statistics,
-    extract,
     find_features,
-    frechet_distance,
 )
 from marval.evaluate.judge import Judge, data_hash, make_judge, measure_data
-from marval.evaluate.metrics import expected_bias
 from marval.pipeline import Pipeline, load
 from marval.rewards import ClassifierReward, prompts_of
 from marval.rewards.classifier import Classifier, load_classifier, save_classifier
@@ -36,187 +32,103 @@ def load_judge(data, images, features=None, sample=0):
     return Judge(network, real, None, some)
 
 
-def judge_by_reference(file, features=None):
-    return make_judge(Pipeline(tiny_model(), tiny_config()), features=features, reference=file)
-
-
-def test_statistics_come_back_from_disk_and_other_features_are_refused(tmp_path):
+def test_statistics_come_back_from_disk(tmp_path):
     features = torch.randn(200, 8, generator=generator("features"))
     statistics = Statistics.of([features])
     np.testing.assert_allclose(statistics.covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-9)
     statistics.save(tmp_path / "s.safetensors")
     again = Statistics.load(tmp_path / "s.safetensors")
-    assert again.count == 200
     torch.testing.assert_close(again.covariance, statistics.covariance, rtol=1e-6, atol=1e-7)
-    from safetensors.torch import save_file
-
-    save_file(
-        {"mean": torch.zeros(3)}, tmp_path / "other.safetensors", metadata={"features": "Inception", "count": "1"}
-    )
-    with pytest.raises(ValueError, match="Inception"):
-        Statistics.load(tmp_path / "other.safetensors")
 
 
 class Sure(Classifier):
-    """Takes an image's brightness for its class, by given log-odds."""
-
-    def __init__(self, odds):
-        super().__init__("plain", 1, ("a", "b", "c"))
-        self.odds = torch.nn.Parameter(torch.tensor(odds))
+    """Takes an image's brightness for its class, by log-odds of 2."""
 
     def forward(self, images):
-        seen = (images[:, 0, 0, 0] * 255).round().long()
-        return torch.nn.functional.one_hot(seen, 3).float() * self.odds
+        return torch.nn.functional.one_hot((images[:, 0, 0, 0] * 255).round().long(), 3).float() * 2
 
 
 def test_accuracy_and_log_probability_have_known_answers():
     """600 images, more than are classified at a time: two in three are what they are called."""
     labels = torch.arange(600) % 3
-    seen = torch.where(labels == 2, 0, labels)
-    images = seen.byte()[:, None, None, None].expand(-1, 1, 8, 8)
-    judge = Judge(EfficientNetFeatures(), None, Sure(2.0))
-    columns = judge.columns(images, labels)
+    images = torch.where(labels == 2, 0, labels).byte()[:, None, None, None].expand(-1, 1, 8, 8)
+    judge = Judge(EfficientNetFeatures(), None, Sure("plain", 1, ("a", "b", "c")))
+    columns, found = judge.columns(images, labels), judge.figures(images, labels)
     assert columns["accuracy"].tolist() == [1.0, 1.0, 0.0] * 200
     right, wrong = 2 - math.log(math.e**2 + 2), -math.log(math.e**2 + 2)
     assert columns["log_probability"].tolist() == pytest.approx([right, right, wrong] * 200)
-    found = judge.figures(images, labels)
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert found["log_probability"] == pytest.approx((2 * right + wrong) / 3)
-    halves = [judge.columns(images[rows], labels[rows]) for rows in (slice(0, 250), slice(250, 600))]
-    together = {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
-    assert judge.figures_of(together) == pytest.approx(found, rel=1e-5)
 
 
 def test_a_classifier_comes_back_from_disk_and_rewards_the_class_in_the_prompt(tmp_path):
+    images = torch.rand(3, 1, 28, 28, generator=generator("images"), requires_grad=True)
     for architecture in ("plain", "residual"):
         classifier = Classifier(architecture, 1, ("shirt", "t-shirt", "bag")).eval()
         save_classifier(tmp_path / "c.safetensors", classifier, {})
-        again = load_classifier(tmp_path / "c.safetensors")
-        images = torch.rand(3, 1, 28, 28, generator=generator("images"))
-        assert torch.equal(classifier(images), again(images))
-    reward = ClassifierReward(again)
-    images.requires_grad_(True)
-    values = reward(images, prompts_of("a picture of {}", again.class_names, [1, 0, 2]))
-    expected = again(images).log_softmax(dim=1)[[0, 1, 2], [1, 0, 2]]
-    assert torch.equal(values, expected)
+        reward = ClassifierReward(load_classifier(tmp_path / "c.safetensors"))
+        values = reward(images, prompts_of("a picture of {}", classifier.class_names, [1, 0, 2]))
+        assert torch.equal(values, classifier(images).log_softmax(dim=1)[[0, 1, 2], [1, 0, 2]])
     values.sum().backward()
     assert (images.grad != 0).any(dim=(1, 2, 3)).all()
 
 
-def test_a_damaged_cache_of_real_features_is_made_again(workspace):
+def test_own_features_judge_and_what_is_cached_of_them_is_made_again_where_it_is_damaged(workspace):
     data = tiny_data()
-    first = load_judge("folder:x", lambda: data, features=FEATURES, sample=40)
-    kernel = first.sample().kernel
-    for file in (workspace / "cache/marval").iterdir():
-        file.write_bytes(file.read_bytes()[:20])
-    again = load_judge("folder:x", lambda: data, features=FEATURES, sample=40)
-    assert again.sample().kernel == kernel
-    assert torch.equal(again.real.mean, first.real.mean)
-
-
-def test_the_bias_of_few_images_is_foretold(fashion_train):
-    """300 real images, whose true distance from the real set is 0, against what is said to expect of 300."""
-    data = fashion_train
-    real = Statistics.load(FASHION_STATISTICS)
-    chosen = torch.randperm(len(data), generator=generator("some"))[:300]
-    network = EfficientNetFeatures()
-    measured = frechet_distance(extract(network, data.images[chosen]), real)
-    assert expected_bias(real, 300) == pytest.approx(measured, rel=0.1)
-    said, bias = Judge(network, real, None).warning(300)
-    assert f"{bias:.4g}" in said
-    assert "300 images are fewer than 1280 features" in said
-    assert Judge(network, real, None).warning(1280) is None
-
-
-@pytest.fixture
-def own_features(tmp_path, monkeypatch):
-    (tmp_path / "own_features.py").write_text(
-        "import torch\n"
-        "def rows(images): return images.float().mean(dim=(1, 3))\n"
-        "class Columns(torch.nn.Module):\n"
-        "    def forward(self, images): return images.float().mean(dim=(1, 2))\n"
-        "def flat(images): return images.float().mean(dim=(1, 2, 3))\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield tmp_path
-    sys.modules.pop("own_features", None)
-
-
-def test_own_features_judge_and_their_statistics_are_kept_apart(own_features):
-    data = tiny_data()
-    judge = load_judge("folder:x", lambda: data, features="own_features:rows", sample=40)
-    figures = judge.figures(data.images, data.labels)
+    judge = load_judge("folder:x", lambda: data, features=FEATURES, sample=40)
+    figures, kernel = judge.figures(data.images, data.labels), float(judge.sample.kernel)
     assert figures["fd"] == pytest.approx(0, abs=1e-6)
     assert figures["own_recall"] == 1.0
-    assert len(judge.sample().features) == 40
-    assert len(judge.about["data_sha256"]) == 64
-    again = load_judge("folder:x", lambda: data, features="own_features:rows", sample=40)
-    assert torch.equal(again.sample().radius, judge.sample().radius)
-    other = load_judge("folder:x", lambda: data, features="own_features:Columns", sample=40)
-    assert other.figures(data.images, data.labels)["fd"] == pytest.approx(0, abs=1e-6)
-    assert len(list((own_features / "cache/marval").glob("statistics-*"))) == 2
-    assert extract(find_features("own_features:rows"), data.images).shape == (64, 8)
+    assert len(judge.sample.features) == 40
+    files = list((workspace / "cache/marval").iterdir())
+    assert len(files) == 2
+    for file in files:
+        file.write_bytes(file.read_bytes()[:20])
+    again = load_judge("folder:x", lambda: data, features=FEATURES, sample=40)
+    assert again.sample.kernel == kernel
+    assert again.figures(data.images, data.labels) == pytest.approx(figures, abs=1e-6)
+    (workspace / "plain_features.py").write_text("def rows(images): return images.float().mean(dim=(1, 2))")
+    load_judge("folder:x", lambda: data, features=f"{workspace}/plain_features.py:rows")
+    assert len(list((workspace / "cache/marval").glob("statistics-*"))) == 2  # of other code
 
 
 def test_the_packaged_statistics_are_those_of_the_real_images(fashion_train, tmp_path, monkeypatch):
-    """Their hash is the data's, and images that are not the data are never measured under it."""
+    """Their hash is the data's, wherever these lie; other images have their own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     data = fashion_train
-    assert Statistics.load(FASHION_STATISTICS).data_sha256 == data_hash(data)
     packaged = load_judge("fashion-mnist", lambda: data)
-    copied = load_judge("fashion-mnist:elsewhere", lambda: data)  # the same images from another folder
-    assert copied.about["data_sha256"] == packaged.about["data_sha256"]
+    copied = load_judge("fashion-mnist:elsewhere", lambda: data)
+    assert copied.about["data_sha256"] == packaged.about["data_sha256"] == data_hash(data)
     assert torch.equal(copied.real.mean, packaged.real.mean)
     other = ImageData(data.images[:300].flip(3), data.labels[:300], data.class_names)
-    with pytest.raises(ValueError, match="not those of marval's statistics"):
-        load_judge("fashion-mnist", lambda: other, sample=10).sample()
     own = load_judge("fashion-mnist:other", lambda: other)
     assert own.about["data_sha256"] == data_hash(other) != packaged.about["data_sha256"]
     assert own.figures(other.images, other.labels)["fd"] == pytest.approx(0, abs=1e-3)
 
 
-def test_bundled_models_are_judged_without_reading_the_real_images(fashion_train, tmp_path, monkeypatch):
-    """Fréchet distance and accuracy need none; what does says so when it is measured, once (then it is kept)."""
+def test_bundled_models_are_judged_without_reading_the_real_images(tmp_path, monkeypatch):
+    """Fréchet distance and accuracy need none; what does has them read once (then their features are kept)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    read: list[str] = []
-    data = fashion_train
+    read, data = [], load_fashion_sample()
 
-    def counted(spec, size=None, **_):
+    def counted(spec, **_):
         read.append(spec)
         return data
 
     monkeypatch.setattr("marval.evaluate.judge.load_images", counted)
     pipeline = load("fashion-student", "cpu")
-    judge = make_judge(pipeline)
-    found = judge.figures(data.images[:100], data.labels[:100])
+    found = make_judge(pipeline).figures(data.images[:100], data.labels[:100])
     assert {"fd", "accuracy", "log_probability", "diversity"} == set(found)
-    assert len(judge.about["data_sha256"]) == 64
-    asked = make_judge(pipeline, sample=50)
     assert read == []
+    judge, again = (make_judge(pipeline, sample=50) for _ in range(2))
     names = ("kid", "precision", "recall")
-    found = asked.figures(data.images[:20], data.labels[:20])
+    found = judge.figures(data.images[:20], data.labels[:20])
     assert {f"efficientnet_{name}" for name in names} <= set(found)
     assert set(names).isdisjoint(found)  # no figure on other features has the published one's name
-    assert read == ["fashion-mnist"]
-    again = make_judge(pipeline, sample=50)
-    assert torch.equal(again.sample().features, asked.sample().features)
+    assert torch.equal(again.sample.features, judge.sample.features)
     assert read == ["fashion-mnist"]
     with pytest.raises(ValueError, match="not the model's"):
         make_judge(Pipeline(tiny_model(), tiny_config()), "fashion-mnist")
-
-
-def test_statistics_of_other_features_and_bad_features_are_refused(own_features):
-    data = tiny_data()
-    judge = load_judge("folder:x", lambda: data, features="own_features:rows")
-    judge.real.save(own_features / "rows.safetensors")
-    kept = judge_by_reference(own_features / "rows.safetensors", "own_features:rows")
-    assert kept.figures(data.images, data.labels)["fd"] == pytest.approx(0, abs=1e-4)  # kept in float32
-    with pytest.raises(ValueError, match=r"own_features:rows .*expected 'EfficientNet-Lite0"):
-        judge_by_reference(own_features / "rows.safetensors")
-    assert kept.about["data_sha256"] == judge.about["data_sha256"]  # statistics say which images they are of
-    with pytest.raises(ValueError, match=r"returned \(64,\), expected \(64, features\)"):
-        extract(find_features("own_features:flat"), data.images)
 
 
 class FakeInception(torch.nn.Module):
@@ -275,8 +187,7 @@ def reference_figures(file, images):
 def test_figures_against_adms_reference_file(fake_fidelity, tmp_path):
     data = tiny_data()
     write_reference(tmp_path / "adm.npz", data.images)
-    judge = judge_by_reference(tmp_path / "adm.npz")
-    assert len(judge.about["data_sha256"]) == 64
+    judge = make_judge(Pipeline(tiny_model(), tiny_config()), reference=tmp_path / "adm.npz")
     assert judge.about["reference"] == "adm.npz"
     assert judge.about["inception_sha256"] == hashlib.sha256(b"weights").hexdigest()
     found = judge.figures(data.images, data.labels)
@@ -285,10 +196,6 @@ def test_figures_against_adms_reference_file(fake_fidelity, tmp_path):
     assert found["inception_precision"] == found["inception_recall"] == 1.0
     assert found["inception_kid"] <= 0  # of the same images: pairs of an image with itself are left out on each side
     assert (found["inception_score"], found["inception_score_std"]) == (64.0, 10.0)
-    said, bias = judge.warning(4)
-    assert "4 images are fewer than 8 features" in said
-    assert bias > 0
-    assert judge.warning(8) is None
     assert "fd" not in found  # no distance on other features is called FID
     lazy = reference_figures(tmp_path / "adm.npz", data.images[data.labels == 0])
     assert lazy["fid"] > 0.1
@@ -297,12 +204,8 @@ def test_figures_against_adms_reference_file(fake_fidelity, tmp_path):
     write_reference(tmp_path / "mar.npz", data.images, without=("mu_s", "sigma_s", "arr_0"))
     short = reference_figures(tmp_path / "mar.npz", data.images)
     assert set(short) == {"fid", "inception_score", "inception_score_std"}
-
-
-def test_spatial_features_have_tensorflows_order(fake_fidelity):
-    inception = fidelity.Inception("cpu")
-    images = tiny_data().images[:2]
-    spatial = inception.columns(images)["spatial"]
+    inception, images = judge.reference.inception, data.images[:2]
+    spatial = inception.columns(images)["spatial"]  # in TensorFlow's order
     maps = inception.network.Mixed_6d.branch1x1(images.expand(-1, 3, -1, -1).float() / 255)
     assert spatial.shape == (2, 2 * 2 * 7)
     torch.testing.assert_close(spatial[1, 7 * 3 : 7 * 4], maps[1, :7, 1, 1])
@@ -316,19 +219,16 @@ def test_bad_reference_files(tmp_path, fake_fidelity, monkeypatch):
             fidelity.Reference.load(tmp_path / name, "cpu")
 
     refused("nowhere.npz", r"openaipublic.*expected SHA-256 b32732719497.*records")
-    write_reference(tmp_path / fidelity.ADM_FILE, tiny_data().images)
+    for name in (fidelity.ADM_FILE, "cut.npz"):
+        write_reference(tmp_path / name, tiny_data().images)
     refused(fidelity.ADM_FILE, r"has SHA-256 [0-9a-f]{64}, expected b32732719497.*fetch it again")
-    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
-    refused("other.npz", "holds weights, expected mu and sigma")
-    (tmp_path / "text.npz").write_text("hello")
-    refused("text.npz", "cannot be read as ADM's reference")
-    write_reference(tmp_path / "cut.npz", tiny_data().images)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-500])  # half fetched
-    refused("cut.npz", r"cannot be read as ADM's reference \(no whole .npz\)")
-    np.savez(tmp_path / "spatial.npz", mu=np.zeros(8), sigma=np.eye(8), mu_s=np.zeros(3), sigma_s=np.eye(3))
-    refused("spatial.npz", "spatial statistics of 3 features, expected 28")
+    (tmp_path / "text.npz").write_text("hello")
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    for name in ("cut.npz", "text.npz", "other.npz"):
+        refused(name, rf"{name} cannot be read as ADM's reference")
     np.savez(tmp_path / "short.npz", mu=np.zeros(3), sigma=np.eye(3))
-    refused("short.npz", "pool statistics of 3 features, expected 8")
+    refused("short.npz", r"mu has shape \(3,\), not the network's")
 
     def unreachable(*_):
         raise urllib.error.URLError("no network")

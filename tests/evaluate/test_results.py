@@ -8,7 +8,7 @@ import scipy.stats
 
 from marval.cli import main
 from marval.evaluate.compare import compare
-from marval.evaluate.metrics import METRICS
+from marval.evaluate.features import METRICS
 from marval.evaluate.results import merge_results, read_results, write_results
 from result_rows import quality, teacher, timed, write
 
@@ -16,11 +16,11 @@ from result_rows import quality, teacher, timed, write
 @pytest.mark.parametrize(
     "text",
     [
-        "", "[]", "null", "{", '{"quality": 1}', '{"quality": []}', '{"quality": {}}', '{"quality": {"rows": {}}}',
+        "", "[]", "null", "{", '{"quality": 1}', '{"quality": []}', '{"quality": {}}',
         '{"quality": {"rows": [1]}}', '{"quality": {"rows": [{}]}}', '{"quality": {"quality": {"rows": []}}}',
         '{"timing": {"rows": [{"model": "s", "draw": {}, "iterations": 4, "batch": 1}]}}', '{"name": "marval"}',
         '{"quality": {"rows": [{"model": "s", "draw": 3, "iterations": 4, "samples": 2}]}}', "[" * 100_000,
-        '{"quality": {"rows": [{"model": "s", "draw": {}, "iterations": 4, "samples": 2, "fd": NaN}]}}', "\x00\xff",
+        "\x00\xff",
     ],
 )  # fmt: skip
 def test_what_is_no_results_file_is_refused_in_one_line(tmp_path, text):
@@ -31,16 +31,14 @@ def test_what_is_no_results_file_is_refused_in_one_line(tmp_path, text):
 
 
 def test_files_of_older_versions_are_read_under_todays_names(tmp_path):
+    """They wrote what made a part once, and not under its rows."""
     old = quality(draw={"kind": "chain", "steps": 50, "guidance": 3.0}, kid=0.5)
-    time = {"model": "s", "draw": {"steps": 50}, "iterations": 8, "batch": 1, "seconds_per_image": 1.0}
-    parts = {"quality": {"command": "marval evaluate", "rows": [old]}, "bench": {"rows": [time]}}
-    (tmp_path / "r.json").write_text(json.dumps(parts))
-    results = read_results(tmp_path / "r.json")
-    (row,), (timing,) = results["quality"], results["timing"]
-    assert row["draw"]["diffusion_steps"] == timing["draw"]["diffusion_steps"] == 50
-    assert row["own_kid"] == 0.5
+    (tmp_path / "r.json").write_text(json.dumps({"quality": {"command": "c", "machine": "m", "rows": [old]}}))
+    (row,) = read_results(tmp_path / "r.json")["quality"]
+    assert row["draw"]["diffusion_steps"] == 50
+    assert row["efficientnet_kid"] == 0.5
     assert "kid" not in row
-    assert (row["made"]["command"], timing["decoded"]) == ("marval evaluate s", False)
+    assert row["made"] == {"command": "marval evaluate s", "commit": "c" * 40, "machine": "m"}
 
 
 def row(k, **changes):
@@ -92,38 +90,34 @@ def test_differences_come_first_and_the_rest_is_counted(tmp_path, monkeypatch, c
     main()
     table, lines = (part.split("\n") for part in capsys.readouterr().out.split("1 of 2 figures differ"))
     cells = [cell.strip() for cell in table[3].strip("│").split("│")]
-    assert cells == ["s K=8, 100 samples", "fd", "11", "12.5", "+1.5", "± 1.2", "3 and 3 seeds"]
+    assert cells == ["s K=8, 100 samples", "fd", "11", "12.5", "+1.5", "± 1.2", "3 seeds"]
     assert lines[1] == "1 of 2 figures: the same"
     assert any("sha256" in line and "a" * 64 in line and "b" * 64 in line for line in lines)
     assert f"only in {second}: s K=16, 100 samples and 1 more" in lines
     assert {difference.verdict for difference in compare(first, first)[1]} == {"the same"}
     one = write(tmp_path / "one.json", [quality("tuned", fd=9.0)])  # one model each: compared under different names
     _, alone = compare(write(tmp_path / "other.json", [quality()]), one)
-    assert alone[0].verdict.startswith("so few seeds tell nothing")
+    assert alone[0].verdict.startswith("too few to tell")
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "shared", "verdict"),
+    ("first", "second", "verdict"),
     [
-        ([10.0, 10.2, 9.9], [10.9], False, "a difference"),
-        ([10.0, 10.2], [10.3, 10.1], False, "no more than chance"),
-        ([10.0, 12.0, 14.0], [10.5, 12.6, 14.5], True, "a difference"),  # by pairs only: the seeds differ by more
-        ([10.0, 12.0, 14.0], [10.5, 12.6, 14.5], False, "no more than chance"),
-        ([10.0, 10.4, 9.7, 10.1, 10.3, 9.8], [10.6, 10.2, 10.9, 10.7, 10.3, 10.5], False, "a difference"),
-        ([10.0, 10.2, 9.9], [10.1, 10.0, 10.3], True, "no more than chance"),
+        ([10.0, 12.0, 14.0], [10.5, 12.6, 14.5], "a difference"),  # by pairs only: the seeds differ by more
+        ([10.0, 10.2, 9.9], [10.1, 10.0, 10.3], "no more than chance"),
+        ([10.0, 10.4, 9.7, 10.1, 10.3, 9.8], [10.6, 10.7, 10.9, 10.7, 10.3, 10.5], "a difference"),
     ],
 )
-def test_chance_is_the_interval_of_the_difference(first, second, shared, verdict, tmp_path):
-    """Of pairs where both sides have the same seeds; else with one variance for both sides, as Student's."""
+def test_chance_is_the_interval_of_the_mean_difference_of_pairs(first, second, verdict, tmp_path):
     files = [
-        write(tmp_path / f"{name}.json", [quality(seed=start + seed, fd=fd) for seed, fd in enumerate(values)])
-        for name, start, values in (("a", 0, first), ("b", 0 if shared else 100, second))
+        write(tmp_path / f"{name}.json", [quality(seed=seed, fd=fd) for seed, fd in enumerate(values)])
+        for name, values in (("a", first), ("b", [*second, 99.0]))  # a seed that only one side has does not count
     ]
     _, (difference, _) = compare(*files)
-    result = (scipy.stats.ttest_rel if shared else scipy.stats.ttest_ind)(first, second)
+    result = scipy.stats.ttest_rel(first, second)
     assert (difference.figure, difference.verdict) == ("fd", verdict)
     assert (result.pvalue < 0.05) == (verdict == "a difference")
-    assert difference.counts == (len(first), len(second))
+    assert difference.counts == f"{len(first)} seeds"
     low, high = result.confidence_interval()
     assert difference.chance == pytest.approx((high - low) / 2, rel=0.031)
 
@@ -138,7 +132,7 @@ def test_times_differ_where_their_rounds_do_not_overlap(tmp_path):
         ("apart", "a difference", {"seconds_per_image": 1.4, "fastest": 1.21, "slowest": 1.5}),
         ("over", "no more than chance", {"seconds_per_image": 1.4, "fastest": 1.19, "slowest": 1.5}),
         ("faster", "a difference", {"seconds_per_image": 0.8, "fastest": 0.7, "slowest": 0.89}),
-        ("once", "a single round tells nothing", {"seconds_per_image": 9.0, "repeats": 1}),
+        ("once", "too few to tell", {"seconds_per_image": 9.0, "repeats": 1}),
     ):
         (difference,) = compare(base, file(f"{name}.json", **changes))[1]
         assert difference.verdict.startswith(verdict)
@@ -151,43 +145,28 @@ def test_a_teacher_and_a_student_compare_where_each_file_holds_one(tmp_path):
     b = write(tmp_path / "s.json", [quality(seed=s, fd=fd) for s, fd in ((0, 9.0), (1, 9.1), (2, 9.2))])
     lines, differences = compare(a, b)
     assert differences[0].setting == "t K=8, T=100, w=3, 100 samples, against s"
-    assert (differences[0].verdict, differences[0].counts) == ("a difference", (3, 3))
+    assert (differences[0].verdict, differences[0].counts) == ("a difference", "3 seeds")
     assert any("draw" in line for line in lines)
     several = write(tmp_path / "two.json", [teacher(8, 100, 12.0), teacher(8, 10, 30.0)])
     with pytest.raises(ValueError, match="share no setting"):  # which of the two chains?
         compare(several, b)
 
 
-def rewarded(seed, **rewards):
-    scores = {name: {"mean": mean, "standard_error": error} for name, (mean, error) in rewards.items()}
-    return quality(seed=seed, prompt="a {}", rewards=scores)
+def test_rewards_compare_by_seeds_and_of_one_weight(tmp_path):
+    def scored(name, means, digest="1"):
+        rows = [
+            quality(seed=s, rewards={"clip": {"mean": mean, "standard_error": 0.1, "sha256": digest}})
+            for s, mean in enumerate(means)
+        ]
+        write_results(tmp_path / name, "rewards", rows)
+        return tmp_path / name
 
-
-def test_rewards_compare_by_their_standard_errors_and_weights(tmp_path):
-    """Two seeds of 100 images each against one: two standard errors of the difference of their means."""
-    files = [tmp_path / f"{name}.json" for name in "abcd"]
-    other = rewarded(0, clip=(20.0, 0.3))
-    other["rewards"]["clip"]["sha256"] = "2" * 64
-    for file, rows in zip(
-        files,
-        (
-            [rewarded(0, clip=(20.0, 0.3)), rewarded(1, clip=(20.4, 0.4))],
-            [rewarded(0, clip=(21.0, 0.6), other=(1.0, 0.1))],
-            [rewarded(0, clip=(21.6, 0.6))],
-            [other],
-        ),
-        strict=True,
-    ):
-        write_results(file, "rewards", rows)
-    (one,) = compare(files[0], files[1])[1]
-    assert (one.figure, one.first, one.second, one.counts) == ("clip", pytest.approx(20.2), 21.0, (200, 100))
-    assert one.chance == pytest.approx(2 * (0.25**2 + 0.6**2) ** 0.5)
-    assert one.verdict == "no more than chance"
-    assert compare(files[0], files[2])[1][0].verdict == "a difference"
-    other["rewards"]["clip"]["sha256"] = "1" * 64
-    write_results(files[0], "rewards", [other])
-    with pytest.raises(ValueError, match=r"rewards clip with weights 1+ and 2+: these do not compare"):
-        compare(files[0], files[3])
+    first = scored("a.json", [20.0, 20.4, 20.2])
+    (one,) = compare(first, scored("b.json", [21.0, 21.4, 21.1]))[1]
+    assert (one.figure, one.first, one.counts) == ("clip", pytest.approx(20.2), "3 seeds")
+    assert one.verdict == "a difference"
+    with pytest.raises(ValueError, match="rewards of other weights: these do not compare"):
+        compare(first, scored("c.json", [21.0], digest="2"))
 
 
 def test_compare_refuses_what_does_not_compare(tmp_path):
@@ -200,8 +179,3 @@ def test_compare_refuses_what_does_not_compare(tmp_path):
         compare(first, write(tmp_path / "k.json", [quality(k=3)]))
     with pytest.raises(ValueError, match=r"nowhere\.json is not there"):
         compare(first, tmp_path / "nowhere.json")
-    old = quality(diversity=40.0)
-    new = write(tmp_path / "new.json", [old | {"metrics": METRICS, "diversity": 30.0}])
-    lines, differences = compare(write(tmp_path / "old.json", [old]), new)
-    assert "diversity" not in {difference.figure for difference in differences}
-    assert any("diversity is not compared: it is defined otherwise by older metrics" in line for line in lines)

@@ -1,7 +1,6 @@
 """Speed: jobs take turns, rows say what was timed, and operations are those that torch counts."""
 
 import dataclasses
-import statistics
 
 import pytest
 import torch
@@ -10,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from marval.config import Chain, OneStep
 from marval.evaluate.results import read_results
-from marval.evaluate.speed import Speed, flops_per_image, in_turns, measure_speed, peak_flops
+from marval.evaluate.speed import flops_per_image, in_turns, measure_speed
 from marval.pipeline import Pipeline
+from marval.sampling import draw_function, sample
 from tiny import tiny_config, tiny_model
 
 
@@ -26,15 +26,15 @@ def tiny_pair():
 class Clock:
     """Stands still, but for the jobs, which take their time and leave their name."""
 
-    def __init__(self, monkeypatch, drift=0.0):
-        self.now, self.said, self.drift = 0.0, [], drift
+    def __init__(self, monkeypatch):
+        self.now, self.said = 0.0, []
         monkeypatch.setattr("marval.evaluate.speed.time.perf_counter", lambda: self.now)
         monkeypatch.setattr("marval.evaluate.speed.synchronize", lambda device: self.said.append("wait"))
 
     def job(self, name, seconds):
         def run():
             self.said.append(name)
-            self.now += seconds * (1 + self.drift * len(self.said))
+            self.now += seconds
 
         return run
 
@@ -49,16 +49,6 @@ def test_jobs_take_turns_after_a_warm_up_and_short_ones_are_repeated(monkeypatch
     assert in_turns([once.job("minutes", 100.0)], 0, torch.device("cpu")) == [[100.0]]
 
 
-def test_a_drifting_machine_hits_all_alike(monkeypatch):
-    """A machine that gets slower and slower: medians of jobs in turns keep their ratio, one after the other not."""
-    clock = Clock(monkeypatch, drift=0.003)
-    slow, fast = in_turns([clock.job("slow", 2.0), clock.job("fast", 1.0)], 9, torch.device("cpu"))
-    assert statistics.median(slow) / statistics.median(fast) == pytest.approx(2.0, rel=0.02)
-    apart = Clock(monkeypatch, drift=0.003)
-    (fast,), (slow,) = (in_turns([apart.job(n, s)], 9, torch.device("cpu")) for n, s in (("fast", 1.0), ("slow", 2.0)))
-    assert statistics.median(slow) / statistics.median(fast) > 2.1
-
-
 def test_rows_are_of_their_own_model_k_and_batch_and_replace_those_at_the_same_setting(tmp_path, monkeypatch):
     clock = Clock(monkeypatch)
 
@@ -67,32 +57,24 @@ def test_rows_are_of_their_own_model_k_and_batch_and_replace_those_at_the_same_s
         return clock.job("draw", seconds * (0.5 if autocast else 1))
 
     monkeypatch.setattr("marval.evaluate.speed.drawing", drawing)
-    monkeypatch.setattr("marval.evaluate.speed.peak_flops", lambda *_: 1e12)
     out, pair = tmp_path / "r.json", tiny_pair()
-    rows = measure_speed(pair, Speed((2, 4, 4), (1, 8), 3), out, report=str)
+    rows = measure_speed(pair, out, iterations=(2, 4, 4), batches=(1, 8), repeats=3)
     assert [(row["model"], row["iterations"], row["batch"]) for row in rows] == [
         (model, k, batch) for batch in (1, 8) for model in ("teacher", "student") for k in (2, 4)
     ]
     for row in rows:
         expected = {"teacher": 10.0, "student": 1.0}[row["model"]] * row["iterations"]
         assert row["seconds_per_image"] == row["fastest"] == row["slowest"] == pytest.approx(expected)
-        flops = row["gflops_per_image"] * 1e9
-        assert row["fraction_of_peak"] == pytest.approx(flops / expected / 1e12, rel=1e-5)
+        assert row["gflops_per_image"] > 0
         assert (row["repeats"], row["decoded"], row["made"]["processes"]) == (3, True, 1)
     monkeypatch.setattr(clock, "job", lambda name, seconds: lambda: setattr(clock, "now", clock.now + 2 * seconds))
-    measure_speed(pair[:1], Speed((2,), (1,), 0), out, report=str)
-    measure_speed(pair[:1], Speed((2,), (1,), 0, autocast=True), out, report=str)
+    for autocast in (False, True):
+        measure_speed(pair[:1], out, iterations=(2,), repeats=0, autocast=autocast)
     after = {(r["model"], r["iterations"], r["batch"], r["autocast"]): r for r in read_results(out)["timing"]}
     assert len(after) == len(rows) + 1
     assert after["teacher", 2, 1, False]["seconds_per_image"] == 40.0
     assert after["teacher", 2, 1, True]["seconds_per_image"] == 20.0
     assert after["teacher", 4, 1, False]["seconds_per_image"] == 40.0
-
-
-def test_the_peak_is_no_less_than_a_product_reaches():
-    x = torch.randn(256, 256)
-    (seconds,) = in_turns([lambda: x @ x], 3, torch.device("cpu"))
-    assert peak_flops(torch.device("cpu"), autocast=False, repeats=1) > 0.1 * 2 * 256**3 / min(seconds)
 
 
 @pytest.mark.parametrize("iterations", [1, 3, 16])
@@ -103,8 +85,6 @@ def test_operations_are_those_of_a_whole_image(draw, iterations):
     """The counter knows neither oneDNN's layers, which need inference mode, nor the CPU's flash attention."""
     pipeline = pipeline_of(draw)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        from marval.sampling import draw_function, sample
-
         condition = pipeline.model.embed(torch.tensor([0]))
         sample(pipeline.model, draw_function(pipeline.config), condition, iterations=iterations, seeds=[0])
     assert flops_per_image(pipeline.config, iterations) == counter.get_total_flops()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from marval.evaluate.evaluate import Quality, jobs_of
+from marval.evaluate.evaluate import Quality, columns_of, drawings_of
 from marval.pipeline import Pipeline
 from marval.runtime.distributed import start_workers
 from tiny import tiny_config, tiny_model
@@ -13,10 +13,9 @@ from tiny import tiny_config, tiny_model
 
 def main(count, folder, out):
     models = [(None, Pipeline(tiny_model(), tiny_config()))]
-    (job,) = jobs_of(models, Quality((2,), count, (3,), keep_images=folder))
+    (drawing,) = drawings_of(models, Quality((2,), count, (3,), keep_images=folder))
     with start_workers("cpu") as workers:
-        score = lambda images, labels: {"labels": labels, "images": images}  # noqa: E731
-        columns = job.columns(score, workers, lambda line: None)
+        columns = columns_of(drawing, lambda images, labels: {"labels": labels, "images": images}, workers)
         assert bool(columns) == workers.main
         if workers.main:
             torch.save(columns, out)

@@ -11,11 +11,12 @@ from tiny import tiny_config, tiny_model
 
 
 def main(folder, count, pause):
+    pipeline = Pipeline(tiny_model(), tiny_config())
     with start_workers("cpu") as workers:
-        drawing = draw.Drawing(Pipeline(tiny_model(), tiny_config()), count, 3, 2, shard=4)
-        draw.claim_folder(folder, {"model": "tiny"}, workers)
-        for _ in draw.draw_shards(drawing, folder, workers, report=lambda line: time.sleep(pause)):
-            pass
+        drawing = draw.Drawing(pipeline, count, 3, 2, folder=folder, key={"model": "tiny"}, shard=4)
+        draw.claim_folder(drawing, workers)
+        for _ in draw.draw_shards(drawing, workers):
+            time.sleep(pause)
         workers.barrier()
         if workers.main:
             draw.write_npz(drawing, folder)

@@ -5,15 +5,14 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, get_args
+from typing import TYPE_CHECKING
 
 from marval.cli.arguments import usable_device
-from marval.config import Checked, Count, Order, Positive, Size, Template, Whole
+from marval.config import Checked, Count, Order, Positive, Template, Whole
 from marval.presets import TuneConfig
 
 if TYPE_CHECKING:
     from marval.evaluate.models import Models
-    from marval.runtime.distributed import Workers
 
 REAL_SAMPLE = 10_000  # real images that KID, precision and recall are measured on
 
@@ -51,7 +50,7 @@ class Against(Checked):
     data: str | None = None  # the real images; the first model's when left out
     judge: Path | None = None  # the held-out classifier (marval train classifier); bundled for Fashion-MNIST
     features: str | None = None  # file.py:function in EfficientNet's place: byte images (B, C, H, W) to (B, F)
-    reference: Path | None = None  # a file in the real images' place: ADM's .npz (FID, IS, sFID), or statistics
+    reference: Path | None = None  # ADM's .npz in the real images' place: FID, IS, sFID
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,10 @@ def evaluate(
             student with random weights (only with --samples 0)
     """
     check_request(models, measured, against, results)
-    from marval.evaluate.evaluate import Quality, measure_quality
-    from marval.evaluate.judge import make_judge
-    from marval.evaluate.rewards import measure_rewards
-    from marval.evaluate.speed import Speed, measure_speed
+    from marval.evaluate.evaluate import Quality, measure
+    from marval.evaluate.judge import RewardJudge, make_judge
+    from marval.evaluate.models import FULL_SIZES, load_models
+    from marval.evaluate.speed import measure_speed
     from marval.rewards import find_reward
     from marval.runtime.distributed import start_workers
 
@@ -95,34 +94,37 @@ def evaluate(
     quality = Quality(sampling.iterations, samples, measured.seed, sampling.autocast, sampling.batch_size, *images)
     with start_workers(usable_device(results.device)) as workers:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends it at once: finished rows are whole, so nothing is lost
-        loaded = models_to_measure(models, sampling, workers)
+        loaded = load_models(
+            models, str(workers.device), diffusion_steps=sampling.diffusion_steps, guidance=sampling.guidance,
+            temperature=sampling.temperature, order=sampling.order,
+        )  # fmt: skip
         if measured.rewards is not None:
             names = [name.strip() for name in measured.rewards.split(",")]
             rewards = {name: find_reward(name, device=workers.device) for name in names}
-            measure_rewards(loaded, rewards, measured.prompt, quality, out, workers)
+            classes = loaded[0][1].config.class_names
+            measure(loaded, RewardJudge(rewards, measured.prompt, classes, workers.device), quality, out, workers)
             return
         if measured.samples:
-            judged = make_judge(
+            judge = make_judge(
                 loaded[0][1], against.data, against.judge, workers, features=against.features,
                 reference=against.reference, sample=REAL_SAMPLE,
             )  # fmt: skip
-            measure_quality(loaded, judged, quality, out, workers)
+            measure(loaded, judge, quality, out, workers)
         if workers.main and measured.batches:
-            few = loaded[0][0] is None and measured.batches == Measured().batches  # 64 images of full size: an hour
-            batches = (1,) if few else measured.batches
-            measure_speed(loaded, Speed(sampling.iterations, batches, measured.repeats, sampling.autocast), out)
+            few = (
+                FULL_SIZES.keys() & set(models) and measured.batches == Measured().batches
+            )  # 64 images of full size: an hour
+            measure_speed(
+                loaded, out, iterations=sampling.iterations, batches=(1,) if few else measured.batches,
+                repeats=measured.repeats, autocast=sampling.autocast,
+            )  # fmt: skip
         if workers.main:
-            show(loaded, measured, results)
-
-
-def full_sizes(models: tuple[str, ...]) -> list[Size]:
-    """The sizes of those models that are full-size ones with random weights."""
-    sizes = [name.removeprefix("imagenet256-") for name in models if name.startswith("imagenet256-")]
-    return [cast(Size, size) for size in sizes if size in get_args(Size)]
+            show(loaded, measured, sampling.autocast, results)
 
 
 def check_request(models: tuple[str, ...], measured: Measured, against: Against, results: Results) -> None:
     """Refuse what cannot be measured, or written, before models are loaded."""
+    from marval.evaluate.models import FULL_SIZES
     from marval.evaluate.report import need_matplotlib
     from marval.evaluate.results import read_results
     from marval.io.files import check_output
@@ -132,9 +134,8 @@ def check_request(models: tuple[str, ...], measured: Measured, against: Against,
         raise ValueError(f"{', '.join(others)}: not with --rewards, which are measured instead; run them apart")
     if not models:
         raise ValueError("name at least one model, for example fashion-student")
-    sizes = full_sizes(models)
-    if sizes and (len(sizes) < len(models) or measured.samples):
-        raise ValueError(f"imagenet256-{sizes[0]} has random weights: time it by itself, with --samples 0")
+    for name in FULL_SIZES.keys() & set(models) if measured.samples else ():
+        raise ValueError(f"{name} has random weights: time it with --samples 0")
     if (measured.budget or results.plot) and not measured.batches:
         raise ValueError("--budget and --plot need times: name a batch size with --batches")
     if not measured.samples and (measured.rewards is not None or not measured.batches):
@@ -146,34 +147,25 @@ def check_request(models: tuple[str, ...], measured: Measured, against: Against,
         need_matplotlib()
 
 
-def models_to_measure(models: tuple[str, ...], sampling: Sampling, workers: "Workers") -> "Models":
-    """Load the models: a teacher once for each T and w, full-size models with random weights."""
-    from marval.evaluate.models import load_models, random_pair
-
-    device, sizes = str(workers.device), full_sizes(models)
-    if sizes:
-        steps = next(iter(sampling.diffusion_steps), 100)
-        return [model for size in sizes for model in random_pair(size, device, steps)]
-    return load_models(
-        models, device, diffusion_steps=sampling.diffusion_steps, guidance=sampling.guidance,
-        temperature=sampling.temperature, order=sampling.order,
-    )  # fmt: skip
-
-
-def show(models: "Models", measured: Measured, results: Results) -> None:
-    """Print the tables of what was measured, the best setting within the budget, and the plot's file."""
+def show(models: "Models", measured: Measured, autocast: bool, results: Results) -> None:
+    """Print the tables of the results, the best of the measured settings within the budget, and the plot's file."""
     from marval.evaluate.report import best_within, plot_curve, points_of, print_results
     from marval.evaluate.results import read_results
 
     print_results(results.out)
-    if not measured.batches:
+    if measured.budget is None and results.plot is None:
         return
-    batch, names, samples = measured.batches[0], {p.config.name for _, p in models}, measured.samples or None
-    points = points_of(read_results(results.out), batch, models=names, samples=samples, report=print)
+    found, names = read_results(results.out), {pipeline.config.name for _, pipeline in models}
+    quality, timing = (
+        [row for row in found.get(part, []) if row["model"] in names and bool(row.get("autocast")) == autocast]
+        for part in ("quality", "timing")
+    )
+    samples = measured.samples or max((row["samples"] for row in quality), default=0)
+    points = points_of([row for row in quality if row["samples"] == samples], timing, measured.batches[0])
     if measured.budget is not None:
         print(best_within(points, measured.budget))
     if results.plot is not None:
-        plot_curve(points, results.plot, batch)
+        plot_curve(points, results.plot, measured.batches[0])
         print(results.plot)
 
 
@@ -201,12 +193,12 @@ def compare(first: Path, second: Path) -> None:
     table = Table("setting", "figure", "first", "second", "change", "by chance", "counts")
     for one in figures:
         if one.verdict == "a difference":
-            change, counted = f"{one.second - one.first:+.4g}", "{} and {} ".format(*one.counts) + one.unit
-            values = f"{one.first:.6g}", f"{one.second:.6g}", change, f"± {one.chance:.2g}", counted
-            table.add_row(one.setting, one.figure, *values)
-    if found := counts.pop("a difference", 0):
+            values = f"{one.first:.6g}", f"{one.second:.6g}", f"{one.second - one.first:+.4g}", f"± {one.chance:.2g}"
+            table.add_row(one.setting, one.figure, *values, one.counts)
+    if table.rows:
         Console(width=None if sys.stdout.isatty() else 160).print(table)
-    print(f"{found} of {len(figures)} figures differ by more than chance makes (95 % intervals: 1 in 20 may)")
+    print(f"{len(table.rows)} of {len(figures)} figures differ by more than chance makes (95 % intervals: 1 in 20 may)")
     for verdict, count in counts.items():
-        print(f"{count} of {len(figures)} figures: {verdict}")
+        if verdict != "a difference":
+            print(f"{count} of {len(figures)} figures: {verdict}")
     print("\n".join(lines))

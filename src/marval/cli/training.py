@@ -110,8 +110,8 @@ def distill(teacher: str, *, what: Student, settings: DistillConfig, output: Stu
     Args:
         teacher: a bundled model, or a model's or run's folder
     """
+    from marval.evaluate.evaluate import probe
     from marval.evaluate.judge import make_judge
-    from marval.evaluate.probe import probe
     from marval.train.distill import distill as train_student
 
     device, samples = output.check(), output.probe_samples
@@ -124,7 +124,7 @@ def distill(teacher: str, *, what: Student, settings: DistillConfig, output: Stu
         watch = None
         if samples and len(images) > 1:  # one image has no Fréchet distance
             judge = make_judge(pipeline, what.judge_data or what.data, None, run.workers, limit=JUDGED)
-            watch = probe(judge, samples, settings.iterations, workers=run.workers)
+            watch = probe(judge, samples, settings.iterations, run.workers)
         done = train_student(pipeline.model, config, settings, images, run, probe=watch)
         if run.workers.main:
             print(f"{output.out / 'model'}: {done} of {settings.updates} updates done")
@@ -165,8 +165,8 @@ def tune(student: str, *, rewards: Rewards, settings: TuneConfig, output: TunedR
     Args:
         student: a bundled model, or a model's or run's folder
     """
-    from marval.evaluate.judge import make_judge
-    from marval.evaluate.probe import probe
+    from marval.evaluate.evaluate import probe
+    from marval.evaluate.judge import RewardJudge, make_judge
     from marval.rewards import WeightedReward, parse_rewards
     from marval.train.anchor import anchor_of
     from marval.train.tune import tune as tune_student
@@ -186,11 +186,12 @@ def tune(student: str, *, rewards: Rewards, settings: TuneConfig, output: TunedR
         workers, held_out = run.workers, None
         reward = WeightedReward(parse_rewards(rewards.reward, rewards.classifier, workers.device))
         if rewards.held_out is not None:
-            held_out = WeightedReward(parse_rewards(rewards.held_out, None, workers.device))
+            watched = WeightedReward(parse_rewards(rewards.held_out, None, workers.device))
+            held_out = RewardJudge({"held out": watched}, settings.prompt, config.class_names, workers.device)
         judge = make_judge(pipeline, rewards.judge_data or rewards.data, rewards.judge, workers, limit=JUDGED)
         if workers.main and judge.classifier is None and held_out is None:
             print("no --judge and no --held-out reward: the Fréchet distance and the diversity alone say when to stop")
-        watch = probe(judge, samples, settings.iterations, workers=workers, held_out=held_out, prompt=settings.prompt)
+        watch = probe(judge, samples, settings.iterations, workers, held_out)
         ended = tune_student(pipeline.model, config, reward, settings, run, probe=watch, anchor=anchor)
         if workers.main:
             print(f"{output.out / 'model'}: {ended}")

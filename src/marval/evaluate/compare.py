@@ -1,27 +1,19 @@
 """What differs between two results files, and whether by more than chance makes.
 
-Chance is the 95 % interval of the difference: by Student's t over seeds (of the differences of pairs, where both files
-have the same seeds, whose images share their noise; else with one variance for both sides), by two standard errors over
-the images for rewards. Times differ where no round of one file is as fast as one of the other. Seeds are those of the
+Chance is the 95 % interval of the mean difference by Student's t, over the seeds that both files have (images of one
+seed share their noise). Times differ where no round of one file is as fast as one of the other. Seeds are those of the
 drawn images, not of trainings.
 """
 
-import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from marval.evaluate.metrics import REDEFINED
-from marval.evaluate.results import MEASURE, Row, Setting, figures_of, read_results, standard_error, version_of
+from marval.evaluate.results import MEASURE, Row, Setting, by_setting, figures_of, read_results, standard_error
 
-IDENTITY = ("sha256", "data_sha256", "order", "draw", "decoded")
-MADE = ("command", "commit", "device", "processes", "threads", "versions")
-UNKNOWN = {
-    "seeds": "so few seeds tell nothing: measure three or more (--seed 0 1 2)",
-    "rounds": "a single round tells nothing: time several (--repeats 5)",
-}
+MADE = ("sha256", "order", "draw", "metrics", "command", "commit", "device", "processes", "threads", "versions")
 
 
 @dataclass(frozen=True)
@@ -33,8 +25,7 @@ class Difference:
     first: float
     second: float
     chance: float | None
-    counts: tuple[int, int]  # of seeds, images or rounds in each file
-    unit: str = "seeds"
+    counts: str  # of seeds, or of rounds in each file
 
     @property
     def verdict(self) -> str:
@@ -43,14 +34,14 @@ class Difference:
         if difference == 0:
             return "the same"
         if self.chance is None:
-            return UNKNOWN[self.unit]
+            return "too few to tell: measure three seeds or more (--seed 0 1 2), time several rounds (--repeats 5)"
         return "a difference" if difference > self.chance else "no more than chance"
 
 
 def compare(first: Path, second: Path) -> tuple[list[str], list[Difference]]:
     """Compare two files: lines on how each was made, and a `Difference` for every figure at a setting of both.
 
-    A setting is who draws (model, T, w) and how it was measured (K, number of samples or batch size, precision,
+    A setting is who draws (model, T, w, order) and how it was measured (K, number of samples or batch size, precision,
     prompt). Where each file holds one who draws, these are compared whoever they are: a teacher and a student, say.
 
     Raises:
@@ -62,100 +53,82 @@ def compare(first: Path, second: Path) -> tuple[list[str], list[Difference]]:
             raise ValueError(f"{file} is not there: write it with marval evaluate --out {file}")
     results = [read_results(file) for file in (first, second)]
     lines: list[str] = []
-    notes: dict[str, list[str]] = {}  # and the settings that each is true of
+    notes: dict[str, str] = {}
     differences: list[Difference] = []
     for part, differences_of in PARTS.items():
-        a, b = (_groups(one.get(part, [])) for one in results)
-        if len({setting.curve for setting in a}) == len({setting.curve for setting in b}) == 1:
-            one = next(iter(a))
-            chain = {name: getattr(one, name) for name in ("model", "diffusion_steps", "guidance")}
-            b = {replace(setting, **chain): rows for setting, rows in b.items()}
+        a, b = ({Setting.of(rows[0]): rows for rows in by_setting(one.get(part, []))} for one in results)
+        if len(_who(a)) == len(_who(b)) == 1:
+            (who,) = _who(a)
+            b = {replace(setting, **dict(who)): rows for setting, rows in b.items()}
         for here, there, file in ((a, b, first), (b, a, second)):
             if alone := [_label(rows[0]) for setting, rows in here.items() if setting not in there]:
-                lines.append(f"only in {file}: {_first_of(alone)}")
+                lines.append(f"only in {file}: {alone[0]}" + (f" and {len(alone) - 1} more" if alone[1:] else ""))
         for setting in (setting for setting in a if setting in b):
             label, other = _label(a[setting][0]), Setting.of(b[setting][0])
             label += f", against {other.curve}" if other.curve != setting.curve else ""
-            for note in _made_differently(label, a[setting], b[setting]):
-                notes.setdefault(note, []).append(label)
+            notes = _made_differently(label, a[setting][0], b[setting][0]) | notes
             differences += differences_of(label, a[setting], b[setting])
     if not differences:
         raise ValueError(
-            f"{first} and {second} share no setting (model, T, w, K, samples or batch, precision): nothing to compare"
+            f"{first} and {second} share no setting (model, T, w, K, samples or batch, precision) and seed: nothing to "
+            "compare"
         )
-    return [*lines, *(f"{note} ({_first_of(labels)})" for note, labels in notes.items())], differences
+    return [*lines, *notes.values()], differences
 
 
-def _first_of(labels: Sequence[str]) -> str:
-    return labels[0] + (f" and {len(labels) - 1} more" if labels[1:] else "")
+def _who(settings: Collection[Setting]) -> set[Any]:
+    return {tuple((name, getattr(setting, name)) for name in ("model", "chain", "order")) for setting in settings}
 
 
 def _label(row: Row) -> str:
     count = f"batch {row['batch']}" if "batch" in row else f"{row['samples']} samples"
-    return ", ".join([str(Setting.of(row)), count, *(name for name in ("autocast", "compiled") if row.get(name))])
+    return f"{Setting.of(row)}, {count}" + (", autocast" if row.get("autocast") else "")
 
 
-def _groups(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
-    """Group rows by setting; rows of older versions of the metrics are left out."""
-    groups: dict[Setting, list[Row]] = {}
-    for row in sorted(rows, key=version_of, reverse=True):
-        group = groups.setdefault(Setting.of(row), [])
-        if not group or version_of(row) == version_of(group[0]):
-            group.append(row)
-    return groups
-
-
-def _made_differently(label: str, first: Sequence[Row], second: Sequence[Row]) -> list[str]:
-    """Say what else two sides differ in; refuse those of other features or data."""
+def _made_differently(label: str, first: Row, second: Row) -> dict[str, str]:
+    """Say what else two sides differ in, by its name; refuse those of other features or data."""
     for name in MEASURE:
-        a, b = first[0].get(name), second[0].get(name)
+        a, b = first.get(name), second.get(name)
         if a and b and a != b:
             raise ValueError(f"{label}: measured with {name} {a!r} and {b!r}: these do not compare")
-    redefined = [name for name in figures_of(first[0]) if _redefined(name, first[0], second[0])]
-    lines = [f"{name} is not compared: it is defined otherwise by older metrics" for name in redefined]
-    origins = []
-    for rows in (first, second):
-        row, made = rows[0], rows[0].get("made", {})
-        origin: dict[str, Any] = {name: row.get(name, "not recorded") for name in IDENTITY}
-        origin["seeds"] = sorted({row.get("seed", 0) for row in rows})
-        origins.append(origin | {name: made.get(name, "not recorded") for name in MADE})
-    return lines + [f"{name}: {a} and {origins[1][name]}" for name, a in origins[0].items() if a != origins[1][name]]
-
-
-def _redefined(name: str, first: Row, second: Row) -> bool:
-    older, newer = sorted((version_of(first), version_of(second)))
-    return older < REDEFINED.get(name, 0) <= newer
+    weights = [{name: score.get("sha256") for name, score in row.get("rewards", {}).items()} for row in (first, second)]
+    if any(weights[1].get(name, digest) != digest for name, digest in weights[0].items()):
+        raise ValueError(f"{label}: measured by rewards of other weights: these do not compare")
+    sides = [{**row["made"], **row} for row in (first, second)]
+    pairs = {name: [side.get(name, "not recorded") for side in sides] for name in MADE}
+    return {name: f"{name}: {a} and {b} ({label})" for name, (a, b) in pairs.items() if a != b}
 
 
 def _of_times(label: str, first: Sequence[Row], second: Sequence[Row]) -> list[Difference]:
     a, b, name = first[-1], second[-1], "seconds_per_image"
-    counts = a.get("repeats", 1), b.get("repeats", 1)
+    counts = [row.get("repeats", 1) for row in (a, b)]
     fast, slow = sorted((a, b), key=lambda row: row[name])
     # Medians that are further apart leave no round of the slow one as fast as any of the fast one.
     overlap = slow[name] - slow["fastest"] + fast["slowest"] - fast[name] if min(counts) > 1 else None
-    return [Difference(label, name, a[name], b[name], overlap, counts, "rounds")]
+    return [Difference(label, name, a[name], b[name], overlap, "{} and {} rounds".format(*counts))]
 
 
-def _of_quality(label: str, first: Sequence[Row], second: Sequence[Row]) -> list[Difference]:
+def _of_figures(label: str, first: Sequence[Row], second: Sequence[Row]) -> list[Difference]:
     differences = []
-    for name in figures_of(first[0]):
-        a, b = ({row.get("seed", 0): row[name] for row in rows if name in row} for rows in (first, second))
-        if a and b and name != "gflops_per_image" and not _redefined(name, first[0], second[0]):
-            means = statistics.mean(a.values()), statistics.mean(b.values())
-            differences.append(Difference(label, name, *means, chance_of(a, b), (len(a), len(b))))
+    a, b = ({row.get("seed", 0): _figures(row) for row in rows} for rows in (first, second))
+    for name in _figures(first[0]):
+        pairs = [(a[seed][name], b[seed][name]) for seed in a if name in a[seed] and name in b.get(seed, ())]
+        if pairs:
+            here, there = (statistics.mean(side) for side in zip(*pairs, strict=True))
+            chance = chance_of([y - x for x, y in pairs])
+            differences.append(Difference(label, name, here, there, chance, f"{len(pairs)} seeds"))
     return differences
 
 
-def chance_of(first: dict[int, float], second: dict[int, float]) -> float | None:
-    """The 95 % interval of the difference of two sides' means, by seed; None below two degrees of freedom."""
-    paired = first.keys() == second.keys()
-    degrees = len(first) - 1 if paired else len(first) + len(second) - 2
-    if degrees < 2:
-        return None
-    if paired:
-        return student_t(degrees) * standard_error([second[seed] - first[seed] for seed in first])[1]
-    squares = sum(statistics.pvariance(side.values()) * len(side) for side in (first, second))
-    return student_t(degrees) * math.sqrt(squares / degrees * (1 / len(first) + 1 / len(second)))
+def _figures(row: Row) -> dict[str, float]:
+    rewards = {name: score["mean"] for name, score in row.get("rewards", {}).items()}
+    return rewards or {name: value for name, value in figures_of(row).items() if name != "gflops_per_image"}
+
+
+def chance_of(differences: Sequence[float]) -> float | None:
+    """Half the 95 % interval of the mean of differences, by Student's t; None below two degrees of freedom."""
+    degrees = len(differences) - 1
+    return None if degrees < 2 else student_t(degrees) * standard_error(differences)[1]
 
 
 def student_t(degrees: int) -> float:
@@ -172,21 +145,4 @@ def student_t(degrees: int) -> float:
     )
 
 
-def _of_rewards(label: str, first: Sequence[Row], second: Sequence[Row]) -> list[Difference]:
-    differences = []
-    for name in first[0]["rewards"]:
-        sides = [[row for row in rows if name in row["rewards"]] for rows in (first, second)]
-        if not all(sides):
-            continue
-        scores = [[row["rewards"][name] for row in side] for side in sides]
-        weights = sorted({score["sha256"] for side in scores for score in side if "sha256" in score})
-        if len(weights) > 1:
-            raise ValueError(f"{label}: rewards {name} with weights {' and '.join(weights)}: these do not compare")
-        a, b = (statistics.mean(score["mean"] for score in side) for side in scores)
-        errors = [math.hypot(*(score["standard_error"] for score in side)) / len(side) for side in scores]
-        one, other = (sum(row["samples"] for row in side) for side in sides)
-        differences.append(Difference(label, name, a, b, 2 * math.hypot(*errors), (one, other), "images"))
-    return differences
-
-
-PARTS = {"quality": _of_quality, "rewards": _of_rewards, "timing": _of_times}
+PARTS = {"quality": _of_figures, "rewards": _of_figures, "timing": _of_times}

@@ -7,19 +7,19 @@ drawn) and `shard-00000.safetensors` and so on, each written whole, so that a ki
 
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, Shaped, UInt8
+from jaxtyping import Int, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from marval.io.files import atomic_path, write_tensors, write_text
+from marval.io.files import atomic_path, check_output, write_tensors, write_text
 from marval.pipeline import Pipeline
 from marval.runtime.distributed import Workers
 from marval.runtime.progress import progress
@@ -43,6 +43,8 @@ class Drawing:
     seed: int = 0
     autocast: bool = False
     batch_size: int | None = None  # images drawn at a time, which changes none of them
+    folder: Path | None = None  # keeps them
+    key: dict[str, Any] = field(default_factory=dict)  # what rows and the folder say of them
     shard: int = SHARD
 
     @property
@@ -50,23 +52,19 @@ class Drawing:
         """The numbers of the images in every shard."""
         return [range(start, min(start + self.shard, self.count)) for start in range(0, self.count, self.shard)]
 
+    def shard_file(self, number: int) -> Path | None:
+        """The file that keeps a shard."""
+        return None if self.folder is None else self.folder / f"shard-{number:05d}.safetensors"
+
     def labels(self, rows: range) -> Labels:
         """The classes of some images, in turn."""
         return torch.tensor([i % len(self.pipeline.config.class_names) for i in rows])
-
-    def names(self, rows: range) -> list[str]:
-        """Seed and class of some images, as messages say them."""
-        names = self.pipeline.config.class_names
-        return [f"seed {self.seed * SEEDS + i}, class {names[i % len(names)]}" for i in rows]
 
     def draw(self, rows: range, advance: Callable[[int], None] = lambda count: None) -> Images:
         """Draw some images, as rounded bytes.
 
         Args:
             advance: called after every batch with its number of images.
-
-        Raises:
-            ValueError: an image is not finite; its seed and class are named.
         """
         pipeline, parts = self.pipeline, []
         size = self.batch_size or DRAWN[pipeline.config.space.kind]
@@ -81,16 +79,6 @@ class Drawing:
         return torch.cat(parts)
 
 
-def check_finite(what: str, values: Shaped[Tensor, "n *rest"], names: Sequence[str]) -> None:
-    """Refuse values that are not finite: as bytes they would be black, and they would spoil every mean."""
-    bad = ~values.isfinite().flatten(1).all(dim=1) if values.ndim > 1 else ~values.isfinite()
-    if bad.any():
-        raise ValueError(
-            f"{what} of {names[int(bad.int().argmax())]} is not finite ({int(bad.sum())} of {len(bad)} are not): the "
-            "model's weights are broken, or the precision is too low"
-        )
-
-
 def draw_bytes(
     pipeline: Pipeline, count: int, iterations: int, seed: int, workers: Workers | None = None
 ) -> tuple[Images, Labels]:
@@ -101,40 +89,25 @@ def draw_bytes(
 
 
 def draw_shards(
-    drawing: Drawing,
-    folder: Path | None = None,
-    workers: Workers | None = None,
-    report: Callable[[str], None] = print,
-    label: str = "drawing images",
+    drawing: Drawing, workers: Workers | None = None, label: str = "drawing images"
 ) -> Iterator[tuple[range, Images, Labels]]:
     """Draw this process's shards, and yield the numbers, images and labels of each.
 
-    Args:
-        folder: keeps them (see `claim_folder`); what is there is read, not drawn. All processes must see it.
+    A folder, which all processes see, keeps them: what is there is read, not drawn.
     """
-    workers, shards = workers or Workers(), drawing.shards
-    files = [None if folder is None else shard_file(folder, number) for number in range(len(shards))]
-    there = [file is not None and file.is_file() for file in files]
-    order = workers.agree(sorted(range(len(files)), key=there.__getitem__))  # what is missing is shared out evenly
-    own = order[workers.rank :: workers.count]
-    with progress(sum(len(shards[number]) for number in own), label, quiet=not workers.main) as advance:
-        for number in own:
-            file, rows, labels = files[number], shards[number], drawing.labels(shards[number])
+    workers = workers or Workers()
+    own = list(enumerate(drawing.shards))[workers.rank :: workers.count]
+    with progress(sum(len(rows) for _, rows in own), label, quiet=not workers.main) as advance:
+        for number, rows in own:
+            file, labels = drawing.shard_file(number), drawing.labels(rows)
             if file is not None and file.is_file():
+                images = read_shard(file, len(rows))
                 advance(len(rows))
-                yield rows, read_shard(file, len(rows)), labels
-                continue
-            images = drawing.draw(rows, advance)
-            if file is not None:
-                write_tensors(file, {"images": images, "labels": labels}, {"first": str(rows.start)})
-                if workers.main:
-                    report(f"{file.parent.name}: {rows.stop} of {drawing.count} images")
+            else:
+                images = drawing.draw(rows, advance)
+                if file is not None:
+                    write_tensors(file, {"images": images, "labels": labels}, {"first": str(rows.start)})
             yield rows, images, labels
-
-
-def shard_file(folder: Path, number: int) -> Path:
-    """Name the file of a shard."""
-    return folder / f"shard-{number:05d}.safetensors"
 
 
 def read_shard(file: Path, count: int) -> Images:
@@ -148,32 +121,32 @@ def read_shard(file: Path, count: int) -> Images:
     return images
 
 
-def claim_folder(folder: Path, plan: dict[str, Any], workers: Workers) -> None:
-    """Write the plan of a folder that `check_folder` takes."""
-    if workers.main:
-        check_folder(folder, plan)
-        write_text(folder / PLAN, json.dumps(plan, indent=1) + "\n")
+def claim_folder(drawing: Drawing, workers: Workers) -> None:
+    """Write what is drawn into the folder that `check_folder` takes."""
+    if drawing.folder is not None and workers.main:
+        check_folder(drawing)
+        write_text(drawing.folder / PLAN, json.dumps(drawing.key, indent=1) + "\n")
     workers.barrier()
 
 
-def check_folder(folder: Path, plan: dict[str, Any]) -> None:
-    """Check that a folder is new, empty or of the same plan; of another, the first difference is named."""
-    file = folder / PLAN
-    try:
-        before = json.loads(file.read_text())
-        if not isinstance(before, dict):
-            raise ValueError("no plan in it")
-    except FileNotFoundError:
-        if any(not path.name.startswith(f".{PLAN}.") for path in folder.glob("*")):  # a killed command leaves those
-            raise ValueError(f"{folder} holds files but no {PLAN}: choose another --keep-images") from None
+def check_folder(drawing: Drawing) -> None:
+    """Check that a folder can be written, and is new, empty or of the same images; of others, a difference is named."""
+    if drawing.folder is None:
         return
+    file, other = drawing.folder / PLAN, "choose another --keep-images"
+    check_output(file, folder=False)
+    if not file.exists():
+        if any(drawing.folder.glob("[!.]*")):  # a killed command leaves .plan.json.*
+            raise ValueError(f"{drawing.folder} holds files but no {PLAN}: {other}")
+        return
+    try:
+        before = dict(json.loads(file.read_text()))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({error}): choose another --keep-images") from None
-    for name, value in json.loads(json.dumps(plan)).items():
+        raise ValueError(f"{file} is damaged ({error}): {other}") from None
+    for name, value in json.loads(json.dumps(drawing.key)).items():
         if before.get(name) != value:
             raise ValueError(
-                f"{folder} holds images of {name} {before.get(name)!r}, expected {value!r}: choose another "
-                "--keep-images"
+                f"{drawing.folder} holds images of {name} {before.get(name)!r}, expected {value!r}: {other}"
             )
 
 
@@ -187,14 +160,13 @@ def write_npz(drawing: Drawing, folder: Path) -> Path:
         return target
     for partial in folder.glob(f".{target.name}.*"):  # of a run that was killed
         partial.unlink()
-    shape = read_shard(shard_file(folder, 0), len(drawing.shards[0])).shape
-    header = {"descr": "|u1", "fortran_order": False, "shape": (drawing.count, *shape[-2:], 3)}
+    space = drawing.pipeline.config.space
+    header = {"descr": "|u1", "fortran_order": False, "shape": (drawing.count, *space.image_size, 3)}
     with atomic_path(target) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
             np.lib.format.write_array_header_1_0(stream, header)
-            for number, rows in enumerate(drawing.shards):
-                images = read_shard(shard_file(folder, number), len(rows)).expand(-1, 3, -1, -1)
-                stream.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+            for _, images, _ in draw_shards(drawing, label="writing images.npz"):
+                stream.write(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy().tobytes())
         with archive.open("arr_1.npy", "w") as stream:
             np.lib.format.write_array(stream, drawing.labels(range(drawing.count)).numpy())
     return target

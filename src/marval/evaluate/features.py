@@ -1,4 +1,4 @@
-"""Image features and statistics of them: EfficientNet-Lite0 (ImageNet weights, packaged, offline), or the user's own.
+"""Image features and figures of them: EfficientNet-Lite0 (ImageNet weights, packaged, offline), or the user's own.
 
 A Fréchet distance on EfficientNet's features is called FD-EfficientNet: it is not FID, and compares with nothing else.
 """
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from marval.io.files import asset, write_tensors
@@ -19,13 +20,13 @@ from marval.rewards.efficientnet import FEATURES, EfficientNetFeatures
 
 FASHION_STATISTICS = asset("fashion-mnist-statistics.safetensors")
 ROWS = 1000  # of a matrix of distances at a time
+METRICS = 2  # the version of the figures' definitions: raise it when one changes (1: other images in the diversity)
+MOST = 10_000  # real images that drawn ones are compared with one by one: what distances take grows with them
+FEWEST = 4  # images that have a third nearest neighbour, the k = 3 of precision and recall
 
 
 class OwnFeatures(nn.Module):
-    """Features (B, F) of byte images (B, C, H, W) by a function or module of the user's, checked.
-
-    They are named after it and the SHA-256 of its file, so that statistics made by another version are refused.
-    """
+    """Features (B, F) of byte images (B, C, H, W) by a function or module of the user's, named with its SHA-256."""
 
     prefix = "own"  # of the names of figures that are measured on them
 
@@ -48,10 +49,7 @@ Features = EfficientNetFeatures | OwnFeatures
 
 
 def find_features(spec: str | None = None) -> Features:
-    """EfficientNet's features when None, else those of "file.py:function" or "module:function".
-
-    The function takes byte images (B, C, H, W) and returns features (B, F); a class is called without arguments.
-    """
+    """EfficientNet's features when None, else those of "file.py:function" or "module:function"."""
     return EfficientNetFeatures() if spec is None else OwnFeatures(OwnCode(spec, "--features"))
 
 
@@ -65,21 +63,16 @@ def extract(network: nn.Module, images: UInt8[Tensor, "n c h w"], batch_size: in
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and covariance of features, of how many images, which features, and the SHA-256 of the images' bytes."""
+    """Mean and covariance of features, in float64: whose, and the SHA-256 of the images' bytes."""
 
     mean: Float[Tensor, " f"]
     covariance: Float[Tensor, "f f"]
-    count: int
     features: str = FEATURES
     data_sha256: str = ""  # not known
 
     @classmethod
     def of(cls, parts: Iterable[Float[Tensor, "_ f"]], features: str = FEATURES, data_sha256: str = "") -> "Statistics":
-        """The statistics of features that come in parts, summed in float64.
-
-        Raises:
-            ValueError: fewer than 2 images, or features that are not finite.
-        """
+        """The statistics of features that come in parts, summed in float64."""
         count, total, outer = 0, torch.tensor(0.0), torch.tensor(0.0)
         for part in parts:
             part = part.double()
@@ -89,37 +82,23 @@ class Statistics:
         mean = total / count
         if not mean.isfinite().all():
             raise ValueError(f"features {features}: some of the real images' are not finite")
-        return cls(mean, (outer - count * mean[:, None] * mean) / (count - 1), count, features, data_sha256)
+        return cls(mean, (outer - count * mean[:, None] * mean) / (count - 1), features, data_sha256)
 
     def save(self, file: Path) -> None:
         """Write mean and upper triangle in float32."""
         rows, columns = torch.triu_indices(*self.covariance.shape).unbind()
         tensors = {"mean": self.mean.float(), "covariance": self.covariance[rows, columns].float()}
-        about = {"features": self.features, "count": str(self.count), "data_sha256": self.data_sha256}
-        write_tensors(file, tensors, about)
+        write_tensors(file, tensors, {"features": self.features, "data_sha256": self.data_sha256})
 
     @classmethod
-    def load(cls, file: Path, features: str = FEATURES) -> "Statistics":
-        """Read what `save` wrote, of these features.
-
-        Raises:
-            ValueError: no such file, a damaged one, or statistics of other features.
-        """
-        try:
-            with safe_open(file, framework="pt") as content:
-                about = content.metadata() or {}
-                if about.get("features") != features:
-                    raise ValueError(
-                        f"{file} has features {about.get('features')!r}, expected {features!r}: name other statistics"
-                    )
-                mean, triangle = content.get_tensor("mean").double(), content.get_tensor("covariance").double()
-                rows, columns = torch.triu_indices(len(mean), len(mean)).unbind()
-                covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-                covariance[rows, columns] = triangle
-                covariance[columns, rows] = triangle
-                return cls(mean, covariance, int(about["count"]), features, about.get("data_sha256", ""))
-        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-            raise ValueError(f"{file} cannot be read as feature statistics ({error})") from None
+    def load(cls, file: Path) -> "Statistics":
+        """Read what `save` wrote; what `safetensors` raises where there is no such file or a damaged one."""
+        with safe_open(file, framework="pt") as content:
+            about, mean = content.metadata(), content.get_tensor("mean").double()
+            rows, columns = torch.triu_indices(len(mean), len(mean)).unbind()
+            covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+            covariance[rows, columns] = covariance[columns, rows] = content.get_tensor("covariance").double()
+        return cls(mean, covariance, about["features"], about["data_sha256"])
 
 
 def frechet_distance(features: Float[Tensor, "n f"], real: Statistics) -> float:
@@ -142,16 +121,98 @@ def frechet_distance(features: Float[Tensor, "n f"], real: Statistics) -> float:
 def diversity_within_class(features: Float[Tensor, "n f"], labels: Tensor) -> float:
     """Mean Euclidean distance between features of two images of a class, averaged over classes; in float64.
 
-    All images count. Classes with a single image have no pair; NaN where all are such.
+    Classes with a single image have no pair; NaN where all are such.
     """
     classes, counts = labels.unique(return_counts=True)
-    means = [_mean_distance(features[labels == label].double()) for label in classes[counts > 1]]
-    return float(torch.stack(means).mean()) if means else math.nan
+    means = []
+    for label in classes[counts > 1]:
+        x, total = features[labels == label].double(), 0.0
+        for start in range(0, len(x), ROWS):
+            distances = torch.cdist(x[start : start + ROWS], x)
+            distances.diagonal(start).zero_()  # rounding leaves an image a distance to itself
+            total += float(distances.sum())
+        means.append(total / (len(x) * (len(x) - 1)))
+    return sum(means) / len(means) if means else math.nan
 
 
-def _mean_distance(x: Float[Tensor, "n f"]) -> Float[Tensor, ""]:
-    total = torch.zeros((), dtype=x.dtype)
-    for start in range(0, len(x), ROWS):
-        distances = torch.cdist(x[start : start + ROWS], x)
-        total += distances.sum() - distances.diagonal(start).sum()  # rounding leaves an image a distance to itself
-    return total / (len(x) * (len(x) - 1))
+# KID, precision and recall, against a sample of the real images
+
+
+@dataclass(frozen=True)
+class RealSample:
+    """Features of real images, with their neighbour distances and mean kernel."""
+
+    features: Float[Tensor, "m f"]
+    radius: Float[Tensor, " m"]  # see `neighbour_distances`
+    kernel: Float[Tensor, ""]  # see `mean_kernel`
+
+    @classmethod
+    def of(cls, features: Float[Tensor, "n f"]) -> "RealSample":
+        """Describe the first `MOST` images."""
+        if len(features) < FEWEST:
+            raise ValueError(
+                f"{len(features)} real images: precision and recall need at least {FEWEST}; name more with --data"
+            )
+        features = features[:MOST]
+        return cls(features, neighbour_distances(features), mean_kernel(features))
+
+    def save(self, file: Path) -> None:
+        """Write a safetensors file."""
+        write_tensors(file, dict(vars(self)), {})
+
+    @classmethod
+    def load(cls, file: Path) -> "RealSample":
+        """Read what `save` wrote; what `safetensors` raises where there is no such file or a damaged one."""
+        return cls(**load_file(file))
+
+
+def sample_figures(drawn: Float[Tensor, "n f"], real: RealSample, device: torch.device | str) -> dict[str, float]:
+    """Compute KID, precision and recall, in float64: on the device if that is CUDA, else on the CPU."""
+    device = device if torch.device(device).type == "cuda" else "cpu"
+    drawn = drawn.to(device)
+    real = RealSample(real.features.to(device), real.radius.to(device), real.kernel.to(device))
+    precision, recall = precision_and_recall(drawn, real)
+    return {"kid": kernel_distance(drawn, real), "precision": precision, "recall": recall}
+
+
+def kernel_distance(drawn: Float[Tensor, "n f"], real: RealSample) -> float:
+    """KID: the squared maximum mean discrepancy under the kernel (x.y / f + 1)^3 (Binkowski et al. 2018), in float64.
+
+    The unbiased estimate on all images of both sides, of which there may be unequal numbers: means over random subsets,
+    as they are often taken, estimate the same with more noise. It may fall below 0.
+    """
+    between = torch.stack([_kernel(part, real.features).sum() for part in drawn.split(ROWS)]).sum()
+    return float(mean_kernel(drawn) + real.kernel - 2 * between / (len(drawn) * len(real.features)))
+
+
+def mean_kernel(features: Float[Tensor, "n f"]) -> Float[Tensor, ""]:
+    """The mean of KID's kernel over all pairs of two different images, in float64."""
+    pairs = torch.stack([_kernel(part, features).sum() for part in features.split(ROWS)]).sum()
+    themselves = (features.double().square().mean(dim=1) + 1).pow(3).sum()
+    return (pairs - themselves) / (len(features) * (len(features) - 1))
+
+
+def _kernel(x: Float[Tensor, "n f"], y: Float[Tensor, "m f"]) -> Float[Tensor, "n m"]:
+    return (x.double() @ y.double().T / x.shape[1] + 1).pow(3)
+
+
+def precision_and_recall(drawn: Float[Tensor, "n f"], real: RealSample) -> tuple[float, float]:
+    """The shares of drawn images within a real image's ball, and of real ones within a drawn image's ball.
+
+    A ball reaches to an image's third nearest neighbour on its side (Kynkäänniemi et al. 2019): both sides have at
+    least `FEWEST` images.
+    """
+    features, precise = real.features.double(), 0
+    recalled = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+    for part, radius in zip(drawn.split(ROWS), neighbour_distances(drawn).split(ROWS), strict=True):
+        distances = torch.cdist(part.double(), features)
+        precise += int((distances <= real.radius).any(dim=1).sum())
+        recalled |= (distances <= radius[:, None]).any(dim=0)
+    return precise / len(drawn), float(recalled.double().mean())
+
+
+def neighbour_distances(features: Float[Tensor, "n f"]) -> Float[Tensor, " n"]:
+    """Each image's distance to its third nearest neighbour, in float64."""
+    features = features.double()
+    parts = [torch.cdist(part, features).topk(FEWEST, largest=False).values[:, -1] for part in features.split(ROWS)]
+    return torch.cat(parts)  # the nearest of all is the image itself

@@ -20,8 +20,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from marval.evaluate.features import Statistics, frechet_distance
-from marval.evaluate.metrics import MOST, RealSample, sample_figures
+from marval.evaluate.features import MOST, RealSample, Statistics, frechet_distance, sample_figures
 from marval.io.files import sha256_of
 
 POOL, LOGITS = "2048", "logits_unbiased"
@@ -43,8 +42,7 @@ Columns = dict[str, Tensor]  # a row for each image
 
 @dataclass(frozen=True)
 class Reference:
-    """What ADM's file holds of ImageNet (Inception statistics; spatial ones and pictures, where it has them), and the
-    network that drawn images are seen with."""
+    """ADM's file on ImageNet (Inception statistics; where it has them spatial ones and pictures), and the network."""
 
     file: Path
     sha256: str
@@ -55,41 +53,26 @@ class Reference:
 
     @classmethod
     def load(cls, file: Path, device: torch.device | str) -> "Reference":
-        """Read a reference file and the network.
-
-        Raises:
-            ValueError: no such file (the message says where it comes from), one without `mu` and `sigma`, one of ADM's
-                name with another SHA-256, or with statistics of another network; or what `Inception` raises.
-        """
+        """Read a reference file and the network; an error says where to get what is missing or broken."""
         if not file.is_file():
             raise ValueError(f"the reference {file} is not there: {WHERE}")
         sha256 = sha256_of(file)
         if file.name == ADM_FILE and sha256 != ADM_SHA256:
             raise ValueError(f"{file} has SHA-256 {sha256}, expected {ADM_SHA256}: fetch it again, or rename it")
-        try:
-            if not zipfile.is_zipfile(file):
-                raise ValueError("no whole .npz")
-            with np.load(file, allow_pickle=False) as content:
-                names = set(content.files)
-                if not {"mu", "sigma"} <= names:
-                    raise ValueError(f"it holds {', '.join(sorted(names))}, expected mu and sigma")
-                pool = _statistics(content["mu"], content["sigma"], "Inception, pooled")
-                spatial = None
-                if {"mu_s", "sigma_s"} <= names:
-                    spatial = _statistics(content["mu_s"], content["sigma_s"], "Inception, spatial")
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{file} cannot be read as ADM's reference ({error}): {WHERE}") from None
-        inception = Inception(device)
+        inception, found = Inception(device), dict[str, Statistics]()
         blank = inception.columns(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-        for name, statistics in (("pool", pool), ("spatial", spatial)):
-            if statistics is not None and len(statistics.mean) != (width := blank[name].shape[1]):
-                raise ValueError(f"{file} has {name} statistics of {len(statistics.mean)} features, expected {width}")
-        return cls(file, sha256, pool, spatial, "arr_0" in names, inception)
-
-    @property
-    def name(self) -> str:
-        """The reference as results call it: by its publisher, where its SHA-256 is known."""
-        return f"{ADM_FILE} (ADM)" if self.sha256 == ADM_SHA256 else self.file.name
+        try:
+            with np.load(file, allow_pickle=False) as content:
+                for name, mean, covariance in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
+                    if name == "pool" or mean in content:
+                        mu, sigma = (torch.from_numpy(content[key]).double() for key in (mean, covariance))
+                        found[name] = Statistics(mu, sigma, f"Inception, {name}")
+                        if mu.shape != blank[name][0].shape:
+                            raise ValueError(f"{mean} has shape {tuple(mu.shape)}, not the network's")
+                pictures = "arr_0" in content
+        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{file} cannot be read as ADM's reference ({error}): {WHERE}") from None
+        return cls(file, sha256, found["pool"], found.get("spatial"), pictures, inception)
 
     @functools.cached_property
     def sample(self) -> RealSample:
@@ -99,8 +82,11 @@ class Reference:
         return RealSample.of(self.inception.columns(pictures)["pool"])
 
     def figures(self, columns: Columns) -> dict[str, float]:
-        """FID, Inception Score (mean and standard deviation over 10 splits) and, where the file allows, sFID, and on
-        pooled features KID, precision and recall, from `Inception.columns` of the drawn images."""
+        """FID, Inception Score over 10 splits and, where the file allows, sFID, KID, precision and recall.
+
+        Args:
+            columns: `Inception.columns` of the drawn images.
+        """
         pool = columns["pool"]
         score = self.inception.isc(columns["logits"], splits=SPLITS)  # Salimans et al. 2016
         figures = {"fid": frechet_distance(pool, self.pool), "inception_score": score["inception_score_mean"]}
@@ -114,13 +100,7 @@ class Reference:
 
 
 class Inception:
-    """torch-fidelity's Inception: pooled features, logits without bias, and ADM's spatial features.
-
-    Its weights are fetched once, or lie in PyTorch's hub folder.
-
-    Raises:
-        ValueError: torch-fidelity is not installed, or its weights cannot be fetched (where they belong is said).
-    """
+    """torch-fidelity's Inception: pooled features, logits without bias, and ADM's spatial features."""
 
     def __init__(self, device: torch.device | str):
         try:
@@ -157,8 +137,3 @@ class Inception:
             assert self.spatial is not None
             parts.append({"pool": pool.cpu(), "logits": logits.cpu(), "spatial": self.spatial.float().cpu()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _statistics(mean: Any, covariance: Any, features: str) -> Statistics:
-    # The count of ADM's files is ImageNet's; the covariance is given, so any count leaves the distance as it is.
-    return Statistics(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), 1_281_167, features)

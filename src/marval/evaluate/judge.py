@@ -1,54 +1,62 @@
-"""What drawn images are judged by: features of real images, a held-out classifier, ADM's reference."""
+"""What drawn images are judged by: features of real images, a held-out classifier, ADM's reference; or rewards.
+
+A judge works in two steps, so that many processes can share the first: `columns` of some images have a row for each;
+`figures_of` takes those of all.
+"""
 
 import contextlib
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from marval.config import ModelConfig
 from marval.data import FASHION_FORM, ImageData, check_classes, check_data, load_images
 from marval.evaluate.features import (
     FASHION_STATISTICS,
+    METRICS,
+    MOST,
     Features,
+    RealSample,
     Statistics,
     diversity_within_class,
     extract,
     find_features,
     frechet_distance,
+    sample_figures,
 )
-from marval.evaluate.fidelity import SPLITS, Columns, Reference
-from marval.evaluate.metrics import FEWEST, METRICS, MOST, RealSample, expected_bias, sample_figures
-from marval.io.files import cache_folder, sha256_of, write_tensors
+from marval.evaluate.fidelity import Columns, Reference
+from marval.evaluate.results import Row, standard_error
+from marval.io.files import cache_folder, sha256_of
 from marval.pipeline import Pipeline
-from marval.rewards import Classifier, classifier_file, load_classifier
+from marval.rewards import Classifier, Reward, checked, classifier_file, load_classifier, prompts_of, reward_hash
 from marval.runtime.distributed import Workers
 from marval.runtime.progress import progress
 
 PART = 500  # images at a time
+REWARDED = 50  # images at a time, as rewards' networks are larger
+
+Cached = TypeVar("Cached")
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Features, the real set's statistics, a classifier that no reward has seen; and what else may be asked for.
-
-    Images are judged in two steps, so that many processes can share the first: `columns` of some images have a row for
-    each; `figures_of` takes those of all.
-    """
+    """Features, the real set's statistics, a classifier that no reward has seen; and what else may be asked for."""
 
     network: Features
     real: Statistics | None
     classifier: Classifier | None
-    sample: Callable[[], RealSample] | None = None  # for KID, precision and recall; called when these are measured
+    sample: RealSample | None = None  # for KID, precision and recall
     reference: Reference | None = None
     classifier_sha256: str = ""
+    part = "quality"  # of the results
 
     @property
     def about(self) -> dict[str, str]:
@@ -57,9 +65,13 @@ class Judge:
         if self.classifier_sha256:
             about["classifier_sha256"] = self.classifier_sha256
         if self.reference is not None:
-            about |= {"data_sha256": self.reference.sha256, "reference": self.reference.name}
+            about |= {"data_sha256": self.reference.sha256, "reference": self.reference.file.name}
             about["inception_sha256"] = self.reference.inception.sha256
         return about
+
+    def measured(self, row: Row) -> bool:
+        """Tell whether a row has all that this judge would measure."""
+        return all(row.get(name) == value for name, value in self.about.items())
 
     def figures(self, images: UInt8[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> dict[str, float]:
         """Compute `figures_of` images in memory."""
@@ -80,60 +92,73 @@ class Judge:
         return columns
 
     def figures_of(self, columns: Columns) -> dict[str, float]:
-        """Every figure of images, from their `columns`.
+        """Every figure of images, from their `columns`; diversity only where a class has two.
 
-        On the judge's features FD and diversity (NaN where no class has two images), and, under names that begin with
-        the features' ("efficientnet_kid": not KID), KID, precision and recall; held-out accuracy and log-probability;
-        and against ADM's reference what `Reference.figures` finds.
-
-        Raises:
-            ValueError: a figure is not finite.
+        KID, precision and recall have names that begin with the features' ("efficientnet_kid": not KID).
         """
         features, figures = columns["features"], dict[str, float]()
         if self.real is not None:
             figures["fd"] = frechet_distance(features, self.real)
         if self.sample is not None:
             device = next((p.device for p in self.network.parameters()), "cpu")
-            near = sample_figures(features, self.sample(), device)
+            near = sample_figures(features, self.sample, device)
             figures |= {f"{self.network.prefix}_{name}": value for name, value in near.items()}
-        figures["diversity"] = diversity_within_class(features, columns["labels"])
+        if (columns["labels"].bincount() > 1).any():
+            figures["diversity"] = diversity_within_class(features, columns["labels"])
         figures |= {name: float(columns[name].mean()) for name in ("accuracy", "log_probability") if name in columns}
         if self.reference is not None:
             figures |= self.reference.figures(columns)
         for name, value in figures.items():
-            if not (math.isfinite(value) or (name == "diversity" and math.isnan(value))):
+            if not math.isfinite(value):
                 raise ValueError(f"{name} of {len(columns['labels'])} images is {value}: the features are not finite")
         return figures
 
-    def check_count(self, count: int, option: str = "--samples") -> None:
-        """Refuse a number of drawn images that some figure is not defined for."""
-        fewest = max(2, FEWEST if self.sample is not None else 0, SPLITS if self.reference is not None else 0)
-        if count < fewest:
-            raise ValueError(f"{option} {count}: expected at least {fewest} for the figures that are measured")
 
-    def check_images(self, pipeline: Pipeline) -> None:
-        """Judge two blank pictures of the model's form, so that a judge that cannot is found before anything is drawn.
+@dataclass(frozen=True)
+class RewardJudge:
+    """Rewards over class-name prompts: the paper's table of CLIP score and ImageReward, before and after tuning."""
 
-        Raises:
-            ValueError: the real images are missing or too few, or the judge's networks do not take the pictures.
-        """
-        if self.sample is not None:
-            self.sample()
-        space = pipeline.config.space
-        blank = torch.zeros(2, space.channels, *space.image_size, dtype=torch.uint8)
-        self.columns(blank, torch.zeros(2, dtype=torch.long))
+    rewards: Mapping[str, Reward]
+    prompt: str  # {} is the class's name
+    class_names: tuple[str, ...]
+    device: torch.device
+    part = "rewards"  # of the results
 
-    def warning(self, count: int) -> tuple[str, float] | None:
-        """A warning and the Fréchet distance's (or FID's) expected bias where images are fewer than features."""
-        real = self.reference.pool if self.reference is not None else self.real
-        if real is None or count >= len(real.mean):
-            return None
-        bias = expected_bias(real, count)
-        return (
-            f"{count} images are fewer than {len(real.mean)} features: a perfect model would have a Fréchet "
-            f"distance of about {bias:.4g}, not 0; compare equal counts only, or raise --samples",
-            bias,
-        )
+    @property
+    def about(self) -> dict[str, str]:
+        """What results say of it."""
+        return {"prompt": self.prompt}
+
+    @functools.cached_property
+    def weights(self) -> dict[str, str]:
+        """The SHA-256 of each reward's weights."""
+        return {name: reward_hash(reward) for name, reward in self.rewards.items()}
+
+    def measured(self, row: Row) -> bool:
+        """Tell whether a row has all that this judge would measure."""
+        weights = {name: score.get("sha256") for name, score in row["rewards"].items()}
+        return row.get("prompt") == self.prompt and self.weights.items() <= weights.items()
+
+    @torch.no_grad()
+    def columns(self, images: UInt8[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> Columns:
+        """Compute every reward of every image with its class's prompt."""
+        prompts = prompts_of(self.prompt, self.class_names, labels.tolist())
+        columns: Columns = {}
+        for name, reward in self.rewards.items():
+            parts = [
+                checked(name, reward, part.to(self.device).float() / 255, prompts[i * REWARDED :][: len(part)])
+                for i, part in enumerate(images.split(REWARDED))
+            ]
+            columns[name] = torch.cat(parts).cpu()
+        return columns
+
+    def figures_of(self, columns: Columns) -> Row:
+        """The mean of each reward and its standard error over the images, and the number of prompts."""
+        scores: Row = {}
+        for name, values in columns.items():
+            mean, error = (float(f"{value:.6g}") for value in standard_error(values.double().tolist()))
+            scores[name] = {"mean": mean, "standard_error": error, "sha256": self.weights[name]}
+        return {"rewards": scores, "prompts": min(len(values), len(self.class_names))}
 
 
 def make_judge(
@@ -153,58 +178,49 @@ def make_judge(
         data: the real images; the model's own when None.
         workers: where features and classifier compute; all but the main one only draw, and need no real images.
         features: "file.py:function" or "module:function" in the place of EfficientNet.
-        reference: a file in the place of real images: ADM's `.npz`, or marval's statistics `.safetensors`.
+        reference: ADM's `.npz` in the place of real images.
         sample: real images that KID, precision and recall are measured on (at most `MOST`); 0: none is.
         limit: real images that are read at most, from all classes alike; all when None.
 
     Raises:
         ValueError: the data are latents, which have no pictures to compare with, they or the classifier do not fit the
-            model, or the reference is missing, broken, or of other features.
+            model, or the reference is missing or broken.
     """
     workers, config = workers or Workers(), pipeline.config
     spec, space = data or config.data, config.space
-    if classifier is None and spec.partition(":")[0] == "fashion-mnist":
-        classifier = Path("fashion-judge")
+    if reference is None and spec.startswith("latents:"):
+        raise ValueError(
+            f"{spec} holds no pictures to compare with: name some, in training with --judge-data folder:DIR, in "
+            "evaluation with --data folder:DIR"
+        )
     # A model of latents is trained on a cache, but its pictures are compared with pictures.
-    check = check_data if config.space.kind == "pixels" else check_classes
+    check = check_data if space.kind == "pixels" else check_classes
 
     def real_images() -> ImageData:
         images = load_images(spec, size=space.image_size, channels=space.channels, limit=limit)
         check(images, config)
         return images
 
-    if reference is None and spec.startswith("latents:"):
-        raise ValueError(
-            f"{spec} holds no pictures to compare with: name some, in training with --judge-data folder:DIR, in "
-            "evaluation with --data folder:DIR"
-        )
     judge = Judge(find_features(features).to(workers.device), None, None)
-    if reference is not None and reference.suffix == ".safetensors":
-        real = Statistics.load(reference, judge.network.name)
-        judge = replace(judge, real=replace(real, data_sha256=real.data_sha256 or sha256_of(reference)))
-    elif reference is not None:
+    if reference is not None:
         judge = replace(judge, reference=Reference.load(reference, workers.device))
     elif workers.main:
         if spec == "fashion-mnist":
             check(FASHION_FORM, config)  # the images themselves may never be read
         real, some = measure_data(judge.network, spec, real_images, sample)
         judge = replace(judge, real=real, sample=some)
+    if classifier is None and spec.partition(":")[0] == "fashion-mnist":
+        classifier = Path("fashion-judge")
     if classifier is not None:
-        network = load_classifier(classifier).to(workers.device)
-        check_classifier(network, config)
+        network, channels = load_classifier(classifier).to(workers.device), space.channels
+        if (network.class_names, network.channels) != (config.class_names, channels):
+            raise ValueError(
+                f"--judge tells {', '.join(network.class_names[:4])}, ... apart in {network.channels} channels, "
+                f"{config.name} draws {', '.join(config.class_names[:4])}, ... in {channels}: make another with marval "
+                "train classifier"
+            )
         judge = replace(judge, classifier=network, classifier_sha256=sha256_of(classifier_file(classifier)))
     return judge
-
-
-def check_classifier(classifier: Classifier, config: ModelConfig) -> None:
-    """Refuse a classifier of other classes or another number of channels."""
-    channels = config.space.channels
-    if (classifier.class_names, classifier.channels) != (config.class_names, channels):
-        raise ValueError(
-            f"--judge tells {', '.join(classifier.class_names[:4])}, ... apart in pictures of {classifier.channels} "
-            f"channels, {config.name} draws {', '.join(config.class_names[:4])}, ... in {channels}: make another with "
-            "marval train classifier"
-        )
 
 
 # Real images, whose features are computed once
@@ -212,60 +228,33 @@ def check_classifier(classifier: Classifier, config: ModelConfig) -> None:
 
 def measure_data(
     network: Features, data: str, real_images: Callable[[], ImageData], sample: int = 0
-) -> tuple[Statistics, Callable[[], RealSample] | None]:
-    """A data set's statistics, bundled for Fashion-MNIST, and a function that gives those of a `sample` of it.
-
-    Of "fashion-mnist" the real images are not read before something is measured that neither the package nor the cache
-    holds of them.
-
-    Raises:
-        ValueError: bad images (when they are read), or Fashion-MNIST's are not those of the package.
-    """
-    bundled = Statistics.load(FASHION_STATISTICS)
-
-    @functools.cache
-    def images() -> ImageData:
-        real = real_images()
-        if data == "fashion-mnist" and data_hash(real) != bundled.data_sha256:
-            raise ValueError(
-                "Fashion-MNIST's images are not those of marval's statistics: name them by fashion-mnist:DIR"
-            )
-        return real
-
-    digest = bundled.data_sha256 if data == "fashion-mnist" else data_hash(images())
+) -> tuple[Statistics, RealSample | None]:
+    """A data set's statistics and a `sample` of it; the images are read only where package and cache lack something."""
+    real, images = Statistics.load(FASHION_STATISTICS), functools.cache(real_images)
+    digest = real.data_sha256 if data == "fashion-mnist" else data_hash(images())
     key = f"{digest[:16]}-{hashlib.sha256(network.name.encode()).hexdigest()[:8]}"
-    real, count = bundled, min(sample, MOST)
-    if (digest, network.name) != (bundled.data_sha256, bundled.features):
-        real = real_statistics(images, network, digest, cache_folder() / f"statistics-{key}.safetensors")
 
-    @functools.cache
-    def some() -> RealSample:
-        cache = cache_folder() / f"neighbours-{key}-{count}-{METRICS}.safetensors"
-        features = real_sample(images, network, count, cache)
-        images.cache_clear()  # their features are all that is needed from here on
-        return features
+    def measure(file: Path) -> None:
+        Statistics.of(real_features(network, images().images), network.name, digest).save(file)
 
-    return real, some if count else None
+    def measure_some(file: Path) -> None:
+        total, count = len(images()), min(sample, MOST, len(images()))
+        some = images().images[torch.arange(count) * total // count]  # evenly spaced over the set
+        RealSample.of(torch.cat([*real_features(network, some)])).save(file)
 
-
-def real_statistics(images: Callable[[], ImageData], network: Features, digest: str, cache: Path) -> Statistics:
-    """Statistics of the real images, read from `cache` where they are there, else computed and kept there."""
-    with contextlib.suppress(ValueError):  # none there, or a damaged one
-        return Statistics.load(cache, network.name)
-    Statistics.of(real_features(network, images().images), network.name, digest).save(cache)
-    return Statistics.load(cache, network.name)  # kept in float32: so that the first run finds what later ones do
+    if (digest, network.name) != (real.data_sha256, real.features):
+        real = cached(f"statistics-{key}.safetensors", Statistics.load, measure)
+    neighbours = f"neighbours-{key}-{min(sample, MOST)}-{METRICS}.safetensors"
+    return real, cached(neighbours, RealSample.load, measure_some) if sample else None
 
 
-def real_sample(images: Callable[[], ImageData], network: Features, count: int, cache: Path) -> RealSample:
-    """`count` real images, evenly spaced over the set, kept in `cache` likewise."""
-    with contextlib.suppress(OSError, SafetensorError), safe_open(cache, framework="pt") as content:
-        return RealSample(*(content.get_tensor(name) for name in ("features", "radius", "kernel")))
-    data = images()
-    count = min(count, len(data))
-    some = data.images[torch.arange(count) * len(data) // count]
-    sample = RealSample.of(torch.cat([*real_features(network, some)]))
-    write_tensors(cache, dict(vars(sample)), {"features": network.name})
-    return sample
+def cached(name: str, load: Callable[[Path], Cached], make: Callable[[Path], None]) -> Cached:
+    """Load a file of the cache; where it is missing or damaged, make it first."""
+    file = cache_folder() / name
+    with contextlib.suppress(OSError, SafetensorError):
+        return load(file)
+    make(file)
+    return load(file)
 
 
 def real_features(network: Features, images: UInt8[Tensor, "n c h w"]) -> Iterator[Float[Tensor, "_ f"]]:

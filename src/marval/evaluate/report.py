@@ -2,8 +2,8 @@
 
 import statistics
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from marval.evaluate.features import FEATURES
-from marval.evaluate.metrics import METRICS, REDEFINED
-from marval.evaluate.results import (
-    Results,
-    Row,
-    Setting,
-    by_setting,
-    on_one_machine,
-    read_results,
-    standard_error,
-    version_of,
-)
+from marval.evaluate.results import Row, Setting, by_setting, on_one_machine, read_results, standard_error
 from marval.io.files import atomic_path
 
 WIDTH = 200  # characters, where no terminal says how many
@@ -56,38 +46,35 @@ def title_of(name: str, rows: Iterable[Row]) -> str:
     return f"FD on {', '.join(other)}" if name == "fd" and other else COLUMNS[name][0]
 
 
-def models_of(rows: Sequence[Row]) -> list[str]:
-    """The models' names: teachers first, else in the order in which they were first measured."""
-    return list(dict.fromkeys(row["model"] for row in sorted(rows, key=lambda row: not row.get("teacher"))))
+def lines_of(quality: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each line of a table: teachers first, else models as they were measured; by falling T, w, K."""
+    models = list(dict.fromkeys(row["model"] for row in sorted(quality, key=lambda row: not row.get("teacher"))))
+
+    def place(rows: list[Row]) -> tuple[Any, ...]:
+        row, draw = rows[0], rows[0]["draw"]
+        chain = -(draw.get("diffusion_steps") or 0), draw.get("guidance") or 0
+        return models.index(row["model"]), *chain, row["iterations"], row["samples"]
+
+    return sorted(by_setting(quality), key=place)
 
 
-def quality_table(quality: Sequence[Row], timing: Sequence[Row] = ()) -> Cells:
-    """Quality by model and K (of several seeds, mean and standard error), and the times of `timing` beside it.
+def quality_table(quality: Sequence[Row]) -> Cells:
+    """Quality by model and K: of several seeds, mean and standard error.
 
     T and w have columns where a teacher was measured at several, and so has the order.
     """
     names = [name for name in COLUMNS if any(name in row for row in quality)]
-    times, _ = on_one_machine(timing)
-    batches = sorted({row["batch"] for row in times})
-    models = models_of(quality)
-    several = len({Setting.of(row).curve for row in quality}) > len(models)
-    orders = len({(row["model"], row.get("order")) for row in quality}) > len(models)
-    header = ["model", "K", *(["order"] if orders else []), *(("T", "w") if several else ()), "samples"]
-    header += [title_of(name, quality) for name in names]
-    header += [f"ms / image, batch {batch}" for batch in batches]
-
-    def place(rows: list[Row]) -> tuple[Any, ...]:
-        s = Setting.of(rows[0])
-        return models.index(s.model), -(s.diffusion_steps or 0), s.guidance or 0, s.iterations, s.samples
-
+    models = len({row["model"] for row in quality})
+    chains = len({Setting.of(row).curve for row in quality}) > models
+    orders = len({(row["model"], row.get("order")) for row in quality}) > models
+    header = ["model", "K", *(["order"] if orders else []), *(["T", "w"] if chains else []), "samples"]
     lines = []
-    for rows in sorted(by_setting(quality), key=place):
+    for rows in lines_of(quality):
         row = rows[0]
         cells = [row["model"], str(row["iterations"]), *([str(row.get("order"))] if orders else [])]
-        cells += [*(_chain(row) if several else ()), str(row["samples"])]
-        cells += [_cell([row[name] for row in rows if name in row], name) for name in names]
-        lines.append(cells + [_milliseconds(times, row, batch) for batch in batches])
-    return header, lines
+        cells += [*(_chain(row) if chains else ()), str(row["samples"])]
+        lines.append(cells + [_cell([row[name] for row in rows if name in row], name) for name in names])
+    return header + [title_of(name, quality) for name in names], lines
 
 
 def _chain(row: Row) -> tuple[str, str]:
@@ -102,25 +89,13 @@ def _cell(values: list[float], name: str) -> str:
     return f"{mean} ± {error}" if len(values) > 1 and name != "gflops_per_image" else mean
 
 
-def _milliseconds(times: Sequence[Row], row: Row, batch: int) -> str:
-    """Format the time in the precision of the row's images; a time in the other precision says so."""
-    setting = Setting.of(row)
-    here = [time for time in times if time["batch"] == batch and str(Setting.of(time)) == str(setting)]
-    for time in sorted(here, key=lambda time: Setting.of(time).autocast != setting.autocast):
-        precision = Setting.of(time).precision
-        mark = "" if precision == setting.precision else f" ({precision})"
-        return f"{time['seconds_per_image'] * 1000:.2f}{mark}"
-    return ""
-
-
 def speed_table(timing: Sequence[Row]) -> Cells:
     """For every (model, T, w, K): latency at the smallest batch, and throughput at the best."""
-    times, _ = on_one_machine(timing)
-    settings: dict[Any, list[Row]] = {}
-    for row in times:
-        settings.setdefault((str(Setting.of(row)), bool(row.get("autocast"))), []).append(row)
+    settings: dict[Setting, list[Row]] = {}
+    for row in on_one_machine(timing):
+        settings.setdefault(replace(Setting.of(row), batch=None), []).append(row)
     header = ["model", "K", "T", "w", "precision", "ms / image (batch)", "images / s (batch)", "GFLOP / image"]
-    header += ["of the machine's peak", "MiB"]
+    header += ["MiB"]
     lines = []
     for rows in settings.values():
         alone, best = min(rows, key=lambda row: row["batch"]), min(rows, key=lambda row: row["seconds_per_image"])
@@ -129,18 +104,15 @@ def speed_table(timing: Sequence[Row]) -> Cells:
             f"{alone['seconds_per_image'] * 1000:.4g} ({alone['batch']})",
             f"{1 / best['seconds_per_image']:.4g} ({best['batch']})",
             f"{best['gflops_per_image']:.4g}" if "gflops_per_image" in best else "",
-            f"{best['fraction_of_peak']:.0%}" if "fraction_of_peak" in best else "",
             f"{best['memory_bytes'] / 2**20:.4g}" if "memory_bytes" in best else "",
         ])  # fmt: skip
-    keep = [i for i in range(len(header)) if any(line[i] for line in lines)]
-    return [header[i] for i in keep], [[line[i] for i in keep] for line in lines]
+    filled = [i for i in range(len(header)) if any(line[i] for line in lines)]
+    return [header[i] for i in filled], [[line[i] for i in filled] for line in lines]
 
 
-def notes_of(results: Results) -> list[str]:
-    """Say what the tables of results mean: their ±, features and precision, and what is left out."""
-    quality, timing = results.get("quality", []), results.get("timing", [])
-    notes = []
-    seeds = sorted({len(rows) for rows in by_setting(quality)} - {1})
+def notes_of(quality: Sequence[Row]) -> list[str]:
+    """Say what a table of quality means: its ±, and which figures compare with published ones."""
+    notes, seeds = [], sorted({len(rows) for rows in by_setting(quality)} - {1})
     if seeds:
         counts = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
         notes.append(f"± is one standard error of the mean, over {counts} seeds of the images (not of trainings).")
@@ -149,15 +121,6 @@ def notes_of(results: Results) -> list[str]:
             "Distances, KID, precision and recall on EfficientNet-Lite0's or own features are not the published "
             "figures of these names, which are on Inception's: they compare with each other only."
         )
-    if any("diversity" in row and version_of(row) < REDEFINED["diversity"] for row in quality):
-        notes.append(f"diversity by metrics 1 is of the first 200 images of a class; today's metrics are {METRICS}.")
-    if timing and quality:
-        precisions = sorted({Setting.of(row).precision for row in quality})
-        notes.append(
-            f"The images of the figures were drawn in {' or '.join(precisions)}; times of another precision are "
-            "marked. Times include decoding."
-        )
-    notes += [note for note in (on_one_machine(timing)[1],) if note]
     if any("fid" in row for row in quality):
         notes.append("FID, IS and sFID have not been checked against published values (see --reference in --help).")
     return notes
@@ -174,7 +137,10 @@ def print_results(out: Path) -> None:
             for line in lines:
                 table.add_row(*line)
             console.print(table)
-    for note in notes_of(results):
+    notes = notes_of(quality)
+    if others := len(timing) - len(on_one_machine(timing)):
+        notes.append(f"Left out: {others} times of another machine or number of threads than the newest.")
+    for note in notes:
         console.print(note, markup=False, highlight=False)
 
 
@@ -188,65 +154,24 @@ class Point:
     setting: Setting
     teacher: bool
     seconds: float
-    distance: float  # Fréchet distance: FID, where the quality is measured against ADM's reference
+    distance: float
     measure: str  # the distance's name
 
 
-def points_of(
-    results: Results,
-    batch: int,
-    *,
-    models: Collection[str] = (),
-    samples: int | None = None,
-    mixed: bool = False,
-    report: Callable[[str], None] = lambda line: None,
-) -> list[Point]:
-    """The settings whose quality and whose time at a batch size were both measured, on the newest time's machine.
+def points_of(quality: Sequence[Row], timing: Sequence[Row], batch: int) -> list[Point]:
+    """Join the Fréchet distances and the times at a batch size, on the newest time's machine, by (model, K, T, w).
 
-    A point's time is that of the same weights in the same precision, decoding included. Distances of unequal numbers
-    of samples do not compare: all points have the number and precision that most settings have (of equals, the larger).
-
-    Args:
-        models: names; all of them when empty.
-        samples: of the quality; the number that most settings have when None.
-        mixed: take times of another precision, or without decoding, where there are no others: as older results have.
-        report: told what is left out and why.
+    The rows should be of one number of samples and one precision: others do not compare.
     """
-    timed, left_out = on_one_machine([row for row in results.get("timing", []) if row["batch"] == batch])
-    groups: dict[tuple[Any, ...], list[Point]] = {}
-    untimed: list[str] = []
-    for rows in by_setting(results.get("quality", [])):
-        row, setting = rows[0], Setting.of(rows[0])
-        distance = "fd" if "fd" in row else "fid"
-        if samples not in (None, row["samples"]) or (models and row["model"] not in models) or distance not in row:
-            continue
-        times = [t for t in timed if str(Setting.of(t)) == str(setting) and _same_weights(t, row)]
-        runnable = [t for t in times if _runs_as(t, row)] or (times if mixed else [])
-        if runnable:
-            mean, title = statistics.mean(r[distance] for r in rows), title_of(distance, rows)
-            point = Point(setting, row["teacher"], runnable[0]["seconds_per_image"], mean, title)
-            groups.setdefault((row["samples"], setting.autocast, distance, version_of(row)), []).append(point)
-        elif times:
-            untimed.append(str(setting))
-    chosen = max(groups.items(), key=lambda item: (len(item[1]), item[0][0]), default=(None, []))[1]
-    others = sum(map(len, groups.values())) - len(chosen)
-    if left_out:
-        report(left_out)
-    if untimed:
-        report(f"left out, timed in another precision, compiled or without decoding: {', '.join(untimed)}")
-    if others:
-        report(f"left out, with other numbers of samples, precision or metrics than most: {others} settings")
-    return sorted(chosen, key=lambda point: (not point.teacher, point.setting.curve, point.setting.iterations))
-
-
-def _same_weights(timed: Row, row: Row) -> bool:
-    return len({one["sha256"] for one in (timed, row) if "sha256" in one}) < 2
-
-
-def _runs_as(timed: Row, row: Row) -> bool:
-    """Tell whether a time is of the precision of a row of quality, and of whole pictures."""
-    same = bool(timed.get("autocast")) == bool(row.get("autocast"))
-    return same and timed["decoded"] and not timed.get("compiled")
+    times = [row for row in on_one_machine(timing) if row["batch"] == batch]
+    seconds = {str(Setting.of(row)): row["seconds_per_image"] for row in times}
+    points = []
+    for rows in lines_of(quality):
+        setting, name = Setting.of(rows[0]), "fd" if "fd" in rows[0] else "fid"
+        if str(setting) in seconds and name in rows[0]:
+            distance = statistics.mean(row[name] for row in rows)
+            points.append(Point(setting, rows[0]["teacher"], seconds[str(setting)], distance, title_of(name, rows)))
+    return points
 
 
 def best_within(points: Sequence[Point], seconds: float) -> str:
@@ -277,7 +202,7 @@ def plot_curve(points: Sequence[Point], file: Path, batch: int) -> None:
     Teachers are dashed. Left and below is better.
     """
     if not points:
-        raise ValueError("no setting has both a distance and a time in one precision: nothing to plot")
+        raise ValueError("no setting has both a distance and a time: nothing to plot")
     figure = need_matplotlib()(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     for name in dict.fromkeys(point.setting.curve for point in points):

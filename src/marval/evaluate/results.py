@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marval.evaluate.features import FEATURES
-from marval.io.files import locked, write_text
+from marval.io.files import locked, one_line, write_text
 
-_WHO = {"model": str, "draw": dict, "iterations": int}
-NEEDED: dict[str, dict[str, Any]] = {  # what rows of a part must hold, so that readers need not ask
-    "quality": {**_WHO, "samples": int},
-    "rewards": {**_WHO, "samples": int, "rewards": dict},
-    "timing": {**_WHO, "batch": int, "seconds_per_image": int | float},
+WHO = ("model", "draw", "iterations")
+NEEDED = {  # what rows of a part hold, so that readers need not ask
+    "quality": (*WHO, "samples"),
+    "rewards": (*WHO, "samples", "rewards"),
+    "timing": (*WHO, "batch", "seconds_per_image"),
 }
 MEASURE = ("features", "data_sha256", "classifier_sha256", "reference", "inception_sha256")
-BARE = ("kid", "precision", "recall", "density", "coverage")  # older names of figures on a judge's features
+BARE = ("kid", "precision", "recall")  # older names of figures on EfficientNet's features
 
 Row = dict[str, Any]
 Results = dict[str, list[Row]]  # rows by part
@@ -27,83 +26,58 @@ Results = dict[str, list[Row]]  # rows by part
 
 
 def read_results(out: Path) -> Results:
-    """The rows of a results file by part, under today's names; empty where there is no file.
-
-    Raises:
-        ValueError: not a results file.
-    """
+    """The rows of a results file by part, under today's names; empty where there is no file."""
     if not out.exists():
         return {}
     try:
-        content = json.loads(out.read_text(), parse_constant=_refuse_constant)
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, expected parts by name")
-        results: Results = {}
-        for name, part in content.items():
-            kind = "timing" if name == "bench" else name  # two commands timed, before one did
-            results.setdefault(kind, []).extend(_rows(name, kind, part))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{out} is not a results file ({error}): choose another --out") from None
-    return results
+        parts = json.loads(out.read_text())
+        return {name: [_under_todays_names(row, name, part) for row in part["rows"]] for name, part in parts.items()}
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise ValueError(f"{out} is not a results file ({one_line(error)}): choose another --out") from None
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"it holds {name} in the place of a number")
-
-
-def _rows(name: str, kind: str, part: Any) -> list[Row]:
-    """A part's rows, checked and under today's names."""
-    rows = part.get("rows") if isinstance(part, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{name} has no list of rows")
-    made = {key: value for key, value in part.items() if key != "rows"}
-    checked = []
-    for row in rows:
-        for key, kinds in NEEDED.get(kind, {}).items():
-            if not isinstance(row.get(key), kinds) or isinstance(row.get(key), bool):
-                raise ValueError(f"a row of {name} has {key} {row.get(key)!r}")
-        draw = row.get("draw")
-        if isinstance(draw, dict) and "steps" in draw:  # T's older name
-            draw = {"diffusion_steps" if key == "steps" else key: value for key, value in draw.items()}
-            row = {**row, "draw": draw}
-        if kind == "timing":  # evaluate timed whole pictures, bench tokens
-            row = {"decoded": name == "timing", **row}
-        elif kind == "quality":
-            prefix = "efficientnet" if row.get("features", FEATURES) in (FEATURES, "") else "own"
-            row = {f"{prefix}_{key}" if key in BARE else key: value for key, value in row.items()}
-        checked.append({**row, "made": {**made, **row.get("made", {})}} if made or "made" in row else row)
-    return checked
+def _under_todays_names(row: Row, name: str, part: Row) -> Row:
+    """A row, checked, with what made it, which older files wrote once for a whole part."""
+    row = {**row, "made": {**part, **row.get("made", {})}}
+    del row["made"]["rows"]
+    if name == "quality":
+        row = {f"efficientnet_{key}" if key in BARE else key: value for key, value in row.items()}
+    if "draw" in row:  # T was called steps
+        row["draw"] = {"diffusion_steps" if key == "steps" else key: value for key, value in row["draw"].items()}
+    if missing := [key for key in NEEDED.get(name, ()) if key not in row]:
+        raise ValueError(f"a row of {name} has no {', '.join(missing)}")
+    return row
 
 
 def write_results(out: Path, part: str, rows: Sequence[Row]) -> None:
     """Put a whole part into a results file."""
-    with _locked(out):
+    with locked(_lock(out), wait=True):
         _write(out, {**read_results(out), part: list(rows)})
 
 
 def merge_results(out: Path, part: str, rows: Sequence[Row]) -> None:
     """Put rows into a part, each in the place of the one that measured the same before.
 
-    The file is read and replaced under a lock: rows that other commands wrote meanwhile stay.
-
-    Raises:
-        ValueError: the file holds figures of other weights under a row's name, or figures measured otherwise.
+    The file is read, checked (`check_rows`) and replaced under a lock: what other commands wrote meanwhile stays.
     """
-    with _locked(out):
+    with locked(_lock(out), wait=True):
         results = read_results(out)
-        merged = {_identity(row): row for row in results.get(part, [])}
         check_rows(rows, results, part, out)
+        merged = {_identity(row): row for row in results.get(part, [])}
         for row in rows:
-            old = merged.pop(_identity(row), {})
-            if part == "rewards" and version_of(old) == version_of(row):  # another command's rewards stay
-                row = {**row, "rewards": {**old.get("rewards", {}), **row["rewards"]}}
+            old = merged.pop(_identity(row), {})  # the newest row stands last
+            if part == "rewards":  # another command's rewards stay
+                row = {**row, "rewards": old.get("rewards", {}) | row["rewards"]}
             merged[_identity(row)] = row
         _write(out, {**results, part: list(merged.values())})
 
 
-def _locked(out: Path) -> Any:
-    """Lock a file beside the results, which are replaced at each change."""
-    return locked(out.with_name(f".{out.name}.lock"), wait=True)
+def _lock(out: Path) -> Path:
+    return out.with_name(f".{out.name}.lock")  # beside the results, which are replaced at each change
+
+
+def _identity(row: Row) -> tuple["Setting", int | None]:
+    return Setting.of(row), row.get("seed")
 
 
 def _write(out: Path, results: Results) -> None:
@@ -119,29 +93,15 @@ def _write(out: Path, results: Results) -> None:
     write_text(out, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def _identity(row: Row) -> tuple["Setting", str]:
-    """Identify what a row measures: rows of one identity repeat the same measurement."""
-    own = [] if "batch" in row else [row.get(name) for name in ("draw", "order", "sha256", "seed")]
-    return Setting.of(row), json.dumps(own)
-
-
 def check_rows(rows: Iterable[Row], results: Results, part: str, out: Path) -> None:
-    """Check that rows can stand in a part of `out`; what older rows do not record passes.
-
-    Raises:
-        ValueError: `out` has figures of other weights under a row's name, or the part others on other features or data.
-    """
-    before = [(row, False) for name, own in results.items() if name != part for row in own]
-    before += [(row, True) for row in results.get(part, [])]
+    """Refuse rows of other weights than `out` has under a model's name, or of other features or data than the part."""
     for row in rows:
-        measure, digest = {name: row[name] for name in MEASURE if name in row}, row.get("sha256")
-        for old, same_part in before:
-            if "sha256" in row and old.get("model") == row["model"] and old.get("sha256", digest) != digest:
+        for name, old in ((name, old) for name, others in results.items() for old in others):
+            differing = [key for key in ("sha256", *MEASURE) if key in old and key in row and old[key] != row[key]]
+            if "sha256" in differing and old.get("model") == row["model"]:
                 raise ValueError(f"{out} holds figures of other weights named {row['model']}: choose another --out")
-            for name, value in measure.items() if same_part else ():
-                other = old.get(name, FEATURES if name == "features" else value)
-                if other != value:
-                    raise ValueError(f"{out} has {name} {other!r}, expected {value!r}: choose another --out")
+            if name == part and (key := next((key for key in differing if key in MEASURE), None)):
+                raise ValueError(f"{out} has {key} {old[key]!r}, expected {row[key]!r}: choose another --out")
 
 
 # Rows
@@ -149,35 +109,34 @@ def check_rows(rows: Iterable[Row], results: Results, part: str, out: Path) -> N
 
 @dataclass(frozen=True)
 class Setting:
-    """Who drew what a row measures, and how it was measured: all that rows of one table line have in common."""
+    """Who drew what a row measures, and how: all that the rows of one table line have in common (not the seed)."""
 
     model: str
-    diffusion_steps: int | None  # T and w of a teacher
-    guidance: float | None
+    chain: str  # T and w of a teacher
+    order: str | None
     iterations: int
-    samples: int | None = None
-    autocast: bool = False
-    prompt: str | None = None
-    batch: int | None = None
-    compiled: bool = False
+    samples: int | None
+    batch: int | None
+    autocast: bool
+    prompt: str | None
 
     @classmethod
     def of(cls, row: Row) -> "Setting":
         """The setting of a row of any part."""
-        draw = row["draw"]
+        draw, chain = row["draw"], ""
+        if draw.get("guidance") is not None:
+            chain = f", T={draw['diffusion_steps']}, w={draw['guidance']:g}"
+            heat = draw.get("temperature", 1)
+            chain += "" if heat == 1 else f", temperature {heat:g}"
         return cls(
-            row["model"], draw.get("diffusion_steps"), draw.get("guidance"), row["iterations"], row.get("samples"),
-            bool(row.get("autocast")), row.get("prompt"), row.get("batch"), bool(row.get("compiled")),
+            row["model"], chain, row.get("order"), row["iterations"], row.get("samples"), row.get("batch"),
+            bool(row.get("autocast")), row.get("prompt"),
         )  # fmt: skip
-
-    @property
-    def _chain(self) -> str:
-        return "" if self.guidance is None else f", T={self.diffusion_steps}, w={self.guidance:g}"
 
     @property
     def curve(self) -> str:
         """What K varies along: the model and, for a teacher, T and w."""
-        return self.model + self._chain
+        return self.model + self.chain
 
     @property
     def precision(self) -> str:
@@ -185,41 +144,24 @@ class Setting:
         return "bf16" if self.autocast else "float32"
 
     def __str__(self) -> str:
-        return f"{self.model} K={self.iterations}{self._chain}"
-
-
-def version_of(row: Row) -> int:
-    """Return the metrics' version of a row; the first rows do not record it."""
-    return int(row.get("metrics", 1))
+        return f"{self.model} K={self.iterations}{self.chain}"
 
 
 def by_setting(rows: Iterable[Row]) -> list[list[Row]]:
-    """Group rows that differ in the seed only; rows of different versions of the metrics stay apart."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+    """Group rows that differ in the seed only."""
+    groups: dict[Setting, list[Row]] = {}
     for row in rows:
-        key = Setting.of(row), version_of(row), row.get("order"), row["draw"].get("temperature")
-        groups.setdefault(key, []).append(row)
+        groups.setdefault(Setting.of(row), []).append(row)
     return list(groups.values())
 
 
-def on_one_machine(rows: Sequence[Row]) -> tuple[list[Row], str]:
-    """Keep the times of the newest row's machine and number of threads; say in a sentence what is left out.
-
-    Times of two machines make no ratio.
-    """
+def on_one_machine(timing: Sequence[Row]) -> list[Row]:
+    """The times of the newest row's device and number of threads: times of two machines make no ratio."""
 
     def machine(row: Row) -> tuple[Any, Any]:
-        made = row.get("made", {})
-        return made.get("device"), made.get("threads")
+        return row["made"].get("device"), row["made"].get("threads")
 
-    same = [row for row in rows if machine(row) == machine(rows[-1])]
-    if len(same) == len(rows):
-        return same, ""
-    device, threads = machine(rows[-1])
-    return same, (
-        f"{len(rows) - len(same)} of {len(rows)} times are left out: they are of another machine or number of threads "
-        f"than the newest ({device or 'not recorded'}, {threads or '?'} threads); time all models in one command"
-    )
+    return [row for row in timing if machine(row) == machine(timing[-1])]
 
 
 def standard_error(values: Sequence[float]) -> tuple[float, float]:

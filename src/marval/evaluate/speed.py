@@ -1,11 +1,10 @@
-"""Speed: seconds per image of models that take turns, the operations that it takes, and the machine's peak."""
+"""Speed: seconds per image of models that take turns, the operations that it takes, and the memory."""
 
 import dataclasses
 import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,57 +22,53 @@ from marval.pipeline import Pipeline
 from marval.runtime.progress import progress
 from marval.runtime.provenance import made_by
 from marval.sampling import DrawTokens, draw_counts, draw_function, run
-from marval.sampling.fast import linear
 from marval.sampling.loop import Start
 
 SHORTEST = 0.3  # seconds that a timing lasts at least
-PEAK_SIDE = {"cpu": 2048}  # of the square matrices whose product is the machine's peak; 8192 elsewhere
 
 Job = Callable[[], Any]
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What is timed."""
-
-    iterations: tuple[int, ...] = ()  # K; each model's own when empty
-    batches: tuple[int, ...] = (1,)  # batch sizes
-    repeats: int = 5  # timed rounds, after one that warms up; 0: that one alone, for rounds of many minutes
-    autocast: bool = False  # draw in bf16
-
-
-def measure_speed(models: Models, settings: Speed, out: Path, report: Callable[[str], None] = print) -> list[Row]:
+def measure_speed(
+    models: Models,
+    out: Path,
+    *,
+    iterations: Sequence[int] = (),
+    batches: Sequence[int] = (1,),
+    repeats: int = 5,
+    autocast: bool = False,
+) -> list[Row]:
     """Time every model at every K and batch size, and keep the rows in `out`, in the place of those at one setting.
 
     Times are of what `Pipeline.sample` does: pictures decoded and brought to the CPU (`decoded`); tokens alone where
     a model with random weights has no decoder.
 
+    Args:
+        iterations: K; each model's own when empty.
+        repeats: timed rounds, after one that warms up; 0: that one alone, for rounds of many minutes.
+        autocast: draw in bf16.
+
     Raises:
-        ValueError: a K that a model has not, two models share a name, or `out` cannot be written or holds figures of
-            other weights under one.
+        ValueError: a K that a model has not, or `out` cannot be written or holds figures of other weights under a
+            model's name.
     """
     check_output(out, folder=False)
-    device, autocast = models[0][1].device, settings.autocast
-    runs = runs_of(models, settings.iterations, autocast)
+    device, runs = models[0][1].device, runs_of(models, iterations, autocast)
     check_rows([row for _, row in runs], read_results(out), "timing", out)
-    peak = peak_flops(device, autocast)
-    for batch in dict.fromkeys(settings.batches):
+    for batch in dict.fromkeys(batches):
         rows = []
         jobs = [drawing(pipeline, key["iterations"], batch, autocast) for pipeline, key in runs]
-        for (pipeline, key), rounds in zip(runs, in_turns(jobs, settings.repeats, device), strict=True):
-            row, times = key | {"batch": batch, "decoded": decodes(pipeline)}, [seconds / batch for seconds in rounds]
-            row |= {"seconds_per_image": statistics.median(times), "fastest": min(times), "slowest": max(times)}
-            row |= {"repeats": len(times), "made": made_by(device)}
-            flops = flops_per_image(pipeline.config, row["iterations"])
-            row |= {"gflops_per_image": flops / 1e9, "peak_gflops_per_second": peak / 1e9}
-            row["fraction_of_peak"] = flops / row["seconds_per_image"] / peak
+        for (pipeline, key), rounds in zip(runs, in_turns(jobs, repeats, device), strict=True):
+            times, flops = [seconds / batch for seconds in rounds], flops_per_image(pipeline.config, key["iterations"])
+            seconds = statistics.median(times)
+            rows.append({
+                **key, "batch": batch, "decoded": decodes(pipeline), "seconds_per_image": seconds,
+                "fastest": min(times), "slowest": max(times), "repeats": len(times), "gflops_per_image": flops / 1e9,
+                "made": made_by(device),
+            })  # fmt: skip
             if device.type == "cuda":
-                row["memory_bytes"] = memory_of(pipeline, row["iterations"], batch, autocast)
-            rows.append(row)
-            report(
-                f"{Setting.of(row)}, batch {batch}: {row['seconds_per_image'] * 1000:.4g} ms/image, "
-                f"{row['fraction_of_peak']:.0%} of the machine's {peak / 1e9:.0f} GFLOP/s"
-            )
+                rows[-1]["memory_bytes"] = memory_of(pipeline, key["iterations"], batch, autocast)
+            print(f"{Setting.of(rows[-1])}, batch {batch}: {seconds * 1000:.4g} ms/image")
         merge_results(out, "timing", rows)
     return read_results(out)["timing"]
 
@@ -88,7 +83,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(job: Job, device: torch.device) -> float:
-    """Measure the wall time of a job."""
+    """The wall time of a job."""
     synchronize(device)
     began = time.perf_counter()
     job()
@@ -134,16 +129,7 @@ def decodes(pipeline: Pipeline) -> bool:
     return getattr(pipeline.config.space, "vae", "") != "none"
 
 
-# The machine and the operations
-
-
-@torch.inference_mode()
-def peak_flops(device: torch.device, autocast: bool, repeats: int = 7) -> float:
-    """Measure the machine's floating-point operations a second in a large matrix product, the best of a few tries."""
-    dtype, side = torch.bfloat16 if autocast else torch.float32, PEAK_SIDE.get(device.type, 8192)
-    x, y = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    jobs: list[Job] = [lambda: linear(x, y, None), lambda: x @ y]
-    return 2 * side**3 / min(seconds_of(job, device) for _ in range(repeats) for job in jobs)
+# The memory and the operations
 
 
 def memory_of(pipeline: Pipeline, iterations: int, batch: int, autocast: bool) -> int:
