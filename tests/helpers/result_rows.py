@@ -17,7 +17,7 @@ def teacher(k, t, fd, **changes):
 
 
 def timed(row, seconds, batch=1):
-    kept = {name: row[name] for name in ("model", "teacher", "draw", "iterations")}
+    kept = {name: row[name] for name in ("model", "teacher", "draw", "order", "iterations")}
     rounds = {"seconds_per_image": seconds, "fastest": 0.9 * seconds, "slowest": 1.2 * seconds}
     return {**kept, "batch": batch, "autocast": row["autocast"], "made": {}, **rounds}
 

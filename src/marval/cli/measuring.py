@@ -14,8 +14,6 @@ from marval.presets import TuneConfig
 if TYPE_CHECKING:
     from marval.evaluate.models import Models
 
-REAL_SAMPLE = 10_000  # real images that KID, precision and recall are measured on
-
 
 @dataclass(frozen=True)
 class Measured(Checked):
@@ -83,6 +81,7 @@ def evaluate(
     """
     check_request(models, measured, against, results)
     from marval.evaluate.evaluate import Quality, measure
+    from marval.evaluate.features import MOST
     from marval.evaluate.judge import RewardJudge, make_judge
     from marval.evaluate.models import FULL_SIZES, load_models
     from marval.evaluate.speed import measure_speed
@@ -107,7 +106,7 @@ def evaluate(
         if measured.samples:
             judge = make_judge(
                 loaded[0][1], against.data, against.judge, workers, features=against.features,
-                reference=against.reference, sample=REAL_SAMPLE,
+                reference=against.reference, sample=MOST,
             )  # fmt: skip
             measure(loaded, judge, quality, out, workers)
         if workers.main and measured.batches:
@@ -136,8 +135,8 @@ def check_request(models: tuple[str, ...], measured: Measured, against: Against,
         raise ValueError("name at least one model, for example fashion-student")
     for name in FULL_SIZES.keys() & set(models) if measured.samples else ():
         raise ValueError(f"{name} has random weights: time it with --samples 0")
-    if (measured.budget or results.plot) and not measured.batches:
-        raise ValueError("--budget and --plot need times: name a batch size with --batches")
+    if (measured.budget or results.plot) and not (measured.samples and measured.batches):
+        raise ValueError("--budget and --plot need times and figures: name a batch size with --batches, and --samples")
     if not measured.samples and (measured.rewards is not None or not measured.batches):
         raise ValueError("--samples 0 without --batches, or with --rewards: there is nothing to measure")
     check_output(results.out, folder=False)
@@ -155,17 +154,17 @@ def show(models: "Models", measured: Measured, autocast: bool, results: Results)
     print_results(results.out)
     if measured.budget is None and results.plot is None:
         return
-    found, names = read_results(results.out), {pipeline.config.name for _, pipeline in models}
-    quality, timing = (
-        [row for row in found.get(part, []) if row["model"] in names and bool(row.get("autocast")) == autocast]
-        for part in ("quality", "timing")
+    parts, names, batch = (
+        read_results(results.out),
+        {pipeline.config.name for _, pipeline in models},
+        measured.batches[0],
     )
-    samples = measured.samples or max((row["samples"] for row in quality), default=0)
-    points = points_of([row for row in quality if row["samples"] == samples], timing, measured.batches[0])
+    rows = [row for row in parts["quality"] if row["model"] in names and row["samples"] == measured.samples]
+    points = points_of([row for row in rows if row["autocast"] == autocast], parts["timing"], batch)
     if measured.budget is not None:
         print(best_within(points, measured.budget))
     if results.plot is not None:
-        plot_curve(points, results.plot, measured.batches[0])
+        plot_curve(points, results.plot, batch)
         print(results.plot)
 
 

@@ -110,19 +110,14 @@ def _of_times(label: str, first: Sequence[Row], second: Sequence[Row]) -> list[D
 
 def _of_figures(label: str, first: Sequence[Row], second: Sequence[Row]) -> list[Difference]:
     differences = []
-    a, b = ({row.get("seed", 0): _figures(row) for row in rows} for rows in (first, second))
-    for name in _figures(first[0]):
+    a, b = ({row.get("seed", 0): figures_of(row) for row in rows} for rows in (first, second))
+    for name in figures_of(first[0]):
         pairs = [(a[seed][name], b[seed][name]) for seed in a if name in a[seed] and name in b.get(seed, ())]
         if pairs:
             here, there = (statistics.mean(side) for side in zip(*pairs, strict=True))
             chance = chance_of([y - x for x, y in pairs])
             differences.append(Difference(label, name, here, there, chance, f"{len(pairs)} seeds"))
     return differences
-
-
-def _figures(row: Row) -> dict[str, float]:
-    rewards = {name: score["mean"] for name, score in row.get("rewards", {}).items()}
-    return rewards or {name: value for name, value in figures_of(row).items() if name != "gflops_per_image"}
 
 
 def chance_of(differences: Sequence[float]) -> float | None:

@@ -116,7 +116,9 @@ def measure(
             row["gflops_per_image"] = flops_per_image(drawing.pipeline.config, drawing.iterations) / 1e9
             row |= {**judge.about, "made": made_by(drawing.pipeline.device, workers.count)}
             merge_results(out, judge.part, [row])
-        print(f"{Setting.of(row)}, seed {row['seed']}: {figures_line(row)}  ({time.monotonic() - began:.0f} s)")
+        errors = {name: f" ± {score['standard_error']:.2g}" for name, score in row.get("rewards", {}).items()}
+        figures = "  ".join(f"{name} {value:.4g}{errors.get(name, '')}" for name, value in figures_of(row).items())
+        print(f"{Setting.of(row)}, seed {row['seed']}: {figures}  ({time.monotonic() - began:.0f} s)")
     workers.barrier()
     return read_results(out).get(judge.part, [])
 
@@ -136,13 +138,6 @@ def row_of(drawing: Drawing, judge: Judge | RewardJudge, rows: list[Row]) -> Row
     key = {"metrics": METRICS, **drawing.key}
     same = [row for row in rows if all(row.get(name) == value for name, value in key.items())]
     return next((row for row in same if judge.measured(row)), None)
-
-
-def figures_line(row: Row) -> str:
-    """Write a row's figures in one line; ± is one standard error of the mean over the images."""
-    rewards = {name: f"{one['mean']:.4g} ± {one['standard_error']:.2g}" for name, one in row.get("rewards", {}).items()}
-    figures = rewards or {name: f"{value:.4g}" for name, value in figures_of(row).items()}
-    return "  ".join(f"{name} {value}" for name, value in figures.items())
 
 
 def probe(

@@ -148,12 +148,11 @@ class RealSample:
 
     @classmethod
     def of(cls, features: Float[Tensor, "n f"]) -> "RealSample":
-        """Describe the first `MOST` images."""
+        """Describe real images, of which there are at least `FEWEST`."""
         if len(features) < FEWEST:
             raise ValueError(
                 f"{len(features)} real images: precision and recall need at least {FEWEST}; name more with --data"
             )
-        features = features[:MOST]
         return cls(features, neighbour_distances(features), mean_kernel(features))
 
     def save(self, file: Path) -> None:

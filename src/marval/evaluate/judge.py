@@ -22,7 +22,6 @@ from marval.data import FASHION_FORM, ImageData, check_classes, check_data, load
 from marval.evaluate.features import (
     FASHION_STATISTICS,
     METRICS,
-    MOST,
     Features,
     RealSample,
     Statistics,
@@ -179,7 +178,7 @@ def make_judge(
         workers: where features and classifier compute; all but the main one only draw, and need no real images.
         features: "file.py:function" or "module:function" in the place of EfficientNet.
         reference: ADM's `.npz` in the place of real images.
-        sample: real images that KID, precision and recall are measured on (at most `MOST`); 0: none is.
+        sample: real images that KID, precision and recall are measured on; 0: none is.
         limit: real images that are read at most, from all classes alike; all when None.
 
     Raises:
@@ -238,13 +237,13 @@ def measure_data(
         Statistics.of(real_features(network, images().images), network.name, digest).save(file)
 
     def measure_some(file: Path) -> None:
-        total, count = len(images()), min(sample, MOST, len(images()))
+        total, count = len(images()), min(sample, len(images()))
         some = images().images[torch.arange(count) * total // count]  # evenly spaced over the set
         RealSample.of(torch.cat([*real_features(network, some)])).save(file)
 
     if (digest, network.name) != (real.data_sha256, real.features):
         real = cached(f"statistics-{key}.safetensors", Statistics.load, measure)
-    neighbours = f"neighbours-{key}-{min(sample, MOST)}-{METRICS}.safetensors"
+    neighbours = f"neighbours-{key}-{sample}-{METRICS}.safetensors"
     return real, cached(neighbours, RealSample.load, measure_some) if sample else None
 
 

@@ -159,18 +159,16 @@ class Point:
 
 
 def points_of(quality: Sequence[Row], timing: Sequence[Row], batch: int) -> list[Point]:
-    """Join the Fréchet distances and the times at a batch size, on the newest time's machine, by (model, K, T, w).
-
-    The rows should be of one number of samples and one precision: others do not compare.
-    """
+    """Join Fréchet distances, of one number of samples, and times at a batch size, on the newest time's machine."""
     times = [row for row in on_one_machine(timing) if row["batch"] == batch]
-    seconds = {str(Setting.of(row)): row["seconds_per_image"] for row in times}
+    seconds = {replace(Setting.of(row), batch=None): row["seconds_per_image"] for row in times}
     points = []
     for rows in lines_of(quality):
         setting, name = Setting.of(rows[0]), "fd" if "fd" in rows[0] else "fid"
-        if str(setting) in seconds and name in rows[0]:
+        time = seconds.get(replace(setting, samples=None))
+        if time is not None and name in rows[0]:
             distance = statistics.mean(row[name] for row in rows)
-            points.append(Point(setting, rows[0]["teacher"], seconds[str(setting)], distance, title_of(name, rows)))
+            points.append(Point(setting, rows[0]["teacher"], time, distance, title_of(name, rows)))
     return points
 
 

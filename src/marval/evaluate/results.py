@@ -171,5 +171,7 @@ def standard_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def figures_of(row: Row) -> dict[str, float]:
-    """Return the measured figures of a row of quality: every floating-point number."""
-    return {name: value for name, value in row.items() if isinstance(value, float)}
+    """The measured figures of a row: mean rewards, or every floating-point number of quality but the operations."""
+    rewards = {name: score["mean"] for name, score in row.get("rewards", {}).items()}
+    figures = {name: value for name, value in row.items() if isinstance(value, float) and name != "gflops_per_image"}
+    return rewards or figures
