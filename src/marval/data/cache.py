@@ -132,7 +132,7 @@ def _encode(
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
     moments, labels, damaged = [torch.zeros(0, 2, 2, 0, 0)], list[int](), list[str]()
-    results = zip(in_threads(read, files, ahead=2 * batch_size), files, strict=True)
+    results = zip(in_threads(read, files), files, strict=True)
     while batch := list(islice(results, batch_size)):
         damaged += [str(image) for image, _ in batch if isinstance(image, ValueError)]
         images = [(image, label) for image, (_, label) in batch if isinstance(image, Tensor)]

@@ -88,17 +88,15 @@ def split_data(data: ImageData, seed: int, share: float = 0.1) -> tuple[ImageDat
     return train, held_out
 
 
-def in_threads(
-    function: Callable[[Item], Result], items: Iterable[Item], ahead: int | None = None
-) -> Iterator[Result | ValueError]:
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result | ValueError]:
     """Call `function` on every item in threads and yield the results in order; a ValueError counts as a result.
 
-    At most `ahead` results wait, so that large ones do not fill the memory.
+    Few results wait, so that large ones do not fill the memory.
     """
     threads, rest = min(8, (os.cpu_count() or 1) + 1), iter(items)
     with ThreadPoolExecutor(threads) as pool:
         try:
-            waiting = deque(pool.submit(function, item) for item in itertools.islice(rest, ahead or 4 * threads))
+            waiting = deque(pool.submit(function, item) for item in itertools.islice(rest, 8 * threads))
             while waiting:
                 try:
                     yield waiting.popleft().result()

@@ -59,19 +59,18 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path | str) -> Iterator[Path]:
-    """Give a folder beside `target`; its files move into `target` when the block ends, none if it raises.
+    """Give a folder inside `target`; its files move into `target` when the block ends, none if it raises.
 
     Files of the same names are replaced, others stay.
 
     Raises:
         ValueError: the folder cannot be made or written to, or the disk is full.
     """
-    target = Path(target).absolute()
+    target = Path(target)
     with _writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as partial:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=target) as partial:
             yield Path(partial)
-            target.mkdir(exist_ok=True)
             for file in Path(partial).iterdir():
                 file.replace(target / file.name)
 

@@ -1,6 +1,5 @@
 """Models and weights on the Hugging Face hub: fetch them, and publish a model with its card."""
 
-import os
 import re
 import tempfile
 from collections.abc import Sequence
@@ -67,7 +66,7 @@ def push_model(
 
 def published(config: ModelConfig) -> ModelConfig:
     """The configuration for other machines: a VAE's folder goes by its name, to be put beside the model's files."""
-    if isinstance(config.space, LatentSpace) and os.path.isabs(config.space.vae):
+    if isinstance(config.space, LatentSpace) and Path(config.space.vae).is_absolute():
         return replace(config, space=replace(config.space, vae=Path(config.space.vae).name))
     return config
 

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import logging
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from marval.config import Chain, ModelConfig, PixelSpace
+from marval.io.files import atomic_folder
 from marval.model import MAR
 from marval.runtime.rng import generator
 from marval.sampling import draw_counts, draw_function, sample
@@ -76,17 +76,14 @@ def export_onnx(model: MAR, config: ModelConfig, iterations: int, file: Path) ->
     program.model.metadata_props.update(
         model=config.name, iterations=str(iterations), class_names=json.dumps(config.class_names)
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
-        partial = Path(folder) / file.name
+    with atomic_folder(file.parent) as folder:
+        partial = folder / file.name
         program.save(partial)  # weights of gigabytes lie beside it, in a file whose name it holds
         session = onnxruntime.InferenceSession(partial, providers=["CPUExecutionProvider"])
         images = torch.from_numpy(session.run(None, {name: t.numpy() for name, t in inputs.items()})[0])
         difference = float((images - expected).abs().max() / expected.abs().max())
         if not difference <= TOLERANCE:
             raise ValueError(f"{file}: onnxruntime draws other images than PyTorch (by {difference:.1g}): not written")
-        for part in Path(folder).iterdir():
-            part.replace(file.parent / part.name)
     return difference
 
 

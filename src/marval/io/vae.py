@@ -68,7 +68,7 @@ def find_vae(space: PixelSpace | LatentSpace, folder: Path) -> PixelSpace | Late
         name = Path(space.vae).name
         for place in (folder / space.vae, Path(space.vae), folder / name, Path(name)):
             if name and place.is_dir():
-                return dataclasses.replace(space, vae=str(place))
+                return dataclasses.replace(space, vae=str(place.absolute()))
     return space
 
 
