@@ -19,7 +19,7 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
 
 
-def plain_name(name: str) -> bool:
+def is_plain_name(name: str) -> bool:
     """Tell whether a model's name can be part of a file's name: no path, nothing hidden, nothing invisible."""
     return name.isprintable() and not {"/", "\\"} & set(name) and not name.startswith(".") and len(name) <= 100
 
@@ -40,7 +40,7 @@ Decay = Annotated[float, Rule("a number from 0 to below 1", lambda x: 0 <= x < 1
 Guidance = Annotated[float, Rule("a number from 0, where 1 is no guidance", lambda x: 0 <= x < math.inf)]
 Steps = Annotated[int, Rule("a whole number from 2 to 1000", lambda x: 2 <= x <= 1000)]
 Timestep = Annotated[int, Rule("a number from 0 to 998 (1/alpha explodes at 999)", lambda x: 0 <= x < 999)]
-Name = Annotated[str, Rule("a plain name: at most 100 characters, no / or \\, no dot in front", plain_name)]
+Name = Annotated[str, Rule("a plain name: at most 100 characters, no / or \\, no dot in front", is_plain_name)]
 Template = Annotated[
     str, Rule("exactly one {} and no other braces", lambda x: x.count("{}") == x.count("{") == x.count("}") == 1)
 ]
