@@ -221,7 +221,7 @@ def test_a_refusal_is_a_line_on_the_page(visitor):
     for name in ("fashion-teacher", "fashion-student", "fashion-tuned"):
         page.locator("#generate").get_by_label(name).uncheck()
     page.click("#generate .primary")
-    finish(page, "generate", "Not possible: choose at least one model")
+    finish(page, "generate", "Not possible: choose at least one of every list")
     page.click("#tab-edit")
     page.click("#edit [value=redraw]")
     finish(page, "edit", "Not possible: draw or upload a picture first")

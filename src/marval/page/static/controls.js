@@ -25,7 +25,7 @@ const offer = (options, chosen) => [...options].sort((a, b) => chosen.includes(b
   .map((one) => new Option(one, one, false, chosen.includes(one)));
 
 function choice(label, name, options, chosen, multiple = false) {
-  const select = h("select", { name, multiple, size: multiple && 4 }, offer(options, chosen));
+  const select = h("select", { name, multiple, required: true, size: multiple && 4 }, offer(options, chosen));
   return h("label", { class: "field" }, h("span", {}, label), select);
 }
 

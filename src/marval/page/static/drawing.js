@@ -33,6 +33,7 @@ export async function ask(path, options) {
 // Draw pictures, and `show` each event with the picture that it is of. A form draws one list at a time; `form.drawing`
 // stops it.
 export async function draw(form, pictures, show, done) {
+  if (!pictures.length) return refuse(form, "choose at least one of every list");
   form.drawing?.abort();
   const control = (form.drawing = new AbortController());
   say(form, "Waiting for a turn…", "busy");

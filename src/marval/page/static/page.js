@@ -2,7 +2,7 @@
 
 import { $, $$, field, fit, h, isTeacher, models, open, OWN_ORDER, read } from "./controls.js";
 import { edit, takeToDesk, wireDesk } from "./desk.js";
-import { Cell, draw, duration, refuse, Strip } from "./drawing.js";
+import { Cell, draw, duration, Strip } from "./drawing.js";
 import { loops, panel } from "./loops.js";
 
 const mean = (numbers) => numbers.reduce((sum, number) => sum + number, 0) / numbers.length;
@@ -40,7 +40,6 @@ class Column {
 
 function generate(form) {
   const { models: names, classes, seed, iterations, guidance, order, count } = read(form);
-  if (!names.length || !classes.length) return refuse(form, "choose at least one model and one class");
   const own = order === OWN_ORDER ? null : order, columns = {}, pictures = [];
   for (const model of names) {
     const steps = models[model].diffusion_steps;
@@ -61,7 +60,6 @@ function generate(form) {
 
 function compare(form) {
   const { models: names, columns, class: label, seed } = read(form);
-  if (!names.length || !columns.length) return refuse(form, "choose at least one model and one K");
   const cells = {}, pictures = [];
   const rows = names.map((model) => {
     const row = h("tr", { class: `tint-${models[model].tint}` }, h("th", { scope: "row" }, model));
@@ -88,7 +86,6 @@ function rest(form) {
 
 function why(form) {
   const { models: names, class: label, seed, iterations } = read(form), shown = rest(form);
-  if (!names.length) return refuse(form, "choose at least one model");
   const pictures = names.map((model) => ({ model, class: label, seed, iterations })).sort(studentsFirst);
   const show = async (event, wanted) => {
     shown[wanted.model].tell(event.iteration, event.calls);
