@@ -138,7 +138,7 @@ def test_a_judge_that_says_nan_is_no_judge_that_says_something(workspace):
     """Its accuracy would be that of class 0, everywhere."""
     classifier = Classifier("plain", 1, ("cross", "square")).eval()
     next(classifier.parameters()).data.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"accuracy of 6 images is nan"):
+    with pytest.raises(ValueError, match="log_probability of 6 images is nan"):
         run_quality(workspace, plain_judge(classifier))
     assert "diversity" not in plain_judge().figures(tiny_data().images[:2], torch.tensor([0, 1]))  # it has no pair
 

@@ -133,8 +133,8 @@ def check_request(models: tuple[str, ...], measured: Measured, against: Against,
         raise ValueError(f"{', '.join(others)}: not with --rewards, which are measured instead; run them apart")
     if not models:
         raise ValueError("name at least one model, for example fashion-student")
-    for name in FULL_SIZES.keys() & set(models) if measured.samples else ():
-        raise ValueError(f"{name} has random weights: time it with --samples 0")
+    if measured.samples and (full := FULL_SIZES.keys() & set(models)):
+        raise ValueError(f"{', '.join(sorted(full))}: random weights have no quality: time them with --samples 0")
     if (measured.budget or results.plot) and not (measured.samples and measured.batches):
         raise ValueError("--budget and --plot need times and figures: name a batch size with --batches, and --samples")
     if not measured.samples and (measured.rewards is not None or not measured.batches):

@@ -70,7 +70,7 @@ class Reference:
                         if mu.shape != blank[name][0].shape:
                             raise ValueError(f"{mean} has shape {tuple(mu.shape)}, not the network's")
                 pictures = "arr_0" in content
-        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{file} cannot be read as ADM's reference ({error}): {WHERE}") from None
         return cls(file, sha256, found["pool"], found.get("spatial"), pictures, inception)
 
