@@ -1,19 +1,31 @@
 """A model prepared for a CPU draws the same, shares its weights, and follows them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from marval.config import MARConfig
 from marval.model import MAR
 from marval.runtime.rng import generator
-from marval.sampling.fast import FastLinear, few_threads, linear, prepare_for_drawing
+from marval.sampling import fast
+from marval.sampling.fast import FastLinear, few_threads, linear, prepare_for_drawing, use_onednn
 from tiny import tiny_model
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Products are oneDNN's, whoever made this processor."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr(fast, "use_onednn", lambda: True)
 
 
 def randn(*shape):
     return torch.randn(shape, generator=generator("fast"))
 
 
+@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("rows", [1, 15, 16, 53])
 def test_products_are_the_same_in_inference_mode(rows):
     """There oneDNN multiplies, from 16 rows on."""
@@ -31,6 +43,7 @@ def test_products_are_the_same_in_inference_mode(rows):
         torch.testing.assert_close(linear(x, layer.weight[8:], layer.bias[8:]), expected[..., 8:])
 
 
+@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("head_calls", [1, 100])
 def test_a_prepared_model_computes_the_same_with_the_same_parameters(head_calls):
     """With weights that are large enough to be packed."""
@@ -42,14 +55,14 @@ def test_a_prepared_model_computes_the_same_with_the_same_parameters(head_calls)
     torch.nn.init.normal_(model.head.final_layer.linear.weight, std=0.1, generator=generator("final"))
     tokens, visible, positions = randn(3, 4, 4), torch.tensor([[2, 1]] * 3), torch.tensor([[0, 3]] * 3)
     with torch.inference_mode():
-        fast = prepare_for_drawing(model, head_calls)
-        assert fast is not model
-        assert all(a is b for a, b in zip(fast.parameters(), model.parameters(), strict=True))
-        packed = [layer for layer in fast.modules() if isinstance(layer, FastLinear) and layer.packed is not None]
+        prepared = prepare_for_drawing(model, head_calls)
+        assert prepared is not model
+        assert all(a is b for a, b in zip(prepared.parameters(), model.parameters(), strict=True))
+        packed = [layer for layer in prepared.modules() if isinstance(layer, FastLinear) and layer.packed is not None]
         assert bool(packed) == (head_calls == 100)
-        contexts = [m.context(tokens, visible, positions, model.class_emb.weight[[0, 1, 1]]) for m in (fast, model)]
+        contexts = [m.context(tokens, visible, positions, model.class_emb.weight[[0, 1, 1]]) for m in (prepared, model)]
         torch.testing.assert_close(*contexts, rtol=1e-4, atol=1e-5)
-        outputs = [m.head(randn(6, 4), torch.arange(6.0), contexts[1].flatten(0, 1)) for m in (fast, model)]
+        outputs = [m.head(randn(6, 4), torch.arange(6.0), contexts[1].flatten(0, 1)) for m in (prepared, model)]
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
         assert outputs[0].abs().max() > 0.1
 
@@ -61,6 +74,16 @@ def test_nothing_is_prepared_where_onednn_is_of_no_use():
         with torch.autocast("cpu", torch.bfloat16):
             assert prepare_for_drawing(model, 100) is model
         assert prepare_for_drawing(model.bfloat16(), 100) is model
+
+
+def test_on_a_processor_that_mkl_is_for_mkl_multiplies(monkeypatch):
+    model = tiny_model()
+    for vendor, other in (("GenuineIntel", False), ("AuthenticAMD", torch.backends.mkldnn.is_available())):
+        monkeypatch.setattr(Path, "read_text", lambda path, vendor=vendor: f"vendor_id : {vendor}\n")
+        use_onednn.cache_clear()
+        with torch.inference_mode():
+            assert (prepare_for_drawing(model, 100) is not model) == other
+    use_onednn.cache_clear()
 
 
 def test_small_batches_are_drawn_by_one_thread_where_threads_wait_passively(monkeypatch):

@@ -1,12 +1,17 @@
 """Prepare a model for the device that it draws on: the one place for what depends on hardware.
 
-On a CPU, torch gives float32 matrix products to MKL, which took 1.6 to 2.7 times as long as oneDNN on a Zen 5 at 53
-to 3,392 rows, and 1.6 to 2.4 times at 1 to 32 rows of weights of 1,024 x 1,024 and larger (Intel's were not measured).
+On a CPU, torch gives float32 matrix products to MKL, whose fastest kernels are for Intel's processors: on a Zen 5 a
+product of 80 x 768 x 2304 ran at 92 GFLOP/s a thread by MKL, at 204 by oneDNN. In all, MKL took 1.6 to 2.7 times as
+long there at 53 to 3,392 rows, and 1.6 to 2.4 times at 1 to 32 rows of weights of 1,024 x 1,024 and larger. A machine
+that ran the official loop 1.5 times as fast as the Zen 5 took 1.6 times as long for ours (results/mar-base-second.json).
 """
 
 import contextlib
+import functools
 import os
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -18,7 +23,6 @@ from marval.config import MARConfig
 from marval.model.head import ExactLinear
 from marval.model.mar import MAR, MLP, Attention
 
-ONEDNN = torch.backends.mkldnn.is_available()
 FEWEST_ROWS = 16  # of an input: below, oneDNN's set-up costs more than its kernels save,
 LARGE = 2**19  # but for weights of so many elements: reading them takes oneDNN half of MKL's time
 FEWEST_CALLS = 25  # of the head, from which on packing its large weights saves more than it takes
@@ -27,11 +31,21 @@ ONE_THREAD = 2**16  # numbers in the decoder's input, up to which one thread dra
 M = TypeVar("M", bound=nn.Module)
 
 
+@functools.cache
+def use_onednn() -> bool:
+    """Tell whether this machine's products are oneDNN's: it is there, and the processor is none of those MKL is for."""
+    try:
+        about = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        about = platform.processor()
+    return torch.backends.mkldnn.is_available() and "GenuineIntel" not in about
+
+
 def can_use_onednn(weight: Tensor) -> bool:
     """Tell whether oneDNN's operator takes this weight. It has no gradient, and autocast does not know it."""
     return (
         not torch.compiler.is_compiling()
-        and ONEDNN
+        and use_onednn()
         and weight.is_cpu
         and weight.dtype == torch.float32
         and torch.is_inference_mode_enabled()
