@@ -9,7 +9,7 @@ from marval.config import MARConfig
 from marval.model import MAR
 from marval.runtime.rng import generator
 from marval.sampling import fast
-from marval.sampling.fast import FastLinear, few_threads, linear, prepare_for_drawing, use_onednn
+from marval.sampling.fast import FastLinear, cast_frozen, few_threads, linear, prepare_for_drawing, use_onednn
 from tiny import tiny_model
 
 
@@ -98,3 +98,15 @@ def test_small_batches_are_drawn_by_one_thread_where_threads_wait_passively(monk
     finally:
         torch.set_num_threads(threads)
     assert seen == [1, 2, 2]
+
+
+def test_a_frozen_model_computes_under_autocast_what_it_did_before_it_was_cast():
+    model, tokens, visible, positions = tiny_model(), randn(2, 16, 4), torch.tensor([[2, 1]] * 2), torch.arange(9)
+    cast = cast_frozen(model)
+    condition = model.embed(torch.tensor([0, 1]))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        before, after = (m.context(tokens, visible, positions.expand(2, -1), condition) for m in (model, cast))
+    assert torch.equal(before, after)
+    assert cast.decoder_embed.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in cast.head.parameters()} == {torch.float32}
+    assert model.decoder_embed.weight.dtype == torch.float32

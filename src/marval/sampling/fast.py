@@ -2,11 +2,12 @@
 
 On a CPU, torch gives float32 matrix products to MKL, whose fastest kernels are for Intel's processors: on a Zen 5 a
 product of 80 x 768 x 2304 ran at 92 GFLOP/s a thread by MKL, at 204 by oneDNN. In all, MKL took 1.6 to 2.7 times as
-long there at 53 to 3,392 rows, and 1.6 to 2.4 times at 1 to 32 rows of weights of 1,024 x 1,024 and larger. A machine
-that ran the official loop 1.5 times as fast as the Zen 5 took 1.6 times as long for ours (results/mar-base-second.json).
+long there at 53 to 3,392 rows, and 1.6 to 2.4 times at 1 to 32 rows of weights of 1,024 x 1,024 and larger. Another
+machine ran the official loop 1.5 times as fast, and ours 1.6 times as slowly (results/mar-base-second.json).
 """
 
 import contextlib
+import copy
 import functools
 import os
 import platform
@@ -131,6 +132,19 @@ def _fast_copy(module: M) -> M:
     children = {name: None if child is None else _fast_copy(child) for name, child in module._modules.items()}
     copied.__dict__ = {**module.__dict__, "_modules": children}
     return copied  # type: ignore[return-value]
+
+
+def cast_frozen(model: MAR) -> MAR:
+    """A copy of a frozen model whose context network has the weights that autocast would cast at every call, in bf16.
+
+    Under autocast it computes the same to the bit. The head stays in float32.
+    """
+    model = copy.deepcopy(model)
+    head = set(model.head.modules())
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and layer not in head:
+            layer.bfloat16()
+    return model
 
 
 @contextlib.contextmanager

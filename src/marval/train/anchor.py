@@ -16,6 +16,7 @@ from marval.runtime.distributed import Workers
 from marval.runtime.log import Figures, add_means
 from marval.runtime.optim import Optimizer
 from marval.sampling import draw_function
+from marval.sampling.fast import cast_frozen
 from marval.spaces import TokenSpace
 from marval.train.distill import DrawnPart, masked_parts, phi_steps, predicted_eps, student_tokens, target_contexts
 
@@ -54,7 +55,7 @@ def anchor_of(
 
 
 class AnchorLoss:
-    """The anchor's loss, with its networks in place; the teacher is taken over as it is, for it may be large.
+    """The anchor's loss, with its networks in place.
 
     `to="student"` holds the student to its own first self, not to the teacher, by the gap between two scores (DI*, Luo
     et al. 2024, arXiv 2410.20898): phi's, which follows it, and a copy of phi as it was when the student began to
@@ -63,6 +64,8 @@ class AnchorLoss:
 
     def __init__(self, anchor: Anchor, config: ModelConfig, space: TokenSpace, workers: Workers, to: AnchorTo):
         self.teacher, self.data, self.settings = anchor.teacher.eval(), anchor.data, anchor.settings
+        if self.settings.autocast and workers.mesh is None:
+            self.teacher = cast_frozen(self.teacher)
         if to == "student":
             unguided = dataclasses.replace(config.draw, guidance=1.0, guidance_schedule="constant")
             config = dataclasses.replace(config, draw=unguided)

@@ -21,6 +21,7 @@ from marval.runtime.log import LOG, Figures, Log, add_means, due
 from marval.runtime.optim import Optimizer, fast_attention, learning_rate_factor, update_ema
 from marval.runtime.state import State, save_network
 from marval.sampling import DrawTokens, draw_function, guidance_at, guided_eps
+from marval.sampling.fast import cast_frozen
 from marval.spaces import TokenSpace, token_space
 from marval.train.draws import GSIMDraws, NoiseLevels, gsim_draws
 
@@ -123,17 +124,18 @@ def phi_steps(
 
 def copy_networks(
     teacher: MAR, settings: DistillConfig, workers: Workers
-) -> tuple[MAR, MAR, TokenHead, dict[str, Optimizer]]:
-    """Copy theta (the student), its average and phi from the teacher, freeze all but theta, and put them in place."""
+) -> tuple[MAR, MAR, MAR, TokenHead, dict[str, Optimizer]]:
+    """Copy theta (the student), its average and phi from the teacher, freeze all but theta, and put all in place."""
     workers.parts(settings.batch_size, settings.accumulate)  # refuses a batch that cannot be split
     student, ema, phi = copy.deepcopy(teacher), copy.deepcopy(teacher), copy.deepcopy(teacher.head)
+    teacher = cast_frozen(teacher) if settings.autocast and workers.mesh is None else teacher
     for network, learns in ((teacher, False), (student, True), (ema, False), (phi, True)):
         workers.place(network.eval().requires_grad_(learns))  # eval: dropout stays off
     student.checkpoint_blocks = settings.checkpoint_blocks
     adams = {"student": Optimizer(student, settings.gradient_clip, (0.0, 0.999))}
     adams["auxiliary"] = Optimizer(phi, settings.gradient_clip, (0.0, 0.999))
     phi.requires_grad_(False)  # but in `phi_steps`
-    return student, ema, phi, adams
+    return teacher, student, ema, phi, adams
 
 
 def distill(
@@ -151,7 +153,7 @@ def distill(
     config, settings = student_config(teacher_config, settings)
     origin = {"data_set": data_identity(data), "teacher": model_identity(teacher_config.name, teacher)}
     workers, device, autocast = run.workers, run.workers.device, settings.autocast
-    student, ema, phi, adams = copy_networks(teacher, settings, workers)
+    teacher, student, ema, phi, adams = copy_networks(teacher, settings, workers)
     described = {**config.to_dict(), **dataclasses.asdict(settings), **origin}
     state = State(run, described, {"student": student, "auxiliary": phi, "ema": ema}, adams)
     start, _ = state.load()
