@@ -23,6 +23,7 @@ from marval.evaluate.results import read_results, write_results
 from marval.model import MAR
 from marval.presets import DistillConfig, TuneConfig
 from marval.runtime.folder import open_run
+from marval.runtime.philox import standard_normal
 from marval.runtime.provenance import made_by
 from marval.runtime.rng import generator
 from marval.sampling import DrawByChain, DrawInOneStep, sample
@@ -44,10 +45,11 @@ class RandomLatents:
     def __len__(self):
         return 64
 
-    def tokens(self, indices, rows, space, device, stream):
-        count = len(indices[rows])
-        shape = (count, self.config.num_tokens, self.config.token_dim)
-        return torch.randn(shape, generator=generator(*stream)), torch.arange(count)
+    def read(self, indices, keys):
+        return standard_normal(keys, (self.config.num_tokens, self.config.token_dim))
+
+    def tokens(self, stored, keys, space):
+        return stored
 
 
 def memory(name):

@@ -155,7 +155,8 @@ def gsim_gradients(check: Check) -> dict[str, float]:
         teacher, phi = teacher.to(device), copy.deepcopy(teacher.head).to(device)
         part = gsim_draws(settings, config.mar, 0).part(slice(None))  # on the CPU: both devices get the same
         space, schedule = token_space(config.space, device), NoiseSchedule.full(device)
-        tokens, labels = data.tokens(torch.arange(8), slice(None), space, device)
+        keys, labels = torch.arange(8), data.labels[:8].to(device)
+        tokens = data.tokens(data.read(keys, keys).to(device), keys.to(device), space)
         inputs = tokens, part.visible.to(device), part.targets.to(device), labels
         z, t, eps = part.z.to(device), part.theta.t.to(device), part.theta.eps.to(device)
         with torch.no_grad():
@@ -342,21 +343,19 @@ def sampling_table(check: Check, size: str, settings: list[tuple[str, int, int, 
 
 
 class RandomLatents:
-    """Latents of no picture, as a data set."""
+    """Latents of no picture, as a data set: what is read and copied has the size of a cache's moments."""
 
-    def __init__(self, config: MARConfig, device: torch.device):
-        self.config, self.device = config, device
+    def __init__(self, config: MARConfig):
+        self.config, self.labels = config, torch.zeros(100_000, dtype=torch.long)
 
     def __len__(self) -> int:
-        return 100_000
+        return len(self.labels)
 
-    def tokens(
-        self, indices: Tensor, rows: slice, space: Any, device: torch.device, stream: Any = ()
-    ) -> tuple[Tensor, Tensor]:
-        count = len(indices[rows])
-        return torch.randn(count, self.config.num_tokens, self.config.token_dim, device=device), torch.zeros(
-            count, dtype=torch.long, device=device
-        )
+    def read(self, indices: Tensor, keys: Tensor) -> Tensor:
+        return torch.randn(len(indices), self.config.num_tokens, 2 * self.config.token_dim).half()
+
+    def tokens(self, stored: Tensor, keys: Tensor, space: Any) -> Tensor:
+        return stored.float().chunk(2, dim=-1)[0]
 
 
 def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> dict[str, Any]:
@@ -370,7 +369,7 @@ def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> 
     )
     student = copy.deepcopy(model).requires_grad_(True)
     student.checkpoint_blocks = checkpoint_blocks
-    anchor = Anchor(model, RandomLatents(model.config, check.device), settings)  # type: ignore[arg-type]
+    anchor = Anchor(model, RandomLatents(model.config), settings)  # type: ignore[arg-type]
     space, workers = token_space(config.space, check.device), Workers(device=check.device)
     held = AnchorLoss(anchor, config, space, workers, "teacher")
     adam = Optimizer(student, settings.gradient_clip, (0.0, 0.999))

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig
-from marval.data import LatentData, cache_latents, check_data, load_data
+from marval.data import LatentData, batch_indices, cache_latents, check_data, load_data
+from marval.data.loader import Loader
 from marval.io.checkpoint import load_model
 from marval.io.images import centre_crop
 from marval.io.official import imagenet_classes
@@ -18,9 +19,10 @@ from marval.io.vae import vae_hash, vae_place
 from marval.presets import TrainConfig
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import open_run
-from marval.spaces import Latents
+from marval.runtime.philox import stream_keys
+from marval.spaces import Latents, Pixels
 from marval.train.teacher import latent_teacher_config, train_teacher
-from tiny import tiny_config
+from tiny import tiny_config, tiny_data
 
 COUNT = 13
 
@@ -84,22 +86,35 @@ def test_a_cache_holds_the_moments_of_every_image_and_its_mirror(pictures, tmp_p
             torch.testing.assert_close(moments[side, :2], expected, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(moments[:, 2:].exp().sqrt(), torch.full((2, 2, 4, 4), 0.1), rtol=1e-2, atol=1e-3)
     # Scaled posterior samples have standard deviation 1.
-    everything = torch.arange(COUNT), slice(0, COUNT), space_of(data), torch.device("cpu")
-    tokens = torch.cat([data.tokens(*everything, (0, step))[0] for step in range(50)])
+    everything, space = torch.arange(COUNT), space_of(data)
+    keys = stream_keys((0, step, i) for step in range(50) for i in range(COUNT)).split(COUNT)
+    tokens = torch.cat([data.tokens(data.read(everything, some), some, space) for some in keys])
     assert tokens.shape == (50 * COUNT, 16, 2)
     assert tokens.std().item() == pytest.approx(1, rel=0.03)
     assert cache(pictures, tmp_path / "cache", scale=0.2325).scale == 0.2325
 
 
-def test_rows_of_a_batch_do_not_depend_on_how_it_is_split(pictures, tmp_path):
-    data = cache(pictures, tmp_path / "cache")
-    space, device, indices = space_of(data), torch.device("cpu"), torch.tensor([3, 3, 12, 0, 7])
-    whole, labels = data.tokens(indices, slice(0, 5), space, device, ("s", 1))
-    parts = [data.tokens(indices, rows, space, device, ("s", 1)) for rows in (slice(0, 2), slice(2, 5))]
-    assert torch.equal(whole, torch.cat([part for part, _ in parts]))
-    assert torch.equal(labels, torch.cat([part for _, part in parts]))
-    assert not torch.equal(whole[0], whole[1])  # the same image twice: other noise
-    assert not torch.equal(whole, data.tokens(indices, slice(0, 5), space, device, ("s", 2))[0])
+@pytest.mark.parametrize("kind", ["latents", "pixels"])
+def test_rows_of_a_batch_do_not_depend_on_how_it_is_split_and_read_ahead(kind, pictures, tmp_path):
+    data, space, device = tiny_data(), Pixels(tiny_config().space), torch.device("cpu")
+    if kind == "latents":
+        data = cache(pictures, tmp_path / "cache")
+        space = space_of(data)
+
+    def batches(parts, updates):
+        loader = Loader(data, 5, 3, parts, space, device)
+        return {update: list(loader(update)) for update in updates}
+
+    whole = batches([slice(0, 5)], (0, 1, 2, 9))
+    for update, ((rows, tokens, labels),) in whole.items():
+        assert rows == slice(0, 5)
+        assert torch.equal(labels, data.labels[batch_indices(len(data), 5, update, 3)])
+        assert len(tokens) == 5
+    first, second = batches([slice(0, 2)], (1, 2)), batches([slice(2, 3), slice(3, 5)], (9, 2))
+    parts = [*first[2], *second[2]]
+    assert torch.equal(whole[2][0][1], torch.cat([tokens for _, tokens, _ in parts]))
+    assert torch.equal(whole[2][0][2], torch.cat([labels for *_, labels in parts]))
+    assert not torch.equal(whole[1][0][1], whole[2][0][1])
 
 
 def test_a_run_that_was_cut_short_goes_on_without_redoing_shards(pictures, tmp_path):

@@ -46,17 +46,15 @@ class ImageData:
         """Return images in [0, 1] and their labels."""
         return self.images[indices].float() / 255, self.labels[indices]
 
+    def read(self, indices: Int[Tensor, " b"], keys: Int[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
+        """Return images as they are stored; nothing is drawn, so `keys` are not used."""
+        return self.images[indices]
+
     def tokens(
-        self,
-        indices: Int[Tensor, " batch"],
-        rows: slice,
-        space: TokenSpace,
-        device: torch.device,
-        stream: tuple[int | str, ...] = (),
-    ) -> tuple[Float[Tensor, "b l c"], Int[Tensor, " b"]]:
-        """Return tokens and labels of some rows of a batch, on the device. Nothing is random: `stream` is not used."""
-        images, labels = self.batch(indices[rows])
-        return space.encode(images.to(device)), labels.to(device)
+        self, stored: UInt8[Tensor, "b c h w"], keys: Int[Tensor, " b"], space: TokenSpace
+    ) -> Float[Tensor, "b l d"]:
+        """Return the tokens of what `read` gave."""
+        return space.encode(stored.float() / 255)
 
 
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Int[Tensor, " b"]:

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from marval.runtime.rng import generator
+from marval.runtime.philox import random_words, standard_normal
 from marval.spaces import Latents, TokenSpace
 
 PLAN, INDEX = "plan.json", "index.json"
@@ -57,29 +57,20 @@ class LatentData:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / INDEX} is damaged ({error}): remove it and run marval cache") from None
 
-    def tokens(
-        self,
-        indices: Int[Tensor, " batch"],
-        rows: slice,
-        space: TokenSpace,
-        device: torch.device,
-        stream: tuple[int | str, ...] = (),
-    ) -> tuple[Float[Tensor, "b l c"], Int[Tensor, " b"]]:
-        """Draw tokens from the posterior of each image, or of its mirror: some rows of a batch, with their labels.
+    def read(self, indices: Int[Tensor, " b"], keys: Int[Tensor, " b"]) -> Float[Tensor, "b c2 h w"]:
+        """Read the posterior's moments of each image or, if its key says so, of its mirror, in half precision."""
+        mirrored = (random_words(~keys, 1)[:, 0] & 1).tolist()
+        return torch.stack([self.moments(i)[side] for i, side in zip(indices.tolist(), mirrored, strict=True)])
 
-        Args:
-            stream: names the random draws; those of the batch's row j come from `generator(*stream, j)`.
-        """
+    def tokens(
+        self, stored: Float[Tensor, "b c2 h w"], keys: Int[Tensor, " b"], space: TokenSpace
+    ) -> Float[Tensor, "b l d"]:
+        """Draw tokens from the posteriors that `read` gave, with the noise of each one's key, on their device."""
         if not isinstance(space, Latents):
             raise ValueError("a cache of latents needs a model that draws latents")
-        latents = []
-        for j, index in list(enumerate(indices.tolist()))[rows]:
-            rng = generator(*stream, j)
-            mirrored = int(torch.rand((), generator=rng) < 0.5)
-            mean, log_variance = self.moments(index)[mirrored].float().chunk(2)
-            noise = torch.randn(self.shape, generator=rng)
-            latents.append(mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise)
-        return space.tokens(torch.stack(latents).to(device)), self.labels[indices[rows]].to(device)
+        mean, log_variance = stored.float().chunk(2, dim=1)
+        noise = standard_normal(keys, mean.shape[1:])
+        return space.tokens(mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise)
 
     def moments(self, index: int) -> Float[Tensor, "2 c2 h w"]:
         """Read mean and log-variance (stacked in the channels) of an image and of its mirror."""

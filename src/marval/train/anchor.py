@@ -18,7 +18,15 @@ from marval.runtime.optim import Optimizer
 from marval.sampling import draw_function
 from marval.sampling.fast import cast_frozen
 from marval.spaces import TokenSpace
-from marval.train.distill import DrawnPart, masked_parts, phi_steps, predicted_eps, student_tokens, target_contexts
+from marval.train.distill import (
+    DrawnPart,
+    loader_of,
+    masked_parts,
+    phi_steps,
+    predicted_eps,
+    student_tokens,
+    target_contexts,
+)
 
 
 @dataclass(frozen=True)
@@ -63,13 +71,14 @@ class AnchorLoss:
     """
 
     def __init__(self, anchor: Anchor, config: ModelConfig, space: TokenSpace, workers: Workers, to: AnchorTo):
-        self.teacher, self.data, self.settings = anchor.teacher.eval(), anchor.data, anchor.settings
+        self.teacher, self.settings = anchor.teacher.eval(), anchor.settings
+        self.loader = loader_of(anchor.data, anchor.settings, space, workers)
         if self.settings.autocast and workers.mesh is None:
             self.teacher = cast_frozen(self.teacher)
         if to == "student":
             unguided = dataclasses.replace(config.draw, guidance=1.0, guidance_schedule="constant")
             config = dataclasses.replace(config, draw=unguided)
-        self.config, self.space, self.workers = config, space, workers
+        self.config, self.workers = config, workers
         self.schedule, self.draw = NoiseSchedule.full(workers.device), draw_function(config, workers.device)
         self.phi, reference = (copy.deepcopy(self.teacher.head).eval() for _ in range(2))
         self.networks: dict[str, TokenHead] = {"auxiliary": self.phi}  # that a resumed run needs
@@ -95,7 +104,7 @@ class AnchorLoss:
             with torch.no_grad():
                 torch._foreach_copy_(list(score.parameters()), list(phi.parameters()))
         figures, drawn = Figures(), list[DrawnPart]()
-        for share, w, inputs, part in masked_parts(update, settings, self.config, self.data, self.space, workers):
+        for share, w, inputs, part in masked_parts(update, settings, self.config, self.loader, workers):
             with torch.no_grad():
                 c = target_contexts(self.teacher, inputs, guided=w != 1.0, autocast=settings.autocast)
             with torch.set_grad_enabled(student_update >= 0):

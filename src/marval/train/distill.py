@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from marval.config import Chain, ModelConfig, OneStep
-from marval.data import TrainingData, batch_indices
+from marval.data import TrainingData
+from marval.data.loader import Loader
 from marval.losses.gsim import phi_loss, theta_loss
 from marval.model import MAR, NoiseSchedule, TokenHead
 from marval.pipeline import Pipeline
@@ -57,7 +58,7 @@ def revealed_after(visible: int, tokens: int, iterations: int) -> float:
 
 
 def masked_parts(
-    update: int, settings: DistillConfig, student: ModelConfig, data: TrainingData, space: TokenSpace, workers: Workers
+    update: int, settings: DistillConfig, student: ModelConfig, loader: Loader, workers: Workers
 ) -> Iterator[tuple[float, float, Inputs, GSIMDraws]]:
     """Load and mask a batch of real images, part by part of this process's share.
 
@@ -66,11 +67,15 @@ def masked_parts(
     draws = gsim_draws(settings, student.mar, update, workers.device)
     revealed = revealed_after(draws.visible.shape[1], student.mar.num_tokens, student.iterations)
     w = guidance_at(student.draw.guidance, student.draw.guidance_schedule, revealed)
-    indices = batch_indices(len(data), settings.batch_size, update, settings.seed)
-    for rows in workers.parts(settings.batch_size, settings.accumulate):
-        part, stream = draws.part(rows), (settings.seed, "data", update)
-        tokens, labels = data.tokens(indices, rows, space, workers.device, stream)
+    for rows, tokens, labels in loader(update):
+        part = draws.part(rows)
         yield workers.share(rows, settings.batch_size), w, (tokens, part.visible, part.targets, labels), part
+
+
+def loader_of(data: TrainingData, settings: DistillConfig, space: TokenSpace, workers: Workers) -> Loader:
+    """Load this process's parts of the batches of a distillation, or of an anchor."""
+    parts = workers.parts(settings.batch_size, settings.accumulate)
+    return Loader(data, settings.batch_size, settings.seed, parts, space, workers.device)
 
 
 def target_contexts(model: MAR, inputs: Inputs, *, guided: bool, autocast: bool) -> Float[Tensor, "g n d"]:
@@ -159,13 +164,14 @@ def distill(
     start, _ = state.load()
     log = Log(run.folder / LOG, workers, start, settings.updates, settings.batch_size, run.tensorboard)
     space, schedule, draw = token_space(config.space, device), NoiseSchedule.full(device), draw_function(config, device)
+    loader = loader_of(data, settings, space, workers)
 
     for update in workers.updates(start, settings.updates):
         student_update = update - settings.warmup  # below 0 only phi learns
         factor = learning_rate_factor(max(student_update, 0), 1, settings.decay, settings.updates - settings.warmup)
         figures, drawn = Figures(), list[DrawnPart]()
         with fast_attention(device):
-            for share, w, inputs, part in masked_parts(update, settings, config, data, space, workers):
+            for share, w, inputs, part in masked_parts(update, settings, config, loader, workers):
                 with torch.no_grad():
                     c = target_contexts(teacher, inputs, guided=w != 1.0, autocast=autocast)
                 with torch.set_grad_enabled(student_update >= 0):

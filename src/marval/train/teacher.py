@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, PixelSpace
-from marval.data import ImageData, LatentData, TrainingData, batch_indices, patch_size
+from marval.data import ImageData, LatentData, TrainingData, patch_size
+from marval.data.loader import Loader
 from marval.losses.denoising import denoising_loss
 from marval.model import MAR, NoiseSchedule
 from marval.model.mar import gather_rows
@@ -107,13 +108,12 @@ def train_teacher(
     start, _ = state.load()
     log = Log(run.folder / LOG, workers, start, settings.updates, batch_size, run.tensorboard)
     space, schedule = token_space(config.space, device), NoiseSchedule.full(device)
+    loader = Loader(data, batch_size, settings.seed, workers.parts(batch_size, settings.accumulate), space, device)
 
     for update in workers.updates(start, settings.updates):
-        indices = batch_indices(len(data), batch_size, update, settings.seed)
         draws = teacher_draws(settings, config.mar, update, device)
         figures = Figures()
-        for i, rows in enumerate(workers.parts(batch_size, settings.accumulate)):
-            tokens, labels = data.tokens(indices, rows, space, device, (settings.seed, "data", update))
+        for i, (rows, tokens, labels) in enumerate(loader(update)):
             if config.mar.dropout:
                 torch.manual_seed(generator(settings.seed, "dropout", update, workers.rank, i).initial_seed())
             with fast_attention(device):

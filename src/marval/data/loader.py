@@ -1,0 +1,50 @@
+"""The batches of a training: read ahead in a thread, while the device computes."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from marval.data.images import batch_indices
+from marval.data.load import TrainingData
+from marval.runtime.philox import stream_keys
+from marval.spaces import TokenSpace
+
+Read = tuple[Tensor, Tensor, Tensor]  # a process's rows of a batch as they are stored, their labels and keys
+
+
+class Loader:
+    """Loads a process's parts of every batch, as tokens on its device.
+
+    Args:
+        parts: the rows that the process computes together, as `Workers.parts` cuts them.
+    """
+
+    def __init__(
+        self, data: TrainingData, batch_size: int, seed: int, parts: Sequence[slice], space: TokenSpace,
+        device: torch.device,
+    ):  # fmt: skip
+        self.data, self.batch_size, self.seed, self.parts = data, batch_size, seed, parts
+        self.space, self.device = space, device
+        self.own = slice(parts[0].start, parts[-1].stop)
+        self.pool = ThreadPoolExecutor(1)
+        self.ahead: dict[int, Future[Read]] = {}
+
+    def __call__(self, update: int) -> Iterator[tuple[slice, Float[Tensor, "b l c"], Int[Tensor, " b"]]]:
+        """Yield the parts of an update's batch: the rows, their tokens and their classes."""
+        reading = self.ahead.pop(update, None) or self.pool.submit(self.read, update)
+        self.ahead = {update + 1: self.pool.submit(self.read, update + 1)}
+        stored, labels, keys = (x.to(self.device, non_blocking=True) for x in reading.result())
+        for rows in self.parts:
+            part = slice(rows.start - self.own.start, rows.stop - self.own.start)
+            yield rows, self.data.tokens(stored[part], keys[part], self.space), labels[part]
+
+    def read(self, update: int) -> Read:
+        """Read this process's rows of a batch into memory, from which a GPU copies without waiting."""
+        indices = batch_indices(len(self.data), self.batch_size, update, self.seed)[self.own]
+        first = stream_keys([(self.seed, "data", update)])
+        keys = first + torch.arange(self.own.start, self.own.stop)
+        read = self.data.read(indices, keys), self.data.labels[indices], keys
+        return tuple(x.pin_memory() for x in read) if self.device.type == "cuda" else read  # type: ignore[return-value]
