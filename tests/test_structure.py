@@ -19,7 +19,6 @@ LEVELS = {
     "runtime.philox": 1,
     "runtime.progress": 0,
     "runtime.provenance": 0,
-    "runtime.refusal": 0,
     "rewards.efficientnet": 0,
     "presets": 1,
     "model": 1,

@@ -34,8 +34,9 @@ def test_the_whole_way_from_pictures_to_figures(marval, tmp_path):
     for name, architecture in (("reward", "plain"), ("judge", "residual")):
         marval("train", "classifier", "--data", "folder:mine", "--architecture", architecture, "--epochs", 1,
                "--out", f"{name}.safetensors")  # fmt: skip
-    marval("tune", "runs/student", "--classifier", "reward.safetensors", "--judge", "judge.safetensors", "--updates", 2,
-           "--iterations", 2, "--gradient-iterations", 2, "--batch-size", 3, "--probe-samples", 9)  # fmt: skip
+    marval("tune", "runs/student", "--reward", "classifier:reward.safetensors", "--judge", "judge.safetensors",
+           "--updates", 2, "--iterations", 2, "--gradient-iterations", 2, "--batch-size", 3,
+           "--probe-samples", 9)  # fmt: skip
     marval("sample", "runs/tuned", "--count", 2)
     assert len(list((tmp_path / "samples").iterdir())) == 3
     done = marval("evaluate", "runs/student", "runs/tuned", "--judge", "judge.safetensors", "--samples", 9,

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import re
 
 import numpy as np
 import pytest
@@ -259,7 +258,3 @@ def test_a_refusal_of_several_processes_is_said_once_and_ends_them_all(workspace
     done = marval(*arguments, cwd=workspace, processes=3)
     assert done.returncode != 0
     assert done.stderr.count("marval: ") == 1, done.stderr
-    assert done.stderr.count("Traceback") == 1  # torchrun's own
-    codes = re.findall(r"exitcode  : (-?\d+)", done.stderr)  # torchrun stops (-15) who is late on a busy machine
-    assert "2" in codes, done.stderr
-    assert set(codes) <= {"2", "-15"}, done.stderr

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from marval.evaluate.draw import draw_bytes
 from marval.rewards import WeightedReward
-from marval.runtime import state
 from marval.runtime.distributed import start_workers
 from marval.runtime.folder import open_run
 from marval.train.distill import distill
@@ -16,7 +15,6 @@ from marval.train.tune import tune
 from tiny import tiny_config, tiny_data, tiny_model
 from training import DISTILL, STUDENT, TRAIN, TUNE, anchor_of, brightness
 
-state.FILE_BYTES = 20_000  # states in several files, as those of large networks
 SETTINGS = {
     "train": dataclasses.replace(TRAIN, warmup=3, decay=4),
     "distill": dataclasses.replace(DISTILL, warmup=2, decay=1, probe_every=10),  # decay 1: a longer run begins alike

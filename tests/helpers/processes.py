@@ -34,11 +34,3 @@ def marval(*arguments, cwd, processes=1):
     command = python(processes, "-m", "marval", *arguments)
     env = {**environment(), "XDG_CACHE_HOME": str(cwd / "cache"), "NO_COLOR": "1", "COLUMNS": "200"}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-
-
-def refused(done, *words):
-    """One line on standard error, exit code 2, with these words in it."""
-    assert done.returncode == 2, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
-    return True

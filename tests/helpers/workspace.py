@@ -1,12 +1,12 @@
 """A folder with tiny models and pictures, and marval run in this process: fixtures for tests of commands."""
 
 import dataclasses
+import functools
 import sys
 
 import pytest
 from PIL import Image
 
-from marval.cli import main
 from marval.config import OneStep
 from marval.pipeline import Pipeline
 from tiny import tiny_config, tiny_data, tiny_model
@@ -44,20 +44,9 @@ def workspace(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(workspace, monkeypatch, capsys):
+def run(workspace, marval):
     """marval in this process and that folder: exit code, standard output, standard error."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["marval", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
+    return functools.partial(marval, code=None)
 
 
 def refused(result, *words):

@@ -1,30 +1,28 @@
 """Tuning's parts: rewards and what may be wrong with them, prompts, the keeper, low rank, precision."""
 
 import dataclasses
-import string
 
 import pytest
 import torch
 
 from marval.config import OneStep
-from marval.pipeline import Pipeline, load
-from marval.presets import DistillConfig, TuneConfig, settings_of
+from marval.pipeline import load
+from marval.presets import TuneConfig
 from marval.rewards import ClassifierReward, Prompt, WeightedReward, prompts_of
 from marval.rewards.classifier import Classifier
 from marval.runtime.distributed import Workers
 from marval.runtime.rng import generator
 from marval.sampling import DrawInOneStep, draw_function, sample
-from marval.train.anchor import anchor_of
 from marval.train.keeper import Keeper
 from marval.train.low_rank import add_low_rank, merged
 from marval.train.tune import trainable
-from tiny import tiny_config, tiny_data, tiny_model
+from tiny import tiny_config, tiny_model
 from training import TUNE, brightness, run_tune, state_of
 
 
 @pytest.mark.parametrize("template", ["{}", "no class", "car: {}"])
-@pytest.mark.parametrize("names", [tuple(string.ascii_lowercase), ("car", "picture"), ("shirt", "t-shirt", "a {} b")])
-def test_the_classifier_judges_the_class_that_was_asked_for(names, template):
+def test_the_classifier_judges_the_class_that_was_asked_for(template):
+    names = ("car", "shirt", "t-shirt", "a {} b")
     classifier = Classifier("plain", 1, names).eval()
     images = torch.rand(len(names), 1, 28, 28, generator=generator("images"))
     labels = list(reversed(range(len(names))))
@@ -43,7 +41,7 @@ def test_a_prompt_is_a_text_that_knows_its_class_and_others_are_refused():
     reward = ClassifierReward(Classifier("plain", 1, ("car", "dog")))
     for prompt, unknown in (("a car", "''"), (Prompt.of("a {}", "cat"), "'cat'")):
         with pytest.raises(
-            ValueError, match=rf"not know the class {unknown} .*: it tells car, dog apart; .*--classifier"
+            ValueError, match=rf"not know the class {unknown} .*: it tells car, dog apart; .* --reward classifier:FILE"
         ):
             reward(torch.zeros(1, 1, 28, 28), [prompt])
 
@@ -86,13 +84,6 @@ def test_the_keeper_uses_the_figures_that_there_are():
     best, why = see(*({"fd": 1.0, "held_out": x, "log_probability": -x} for x in (0.1, 0.3, 0.2, 0.2)))
     assert best == [True, True, False, False]  # by the held-out reward, though the classifier disagrees
     assert "held-out reward did not rise in 2 probes" in why
-
-
-def test_an_anchor_follows_the_recipe_of_distillation_in_the_batches_of_tuning():
-    guide, recipe = Pipeline(tiny_model(), tiny_config()), settings_of(DistillConfig, "imagenet256-base")
-    how = {"batch_size": 6, "accumulate": 2, "autocast": False, "seed": 3}
-    settings = anchor_of(guide, guide, tiny_data(), recipe, TuneConfig(**how)).settings
-    assert settings == dataclasses.replace(recipe, **how)
 
 
 def test_low_rank_factors_reach_every_use_of_a_weight_and_merge():

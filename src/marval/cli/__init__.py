@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +20,6 @@ from marval.cli.measuring import compare, evaluate
 from marval.cli.options import read
 from marval.cli.training import distill, train, train_classifier, tune
 from marval.config import ModelConfig
-from marval.runtime.refusal import announce, watch
 
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "Draw": {"demo": demo, "sample": sample, "serve": serve},
@@ -52,7 +52,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("MARVAL_DEBUG"):
             raise
-        announce(error)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # under torchrun, process 0 mostly says the same, and its end ends this one
         file = error.filename if isinstance(error, OSError) else None
         complain(f"{file}: {error.strerror}" if file and isinstance(error, OSError) else str(error), 2)
     except KeyboardInterrupt as interrupt:
@@ -83,7 +84,6 @@ def run_verb(arguments: list[str]) -> None:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         raise ValueError(f"unknown verb {verb!r}: " + (f"did you mean {near[0]}?" if near else "see marval --help"))
     else:
-        watch()
         read(VERBS[verb], rest, f"marval {verb}")()
 
 

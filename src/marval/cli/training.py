@@ -143,8 +143,7 @@ class Rewards(Checked):
     """what to tune with"""
 
     preset: Preset = "fashion-mnist"  # the recipe; imagenet256-* are the paper's
-    reward: str = "classifier"  # one of the list above, NAME:FOLDER, NAME:HUB-ID, file.py:function, or A=1,B=0.5
-    classifier: Path | None = None  # of the reward of this name; bundled for Fashion-MNIST
+    reward: str = "classifier"  # one of the list above, NAME:FILE (:FOLDER, :HUB-ID), file.py:function, or A=1,B=0.5
     held_out: str | None = None  # rewards that are only watched, written likewise; the best model has the highest
     judge: Path | None = None  # the held-out classifier, which may be missing; bundled for Fashion-MNIST
     judge_data: str | None = None  # folder:DIR, the real images to compare with, where the data are latents
@@ -156,7 +155,7 @@ def tune(student: str, *, rewards: Rewards, settings: TuneConfig, output: TunedR
     """Tune a student with a differentiable reward (MARVAL-RL).
 
     marval tune fashion-student --reward classifier --out runs/tuned
-    marval tune runs/my-student --reward my_rewards.py:score=1,classifier=0.5 --classifier c.safetensors
+    marval tune runs/my-student --reward my_rewards.py:score=1,classifier:c.safetensors=0.5
 
     Rewards: pickscore, clip, image-reward, hps-v2, aesthetic, text-image, classifier (docs/tuning.md says where their
     weights come from); or your own function of images in [0, 1] and prompts (prompt.class_name is the class), which
@@ -184,9 +183,9 @@ def tune(student: str, *, rewards: Rewards, settings: TuneConfig, output: TunedR
         anchor = anchor_of(guide, pipeline, data_of(pipeline, rewards.data), recipe, settings)
     with output.start(device) as run:
         workers, held_out = run.workers, None
-        reward = WeightedReward(parse_rewards(rewards.reward, rewards.classifier, workers.device))
+        reward = WeightedReward(parse_rewards(rewards.reward, workers.device))
         if rewards.held_out is not None:
-            watched = WeightedReward(parse_rewards(rewards.held_out, None, workers.device))
+            watched = WeightedReward(parse_rewards(rewards.held_out, workers.device))
             held_out = RewardJudge({"held out": watched}, settings.prompt, config.class_names, workers.device)
         judge = make_judge(pipeline, rewards.judge_data or rewards.data, rewards.judge, workers, limit=JUDGED)
         if workers.main and judge.classifier is None and held_out is None:

@@ -85,7 +85,7 @@ def draw_bytes(
     """Draw `count` class-balanced images as rounded bytes, with their labels; all `workers` share and get them."""
     workers, drawing = workers or Workers(), Drawing(pipeline, count, iterations, seed)
     (own,) = workers.parts(count)
-    return workers.gather(drawing.draw(range(count)[own]), count), drawing.labels(range(count))
+    return workers.gather(drawing.draw(range(count)[own])), drawing.labels(range(count))
 
 
 def draw_shards(

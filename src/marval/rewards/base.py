@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from marval.io.files import sha256_of
 from marval.io.own_code import OwnCode
 from marval.rewards.classifier import load_classifier_reward
-from marval.rewards.clip import load_aesthetic, load_clip, load_pickscore
-from marval.rewards.hps import load_hps
+from marval.rewards.clip import load_aesthetic, load_clip, load_hps, load_pickscore
 from marval.rewards.image_reward import load_image_reward
 from marval.rewards.text_image import load_text_image
 from marval.rewards.weights import CLIP
@@ -34,18 +33,15 @@ KNOWN: dict[str, tuple[Callable[[str, torch.device | str], Reward], str]] = {
     "pickscore": (load_pickscore, "yuvalkirstain/PickScore_v1"),
     "clip": (load_clip, CLIP),
     "image-reward": (load_image_reward, "zai-org/ImageReward"),
-    "hps-v2": (load_hps, "xswu/HPSv2"),
+    "hps-v2": (load_hps, "adams-story/HPSv2-hf"),
     "aesthetic": (load_aesthetic, "trl-lib/ddpo-aesthetic-predictor"),
     "text-image": (load_text_image, "fashion-text-image"),
     "classifier": (load_classifier_reward, "fashion-classifier"),
 }
 
 
-def find_reward(name: str, classifier: Path | None = None, device: torch.device | str = "cpu") -> Reward:
+def find_reward(name: str, device: torch.device | str = "cpu") -> Reward:
     """Load a reward: "clip"; with other weights, "clip:FOLDER" or "clip:HUB-ID"; or your own, "file.py:function".
-
-    Args:
-        classifier: the file of the reward "classifier"; the bundled one for Fashion-MNIST when None.
 
     Raises:
         ValueError: an unknown name, weights that are not there, or as `OwnCode`.
@@ -53,8 +49,6 @@ def find_reward(name: str, classifier: Path | None = None, device: torch.device 
     kind, _, source = name.partition(":")
     if kind in KNOWN:
         load, default = KNOWN[kind]
-        if kind == "classifier" and classifier is not None:
-            default = str(classifier)
         return load(source or default, device)
     own = OwnCode(name, "reward", KNOWN)
     if isinstance(own.function, nn.Module):
@@ -62,9 +56,7 @@ def find_reward(name: str, classifier: Path | None = None, device: torch.device 
     return own
 
 
-def parse_rewards(
-    text: str, classifier: Path | None = None, device: torch.device | str = "cpu"
-) -> dict[str, tuple[Reward, float]]:
+def parse_rewards(text: str, device: torch.device | str = "cpu") -> dict[str, tuple[Reward, float]]:
     """Load rewards with their weights: "classifier", or "pickscore=1,clip:FOLDER=0.5"; the weight is 1 by default.
 
     Raises:
@@ -76,7 +68,7 @@ def parse_rewards(
         try:
             if name in parts:
                 raise ValueError(f"{name} is named twice")
-            parts[name] = (find_reward(name, classifier, device), float(weight or 1))
+            parts[name] = (find_reward(name, device), float(weight or 1))
         except ValueError as error:
             raise ValueError(f"--reward {text}: {error}") from error
     return parts

@@ -75,18 +75,15 @@ class ClassifierReward:
         self.classifier = classifier.eval().requires_grad_(False)
 
     def __call__(self, images: Float[Tensor, "b c h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
-        labels = torch.tensor([self.class_of(prompt) for prompt in prompts], device=images.device)
+        names, known = [getattr(prompt, "class_name", "") for prompt in prompts], self.classifier.class_names
+        for name, prompt in zip(names, prompts, strict=True):
+            if name not in known:
+                raise ValueError(
+                    f"the classifier does not know the class {name!r} of the prompt {str(prompt)!r}: it tells "
+                    f"{', '.join(known[:10])} apart; make one with {MAKER}, then --reward classifier:FILE"
+                )
+        labels = torch.tensor([known.index(name) for name in names], device=images.device)
         return self.classifier.log_probability(images, labels)
-
-    def class_of(self, prompt: str) -> int:
-        """Look up the number of the class that the prompt was made for."""
-        name, names = getattr(prompt, "class_name", ""), self.classifier.class_names
-        if name not in names:
-            raise ValueError(
-                f"the classifier does not know the class {name!r} of the prompt {str(prompt)!r}: it tells "
-                f"{', '.join(names[:10])} apart; make one with {MAKER}, then --classifier FILE"
-            )
-        return names.index(name)
 
 
 def load_classifier_reward(source: str, device: torch.device | str = "cpu") -> ClassifierReward:

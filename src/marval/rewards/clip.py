@@ -1,4 +1,4 @@
-"""Rewards on CLIP's encoders: `clip` (Radford et al. 2021), `pickscore` (Kirstain et al. 2023), `aesthetic`."""
+"""Rewards on CLIP's encoders: `clip`, `pickscore`, `hps-v2` and `aesthetic`."""
 
 import json
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def load_images_of(folder: Path, device: torch.device | str) -> tuple[Any, Prepr
 
 
 def load_clip(source: str, device: torch.device | str = "cpu") -> ClipReward:
-    """Load `clip`: 100 times the cosine of any CLIP, from a folder in transformers' form or a hub id.
+    """Load `clip`: 100 times the cosine of any CLIP (Radford et al. 2021), by its folder or hub id.
 
     Hessel et al. 2021 cut the CLIP score off at 0, where it would have no gradient; here it is not.
     """
@@ -60,10 +60,22 @@ def load_clip(source: str, device: torch.device | str = "cpu") -> ClipReward:
 
 
 def load_pickscore(source: str, device: torch.device | str = "cpu") -> ClipReward:
-    """Load `pickscore`: the cosine times its model's own scale."""
+    """Load `pickscore` (Kirstain et al. 2023): the cosine times its model's own scale."""
     reward = load_clip(source, device)
     reward.scale = float(reward.model.logit_scale.exp())
     return reward
+
+
+def load_hps(source: str, device: torch.device | str = "cpu") -> ClipReward:
+    """Load `hps-v2`, Human Preference Score v2 (Wu et al. 2023): the cosine of its CLIP, of images padded to a square.
+
+    It is about 0.27; its authors' tables show 100 times that. The words are OpenAI's CLIP's.
+    """
+    folder = weights.find_folder(source, "config.json", "pytorch_model.bin")
+    model = weights.load_clip(folder).to(device)
+    words = folder if Path(source).is_dir() else weights.find_folder(weights.CLIP, *weights.TOKENIZER)
+    preprocessing = Preprocessing(model.config.vision_config.image_size, "pad")
+    return ClipReward(model, weights.from_folder("CLIPTokenizer", words), preprocessing, scale=1.0)
 
 
 class ScoreHead(nn.Module):

@@ -1,17 +1,17 @@
 """`image-reward`: ImageReward (Xu et al. 2023), from its own file: BLIP's encoders and a head on the fused [CLS]."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from marval.rewards import weights
 from marval.rewards.clip import ScoreHead
 from marval.rewards.preprocess import Preprocessing
-from marval.rewards.prompts import Prompts
 
 BERT = "google-bert/bert-base-uncased"
 LENGTH = 35  # tokens of a prompt
@@ -45,7 +45,7 @@ RENAMED = (
 
 
 class ImageReward(nn.Module):
-    """The network: image encoder, text encoder that attends to the image, and the head on its first token."""
+    """An image's score for its prompt: mean 0 and standard deviation 1 on its authors' data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,43 +53,32 @@ class ImageReward(nn.Module):
         self.vision = library.BlipVisionModel(library.BlipVisionConfig(**VISION))
         self.text = library.BlipTextModel(library.BlipTextConfig(**TEXT), add_pooling_layer=False)
         self.head = ScoreHead(TEXT["hidden_size"])
+        self.tokenizer: Any = None
+        self.preprocessing = Preprocessing(VISION["image_size"], round_half_even=True)
 
-    def forward(
-        self, pixels: Float[Tensor, "b 3 s s"], tokens: Int[Tensor, "b n"], mask: Int[Tensor, "b n"]
-    ) -> Float[Tensor, " b"]:
-        """The normalised score."""
-        image = self.vision(pixels).last_hidden_state
-        everywhere = torch.ones(image.shape[:2], dtype=torch.long, device=image.device)
+    def forward(self, images: Float[Tensor, "b c h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+        """The text encoder attends to the image; the head reads its first token."""
+        how = {"padding": "max_length", "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
+        words = self.tokenizer([str(prompt) for prompt in prompts], **how).to(images.device)
+        image = self.vision(self.preprocessing(images)).last_hidden_state
         fused = self.text(
-            input_ids=tokens, attention_mask=mask, encoder_hidden_states=image, encoder_attention_mask=everywhere
-        ).last_hidden_state
+            input_ids=words.input_ids, attention_mask=words.attention_mask, encoder_hidden_states=image,
+            encoder_attention_mask=torch.ones(image.shape[:2], dtype=torch.long, device=image.device),
+        ).last_hidden_state  # fmt: skip
         return (self.head(fused[:, 0]) - MEAN) / STD
 
 
-class ImageRewardScore:
-    """ImageReward's score of an image for its prompt: mean 0 and standard deviation 1 on its authors' data."""
-
-    def __init__(self, network: ImageReward, tokenizer: Any, preprocessing: Preprocessing):
-        self.network, self.tokenizer, self.preprocessing = network, tokenizer, preprocessing
-        # The text encoder attends to the image, so that nothing but the tokens is the same for all images.
-        self.text = Prompts(self.tokens)
-
-    def __call__(self, images: Float[Tensor, "b c h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
-        tokens, mask = self.text(prompts).to(images.device).unbind(dim=1)
-        return self.network(self.preprocessing(images), tokens, mask)
-
-    def tokens(self, prompt: str) -> Int[Tensor, "2 n"]:
-        """A prompt's tokens, cut off or filled up to 35, and which of them are the prompt's."""
-        words = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
-        return torch.stack([words.input_ids[0], words.attention_mask[0]])
-
-
-def load_image_reward(source: str, device: torch.device | str = "cpu") -> ImageRewardScore:
+def load_image_reward(source: str, device: torch.device | str = "cpu") -> ImageReward:
     """Load ImageReward v1.0 from a folder with the checkpoint and BERT's tokenizer, or the checkpoint's hub id."""
     folder = weights.find_folder(source, "ImageReward.pt")
     file, tensors = weights.read_weights(folder, "*.pt")
-    needed = weights.renamed({key: t for key, t in tensors.items() if not key.startswith(UNUSED)}, RENAMED)
-    network = weights.load_strict(ImageReward, needed, file).to(device)
+    needed = {}
+    for original in (name for name in tensors if not name.startswith(UNUSED)):
+        name = original
+        for pattern, replacement in RENAMED:
+            name = re.sub(pattern, replacement, name)
+        needed[name] = tensors[original]
+    reward = weights.load_strict(ImageReward, needed, file).to(device)
     words = folder if Path(source).is_dir() else weights.find_folder(BERT, *weights.TOKENIZER)
-    tokenizer = weights.from_folder("BertTokenizer", words)
-    return ImageRewardScore(network, tokenizer, Preprocessing(VISION["image_size"], round_half_even=True))
+    reward.tokenizer = weights.from_folder("BertTokenizer", words)
+    return reward

@@ -1,8 +1,7 @@
 """Rewards' weights: from a folder, or from the Hugging Face hub; read strictly, never executed."""
 
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,19 +76,12 @@ def load_strict(network: Callable[[], nn.Module], tensors: Tensors, file: Path) 
     with torch.device("meta"):
         made = network()
     check_tensors(file, tensors, made.state_dict())
-    made.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=True, assign=True)
+    in_float32 = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    made.load_state_dict(in_float32, strict=True, assign=True)
     for module in made.modules():
         if (places := getattr(module, "position_ids", None)) is not None:  # no weight: it is still on the meta device
             module.position_ids = torch.arange(places.shape[-1])[None]
     return made.eval().requires_grad_(False)
-
-
-def renamed(tensors: Tensors, patterns: Sequence[tuple[str, str]]) -> Tensors:
-    """Rename tensors by every (pattern, replacement) in turn."""
-    names = {name: name for name in tensors}
-    for pattern, replacement in patterns:
-        names = {old: re.sub(pattern, replacement, new) for old, new in names.items()}
-    return {names[old]: tensor for old, tensor in tensors.items()}
 
 
 def described_file(name: Path | str, maker: str) -> Path:
@@ -117,7 +109,4 @@ def load_described(file: Path, build: Callable[[dict[str, Any]], nn.Module], kin
         raise ValueError(f"{file} is damaged or not a safetensors file ({error})") from None
     if about is None:
         raise ValueError(f"{file} is not a {kind.replace('_', '-')} file: make one with {maker}")
-    network = build(about)
-    check_tensors(file, tensors, network.state_dict())
-    network.load_state_dict(tensors, strict=True)
-    return network.eval().requires_grad_(False)
+    return load_strict(lambda: build(about), tensors, file)

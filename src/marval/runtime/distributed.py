@@ -24,18 +24,14 @@ from torch.distributed.tensor import DTensor
 
 from marval.model import MAR, TokenHead
 from marval.model.mar import Block
-from marval.runtime.refusal import announce
 
 GLOO_SECONDS = 0.3  # for Gloo's threads to let go of their last tensors
 
 Value = TypeVar("Value")
 P = ParamSpec("P")
 
-# What is called besides `forward`: FSDP gathers the weights at these calls.
-CALLED = {
-    MAR: ("context", "embed", "null_condition"),
-    TokenHead: ("denoise", "embed_context", "embed_time", "modulate"),
-}
+# What is called besides `forward`, of a MAR and of its head: FSDP gathers the weights at these calls.
+CALLED = ("context", "embed", "null_condition", "denoise", "embed_context", "embed_time", "modulate")
 
 
 @dataclass(frozen=True)
@@ -78,8 +74,9 @@ class Workers:
         for module in (*inner, network):
             # Resharding after every forward lets `requires_grad` take effect at the next one.
             fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
-            for name in next((names for kind, names in CALLED.items() if isinstance(module, kind)), ()):
-                register_fsdp_forward_method(module, name)
+            for name in CALLED:
+                if hasattr(module, name):
+                    register_fsdp_forward_method(module, name)
 
     def mean(self, figures: dict[str, Tensor | float]) -> dict[str, float]:
         """Average figures over the processes, with one read from the device."""
@@ -90,16 +87,10 @@ class Workers:
             values /= self.count
         return dict(zip(figures, values.tolist(), strict=True))
 
-    def gather(self, rows: Shaped[Tensor, "n *rest"], total: int) -> Shaped[Tensor, "total *rest"]:
-        """Every process's rows (as `parts(total)` cuts them), in order, on the CPU."""
-        if self.mesh is None:
-            return rows.cpu()
-        sizes = [total * (i + 1) // self.count - total * i // self.count for i in range(self.count)]
-        padded = torch.zeros(max(sizes), *rows.shape[1:], dtype=rows.dtype)
-        padded[: len(rows)] = rows.cpu()
-        everyone = [torch.empty_like(padded) for _ in range(self.count)]
-        dist.all_gather(everyone, padded)
-        return torch.cat([part[:size] for part, size in zip(everyone, sizes, strict=True)])
+    def gather(self, rows: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "total *rest"]:
+        """Every process's rows, in order, on the CPU."""
+        parts = self.collect(rows.cpu())
+        return self.agree(torch.cat(parts) if parts else rows)
 
     def agree(self, value: Value) -> Value:
         """The main process's value, on every process."""
@@ -121,14 +112,13 @@ class Workers:
         """Do a job that every process does; a ValueError of one is raised on all of them."""
         if self.mesh is None:
             return job(*args, **kwargs)
-        result, problems = None, [""] * self.count
+        result, problem = None, ""
         try:
-            result, problem = job(*args, **kwargs), ""
+            result = job(*args, **kwargs)
         except ValueError as error:
             problem = str(error) or type(error).__name__
-        dist.all_gather_object(problems, problem)
-        if any(problems):
-            raise ValueError(next(filter(None, problems)))
+        if problem := next(filter(None, self.agree(self.collect(problem))), ""):
+            raise ValueError(problem)
         return cast(Value, result)
 
     def updates(self, start: int, end: int) -> Iterator[int]:
@@ -162,9 +152,23 @@ def start_workers(device: str) -> Iterator[Workers]:
     SIGTERM asks them to stop. So does Ctrl-C while they train (`Workers.updates`), and KeyboardInterrupt follows once
     that is done; a second Ctrl-C, or one before, interrupts at once. On "cuda" each process takes a device of its own.
     """
-    stop, training = threading.Event(), threading.Event()
-    with _stopped_by_signals(stop, training), _process_group(device) as (rank, count, local, mesh):
-        yield Workers(rank, count, local, mesh, stop, training)
+    stop, training, place = threading.Event(), threading.Event(), torch.device(device)
+    with _stopped_by_signals(stop, training):
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            yield Workers(device=place, stop=stop, training=training)
+            return
+        if place.type == "cuda":
+            place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(place)
+        backends = "gloo" if place.type == "cpu" else f"cpu:gloo,{place.type}:nccl"
+        dist.init_process_group(backends, timeout=timedelta(minutes=30))
+        count = dist.get_world_size()
+        yield Workers(dist.get_rank(), count, place, init_device_mesh(place.type, (count,)), stop, training)
+        # Not after an error: the others would notice, and end, before this process has said what is wrong.
+        dist.destroy_process_group()
+        # Gloo's threads outlive the group (DTensor's caches hold it) and may still be letting go of the last
+        # collective's tensors; one that asks for the GIL of a finished interpreter aborts the process.
+        time.sleep(GLOO_SECONDS)
 
 
 @contextlib.contextmanager
@@ -180,11 +184,8 @@ def _stopped_by_signals(stop: threading.Event, training: threading.Event) -> Ite
         interrupted.set()
         stop.set()
 
-    before: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore Ctrl-C
-            before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+    handlers = {signal.SIGTERM: lambda *_: stop.set(), signal.SIGINT: interrupt}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
         if interrupted.is_set():
@@ -192,27 +193,3 @@ def _stopped_by_signals(stop: threading.Event, training: threading.Event) -> Ite
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _process_group(device: str) -> Iterator[tuple[int, int, torch.device, DeviceMesh | None]]:
-    """This process's rank, the number of processes, its device and their mesh (None: it is alone)."""
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield 0, 1, torch.device(device), None
-        return
-    kind = torch.device(device).type
-    if kind == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl", timeout=timedelta(minutes=30))
-    try:
-        count = dist.get_world_size()
-        local = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind != "cpu" else torch.device("cpu")
-        yield dist.get_rank(), count, local, init_device_mesh(kind, (count,))
-    except ValueError as error:
-        announce(error)  # while the group stands: the others wait in it
-        raise
-    finally:
-        dist.destroy_process_group()
-        # Gloo's threads outlive the group (DTensor's caches hold it) and may still be letting go of the last
-        # collective's tensors; one that asks for the GIL of a finished interpreter aborts the process.
-        time.sleep(GLOO_SECONDS)

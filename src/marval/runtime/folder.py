@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from marval.data.latents import PLAN
 from marval.io.checkpoint import weights_hash
 from marval.io.files import check_output, locked
 from marval.runtime.distributed import Workers
-from marval.runtime.log import event_writer
 
 RUN = "run.json"  # beside the tensors of a saved state
 LOCK = ".lock"  # in the run's folder, while it runs
@@ -46,8 +46,8 @@ def open_run(
     Raises:
         ValueError: as `check_resume`, another run is at work there, or TensorBoard is not installed.
     """
-    if tensorboard:
-        event_writer()  # now, not when the models are loaded
+    if tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs its package: pip install tensorboard")
     workers = workers or Workers()
     with contextlib.ExitStack() as stack:
 
@@ -88,10 +88,8 @@ def compare_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) 
     fixed = [key for key in old if key in new and key.rpartition(".")[2] not in MAY_CHANGE]
     changed = [f"{key} was {old[key]}, now {new[key]}" for key in fixed if old[key] != new[key]]
     if changed:
-        raise ValueError(
-            f"{folder} holds another run: {', '.join(changed)}; --resume may change {', '.join(MAY_CHANGE)}, nothing "
-            "else: choose another --out"
-        )
+        told = f"{folder} holds another run: {', '.join(changed)}; --resume may change"
+        raise ValueError(f"{told} {', '.join(MAY_CHANGE)}, nothing else: choose another --out")
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

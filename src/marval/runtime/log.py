@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from torch import Tensor
@@ -16,9 +16,6 @@ from marval.presets import RunConfig
 from marval.runtime.distributed import Workers
 from marval.runtime.optim import MOST_SKIPPED, Optimizer
 from marval.runtime.progress import minutes
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 LOG = "log.jsonl"
 Figures = dict[str, Tensor | float]
@@ -61,15 +58,6 @@ def due(update: int, settings: RunConfig, workers: Workers, probe_every: int = 0
     return Due(update, save or probe or update % settings.log_every == 0, probe, save, last)
 
 
-def event_writer() -> "type[SummaryWriter]":
-    """Import what writes TensorBoard's event files."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("--tensorboard needs its package: pip install tensorboard") from error
-    return SummaryWriter
-
-
 class Log:
     """Appends one JSON object per line to a run's log, and prints a progress line now and then."""
 
@@ -81,9 +69,12 @@ class Log:
         self.began = self.printed = time.monotonic()
         if workers.main and start == 0:  # an earlier run's log, of which nothing was saved
             file.unlink(missing_ok=True)
-        self.events: SummaryWriter | None = None
-        if tensorboard and workers.main:  # what an earlier run wrote beyond `start` is void
-            self.events = event_writer()(str(file.parent), purge_step=start + 1)
+        self.events: Any = None
+        if tensorboard and workers.main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What an earlier run wrote beyond `start` is void.
+            self.events = SummaryWriter(str(file.parent), purge_step=start + 1)
         self.console = Console(quiet=not workers.main)
         self.interval = 1.0 if self.console.is_terminal else 30.0
 
@@ -94,7 +85,12 @@ class Log:
             ValueError: too many updates in a row were skipped; or, without optimizers, a figure is not finite.
         """
         values = self.workers.mean(figures)
-        self.check(update, values, optimizers)
+        listed = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        skipped = max((int(optimizer.in_a_row) for optimizer in optimizers), default=0)
+        if skipped >= MOST_SKIPPED or not (optimizers or all(map(math.isfinite, values.values()))):
+            told = f"{skipped} updates in a row up to update {update} were skipped" if skipped else f"update {update}"
+            advice = "lower the learning rate, or look for broken data"
+            raise ValueError(f"{told}: gradients or figures are not finite ({listed}); {advice}")
         if optimizers:
             values["skipped"] = sum(int(optimizer.skipped) for optimizer in optimizers)
         if self.workers.main:
@@ -111,22 +107,5 @@ class Log:
         self.printed = now
         rate = (update - self.start) / max(now - self.began, 1e-9)
         left = (self.total - update) / max(rate, 1e-9)
-        listed = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "skipped" or value)
-        self.console.print(
-            f"update {update}/{self.total}  {listed}  {rate * self.batch_size:.0f} images/s  {minutes(left)} left",
-            soft_wrap=True,
-        )
-
-    def check(self, update: int, values: dict[str, float], optimizers: Sequence[Optimizer]) -> None:
-        """Refuse to go on with a run that gets nowhere."""
-        advice = "lower the learning rate, or look for broken data"
-        skipped = max((int(optimizer.in_a_row) for optimizer in optimizers), default=0)
-        if skipped >= MOST_SKIPPED:
-            listed = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            raise ValueError(
-                f"{skipped} updates in a row were skipped up to update {update}: their gradients are not finite "
-                f"({listed}); {advice}; the last saved state is kept"
-            )
-        for name, value in values.items():
-            if not optimizers and not math.isfinite(value):
-                raise ValueError(f"{name} is {value} at update {update}: {advice}")
+        listed += f"  {rate * self.batch_size:.0f} images/s  {minutes(left)} left"
+        self.console.print(f"update {update}/{self.total}  {listed}", soft_wrap=True)

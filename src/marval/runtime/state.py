@@ -1,6 +1,5 @@
 """A run's state on disk: saved whole, read back on any number of processes, never unpickled."""
 
-import itertools
 import json
 import shutil
 import warnings
@@ -22,7 +21,7 @@ from marval.runtime.folder import RUN, Run, compare_settings, saved_states
 from marval.runtime.log import LOG, cut_log
 from marval.runtime.optim import Optimizer
 
-FILE_BYTES = 2**28  # of tensors in one file of a saved state
+IN_A_FILE = 500  # tensors of a saved state: the writer copies a file's tensors twice in memory
 
 
 class State:
@@ -54,7 +53,8 @@ class State:
             shutil.rmtree(partial, ignore_errors=True)
         workers.barrier()
         try:
-            writer = HuggingFaceStorageWriter(str(partial), shard_files(self.tensors), save_distributed=True)
+            files = {name: 1 + i // IN_A_FILE for i, name in enumerate(self.tensors)}
+            writer = HuggingFaceStorageWriter(str(partial), files, save_distributed=True)
             with warnings.catch_warnings(action="ignore"):  # torch's: that one process saves alone
                 dcp.save(self.tensors, storage_writer=writer, no_dist=workers.mesh is None)
             if workers.main:
@@ -101,14 +101,6 @@ class State:
             cut_log(folder / LOG, update)
         workers.barrier()
         return update, extra
-
-
-def shard_files(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Number the file that each tensor is written to; the writer copies a file's tensors twice in memory."""
-    ends = itertools.accumulate(tensor.nbytes for tensor in tensors.values())
-    numbers = [1 + (end - 1) // FILE_BYTES for end in ends]
-    used = {number: i for i, number in enumerate(sorted(set(numbers)), start=1)}  # 1 ... N, without gaps
-    return {name: used[number] for name, number in zip(tensors, numbers, strict=True)}
 
 
 def check_finite(where: str, tensors: Mapping[str, Tensor], workers: Workers) -> None:
