@@ -50,8 +50,7 @@ def cache_latents(
     Returns:
         The cache; None when the run was asked to stop.
     """
-    workers, listing = workers or Workers(), list_folder(images)
-    files = listing.files
+    workers, (class_names, files) = workers or Workers(), list_folder(images)
     encoder = load_vae(vae, workers.device, download=True)
     trial = _moments(encoder, torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8), workers.device)
     if not math.log2(image_size / trial.shape[-1]).is_integer():
@@ -78,7 +77,7 @@ def cache_latents(
     if workers.stopping():  # all of them stop where one was asked to; it waits for the slowest
         return None
     if workers.main:
-        about = {"class_names": listing.class_names, "scale": scale, "vae": vae_place(vae), "vae_sha256": sha256}
+        about = {"class_names": class_names, "scale": scale, "vae": vae_place(vae), "vae_sha256": sha256}
         _write_index(out, {**plan, **about}, len(shards))
     workers.barrier()
     return LatentData.open(out)

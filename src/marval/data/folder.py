@@ -4,7 +4,6 @@ import functools
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +22,6 @@ NO_CLASSES = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume
 Labelled = tuple[str, int]  # a file and its class's number
 
 
-@dataclass(frozen=True)
-class Folder:
-    """The images of a folder."""
-
-    class_names: tuple[str, ...]
-    files: list[Labelled]
-
-
 @functools.lru_cache(maxsize=1000)
 def say_once(line: str) -> None:
     """Print a line, once however often a folder is read, and only from the first of several processes."""
@@ -38,8 +29,8 @@ def say_once(line: str) -> None:
         print(line, flush=True)
 
 
-def list_folder(root: Path) -> Folder:
-    """List a folder with one sub-folder of images for each class; without sub-folders all images are one class.
+def list_folder(root: Path) -> tuple[tuple[str, ...], list[Labelled]]:
+    """List the classes and images of a folder with one sub-folder for each class; without any, it is one class.
 
     Hidden files are skipped and links are followed; what else is left out is printed. Classes and files are sorted by
     name. A class has its folder's name, or ImageNet's readable name where that is a WordNet id.
@@ -67,7 +58,7 @@ def list_folder(root: Path) -> Folder:
     if empty := [printable(name) for name, files in images.items() if not files]:
         raise ValueError(f"{printable(root)}: no images in {', '.join(empty[:5])}; remove such folders or fill them")
     class_names = tuple(imagenet_classes().get(name, printable(name)) for name in images)
-    return Folder(class_names, [(file, label) for label, files in enumerate(images.values()) for file in files])
+    return class_names, [(file, label) for label, files in enumerate(images.values()) for file in files]
 
 
 def _entries(folder: Path, others: Counter[str]) -> tuple[list[str], list[str]]:
@@ -109,8 +100,8 @@ def load_folder(
     Raises:
         ValueError: as `list_folder`, or too many files cannot be read.
     """
-    listing = list_folder(Path(folder))
-    files = listing.files if limit is None else _balanced_sample(listing.files, limit)
+    class_names, files = list_folder(Path(folder))
+    files = files if limit is None else _balanced_sample(files, limit)
     size = infer_size([file for file, _ in files]) if size is None else size
     images = np.empty((len(files), 3, *size), np.uint8)
     labels, damaged, grey = list[int](), list[str](), channels != 3
@@ -128,7 +119,7 @@ def load_folder(
     if damaged:
         say_once(f"{printable(folder)}: left out {len(damaged)} that cannot be read, such as: {damaged[0]}")
     tensor = torch.from_numpy(images)[: len(labels)]
-    return ImageData(tensor[:, :1].clone() if grey else tensor, torch.tensor(labels), listing.class_names)
+    return ImageData(tensor[:, :1].clone() if grey else tensor, torch.tensor(labels), class_names)
 
 
 def check_damaged(reasons: Sequence[str], total: int, advice: str = "") -> None:

@@ -8,7 +8,6 @@ from marval.data.fashion import load_fashion_mnist
 from marval.data.folder import load_folder
 from marval.data.images import ImageData
 from marval.data.latents import LatentData
-from marval.io.vae import same_vae
 
 TrainingData = ImageData | LatentData
 
@@ -74,7 +73,8 @@ def check_data(data: TrainingData, config: ModelConfig) -> None:
     if data.shape != (shape := (channels, *(side // stride for side in space.image_size))):
         raise ValueError(f"the data's {space.kind} are {data.shape}, the model's are {shape}")
     if isinstance(space, LatentSpace) and isinstance(data, LatentData):
-        if not same_vae((data.vae, data.vae_sha256), (space.vae, space.vae_sha256)):
+        hashes = data.vae_sha256, space.vae_sha256  # "": not known
+        if hashes[0] != hashes[1] if all(hashes) else Path(data.vae).name != Path(space.vae).name:
             raise ValueError(
                 f"the cache {data.folder} was made with the VAE {data.vae}, the model's is {space.vae}, of other "
                 "weights: make a cache with the model's (marval cache)"

@@ -55,13 +55,6 @@ def vae_hash(name: str) -> str:
     return hashlib.sha256(digests).hexdigest() if files else ""
 
 
-def same_vae(first: tuple[str, str], second: tuple[str, str]) -> bool:
-    """Tell whether two VAEs, each a name and its hash, are the same; without a hash, by their folders' names."""
-    if first[1] and second[1]:
-        return first[1] == second[1]
-    return Path(first[0]).name == Path(second[0]).name
-
-
 def find_vae(space: PixelSpace | LatentSpace, folder: Path) -> PixelSpace | LatentSpace:
     """Look for a model's VAE by its path and then by its name, each in the model's folder and in the current one."""
     if isinstance(space, LatentSpace):
