@@ -73,13 +73,13 @@ def speed(results: Results) -> str:
     teacher, first = lines_of(rows)[0][0]["model"], {row["model"]: Setting.of(row).curve for row in reversed(rows)}
     fd: dict[tuple[Any, ...], float] = {}
     for group in by_setting(row for row in rows if Setting.of(row).curve == first[row["model"]] and "fd" in row):
-        key = tuple(group[0].get(name) for name in ("model", "iterations", "samples", "autocast"))
+        key = (*(group[0].get(name) for name in ("model", "iterations", "samples")), Setting.of(group[0]).precision)
         fd.setdefault(key, statistics.mean(row["fd"] for row in group))
-    precision = statistics.mode([bool(row.get("autocast")) for row in timing] or [False])
+    usual = statistics.mode([Setting.of(row).precision for row in timing] or [""])
     seconds = {
         (row["model"], row["iterations"], row["batch"]): row["seconds_per_image"]
         for row in timing
-        if Setting.of(row).curve == first.get(row["model"]) and bool(row.get("autocast")) == precision
+        if Setting.of(row).curve == first.get(row["model"]) and Setting.of(row).precision == usual
     }
     batches = sorted({batch for _, _, batch in seconds})
 
@@ -90,8 +90,8 @@ def speed(results: Results) -> str:
     header = ["model", "K", "samples", f"FD / {teacher}'s", *(f"speed-up, batch {batch}" for batch in batches)]
     lines = [
         [model, str(k), str(samples), f"{value / fd[same]:.3f}", *(speed_up(model, k, batch) for batch in batches)]
-        for (model, k, samples, autocast), value in fd.items()
-        if model != teacher and (same := (teacher, k, samples, autocast)) in fd
+        for (model, k, samples, precision), value in fd.items()
+        if model != teacher and (same := (teacher, k, samples, precision)) in fd
     ]
     return markdown(header, lines)
 
@@ -107,7 +107,8 @@ def bench(results: Results) -> str:
         cells += [f"{row['context_seconds'] / row['seconds_per_image']:.0%}"] if context else []
         peak = f"{row['fraction_of_peak']:.0%}" if "fraction_of_peak" in row else ""
         cells += [f"{row['gflops_per_image']:,.0f}", peak]
-        same = [r for r in rows if r["teacher"] and all(r[n] == row[n] for n in ("iterations", "batch", "autocast"))]
+        same = [r for r in rows if r["teacher"] and all(r[n] == row[n] for n in ("iterations", "batch"))]
+        same = [r for r in same if Setting.of(r).precision == Setting.of(row).precision]
         ratios = ["", ""]
         if same and not row["teacher"]:
             ratios = [f"{same[0][name] / row[name]:.1f}x" for name in ("seconds_per_image", "gflops_per_image")]

@@ -27,6 +27,7 @@ def is_plain_name(name: str) -> bool:
 Schedule = Literal["linear", "constant"]
 Size = Literal["base", "large", "huge"]
 Order = Literal["random", "raster", "halton", "spread"]
+Dtype = Literal["float32", "bfloat16"]
 Objective = Literal["gsim", "sim", "sid"]
 Count = Annotated[int, Rule("a whole number from 1", lambda x: x >= 1)]
 Pairs = Annotated[int, Rule("a whole number from 2", lambda x: x >= 2)]

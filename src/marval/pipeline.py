@@ -21,7 +21,7 @@ from marval.io.vae import find_vae
 from marval.model import MAR
 from marval.runtime.rng import Seeds, image_seeds
 from marval.sampling import Orders, check_finite, draw_function, drawing_orders, prepare
-from marval.sampling.fast import few_threads
+from marval.sampling.fast import compile_blocks, few_threads
 from marval.sampling.graphs import Graphs
 from marval.spaces import TokenSpace, token_space
 
@@ -85,9 +85,12 @@ class Pipeline:
         return min(self.config.iterations, self.config.mar.num_tokens)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
-        """Move the weights and the token space, change the weights' precision (tokens stay float32), and return it."""
+        """Move the weights and the token space, change the weights' precision, and return the pipeline itself.
+
+        Tokens and noise stay float32. A VAE follows, too.
+        """
         self.model.to(device=device, dtype=dtype)
-        self.space = self.space.to(self.device)
+        self.space = self.space.to(self.device, dtype)
         return self
 
     def compile(self) -> "Pipeline":
@@ -95,9 +98,7 @@ class Pipeline:
 
         It pays on a GPU that draws much: the first images of a batch size take a minute.
         """
-        model = self.model
-        for block in (*model.encoder_blocks, *model.decoder_blocks, *model.head.res_blocks):
-            block.compile(dynamic=True)
+        compile_blocks(self.model)
         return self
 
     def with_chain(self, **settings: Any) -> "Pipeline":

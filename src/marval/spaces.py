@@ -10,6 +10,8 @@ from torch import Tensor
 from marval.config import LatentSpace, PixelSpace
 from marval.io.vae import load_vae, vae_hash
 
+DECODED = 16  # latents that a VAE decodes at a time: its activations are the largest of all
+
 
 def patchify(x: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b l d"]:
     """Cut into `patch` x `patch` squares, row by row; a token lists its channels, then its rows, then its columns."""
@@ -36,7 +38,7 @@ class Pixels:
         images = unpatchify(tokens, self.config.token_grid, self.config.patch)
         return (images / self.config.scale + self.config.shift).clamp(0, 1)
 
-    def to(self, device: torch.device) -> "Pixels":
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Pixels":
         """The space itself: it holds nothing."""
         return self
 
@@ -45,7 +47,7 @@ class Latents:
     """Latents of a frozen VAE, for large images; the VAE is loaded when it is first needed."""
 
     def __init__(self, config: LatentSpace, device: torch.device | str = "cpu", vae: Any = None):
-        self.config, self.device = config, device
+        self.config, self.device, self.dtype = config, torch.device(device), torch.float32
         self.loaded = None if vae is None else vae.eval().requires_grad_(False)
 
     @property
@@ -54,7 +56,7 @@ class Latents:
         if self.loaded is None:
             name = self.config.vae
             with torch.inference_mode(False):  # whoever asks first: gradients may pass through it later
-                self.loaded = load_vae(name, self.device)
+                self.loaded = self._place(load_vae(name, self.device))
             found, expected = vae_hash(name), self.config.vae_sha256
             if found and expected and found != expected:
                 raise ValueError(
@@ -63,12 +65,17 @@ class Latents:
                 )
         return self.loaded
 
-    def to(self, device: torch.device) -> "Latents":
-        """The space itself, its VAE moved."""
-        self.device = device
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Latents":
+        """The space itself, its VAE moved and in another precision."""
+        self.device, self.dtype = torch.device(device), dtype or self.dtype
         if self.loaded is not None:
-            self.loaded.to(device)
+            self._place(self.loaded)
         return self
+
+    def _place(self, vae: Any) -> Any:
+        """The VAE where it computes; in the memory layout that a GPU's convolutions are fastest in."""
+        layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
+        return vae.to(device=self.device, dtype=self.dtype, memory_format=layout)
 
     def tokens(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
         """Latents to tokens."""
@@ -76,12 +83,13 @@ class Latents:
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
         """Images in [0, 1] to tokens, by the mean of the VAE's posterior."""
-        return self.tokens(self.vae.encode(images * 2 - 1).latent_dist.mean)
+        return self.tokens(self.vae.encode((images * 2 - 1).to(self.dtype)).latent_dist.mean.float())
 
     def decode(self, tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b c h w"]:
-        """Tokens to images, clamped to [0, 1]."""
-        latents = unpatchify(tokens, self.config.token_grid, self.config.patch)
-        return (self.vae.decode(latents / self.config.scale + self.config.shift).sample / 2 + 0.5).clamp(0, 1)
+        """Tokens to images, clamped to [0, 1]; `DECODED` at a time."""
+        latents = unpatchify(tokens, self.config.token_grid, self.config.patch) / self.config.scale + self.config.shift
+        images = [self.vae.decode(some).sample.float() for some in latents.to(self.dtype).split(DECODED)]
+        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
 
 TokenSpace = Pixels | Latents  # images in [0, 1] to tokens, row by row, and back

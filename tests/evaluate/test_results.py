@@ -137,7 +137,7 @@ def test_times_differ_where_their_rounds_do_not_overlap(tmp_path):
         (difference,) = compare(base, file(f"{name}.json", **changes))[1]
         assert difference.verdict.startswith(verdict)
     with pytest.raises(ValueError, match="share no setting"):
-        compare(base, file("bf16.json", autocast=True))
+        compare(base, file("bf16.json", dtype="bfloat16"))
 
 
 def test_a_teacher_and_a_student_compare_where_each_file_holds_one(tmp_path):

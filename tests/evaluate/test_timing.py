@@ -52,9 +52,9 @@ def test_jobs_take_turns_after_a_warm_up_and_short_ones_are_repeated(monkeypatch
 def test_rows_are_of_their_own_model_k_and_batch_and_replace_those_at_the_same_setting(tmp_path, monkeypatch):
     clock = Clock(monkeypatch)
 
-    def drawing(pipeline, iterations, batch, autocast=False):
+    def drawing(pipeline, iterations, batch):
         seconds = {"teacher": 10.0, "student": 1.0}[pipeline.config.name] * iterations * batch
-        return clock.job("draw", seconds * (0.5 if autocast else 1))
+        return clock.job("draw", seconds * (0.5 if pipeline.model.mask_token.dtype == torch.bfloat16 else 1))
 
     monkeypatch.setattr("marval.evaluate.speed.drawing", drawing)
     out, pair = tmp_path / "r.json", tiny_pair()
@@ -68,13 +68,14 @@ def test_rows_are_of_their_own_model_k_and_batch_and_replace_those_at_the_same_s
         assert row["gflops_per_image"] > 0
         assert (row["repeats"], row["decoded"], row["made"]["processes"]) == (3, True, 1)
     monkeypatch.setattr(clock, "job", lambda name, seconds: lambda: setattr(clock, "now", clock.now + 2 * seconds))
-    for autocast in (False, True):
-        measure_speed(pair[:1], out, iterations=(2,), repeats=0, autocast=autocast)
-    after = {(r["model"], r["iterations"], r["batch"], r["autocast"]): r for r in read_results(out)["timing"]}
+    for dtype in (torch.float32, torch.bfloat16):
+        pair[0][1].to(dtype=dtype)
+        measure_speed(pair[:1], out, iterations=(2,), repeats=0)
+    after = {(r["model"], r["iterations"], r["batch"], r["dtype"]): r for r in read_results(out)["timing"]}
     assert len(after) == len(rows) + 1
-    assert after["teacher", 2, 1, False]["seconds_per_image"] == 40.0
-    assert after["teacher", 2, 1, True]["seconds_per_image"] == 20.0
-    assert after["teacher", 4, 1, False]["seconds_per_image"] == 40.0
+    assert after["teacher", 2, 1, "float32"]["seconds_per_image"] == 40.0
+    assert after["teacher", 2, 1, "bfloat16"]["seconds_per_image"] == 20.0
+    assert after["teacher", 4, 1, "float32"]["seconds_per_image"] == 40.0
 
 
 @pytest.mark.parametrize("iterations", [1, 3, 16])

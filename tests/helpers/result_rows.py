@@ -6,7 +6,7 @@ from marval.evaluate.results import write_results
 def quality(model="s", k=8, seed=0, fd=10.0, **changes):
     draw = {"kind": "one_step", "timestep": 755}
     row = {"model": model, "teacher": False, "draw": draw, "order": "spread", "sha256": "a" * 64, "iterations": k}
-    row |= {"samples": 100, "seed": seed, "autocast": False, "fd": fd, "accuracy": 0.9, "features": "E"}
+    row |= {"samples": 100, "seed": seed, "dtype": "float32", "fd": fd, "accuracy": 0.9, "features": "E"}
     return row | {"data_sha256": "d" * 64, "made": {"command": "marval evaluate s", "commit": "c" * 40}} | changes
 
 
@@ -19,7 +19,7 @@ def teacher(k, t, fd, **changes):
 def timed(row, seconds, batch=1):
     kept = {name: row[name] for name in ("model", "teacher", "draw", "order", "iterations")}
     rounds = {"seconds_per_image": seconds, "fastest": 0.9 * seconds, "slowest": 1.2 * seconds}
-    return {**kept, "batch": batch, "autocast": row["autocast"], "made": {}, **rounds}
+    return {**kept, "batch": batch, "dtype": row["dtype"], "made": {}, **rounds}
 
 
 def write(file, rows, times=()):

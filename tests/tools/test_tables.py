@@ -42,7 +42,7 @@ def test_rewards_of_several_seeds_are_one_row(tmp_path):
 def test_ratios_are_of_equal_counts_precision_and_machine(tmp_path):
     """The teacher's 10,000 images never meet the student's 100, nor its bf16 float32, nor its GPU a CPU."""
     rows = [
-        teacher(8, 100, 20.0), teacher(8, 100, 5.0, samples=10_000), teacher(8, 100, 40.0, autocast=True),
+        teacher(8, 100, 20.0), teacher(8, 100, 5.0, samples=10_000), teacher(8, 100, 40.0, dtype="bfloat16"),
         quality(fd=10.0), quality("u", fd=2.5, samples=10_000), quality("v", fd=8.0, samples=500),
     ]  # fmt: skip
     machine = {"made": {"device": "cpu", "threads": 2}}
@@ -65,10 +65,10 @@ def test_tables_show_means_over_seeds_the_chains_that_vary_and_times(tmp_path):
     assert "| t | 16 | 10 | 3 | 100 | 25.00 |" in text
     assert "| s | 8 |  |  | 100 | 9.25 ± 0.25 | 0.9000 ± 0.0000 |" in text  # sqrt(0.125) / sqrt(2)
     assert "± is one standard error of the mean, over 2 seeds of the images" in text
-    row = quality(autocast=True)
-    file = write(tmp_path / "r.json", [row], [timed(row, 0.2) | {"autocast": False}])
+    row = quality(dtype="bfloat16")
+    file = write(tmp_path / "r.json", [row], [timed(row, 0.2) | {"dtype": "float32"}])
     assert "| 200.00 (float32) |" in table("quality", file)  # of another precision than the images
-    write_results(file, "timing", [timed(row, 0.2) | {"autocast": False}, timed(row, 0.1)])
+    write_results(file, "timing", [timed(row, 0.2) | {"dtype": "float32"}, timed(row, 0.1)])
     assert "| 100.00 |" in table("quality", file)
 
 

@@ -16,6 +16,8 @@ def usable_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise ValueError("marval was never tested on such")
         torch.zeros(1, device=name).cpu()
     except Exception as error:  # torch raises many kinds, from its back ends too
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__

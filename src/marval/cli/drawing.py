@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import marval
 from marval.cli.arguments import BUNDLED, usable_device
-from marval.config import Checked, Count, Order, Steps
+from marval.config import Checked, Count, Dtype, Order, Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +36,8 @@ class Drawing(Checked):
     guidance: float | None = None  # w of a teacher; 1 is none
     temperature: float | None = None  # of a teacher's chain
     batch_size: Count = 50  # images drawn together; another one rounds a few pixels otherwise
+    dtype: Dtype = "float32"  # of the weights
+    compile: bool = False  # compile the network's blocks: on a GPU, for many pictures
     device: str = "auto"  # auto, cpu, cuda, ...
 
 
@@ -74,6 +76,9 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
     pipeline = marval.load(model, usable_device(drawing.device)).with_chain(
         diffusion_steps=drawing.diffusion_steps, guidance=drawing.guidance, temperature=drawing.temperature
     )
+    pipeline.to(dtype=getattr(torch, drawing.dtype))
+    if drawing.compile:
+        pipeline.compile()
     k = pipeline.default_iterations if drawing.iterations is None else drawing.iterations
     names, digest, count = pipeline.config.class_names, model_hash(find_model(model)), images.count
     chosen = listed_class_numbers(images.classes, names) if images.classes else range(len(names))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from marval.cli.arguments import usable_device
-from marval.config import Checked, Count, Order, Positive, Template, Whole
+from marval.config import Checked, Count, Dtype, Order, Positive, Template, Whole
 from marval.presets import TuneConfig
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class Sampling(Checked):
     guidance: tuple[float, ...] = ()  # w of the teachers, one or several; 1 is none
     temperature: float | None = None  # of the teachers' chains
     order: Order | None = None  # in which tokens are drawn
-    autocast: bool = False  # draw in bf16, for the figures and for the times
+    dtype: Dtype = "float32"  # of the weights
+    compile: bool = False  # compile the networks' blocks: on a GPU, for many pictures
     batch_size: Count | None = None  # images drawn at a time for the figures (250, or 50 of latents); it changes none
 
 
@@ -90,12 +91,12 @@ def evaluate(
 
     images = results.keep_images, results.npz
     samples, out = measured.samples or Measured().samples, results.out  # without any, times alone are measured
-    quality = Quality(sampling.iterations, samples, measured.seed, sampling.autocast, sampling.batch_size, *images)
+    quality = Quality(sampling.iterations, samples, measured.seed, sampling.batch_size, *images)
     with start_workers(usable_device(results.device)) as workers:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends it at once: finished rows are whole, so nothing is lost
         loaded = load_models(
             models, str(workers.device), diffusion_steps=sampling.diffusion_steps, guidance=sampling.guidance,
-            temperature=sampling.temperature, order=sampling.order,
+            temperature=sampling.temperature, order=sampling.order, dtype=sampling.dtype, compile=sampling.compile,
         )  # fmt: skip
         if measured.rewards is not None:
             names = [name.strip() for name in measured.rewards.split(",")]
@@ -115,10 +116,10 @@ def evaluate(
             )  # 64 images of full size: an hour
             measure_speed(
                 loaded, out, iterations=sampling.iterations, batches=(1,) if few else measured.batches,
-                repeats=measured.repeats, autocast=sampling.autocast,
+                repeats=measured.repeats,
             )  # fmt: skip
         if workers.main:
-            show(loaded, measured, sampling.autocast, results)
+            show(loaded, measured, sampling, results)
 
 
 def check_request(models: tuple[str, ...], measured: Measured, against: Against, results: Results) -> None:
@@ -146,10 +147,10 @@ def check_request(models: tuple[str, ...], measured: Measured, against: Against,
         need_matplotlib()
 
 
-def show(models: "Models", measured: Measured, autocast: bool, results: Results) -> None:
+def show(models: "Models", measured: Measured, sampling: Sampling, results: Results) -> None:
     """Print the tables of the results, the best of the measured settings within the budget, and the plot's file."""
     from marval.evaluate.report import best_within, plot_curve, points_of, print_results
-    from marval.evaluate.results import read_results
+    from marval.evaluate.results import Setting, read_results
 
     print_results(results.out)
     if measured.budget is None and results.plot is None:
@@ -160,7 +161,8 @@ def show(models: "Models", measured: Measured, autocast: bool, results: Results)
         measured.batches[0],
     )
     rows = [row for row in parts["quality"] if row["model"] in names and row["samples"] == measured.samples]
-    points = points_of([row for row in rows if row["autocast"] == autocast], parts["timing"], batch)
+    same = [row for row in rows if Setting.of(row).dtype == sampling.dtype]
+    points = points_of(same, parts["timing"], batch)
     if measured.budget is not None:
         print(best_within(points, measured.budget))
     if results.plot is not None:

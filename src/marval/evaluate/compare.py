@@ -82,7 +82,9 @@ def _who(settings: Collection[Setting]) -> set[Any]:
 
 def _label(row: Row) -> str:
     count = f"batch {row['batch']}" if "batch" in row else f"{row['samples']} samples"
-    return f"{Setting.of(row)}, {count}" + (", autocast" if row.get("autocast") else "")
+    return f"{Setting.of(row)}, {count}" + (
+        "" if Setting.of(row).precision == "float32" else f", {Setting.of(row).precision}"
+    )
 
 
 def _made_differently(label: str, first: Row, second: Row) -> dict[str, str]:

@@ -41,7 +41,6 @@ class Drawing:
     count: int
     iterations: int
     seed: int = 0
-    autocast: bool = False
     batch_size: int | None = None  # images drawn at a time, which changes none of them
     folder: Path | None = None  # keeps them
     key: dict[str, Any] = field(default_factory=dict)  # what rows and the folder say of them
@@ -68,14 +67,13 @@ class Drawing:
         """
         pipeline, parts = self.pipeline, []
         size = self.batch_size or DRAWN[pipeline.config.space.kind]
-        with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=self.autocast):
-            for some in (rows[start : start + size] for start in range(0, len(rows), size)):
-                seeds = [self.seed * SEEDS + i for i in some]
-                images = pipeline.sample(
-                    self.labels(some).tolist(), seed=seeds, iterations=self.iterations, batch_size=size
-                )
-                parts.append((images * 255).round().byte())
-                advance(len(some))
+        for some in (rows[start : start + size] for start in range(0, len(rows), size)):
+            seeds = [self.seed * SEEDS + i for i in some]
+            images = pipeline.sample(
+                self.labels(some).tolist(), seed=seeds, iterations=self.iterations, batch_size=size
+            )
+            parts.append((images * 255).round().byte())
+            advance(len(some))
         return torch.cat(parts)
 
 

@@ -36,7 +36,6 @@ class Quality:
     iterations: tuple[int, ...] = ()  # K; each model's own when empty
     samples: int = 10_000
     seeds: tuple[int, ...] = (0,)  # a row for each
-    autocast: bool = False  # draw in bf16
     batch_size: int | None = None  # images drawn at a time, which changes none of them
     keep_images: Path | None = None  # a folder that all processes see
     npz: bool = False  # write the kept images as one file in ADM's format too
@@ -51,7 +50,7 @@ class Quality:
 def drawings_of(models: Models, settings: Quality) -> list[Drawing]:
     """The images to draw, of every model, K and seed, with the settings that identify their rows."""
     drawings = []
-    for pipeline, run in runs_of(models, settings.iterations, settings.autocast):
+    for pipeline, run in runs_of(models, settings.iterations):
         for seed in dict.fromkeys(settings.seeds):
             folder, k = None, run["iterations"]
             if settings.keep_images is not None:
@@ -59,9 +58,7 @@ def drawings_of(models: Models, settings: Quality) -> list[Drawing]:
                 name = f"{run['model'] or 'model'}-K{k}{draw}-seed{seed}-{settings.samples}"
                 folder = settings.keep_images / name
             key = run | {"samples": settings.samples, "seed": seed}
-            drawings.append(
-                Drawing(pipeline, settings.samples, k, seed, settings.autocast, settings.batch_size, folder, key)
-            )
+            drawings.append(Drawing(pipeline, settings.samples, k, seed, settings.batch_size, folder, key))
     return drawings
 
 

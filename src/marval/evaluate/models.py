@@ -7,13 +7,14 @@ from typing import get_args
 
 import torch
 
-from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep, Order, Size
+from marval.config import Chain, Dtype, LatentSpace, MARConfig, ModelConfig, OneStep, Order, Size
 from marval.evaluate.results import Row
 from marval.io.checkpoint import model_hash
 from marval.model import MAR
 from marval.pipeline import Pipeline, find_model, load
 from marval.runtime.provenance import commit
 from marval.runtime.rng import generator
+from marval.sampling.fast import is_compiled
 
 FULL_SIZES: dict[str, Size] = {f"imagenet256-{size}": size for size in get_args(Size)}
 
@@ -28,8 +29,13 @@ def load_models(
     guidance: Sequence[float] = (),
     temperature: float | None = None,
     order: Order | None = None,
+    dtype: Dtype = "float32",
+    compile: bool = False,
 ) -> Models:
     """Load models, each once; a teacher once for each T (the largest first) and w; `FULL_SIZES` with random weights.
+
+    Args:
+        dtype, compile: see `Pipeline.to` and `Pipeline.compile`.
 
     Raises:
         ValueError: one cannot be loaded, two share a name, or a teacher's settings are given without a teacher.
@@ -41,6 +47,10 @@ def load_models(
     commit()  # as the code is now: the command may run for hours
     teachers = any(isinstance(pipeline.config.draw, Chain) for _, pipeline in loaded)
     steps, scales = sorted(diffusion_steps, reverse=True) or (None,), guidance or (None,)
+    for _, pipeline in loaded:
+        pipeline.to(dtype=getattr(torch, dtype))
+        if compile:
+            pipeline.compile()
     models: list[tuple[str | None, Pipeline]] = []
     known: dict[str, str | None] = {}
     for digest, pipeline in loaded:
@@ -59,7 +69,7 @@ def load_models(
     return models
 
 
-def runs_of(models: Models, iterations: Sequence[int], autocast: bool) -> list[tuple[Pipeline, Row]]:
+def runs_of(models: Models, iterations: Sequence[int]) -> list[tuple[Pipeline, Row]]:
     """Every model at every K (its own where none is asked for), with what rows say of it."""
     runs = []
     for digest, pipeline in models:
@@ -68,10 +78,14 @@ def runs_of(models: Models, iterations: Sequence[int], autocast: bool) -> list[t
         if isinstance(config.draw, OneStep):  # how the weights were made, which is no setting of the drawing
             del draw["guidance"], draw["guidance_schedule"]
         row = {"model": config.name, "teacher": isinstance(config.draw, Chain), "draw": draw, "order": config.order}
+        row |= {
+            "dtype": str(pipeline.model.mask_token.dtype).removeprefix("torch."),
+            "compiled": is_compiled(pipeline.model),
+        }
         for k in dict.fromkeys(iterations or [pipeline.default_iterations]):
             if not 1 <= k <= config.mar.num_tokens:
                 raise ValueError(f"--iterations {k}: expected 1 to {config.mar.num_tokens} for {config.name}")
-            runs.append((pipeline, row | {"sha256": digest, "autocast": autocast, "iterations": k}))
+            runs.append((pipeline, row | {"sha256": digest, "iterations": k}))
     return runs
 
 

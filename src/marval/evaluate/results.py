@@ -117,7 +117,8 @@ class Setting:
     iterations: int
     samples: int | None
     batch: int | None
-    autocast: bool
+    dtype: str
+    compiled: bool
     prompt: str | None
 
     @classmethod
@@ -130,7 +131,8 @@ class Setting:
             chain += "" if heat == 1 else f", temperature {heat:g}"
         return cls(
             row["model"], chain, row.get("order"), row["iterations"], row.get("samples"), row.get("batch"),
-            bool(row.get("autocast")), row.get("prompt"),
+            row.get("dtype", "bfloat16" if row.get("autocast") else "float32"), bool(row.get("compiled")),
+            row.get("prompt"),
         )  # fmt: skip
 
     @property
@@ -141,7 +143,7 @@ class Setting:
     @property
     def precision(self) -> str:
         """The precision's name in tables."""
-        return "bf16" if self.autocast else "float32"
+        return self.dtype.replace("bfloat16", "bf16") + (", compiled" if self.compiled else "")
 
     def __str__(self) -> str:
         return f"{self.model} K={self.iterations}{self.chain}"

@@ -36,7 +36,6 @@ def measure_speed(
     iterations: Sequence[int] = (),
     batches: Sequence[int] = (1,),
     repeats: int = 5,
-    autocast: bool = False,
 ) -> list[Row]:
     """Time every model at every K and batch size, and keep the rows in `out`, in the place of those at one setting.
 
@@ -46,18 +45,17 @@ def measure_speed(
     Args:
         iterations: K; each model's own when empty.
         repeats: timed rounds, after one that warms up; 0: that one alone, for rounds of many minutes.
-        autocast: draw in bf16.
 
     Raises:
         ValueError: a K that a model has not, or `out` cannot be written or holds figures of other weights under a
             model's name.
     """
     check_output(out, folder=False)
-    device, runs = models[0][1].device, runs_of(models, iterations, autocast)
+    device, runs = models[0][1].device, runs_of(models, iterations)
     check_rows([row for _, row in runs], read_results(out), "timing", out)
     for batch in dict.fromkeys(batches):
         rows = []
-        jobs = [drawing(pipeline, key["iterations"], batch, autocast) for pipeline, key in runs]
+        jobs = [drawing(pipeline, key["iterations"], batch) for pipeline, key in runs]
         for (pipeline, key), rounds in zip(runs, in_turns(jobs, repeats, device), strict=True):
             times, flops = [seconds / batch for seconds in rounds], flops_per_image(pipeline.config, key["iterations"])
             seconds = statistics.median(times)
@@ -67,7 +65,7 @@ def measure_speed(
                 "made": made_by(device),
             })  # fmt: skip
             if device.type == "cuda":
-                rows[-1]["memory_bytes"] = memory_of(pipeline, key["iterations"], batch, autocast)
+                rows[-1]["memory_bytes"] = memory_of(pipeline, key["iterations"], batch)
             print(f"{Setting.of(rows[-1])}, batch {batch}: {seconds * 1000:.4g} ms/image")
         merge_results(out, "timing", rows)
     return read_results(out)["timing"]
@@ -110,16 +108,15 @@ def in_turns(jobs: Sequence[Job], repeats: int, device: torch.device) -> list[li
     return times
 
 
-def drawing(pipeline: Pipeline, iterations: int, batch: int, autocast: bool = False) -> Job:
+def drawing(pipeline: Pipeline, iterations: int, batch: int) -> Job:
     """The job that is timed: draw a batch of pictures as users do."""
     labels = [i % len(pipeline.config.class_names) for i in range(batch)]
 
     def draw() -> None:
-        with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=autocast):
-            if decodes(pipeline):
-                pipeline.sample(labels, iterations=iterations, batch_size=batch)
-            else:
-                pipeline.sample_tokens(labels, seeds=range(batch), iterations=iterations).cpu()
+        if decodes(pipeline):
+            pipeline.sample(labels, iterations=iterations, batch_size=batch)
+        else:
+            pipeline.sample_tokens(labels, seeds=range(batch), iterations=iterations).cpu()
 
     return draw
 
@@ -132,12 +129,12 @@ def decodes(pipeline: Pipeline) -> bool:
 # The memory and the operations
 
 
-def memory_of(pipeline: Pipeline, iterations: int, batch: int, autocast: bool) -> int:
+def memory_of(pipeline: Pipeline, iterations: int, batch: int) -> int:
     """Bytes of the weights and, at the peak of drawing a batch, of all that CUDA's allocator holds besides."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in pipeline.model.parameters())
     torch.cuda.reset_peak_memory_stats(pipeline.device)
     before = torch.cuda.memory_allocated(pipeline.device)  # these weights, and other models'
-    drawing(pipeline, iterations, batch, autocast)()
+    drawing(pipeline, iterations, batch)()
     return weights + torch.cuda.max_memory_allocated(pipeline.device) - before
 
 

@@ -134,6 +134,18 @@ def _fast_copy(module: M) -> M:
     return copied  # type: ignore[return-value]
 
 
+def compile_blocks(model: MAR) -> None:
+    """Compile each block by `torch.compile` at its first call, for any number of tokens."""
+    for block in (*model.encoder_blocks, *model.decoder_blocks, *model.head.res_blocks):
+        if not is_compiled(block):
+            block.compile(dynamic=True)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether a module, or one in it, is compiled."""
+    return any(each._compiled_call_impl is not None for each in module.modules())
+
+
 def cast_frozen(model: MAR) -> MAR:
     """A copy of a frozen model whose context network has the weights that autocast would cast at every call, in bf16.
 
