@@ -372,7 +372,7 @@ def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> 
     anchor = Anchor(model, RandomLatents(model.config), settings)  # type: ignore[arg-type]
     space, workers = token_space(config.space, check.device), Workers(device=check.device)
     held = AnchorLoss(anchor, config, space, workers, "teacher")
-    adam = Optimizer(student, settings.gradient_clip, (0.0, 0.999))
+    adam = Optimizer(student, workers, settings.gradient_clip, (0.0, 0.999))
     if not check.dry_run:
         torch.cuda.reset_peak_memory_stats()
     updates = itertools.count()

@@ -30,10 +30,10 @@ def broken(images, prompts):
     return brightness(images, prompts) * nan
 
 
-def main(stage, out, resume, broken_rank=None, **changes):
+def main(stage, out, resume, broken_rank=None, shard=0, **changes):
     # Batches of 8: of three processes, two have 3 images and one has 2.
     settings = dataclasses.replace(SETTINGS[stage], save_every=changes.pop("save_every", 4), **changes)
-    with start_workers("cpu") as workers, open_run(out, resume=resume, workers=workers) as run:
+    with start_workers("cpu", bool(shard)) as workers, open_run(out, resume=resume, workers=workers) as run:
 
         def probe(pipeline):
             images, _ = draw_bytes(pipeline, 7, 4, seed=0, workers=workers)

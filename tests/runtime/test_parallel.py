@@ -43,13 +43,14 @@ def alone(tmp_path_factory):
 
 
 SPLIT = ("accumulate=3", "checkpoint_blocks=1")
+SHARDED = ("shard=1",)
 
 
 @pytest.mark.parametrize(
     ("stage", "processes", "how"),
     [
-        ("train", 1, SPLIT), ("train", 2, ()), ("distill", 3, ()), ("tune", 2, ()),
-        ("anchored", 1, SPLIT), ("anchored", 2, ()), ("anchored", 3, ()),
+        ("train", 1, SPLIT), ("train", 2, ()), ("train", 2, SHARDED), ("distill", 2, ()), ("distill", 3, SHARDED),
+        ("tune", 2, ()), ("tune", 2, SHARDED), ("anchored", 1, SPLIT), ("anchored", 2, ()), ("anchored", 3, SHARDED),
     ],
 )  # fmt: skip
 def test_processes_and_parts_equal_one(stage, processes, how, alone, tmp_path):
@@ -63,8 +64,8 @@ def test_processes_and_parts_equal_one(stage, processes, how, alone, tmp_path):
 
 
 def test_a_state_saved_by_two_is_resumed_by_one_and_by_three(alone, tmp_path):
-    launch(SCRIPT, 2, "distill", tmp_path / "two", 12)
-    for processes in (1, 3):
+    launch(SCRIPT, 2, "distill", tmp_path / "two", 12, *SHARDED)
+    for processes in (1, 3):  # with whole networks
         out = tmp_path / f"on-{processes}"
         subprocess.run(["cp", "-r", tmp_path / "two", out], check=True)
         launch(SCRIPT, processes, "distill", out, 20, "--resume")

@@ -27,6 +27,7 @@ class Run(Checked):
     out: Path = Path("runs/teacher")  # the run's folder; the model is left in its sub-folder model
     resume: bool = False  # go on from the last saved state; --updates, rates and what changes no result may differ
     tensorboard: bool = False  # write TensorBoard's event files beside the log
+    shard: bool = False  # under torchrun: split the networks over the GPUs, too, where they do not fit one
     device: str = "auto"  # auto, cpu, cuda, ...
 
     def check(self) -> str:
@@ -43,7 +44,7 @@ class Run(Checked):
         from marval.runtime.folder import open_run
 
         with (
-            start_workers(device) as workers,
+            start_workers(device, self.shard) as workers,
             open_run(self.out, resume=self.resume, workers=workers, tensorboard=self.tensorboard) as run,
         ):
             yield run

@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -44,11 +44,17 @@ class Workers:
     mesh: DeviceMesh | None = None
     stop: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM and, in training, by Ctrl-C
     training: threading.Event = field(default_factory=threading.Event)  # set from the first of the `updates` on
+    shard: bool = False  # split networks over the processes; else each has them whole
 
     @property
     def main(self) -> bool:
         """True for the process that writes and prints."""
         return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of every network."""
+        return self.shard and self.mesh is not None
 
     def parts(self, batch: int, accumulate: int = 1) -> list[slice]:
         """Cut a batch: this process's rows, in `accumulate` parts of nearly equal size."""
@@ -66,8 +72,8 @@ class Workers:
         return (rows.stop - rows.start) * self.count / batch
 
     def place(self, network: MAR | TokenHead) -> None:
-        """Bring a network to the device and, among several processes, shard it (`fully_shard`, block by block)."""
-        if self.mesh is None:
+        """Bring a network to the device or, where it is `sharded`, shard it (`fully_shard`, block by block)."""
+        if not self.sharded:
             network.to(self.device)
             return
         inner = [m for m in network.modules() if isinstance(m, Block | TokenHead) and m is not network]
@@ -77,6 +83,16 @@ class Workers:
             for name in CALLED:
                 if hasattr(module, name):
                     register_fsdp_forward_method(module, name)
+
+    def average_gradients(self, network: nn.Module) -> None:
+        """Average the gradients of a network that each process has whole; FSDP averages those of sharded ones."""
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        if self.mesh is None or self.shard or not gradients:
+            return
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(together)
+        parts = (together / self.count).split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
     def mean(self, figures: dict[str, Tensor | float]) -> dict[str, float]:
         """Average figures over the processes, with one read from the device."""
@@ -146,11 +162,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def start_workers(device: str) -> Iterator[Workers]:
+def start_workers(device: str, shard: bool = False) -> Iterator[Workers]:
     """Start this process's `Workers`: under torchrun they find each other, else there is one.
 
     SIGTERM asks them to stop. So does Ctrl-C while they train (`Workers.updates`), and KeyboardInterrupt follows once
     that is done; a second Ctrl-C, or one before, interrupts at once. On "cuda" each process takes a device of its own.
+
+    Args:
+        shard: split networks over the processes (FSDP), for those that do not fit one device.
     """
     stop, training, place = threading.Event(), threading.Event(), torch.device(device)
     with _stopped_by_signals(stop, training):
@@ -163,7 +182,7 @@ def start_workers(device: str) -> Iterator[Workers]:
         backends = "gloo" if place.type == "cpu" else f"cpu:gloo,{place.type}:nccl"
         dist.init_process_group(backends, timeout=timedelta(minutes=30))
         count = dist.get_world_size()
-        yield Workers(dist.get_rank(), count, place, init_device_mesh(place.type, (count,)), stop, training)
+        yield Workers(dist.get_rank(), count, place, init_device_mesh(place.type, (count,)), stop, training, shard)
         # Not after an error: the others would notice, and end, before this process has said what is wrong.
         dist.destroy_process_group()
         # Gloo's threads outlive the group (DTensor's caches hold it) and may still be letting go of the last

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -67,6 +68,7 @@ class Log:
         self.file, self.workers = file, workers
         self.start, self.total, self.batch_size = start, total, batch_size
         self.began = self.printed = time.monotonic()
+        self.logged = start, self.began  # the last update, and when it was
         if workers.main and start == 0:  # an earlier run's log, of which nothing was saved
             file.unlink(missing_ok=True)
         self.events: Any = None
@@ -91,8 +93,13 @@ class Log:
             told = f"{skipped} updates in a row up to update {update} were skipped" if skipped else f"update {update}"
             advice = "lower the learning rate, or look for broken data"
             raise ValueError(f"{told}: gradients or figures are not finite ({listed}); {advice}")
+        now = time.monotonic()
         if optimizers:
             values["skipped"] = sum(int(optimizer.skipped) for optimizer in optimizers)
+            values["images_per_second"] = (update - self.logged[0]) * self.batch_size / (now - self.logged[1])
+            if self.workers.device.type == "cuda":
+                values["memory_gib"] = torch.cuda.max_memory_allocated(self.workers.device) / 2**30
+        self.logged = update, now
         if self.workers.main:
             line = {name: float(f"{v:.6g}") if math.isfinite(v) else None for name, v in values.items()}
             with self.file.open("a") as out:
@@ -101,7 +108,6 @@ class Log:
             for name, value in values.items():
                 self.events.add_scalar(name, value, update)
             self.events.flush()
-        now = time.monotonic()
         if now - self.printed < self.interval and update < self.total:
             return
         self.printed = now

@@ -73,7 +73,7 @@ class AnchorLoss:
     def __init__(self, anchor: Anchor, config: ModelConfig, space: TokenSpace, workers: Workers, to: AnchorTo):
         self.teacher, self.settings = anchor.teacher.eval(), anchor.settings
         self.loader = loader_of(anchor.data, anchor.settings, space, workers)
-        if self.settings.autocast and workers.mesh is None:
+        if self.settings.autocast and not workers.sharded:
             self.teacher = cast_frozen(self.teacher)
         if to == "student":
             unguided = dataclasses.replace(config.draw, guidance=1.0, guidance_schedule="constant")
@@ -86,7 +86,7 @@ class AnchorLoss:
             self.networks["reference"] = reference
         for network, learns in ((self.teacher, False), (self.phi, True), (reference, False)):
             workers.place(network.requires_grad_(learns))
-        self.phi_adam = Optimizer(self.phi, self.settings.gradient_clip, (0.0, 0.999))
+        self.phi_adam = Optimizer(self.phi, workers, self.settings.gradient_clip, (0.0, 0.999))
         self.phi.requires_grad_(False)  # but in its own steps
 
     def step(self, student: MAR, update: int, weight: float, student_update: int) -> Figures:

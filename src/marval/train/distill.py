@@ -19,7 +19,7 @@ from marval.presets import DistillConfig
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import Run, data_identity, model_identity
 from marval.runtime.log import LOG, Figures, Log, add_means, due
-from marval.runtime.optim import Optimizer, fast_attention, learning_rate_factor, update_ema
+from marval.runtime.optim import Optimizer, fast_products, learning_rate_factor, update_ema
 from marval.runtime.state import State, save_network
 from marval.sampling import DrawTokens, draw_function, guidance_at, guided_eps
 from marval.sampling.fast import cast_frozen
@@ -133,12 +133,12 @@ def copy_networks(
     """Copy theta (the student), its average and phi from the teacher, freeze all but theta, and put all in place."""
     workers.parts(settings.batch_size, settings.accumulate)  # refuses a batch that cannot be split
     student, ema, phi = copy.deepcopy(teacher), copy.deepcopy(teacher), copy.deepcopy(teacher.head)
-    teacher = cast_frozen(teacher) if settings.autocast and workers.mesh is None else teacher
+    teacher = cast_frozen(teacher) if settings.autocast and not workers.sharded else teacher
     for network, learns in ((teacher, False), (student, True), (ema, False), (phi, True)):
         workers.place(network.eval().requires_grad_(learns))  # eval: dropout stays off
     student.checkpoint_blocks = settings.checkpoint_blocks
-    adams = {"student": Optimizer(student, settings.gradient_clip, (0.0, 0.999))}
-    adams["auxiliary"] = Optimizer(phi, settings.gradient_clip, (0.0, 0.999))
+    adams = {"student": Optimizer(student, workers, settings.gradient_clip, (0.0, 0.999))}
+    adams["auxiliary"] = Optimizer(phi, workers, settings.gradient_clip, (0.0, 0.999))
     phi.requires_grad_(False)  # but in `phi_steps`
     return teacher, student, ema, phi, adams
 
@@ -170,7 +170,7 @@ def distill(
         student_update = update - settings.warmup  # below 0 only phi learns
         factor = learning_rate_factor(max(student_update, 0), 1, settings.decay, settings.updates - settings.warmup)
         figures, drawn = Figures(), list[DrawnPart]()
-        with fast_attention(device):
+        with fast_products(device):
             for share, w, inputs, part in masked_parts(update, settings, config, loader, workers):
                 with torch.no_grad():
                     c = target_contexts(teacher, inputs, guided=w != 1.0, autocast=autocast)

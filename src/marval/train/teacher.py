@@ -18,7 +18,7 @@ from marval.presets import TrainConfig, preset_size
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import Run, data_identity, model_identity
 from marval.runtime.log import LOG, Figures, Log, add_means, due
-from marval.runtime.optim import Optimizer, fast_attention, learning_rate_factor, update_ema
+from marval.runtime.optim import Optimizer, fast_products, learning_rate_factor, update_ema
 from marval.runtime.rng import generator
 from marval.runtime.state import State, save_network
 from marval.spaces import token_space
@@ -82,7 +82,7 @@ def copy_teacher(first: MAR, settings: TrainConfig, workers: Workers) -> tuple[M
     workers.place(model)
     workers.place(ema)
     model.checkpoint_blocks = settings.checkpoint_blocks
-    return model, ema, Optimizer(model, settings.gradient_clip, (0.9, 0.95), settings.weight_decay)
+    return model, ema, Optimizer(model, workers, settings.gradient_clip, (0.9, 0.95), settings.weight_decay)
 
 
 def train_teacher(
@@ -116,7 +116,7 @@ def train_teacher(
         for i, (rows, tokens, labels) in enumerate(loader(update)):
             if config.mar.dropout:
                 torch.manual_seed(generator(settings.seed, "dropout", update, workers.rank, i).initial_seed())
-            with fast_attention(device):
+            with fast_products(device):
                 loss = teacher_loss(model, schedule, tokens, labels, draws.part(rows), settings.autocast)
                 share = workers.share(rows, batch_size)
                 (loss * share).backward()

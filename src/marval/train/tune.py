@@ -16,7 +16,7 @@ from marval.rewards import Reward, prompts_of, reward_identity
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import Run, data_identity, model_identity
 from marval.runtime.log import LOG, Figures, Log, add_means, due
-from marval.runtime.optim import Optimizer, fast_attention, update_ema
+from marval.runtime.optim import Optimizer, fast_products, update_ema
 from marval.runtime.state import State, save_network
 from marval.sampling import draw_function, sample
 from marval.spaces import token_space
@@ -53,8 +53,8 @@ def trainable(student: MAR, settings: TuneConfig, workers: Workers) -> MAR:
     """Let the part of a student learn that `settings.train` names."""
     student = student.eval().requires_grad_(False)
     if settings.train == "low-rank":
-        if workers.count > 1:
-            raise ValueError(f"low-rank training runs in one process, not in {workers.count}: --train all or head does")
+        if workers.sharded:
+            raise ValueError("low-rank training does not shard: leave out --shard")
         return add_low_rank(student, settings.rank, settings.seed)
     (student.head if settings.train == "head" else student).requires_grad_(True)
     return student
@@ -71,7 +71,7 @@ def copy_networks(
     workers.place(student)
     student.checkpoint_blocks = settings.checkpoint_blocks
     networks: dict[str, nn.Module] = {"student": student, "ema": ema}
-    adams = {"student": Optimizer(student, settings.gradient_clip, (0.9, 0.999))}
+    adams = {"student": Optimizer(student, workers, settings.gradient_clip, (0.9, 0.999))}
     if anchored is not None:
         networks |= anchored.networks
         adams["auxiliary"] = anchored.phi_adam
@@ -126,7 +126,7 @@ def tune(
             break
         student_update = update - (settings.anchor_warmup if anchored is not None else 0)  # below 0 only phi learns
         figures = Figures()
-        with fast_attention(device):
+        with fast_products(device):
             if anchored is not None:
                 figures |= anchored.step(student, update, settings.anchor, student_update)
             if student_update >= 0:
