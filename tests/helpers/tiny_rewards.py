@@ -2,13 +2,14 @@
 
 import json
 import string
+from collections import OrderedDict
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from marval.rewards import image_reward
+from marval.rewards import hps, image_reward
 from marval.runtime.rng import generator
 
 SIDE = 32
@@ -17,13 +18,16 @@ WORDS = string.ascii_lowercase
 
 @pytest.fixture(scope="module")
 def tiny_sizes():
-    """Give ImageReward the sizes of the files here."""
+    """Give HPSv2 and ImageReward the sizes of the files here."""
     vision = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 1}
-    words = {"max_position_embeddings": 40, "vocab_size": 59, "encoder_hidden_size": 128}
+    images = {"image_size": SIDE, "patch_size": 8}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_reward, "VISION", {**image_reward.VISION, **vision, "image_size": SIDE, "patch_size": 8})
-        patch.setattr(image_reward, "TEXT", {**image_reward.TEXT, **text, **words})
+        patch.setattr(hps, "EMBEDDING", 40)
+        for module, length, words in ((hps, 16, 54), (image_reward, 40, 59)):
+            words = {"max_position_embeddings": length, "vocab_size": words}
+            patch.setattr(module, "VISION", {**module.VISION, **vision, **images})
+            patch.setattr(module, "TEXT", {**module.TEXT, **text, **words, "encoder_hidden_size": 128})
         yield
 
 
@@ -78,6 +82,65 @@ def part(**children):
 
 def empty(*shape):
     return nn.Parameter(torch.empty(shape))
+
+
+class OpenClipBlock(nn.Module):
+    """open_clip's residual attention block."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, max(1, width // 64), batch_first=True)
+        layers = {"c_fc": nn.Linear(width, 4 * width), "gelu": nn.GELU(), "c_proj": nn.Linear(4 * width, width)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
+
+    def forward(self, x, mask=None):
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, attn_mask=mask, need_weights=False)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+def tower(width, depth):
+    return part(resblocks=nn.ModuleList([OpenClipBlock(width) for _ in range(depth)]))
+
+
+class OpenClip(nn.Module):
+    """open_clip's CLIP, written anew with torch's own attention: the reference of HPSv2's file."""
+
+    def __init__(self, words, width=128, text_width=64, embedding=40, length=16):
+        super().__init__()
+        self.visual = part(
+            class_embedding=empty(width), positional_embedding=empty((SIDE // 8) ** 2 + 1, width),
+            conv1=nn.Conv2d(3, width, 8, 8, bias=False), ln_pre=nn.LayerNorm(width), ln_post=nn.LayerNorm(width),
+            transformer=tower(width, 2), proj=empty(width, embedding),
+        )  # fmt: skip
+        self.token_embedding, self.positional_embedding = nn.Embedding(words, text_width), empty(length, text_width)
+        self.transformer, self.ln_final = tower(text_width, 3), nn.LayerNorm(text_width)
+        self.text_projection, self.logit_scale = empty(text_width, embedding), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, pixels, tokens):
+        """The cosine of each image with its text."""
+        v = self.visual
+        x = v.conv1(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([v.class_embedding.expand(len(x), 1, -1), x], dim=1) + v.positional_embedding
+        x = v.ln_pre(x)
+        for block in v.transformer.resblocks:
+            x = block(x)
+        image = v.ln_post(x[:, 0]) @ v.proj
+        y = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        mask = torch.full((tokens.shape[1],) * 2, float("-inf"), dtype=y.dtype).triu(1)
+        for block in self.transformer.resblocks:
+            y = block(y, mask)
+        text = self.ln_final(y)[torch.arange(len(y)), tokens.argmax(dim=1)] @ self.text_projection
+        return F.cosine_similarity(image, text)
+
+
+def write_hps(folder):
+    """HPSv2's checkpoint; the reference network is returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    network = random_weights(OpenClip(write_clip_tokenizer(folder)), "hps")
+    torch.save({"epoch": 1, "name": "hps", "state_dict": network.state_dict()}, folder / "HPS_v2.1_compressed.pt")
+    return network
 
 
 def attention(q, k, v, mask=None):

@@ -10,13 +10,13 @@ from torch import nn
 
 from marval.rewards import WeightedReward, find_reward, parse_rewards
 from marval.runtime.rng import generator
-from tiny_rewards import SIDE, tiny_sizes, write_aesthetic, write_clip, write_image_reward  # noqa: F401
+from tiny_rewards import SIDE, tiny_sizes, write_aesthetic, write_clip, write_hps, write_image_reward  # noqa: F401
 
 pytest.importorskip("transformers")
 
 PROMPTS = ["a bag", "a dress", "a bag", "one more coat"]
 WRITERS = {
-    "clip": write_clip, "pickscore": write_clip, "hps-v2": write_clip, "image-reward": write_image_reward,
+    "clip": write_clip, "pickscore": write_clip, "hps-v2": write_hps, "image-reward": write_image_reward,
     "aesthetic": write_aesthetic,
 }  # fmt: skip
 
@@ -39,20 +39,18 @@ def reference(name, folders, images):
     pixels = processor([(x * 255).round().byte().numpy() for x in images], return_tensors="pt")["pixel_values"]
     kind, length = ("BertTokenizer", 35) if name == "image-reward" else ("CLIPTokenizer", 16)
     tokens = getattr(transformers, kind).from_pretrained(folder)(
-        PROMPTS,
-        padding="max_length" if name == "image-reward" else True,
-        truncation=True,
-        max_length=length,
-        return_tensors="pt",
+        PROMPTS, padding="max_length" if "-" in name else True, truncation=True, max_length=length, return_tensors="pt"
     )
     if name == "image-reward":
         return original(pixels, tokens.input_ids, tokens.attention_mask)
+    if name == "hps-v2":
+        return original(pixels, tokens.input_ids)
     outputs = transformers.CLIPModel.from_pretrained(folder).eval()(pixel_values=pixels, **tokens)
     if name == "aesthetic":
         return nn.Sequential(*original[1].values())(outputs.image_embeds)[:, 0]
     if name == "pickscore":
         return outputs.logits_per_image.diagonal()
-    return {"clip": 100, "hps-v2": 1}[name] * F.cosine_similarity(outputs.image_embeds, outputs.text_embeds)
+    return 100 * F.cosine_similarity(outputs.image_embeds, outputs.text_embeds)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -86,13 +84,13 @@ class Bomb:
         return (exec, ("raise SystemExit('executed')",))
 
 
-@pytest.mark.parametrize("name", ["image-reward", "aesthetic"])
+@pytest.mark.parametrize("name", ["hps-v2", "image-reward", "aesthetic"])
 def test_original_files_are_read_strictly_and_never_executed(name, folders, tmp_path):
     shutil.copytree(folders[name][0], tmp_path / "weights")
     (file,) = (path for path in (tmp_path / "weights").iterdir() if path.suffix in (".pt", ".pth"))
     content = torch.load(file, weights_only=True)
     tensors = content.get("state_dict", content)
-    key = next(key for key in tensors if key.endswith(("norm2.weight", "layers.2.bias")))
+    key = next(key for key in tensors if key.endswith(("ln_2.weight", "norm2.weight", "layers.2.bias")))
     others = {n: t for n, t in tensors.items() if n != key}
     for damaged, message in (
         (others, "is missing"),

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from marval.io.files import sha256_of
 from marval.io.own_code import OwnCode
 from marval.rewards.classifier import load_classifier_reward
-from marval.rewards.clip import load_aesthetic, load_clip, load_hps, load_pickscore
+from marval.rewards.clip import load_aesthetic, load_clip, load_pickscore
+from marval.rewards.hps import load_hps
 from marval.rewards.image_reward import load_image_reward
 from marval.rewards.text_image import load_text_image
 from marval.rewards.weights import CLIP
@@ -33,7 +34,7 @@ KNOWN: dict[str, tuple[Callable[[str, torch.device | str], Reward], str]] = {
     "pickscore": (load_pickscore, "yuvalkirstain/PickScore_v1"),
     "clip": (load_clip, CLIP),
     "image-reward": (load_image_reward, "zai-org/ImageReward"),
-    "hps-v2": (load_hps, "adams-story/HPSv2-hf"),
+    "hps-v2": (load_hps, "xswu/HPSv2"),
     "aesthetic": (load_aesthetic, "trl-lib/ddpo-aesthetic-predictor"),
     "text-image": (load_text_image, "fashion-text-image"),
     "classifier": (load_classifier_reward, "fashion-classifier"),

@@ -1,4 +1,4 @@
-"""Rewards on CLIP's encoders: `clip`, `pickscore`, `hps-v2` and `aesthetic`."""
+"""Rewards on CLIP's encoders: `clip`, `pickscore` and `aesthetic`."""
 
 import json
 from collections.abc import Sequence
@@ -64,18 +64,6 @@ def load_pickscore(source: str, device: torch.device | str = "cpu") -> ClipRewar
     reward = load_clip(source, device)
     reward.scale = float(reward.model.logit_scale.exp())
     return reward
-
-
-def load_hps(source: str, device: torch.device | str = "cpu") -> ClipReward:
-    """Load `hps-v2`, Human Preference Score v2 (Wu et al. 2023): the cosine of its CLIP, of images padded to a square.
-
-    It is about 0.27; its authors' tables show 100 times that. The words are OpenAI's CLIP's.
-    """
-    folder = weights.find_folder(source, "config.json", "pytorch_model.bin")
-    model = weights.load_clip(folder).to(device)
-    words = folder if Path(source).is_dir() else weights.find_folder(weights.CLIP, *weights.TOKENIZER)
-    preprocessing = Preprocessing(model.config.vision_config.image_size, "pad")
-    return ClipReward(model, weights.from_folder("CLIPTokenizer", words), preprocessing, scale=1.0)
 
 
 class ScoreHead(nn.Module):

@@ -1,6 +1,5 @@
 """`image-reward`: ImageReward (Xu et al. 2023), from its own file: BLIP's encoders and a head on the fused [CLS]."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,12 +71,7 @@ def load_image_reward(source: str, device: torch.device | str = "cpu") -> ImageR
     """Load ImageReward v1.0 from a folder with the checkpoint and BERT's tokenizer, or the checkpoint's hub id."""
     folder = weights.find_folder(source, "ImageReward.pt")
     file, tensors = weights.read_weights(folder, "*.pt")
-    needed = {}
-    for original in (name for name in tensors if not name.startswith(UNUSED)):
-        name = original
-        for pattern, replacement in RENAMED:
-            name = re.sub(pattern, replacement, name)
-        needed[name] = tensors[original]
+    needed = weights.renamed({name: t for name, t in tensors.items() if not name.startswith(UNUSED)}, RENAMED)
     reward = weights.load_strict(ImageReward, needed, file).to(device)
     words = folder if Path(source).is_dir() else weights.find_folder(BERT, *weights.TOKENIZER)
     reward.tokenizer = weights.from_folder("BertTokenizer", words)

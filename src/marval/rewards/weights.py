@@ -1,7 +1,8 @@
 """Rewards' weights: from a folder, or from the Hugging Face hub; read strictly, never executed."""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -82,6 +83,14 @@ def load_strict(network: Callable[[], nn.Module], tensors: Tensors, file: Path) 
         if (places := getattr(module, "position_ids", None)) is not None:  # no weight: it is still on the meta device
             module.position_ids = torch.arange(places.shape[-1])[None]
     return made.eval().requires_grad_(False)
+
+
+def renamed(tensors: Tensors, patterns: Sequence[tuple[str, str]]) -> Tensors:
+    """Rename tensors by every (pattern, replacement) in turn."""
+    names = {name: name for name in tensors}
+    for pattern, replacement in patterns:
+        names = {old: re.sub(pattern, replacement, new) for old, new in names.items()}
+    return {names[old]: tensor for old, tensor in tensors.items()}
 
 
 def described_file(name: Path | str, maker: str) -> Path:
