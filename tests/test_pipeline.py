@@ -135,6 +135,9 @@ def test_a_teachers_chain_may_have_other_settings():
     other = teacher.with_chain(guidance=1.0, diffusion_steps=3)
     assert other.config.draw == dataclasses.replace(CHAIN, guidance=1.0, diffusion_steps=3)
     assert (other.sample([1]) - teacher.sample([1])).abs().max() > 0.01
+    teacher.graphs.work = False
+    assert not teacher.with_chain(guidance=2.0).graphs.work
+    assert other.graphs.work
     with pytest.raises(ValueError, match="guidance: not for a one-step student"):
         small_pipeline("one_step").with_chain(guidance=2.0)
 

@@ -109,7 +109,9 @@ class Pipeline:
         if not isinstance(self.config.draw, Chain):
             raise ValueError(f"{', '.join(changes)}: not for a one-step student, whose guidance is baked in")
         draw = dataclasses.replace(self.config.draw, **changes)
-        return Pipeline(self.model, dataclasses.replace(self.config, draw=draw), self.space)
+        changed = Pipeline(self.model, dataclasses.replace(self.config, draw=draw), self.space)
+        changed.graphs.work = self.graphs.work
+        return changed
 
     def labels(self, classes: Iterable[str | SupportsIndex]) -> list[int]:
         """Class names or numbers (of any integer type) to numbers; for an unknown one near names are suggested."""

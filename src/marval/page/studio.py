@@ -88,6 +88,7 @@ class Served:
     def __init__(self, name: str, device: str):
         self.pipeline, self.weights = load(name, device), model_hash(find_model(name))
         self.calls: Counter[str] = Counter()
+        self.pipeline.graphs.work = False  # a graph runs no hooks, and shows nothing before its last iteration
         model = self.pipeline.model
         model.decoder_norm.register_forward_hook(lambda module, given, output: self.calls.update(context=len(output)))
         model.head.final_layer.register_forward_hook(

@@ -61,7 +61,7 @@ class Graphs:
     def __init__(self) -> None:
         self.recordings: OrderedDict[tuple[Any, ...], Recording | None] = OrderedDict()
         self.pool: Any = None
-        self.work = True
+        self.work = True  # set False, everything is drawn launch by launch
 
     def run(
         self, model: MAR, draw: DrawTokens, condition: Float[Tensor, "b d"], start: Start
