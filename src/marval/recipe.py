@@ -17,7 +17,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from marval.config import Chain, Checked, Finite, Order, Schedule, shorten
+from marval.config import Chain, Checked, Dtype, Finite, Order, Schedule, shorten
 from marval.io.checkpoint import WEIGHTS
 from marval.io.files import one_line, sha256_of
 from marval.io.images import pixels, read_image
@@ -45,6 +45,7 @@ class Recipe(Checked):
     seed: int
     iterations: int
     order: Order
+    dtype: Dtype = "float32"  # of the weights while they drew
     guidance: Finite | None = None  # of a teacher, as the three below
     guidance_schedule: Schedule | None = None
     diffusion_steps: int | None = None
@@ -106,16 +107,18 @@ def make_recipe(
     name: str, weights: str, pipeline: Pipeline, label: int, seed: int, iterations: int, order: Order | None = None
 ) -> Recipe:
     """Describe a picture that `pipeline` draws; in the model's own order when `order` is None."""
-    config, chain = pipeline.config, {}
+    config = pipeline.config
+    how: dict[str, Any] = {"dtype": str(pipeline.model.mask_token.dtype).removeprefix("torch.")}
     if isinstance(config.draw, Chain):
-        chain = {name: getattr(config.draw, name) for name in CHAIN}
-    return Recipe(name, weights, label, config.class_names[label], seed, iterations, order or config.order, **chain)
+        how |= {name: getattr(config.draw, name) for name in CHAIN}
+    return Recipe(name, weights, label, config.class_names[label], seed, iterations, order or config.order, **how)
 
 
 def find_pipelines(name: str | Path | None, device: str) -> Callable[[Recipe], Pipeline]:
     """Finds the model of a recipe by its weights: the one called `name`, one in that folder, or a bundled model.
 
-    What a recipe calls its model is never opened as a path: the picture may be a stranger's.
+    Recipes of another precision get a pipeline of their own. What a recipe calls its model is never opened as a path:
+    the picture may be a stranger's.
     """
     files = [folder / WEIGHTS for folder in bundled_models().values()]
     if name is not None:
@@ -124,16 +127,16 @@ def find_pipelines(name: str | Path | None, device: str) -> Callable[[Recipe], P
         files += [*inside.glob(f"*/{WEIGHTS}"), *inside.glob(f"*/model/{WEIGHTS}")]
 
     @functools.cache
-    def load_weights(weights: str) -> Pipeline:
+    def load_weights(weights: str, dtype: Dtype) -> Pipeline:
         file = next((file for file in files if file.is_file() and sha256_of(file) == weights), None)
         if file is None:
             raise ValueError(
                 f"no model here has the weights that drew the picture (SHA-256 {shorten(weights[:12])}): name its "
                 "folder, marval sample MODEL --like FILE.png"
             )
-        return load(file, device)
+        return load(file, device).to(dtype=getattr(torch, dtype))
 
-    return lambda recipe: load_weights(recipe.weights)
+    return lambda recipe: load_weights(recipe.weights, recipe.dtype)
 
 
 def draw_recipe(

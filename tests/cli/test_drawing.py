@@ -42,6 +42,15 @@ def test_many_pictures_are_saved_as_they_are_drawn(run, workspace, monkeypatch):
     assert "the same, pixel for pixel" in said or "differs by up to 1 of" in said
 
 
+def test_a_picture_of_another_precision_is_drawn_again_in_it(run, workspace):
+    draw = ("sample", "student", "--count", 2, "--iterations", 2, "--batch-size", 1)
+    assert run(*draw, "--dtype", "bfloat16")[0] == run(*draw, "--out", "plain")[0] == 0
+    file = "00001-square-1.png"
+    with Image.open(workspace / "samples" / file) as picture, Image.open(workspace / "plain" / file) as plain:
+        assert picture.tobytes() != plain.tobytes()
+    assert "the same, pixel for pixel" in run("sample", "student", "--like", f"samples/{file}", "--out", "again")[1]
+
+
 def test_a_picture_that_was_changed_is_told_and_stays(run, workspace):
     assert run("sample", "student", "--count", 1, "--iterations", 2)[0] == 0
     file = workspace / "samples/00000-cross-0.png"

@@ -67,6 +67,7 @@ MALFORMED = [
     ({"redrawn": [0], "upload": base64.b64encode(b"hello").decode()}, "the upload in the recipe is damaged"),
     ({"redrawn": [0], "upload": base64.b64encode(png_of(12_000, 12_000)).decode()}, "12000x12000 pixels"),
     ({"redrawn": [0]}, "an edit needs"),
+    ({"dtype": "load"}, "dtype"),
     ({"reward": "os:getcwd"}, "not a recipe"),  # no file may name code
     ("1" * 5000, "not a recipe"),
     ("", "not a recipe"),

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 
 from marval.io.checkpoint import model_hash, save_model
@@ -51,6 +52,20 @@ def test_an_edited_upload_is_drawn_again_exactly(folder, tiny):
     assert again.crop((0, 2, 8, 8)).tobytes() == picture.crop((0, 2, 8, 8)).tobytes()  # tokens 2, ... are untouched
     assert again.crop((4, 0, 8, 2)).tobytes() == picture.crop((4, 0, 8, 2)).tobytes()
     assert again.crop((0, 0, 4, 2)).tobytes() != picture.crop((0, 0, 4, 2)).tobytes()
+
+
+def test_each_edit_is_drawn_again_in_its_own_precision(folder, tiny):
+    fast, find = Pipeline(tiny_model(), tiny_config()).to(dtype=torch.bfloat16), find_pipelines(folder, "cpu")
+    first = make_recipe("mine", model_hash(folder), fast, 0, 5, 4)
+    plain = dataclasses.replace(first, dtype="float32")
+    assert json.loads(first.to_json())["dtype"] == "bfloat16"
+    assert "dtype" not in json.loads(plain.to_json())  # nor in what was saved before precisions were recorded
+    assert Recipe.from_json(first.to_json()) == first
+    edit = dataclasses.replace(plain, seed=9, iterations=2, redrawn=(3, 7, 8), before=first)
+    tokens = draw_recipe(edit, tiny, draw_recipe(first, fast))
+    for recipe, expected in ((edit, tokens), (plain, draw_recipe(plain, tiny)), (first, draw_recipe(first, fast))):
+        assert torch.equal(redraw(recipe, find), tiny.space.decode(expected[None])[0])
+    assert not torch.equal(redraw(plain, find), redraw(first, find))
 
 
 def test_other_weights_are_refused_and_a_moved_model_is_named(folder, tiny, tmp_path):
