@@ -127,11 +127,9 @@ def sample_like(like: Path, model: str | None, output: Folder, device: str) -> N
     told = f"the file holds {before.width}x{before.height} pixels: it was changed after it was saved"
     if before.size == picture.size:
         most = np.abs(np.asarray(before.convert(picture.mode), int) - np.asarray(picture, int)).max()
-        told = (
-            f"it differs by up to {most} of 255 levels (1 is rounding in float32)"
-            if most
-            else "the same, pixel for pixel"
-        )
+        told = "the same, pixel for pixel"
+        if most:
+            told = f"it differs by up to {most} of 255 levels (1 is rounding in float32)"
     save_picture(target, picture, {KEY: recipe.to_json()})
     print(f"{target}: {told}")
 
