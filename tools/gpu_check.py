@@ -11,6 +11,7 @@ part that fails is reported with its error; the others run all the same, and the
 import argparse
 import copy
 import dataclasses
+import importlib.util
 import itertools
 import json
 import statistics
@@ -25,6 +26,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 import marval
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep
@@ -38,8 +41,8 @@ from marval.runtime.distributed import Workers
 from marval.runtime.folder import open_run
 from marval.runtime.optim import Optimizer
 from marval.runtime.provenance import made_by
-from marval.sampling import DrawByChain, draw_function
-from marval.spaces import token_space
+from marval.sampling import DrawByChain, draw_function, image_noise, prepare, run, sample
+from marval.spaces import Latents, token_space
 from marval.train.anchor import Anchor, AnchorLoss
 from marval.train.distill import distill, predicted_eps, student_tokens, target_contexts
 from marval.train.draws import gsim_draws
@@ -144,8 +147,59 @@ def tiny() -> tuple[MAR, ModelConfig, ImageData]:
     return tiny_model(), tiny_config(), tiny_data()
 
 
+def no_waits(check: Check) -> dict[str, Any]:
+    """The AR loop of a student and of a teacher, where torch refuses whatever waits for the device."""
+    found = {}
+    for kind, draw_config in (("student", OneStep()), ("teacher", Chain(guidance=3.0, diffusion_steps=5))):
+        model = tiny()[0].to(check.device)
+        draw = draw_function(random_config(model, draw_config), check.device)
+        start = prepare(model, draw, iterations=3, seeds=[0, 1])
+        condition = model.embed(torch.tensor([0, 1], device=check.device))
+        if not check.dry_run:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.inference_mode():
+                found[kind] = len(list(run(model, draw, condition, start)))
+        finally:
+            if not check.dry_run:
+                torch.cuda.set_sync_debug_mode("default")
+    return found
+
+
+def graphs(check: Check) -> dict[str, Any]:
+    """Recorded loops draw what launches one by one draw; noise is the CPU's."""
+    found: dict[str, Any] = {}
+    here, there = (image_noise([0, 2**40], 3, 64, 16, device).cpu() for device in (check.device, "cpu"))
+    found["noise: CPU and here"] = (here - there).abs().max().item()
+    for name in ("fashion-student",) if check.dry_run else ("fashion-student", "fashion-teacher"):
+        pipeline = marval.load(name, str(check.device))
+        pipeline.graphs.work = False
+        expected = pipeline.sample([0, 5], seed=3, iterations=4)
+        pipeline.graphs.work = True
+        drawn = [pipeline.sample([0, 5], seed=3, iterations=4) for _ in range(3)]
+        found[f"{name}: graph and launches"] = max((images - expected).abs().max().item() for images in drawn)
+        found[f"{name}: graphs"] = sum(recording is not None for recording in pipeline.graphs.recordings.values())
+        if not check.dry_run and not found[f"{name}: graphs"]:
+            raise ValueError("no graph was recorded")
+    return found
+
+
+def gradients_here(check: Check, job: Callable[[torch.device], dict[str, Tensor]]) -> dict[str, float]:
+    """Gradients here against the CPU's, in float32."""
+    here, expected = job(check.device), job(torch.device("cpu"))
+    return {
+        "largest relative difference": max(
+            difference(here[name], expected[name]) for name in expected if expected[name].any()
+        )
+    }
+
+
+def gradients_of(student: MAR) -> dict[str, Tensor]:
+    return {name: p.grad.cpu() for name, p in student.named_parameters() if p.grad is not None}
+
+
 def gsim_gradients(check: Check) -> dict[str, float]:
-    """One theta step's gradients here against the CPU's, in float32."""
+    """The gradients of one theta step."""
 
     def gradients(device: torch.device) -> dict[str, Tensor]:
         teacher, config, data = tiny()
@@ -165,14 +219,24 @@ def gsim_gradients(check: Check) -> dict[str, float]:
         x_t = schedule.add_noise(x_0, eps, t)
         teacher_eps, phi_eps = predicted_eps(teacher.head, x_t, t, c, 1.5), predicted_eps(phi, x_t, t, c[:1])
         theta_loss(settings.objective, teacher_eps, phi_eps, eps)[0].backward()
-        return {name: p.grad.cpu() for name, p in student.named_parameters() if p.grad is not None}
+        return gradients_of(student)
 
-    here, expected = gradients(check.device), gradients(torch.device("cpu"))
-    return {
-        "largest relative difference": max(
-            difference(here[name], expected[name]) for name in expected if expected[name].any()
-        )
-    }
+    return gradients_here(check, gradients)
+
+
+def tuning_gradients(check: Check) -> dict[str, float]:
+    """The gradients of a reward through the last three of four AR iterations."""
+
+    def gradients(device: torch.device) -> dict[str, Tensor]:
+        student, config, _ = tiny()
+        student = student.to(device).requires_grad_(True)
+        draw = draw_function(dataclasses.replace(config, draw=OneStep(clip=True)), device)
+        condition = student.embed(torch.tensor([0, 1], device=device))
+        tokens = sample(student, draw, condition, iterations=4, seeds=0, gradient_iterations=3)
+        token_space(config.space, device).decode(tokens).mean().backward()
+        return gradients_of(student)
+
+    return gradients_here(check, gradients)
 
 
 def resume(check: Check) -> dict[str, Any]:
@@ -339,6 +403,25 @@ def sampling_table(check: Check, size: str, settings: list[tuple[str, int, int, 
     return rows
 
 
+def decoder(check: Check) -> dict[str, Any]:
+    """KL-16's decoder with random weights: milliseconds per image, in bf16, as a token space decodes."""
+    from diffusers import AutoencoderKL
+
+    width = (32,) * 5 if check.dry_run else (128, 128, 256, 256, 512)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
+        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 4,
+        block_out_channels=width, layers_per_block=2, latent_channels=16, sample_size=256,
+    )  # fmt: skip
+    space = Latents(LatentSpace((256, 256), "random"), vae=vae).to(check.device, torch.bfloat16)
+    found = {}
+    for batch in (1, 2 if check.dry_run else 32):
+        tokens = torch.randn(batch, 256, 16, device=check.device)
+        job = torch.inference_mode()(lambda tokens=tokens: space.decode(tokens))
+        found[f"ms per image, batch {batch}"] = check.seconds(job)["median"] / batch * 1000
+    return found
+
+
 # Part: train
 
 
@@ -381,7 +464,17 @@ def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> 
         held.step(student, next(updates), 1.0, student_update=1)  # what an update of distillation computes
         adam.step(1e-6)
 
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(4):
+            one()
+    flops = counter.get_total_flops() / 4  # recomputation counts; the next updates mask other numbers of tokens
     taken = check.seconds(one, 4)
+    with profile(activities=[ProfilerActivity.CPU] + ([] if check.dry_run else [ProfilerActivity.CUDA])) as profiler:
+        began = time.perf_counter()
+        one()
+        synchronize(check.device)
+        profiled = time.perf_counter() - began
+    busy = sum(row.self_device_time_total for row in profiler.key_averages()) / 1e6
     memory = 0 if check.dry_run else torch.cuda.max_memory_allocated()
     return {
         "size": size,
@@ -389,6 +482,9 @@ def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> 
         "checkpoint_blocks": checkpoint_blocks,
         "seconds": taken,
         "images/s": batch / taken["median"],
+        "TFLOP/s": flops / taken["median"] / 1e12,
+        "share of bf16 peak": flops / taken["median"] / check.results["peak"]["bf16 TFLOP/s"] / 1e12,
+        "GPU busy in a profiled step": busy / profiled,
         "bytes": memory,
     }
 
@@ -398,8 +494,6 @@ def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> 
 
 def trace(check: Check) -> dict[str, Any]:
     """Where the time of one student's image and of one GSIM step goes: the ten most expensive kernels of each."""
-    from torch.profiler import ProfilerActivity, profile
-
     model = full_size(check, "base")
     job = drawing(model, OneStep(), 4, 1, "bf16")
     job()
@@ -426,7 +520,7 @@ def main() -> None:
     check.out.parent.mkdir(parents=True, exist_ok=True)
     ok = [check.run("peak", lambda: peak(check))]
     if "correct" in given.parts:
-        for job in (parity, same_pictures, gsim_gradients, resume, one_rank):
+        for job in (parity, same_pictures, no_waits, graphs, gsim_gradients, tuning_gradients, resume, one_rank):
             ok.append(check.run(job.__name__, lambda job=job: job(check)))
     if "sample" in given.parts:
         many = 4 if check.dry_run else 128
@@ -449,6 +543,8 @@ def main() -> None:
             if check.dry_run:  # what takes long
                 rows = [row for row in rows if row[1] < 64 and "compiled" not in row[3]]
             ok.append(check.run(f"sample {size}", lambda size=size, rows=rows: sampling_table(check, size, rows)))
+        if importlib.util.find_spec("diffusers"):
+            ok.append(check.run("decoder", lambda: decoder(check)))
     if "train" in given.parts:
         for batch, blocks in ((4, False), (4, True)) if check.dry_run else ((64, False), (256, True)):
             ok.append(check.run(f"gsim base {batch}", lambda b=batch, c=blocks: gsim_steps(check, "base", b, c)))

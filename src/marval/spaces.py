@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from marval.config import LatentSpace, PixelSpace
 from marval.io.vae import load_vae, vae_hash
@@ -74,8 +74,8 @@ class Latents:
 
     def _place(self, vae: Any) -> Any:
         """The VAE where it computes; in the memory layout that a GPU's convolutions are fastest in."""
-        layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
-        return vae.to(device=self.device, dtype=self.dtype, memory_format=layout)
+        nn.Module.to(vae, self.device, self.dtype)  # the VAE's own method warns
+        return vae.to(memory_format=torch.channels_last) if self.device.type == "cuda" else vae
 
     def tokens(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
         """Latents to tokens."""

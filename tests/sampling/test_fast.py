@@ -9,7 +9,15 @@ from marval.config import MARConfig
 from marval.model import MAR
 from marval.runtime.rng import generator
 from marval.sampling import fast
-from marval.sampling.fast import FastLinear, cast_frozen, few_threads, linear, prepare_for_drawing, use_onednn
+from marval.sampling.fast import (
+    FastLinear,
+    cast_frozen,
+    few_threads,
+    joined_modulation,
+    linear,
+    prepare_for_drawing,
+    use_onednn,
+)
 from tiny import tiny_model
 
 
@@ -74,6 +82,12 @@ def test_nothing_is_prepared_where_onednn_is_of_no_use():
         with torch.autocast("cpu", torch.bfloat16):
             assert prepare_for_drawing(model, 100) is model
         assert prepare_for_drawing(model.bfloat16(), 100) is model
+
+
+def test_joined_modulations_are_those_of_every_layer():
+    head, y = tiny_model().head, randn(2, 5, 16)
+    for joined, each in zip(joined_modulation(head)(y), head.modulate(y), strict=True):
+        torch.testing.assert_close(joined, each)
 
 
 def test_on_a_processor_that_mkl_is_for_mkl_multiplies(monkeypatch):

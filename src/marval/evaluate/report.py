@@ -95,7 +95,7 @@ def speed_table(timing: Sequence[Row]) -> Cells:
     for row in on_one_machine(timing):
         settings.setdefault(replace(Setting.of(row), batch=None), []).append(row)
     header = ["model", "K", "T", "w", "precision", "ms / image (batch)", "images / s (batch)", "GFLOP / image"]
-    header += ["MiB"]
+    header += ["of it decoding", "MiB"]
     lines = []
     for rows in settings.values():
         alone, best = min(rows, key=lambda row: row["batch"]), min(rows, key=lambda row: row["seconds_per_image"])
@@ -104,6 +104,8 @@ def speed_table(timing: Sequence[Row]) -> Cells:
             f"{alone['seconds_per_image'] * 1000:.4g} ({alone['batch']})",
             f"{1 / best['seconds_per_image']:.4g} ({best['batch']})",
             f"{best['gflops_per_image']:.4g}" if "gflops_per_image" in best else "",
+            f"{best['decoding_seconds_per_image'] / best['seconds_per_image']:.0%}"
+            if "decoding_seconds_per_image" in best else "",
             f"{best['memory_bytes'] / 2**20:.4g}" if "memory_bytes" in best else "",
         ])  # fmt: skip
     filled = [i for i in range(len(header)) if any(line[i] for line in lines)]

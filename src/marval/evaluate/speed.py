@@ -23,6 +23,7 @@ from marval.runtime.progress import progress
 from marval.runtime.provenance import made_by
 from marval.sampling import DrawTokens, draw_counts, draw_function, run
 from marval.sampling.loop import Start
+from marval.spaces import Latents
 
 SHORTEST = 0.3  # seconds that a timing lasts at least
 
@@ -39,7 +40,8 @@ def measure_speed(
 ) -> list[Row]:
     """Time every model at every K and batch size, and keep the rows in `out`, in the place of those at one setting.
 
-    Times are of what `Pipeline.sample` does: pictures decoded and brought to the CPU (`decoded`); tokens alone where
+    Times are of what `Pipeline.sample` does: pictures decoded and brought to the CPU (`decoded`); of a VAE's decoding
+    there is a time apart, too. Tokens alone where
     a model with random weights has no decoder.
 
     Args:
@@ -64,6 +66,9 @@ def measure_speed(
                 "fastest": min(times), "slowest": max(times), "repeats": len(times), "gflops_per_image": flops / 1e9,
                 "made": made_by(device),
             })  # fmt: skip
+            if isinstance(pipeline.space, Latents) and decodes(pipeline):
+                ((decoding, *_),) = in_turns([decoding_job(pipeline, batch)], min(repeats, 1), device)
+                rows[-1]["decoding_seconds_per_image"] = decoding / batch
             if device.type == "cuda":
                 rows[-1]["memory_bytes"] = memory_of(pipeline, key["iterations"], batch)
             print(f"{Setting.of(rows[-1])}, batch {batch}: {seconds * 1000:.4g} ms/image")
@@ -119,6 +124,13 @@ def drawing(pipeline: Pipeline, iterations: int, batch: int) -> Job:
             pipeline.sample_tokens(labels, seeds=range(batch), iterations=iterations).cpu()
 
     return draw
+
+
+def decoding_job(pipeline: Pipeline, batch: int) -> Job:
+    """The job of decoding a batch of tokens."""
+    mar = pipeline.config.mar
+    tokens = torch.zeros(batch, mar.num_tokens, mar.token_dim, device=pipeline.device)
+    return torch.inference_mode()(lambda: pipeline.space.decode(tokens).cpu())
 
 
 def decodes(pipeline: Pipeline) -> bool:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from marval.model import MAR, TokenHead
@@ -71,15 +71,22 @@ class Workers:
         """The weight of a part's mean in the batch's; times the number of processes, whose gradients are averaged."""
         return (rows.stop - rows.start) * self.count / batch
 
-    def place(self, network: MAR | TokenHead) -> None:
-        """Bring a network to the device or, where it is `sharded`, shard it (`fully_shard`, block by block)."""
+    def place(self, network: MAR | TokenHead, autocast: bool = False) -> None:
+        """Bring a network to the device or, where it is `sharded`, shard it (`fully_shard`, block by block).
+
+        Args:
+            autocast: whether its blocks compute in bf16.
+        """
         if not self.sharded:
             network.to(self.device)
             return
         inner = [m for m in network.modules() if isinstance(m, Block | TokenHead) and m is not network]
         for module in (*inner, network):
-            # Resharding after every forward lets `requires_grad` take effect at the next one.
-            fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
+            # What autocast would cast to bf16 is gathered in bf16. Resharding after every forward lets `requires_grad`
+            # take effect at the next one.
+            half = torch.bfloat16 if autocast and isinstance(module, Block) else None
+            policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+            fully_shard(module, mesh=self.mesh, reshard_after_forward=True, mp_policy=policy)
             for name in CALLED:
                 if hasattr(module, name):
                     register_fsdp_forward_method(module, name)

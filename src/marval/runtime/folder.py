@@ -22,7 +22,7 @@ LOCK = ".lock"  # in the run's folder, while it runs
 # Settings that a resumed run may change: how long and how fast it learns, and what changes no result.
 MAY_CHANGE = (
     "updates", "learning_rate", "auxiliary_learning_rate", "warmup", "decay",
-    "save_every", "log_every", "accumulate", "checkpoint_blocks",
+    "save_every", "log_every", "accumulate", "checkpoint_blocks", "compile",
 )  # fmt: skip
 LABELS = ("source", "data")  # of a model's configuration: the command and --data as typed; a folder may have moved
 

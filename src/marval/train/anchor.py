@@ -85,7 +85,7 @@ class AnchorLoss:
         if to == "student":
             self.networks["reference"] = reference
         for network, learns in ((self.teacher, False), (self.phi, True), (reference, False)):
-            workers.place(network.requires_grad_(learns))
+            workers.place(network.requires_grad_(learns), self.settings.autocast)
         self.phi_adam = Optimizer(self.phi, workers, self.settings.gradient_clip, (0.0, 0.999))
         self.phi.requires_grad_(False)  # but in its own steps
 

@@ -22,7 +22,7 @@ from marval.runtime.log import LOG, Figures, Log, add_means, due
 from marval.runtime.optim import Optimizer, fast_products, learning_rate_factor, update_ema
 from marval.runtime.state import State, save_network
 from marval.sampling import DrawTokens, draw_function, guidance_at, guided_eps
-from marval.sampling.fast import cast_frozen
+from marval.sampling.fast import cast_frozen, compile_blocks
 from marval.spaces import TokenSpace, token_space
 from marval.train.draws import GSIMDraws, NoiseLevels, gsim_draws
 
@@ -135,8 +135,12 @@ def copy_networks(
     student, ema, phi = copy.deepcopy(teacher), copy.deepcopy(teacher), copy.deepcopy(teacher.head)
     teacher = cast_frozen(teacher) if settings.autocast and not workers.sharded else teacher
     for network, learns in ((teacher, False), (student, True), (ema, False), (phi, True)):
-        workers.place(network.eval().requires_grad_(learns))  # eval: dropout stays off
+        # eval: dropout stays off. The average draws the probe's images in float32.
+        workers.place(network.eval().requires_grad_(learns), settings.autocast and network is not ema)
     student.checkpoint_blocks = settings.checkpoint_blocks
+    if settings.compile:
+        compile_blocks(teacher)
+        compile_blocks(student)
     adams = {"student": Optimizer(student, workers, settings.gradient_clip, (0.0, 0.999))}
     adams["auxiliary"] = Optimizer(phi, workers, settings.gradient_clip, (0.0, 0.999))
     phi.requires_grad_(False)  # but in `phi_steps`

@@ -21,6 +21,7 @@ from marval.runtime.log import LOG, Figures, Log, add_means, due
 from marval.runtime.optim import Optimizer, fast_products, learning_rate_factor, update_ema
 from marval.runtime.rng import generator
 from marval.runtime.state import State, save_network
+from marval.sampling.fast import compile_blocks
 from marval.spaces import token_space
 from marval.train.draws import TeacherDraws, teacher_draws
 
@@ -79,9 +80,11 @@ def copy_teacher(first: MAR, settings: TrainConfig, workers: Workers) -> tuple[M
     """Copy a network that learns and its average, put them in place, and make the optimizer."""
     workers.parts(settings.batch_size, settings.accumulate)  # refuses a batch that cannot be split
     model, ema = copy.deepcopy(first).requires_grad_(True).train(), copy.deepcopy(first).requires_grad_(False)
-    workers.place(model)
+    workers.place(model, settings.autocast)
     workers.place(ema)
     model.checkpoint_blocks = settings.checkpoint_blocks
+    if settings.compile:
+        compile_blocks(model)
     return model, ema, Optimizer(model, workers, settings.gradient_clip, (0.9, 0.95), settings.weight_decay)
 
 
@@ -113,14 +116,14 @@ def train_teacher(
     for update in workers.updates(start, settings.updates):
         draws = teacher_draws(settings, config.mar, update, device)
         figures = Figures()
-        for i, (rows, tokens, labels) in enumerate(loader(update)):
-            if config.mar.dropout:
-                torch.manual_seed(generator(settings.seed, "dropout", update, workers.rank, i).initial_seed())
-            with fast_products(device):
+        with fast_products(device):
+            for i, (rows, tokens, labels) in enumerate(loader(update)):
+                if config.mar.dropout:
+                    torch.manual_seed(generator(settings.seed, "dropout", update, workers.rank, i).initial_seed())
                 loss = teacher_loss(model, schedule, tokens, labels, draws.part(rows), settings.autocast)
                 share = workers.share(rows, batch_size)
                 (loss * share).backward()
-            add_means(figures, share, loss=loss)
+                add_means(figures, share, loss=loss)
         factor = learning_rate_factor(update, settings.warmup_updates, settings.decay, settings.updates)
         figures["gradient_norm"] = adam.step(settings.learning_rate * factor)
         figures["learning_rate"] = settings.learning_rate * factor

@@ -19,6 +19,7 @@ from marval.runtime.log import LOG, Figures, Log, add_means, due
 from marval.runtime.optim import Optimizer, fast_products, update_ema
 from marval.runtime.state import State, save_network
 from marval.sampling import draw_function, sample
+from marval.sampling.fast import compile_blocks
 from marval.spaces import token_space
 from marval.train.anchor import Anchor, AnchorLoss
 from marval.train.distill import Probe
@@ -68,8 +69,10 @@ def copy_networks(
     student = trainable(copy.deepcopy(student), settings, workers)
     ema = copy.deepcopy(student).requires_grad_(False)
     workers.place(ema)
-    workers.place(student)
+    workers.place(student, settings.autocast)
     student.checkpoint_blocks = settings.checkpoint_blocks
+    if settings.compile:
+        compile_blocks(student)
     networks: dict[str, nn.Module] = {"student": student, "ema": ema}
     adams = {"student": Optimizer(student, workers, settings.gradient_clip, (0.9, 0.999))}
     if anchored is not None:
