@@ -5,6 +5,7 @@ it is missing. Those tests are marked `system`.
 """
 
 import signal
+import sys
 
 import pytest
 from jaxtyping import install_import_hook
@@ -33,6 +34,17 @@ def _one_thread_per_worker():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_code_is_forgotten(tmp_path_factory):
+    """A test's modules, which it wrote among its temporary files, are not found by the next one."""
+    path, modules = list(sys.path), set(sys.modules)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path_factory.getbasetemp())):
+            del sys.modules[name]
 
 
 def fashion_mnist(split):

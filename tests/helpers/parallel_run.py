@@ -52,6 +52,6 @@ def main(stage, out, resume, broken_rank=None, shard=0, **changes):
 if __name__ == "__main__":
     flags = sys.argv[4:]
     numbers = {name: int(value) for name, _, value in (flag.partition("=") for flag in flags if "=" in flag)}
-    if "checkpoint_blocks" in numbers:
-        numbers["checkpoint_blocks"] = bool(numbers["checkpoint_blocks"])
+    for name in {"checkpoint_blocks", "autocast"} & numbers.keys():
+        numbers[name] = bool(numbers[name])
     main(sys.argv[1], Path(sys.argv[2]), "--resume" in flags, updates=int(sys.argv[3]), **numbers)

@@ -63,6 +63,15 @@ def test_processes_and_parts_equal_one(stage, processes, how, alone, tmp_path):
     assert one[0] != one[-1]
 
 
+@pytest.mark.parametrize("stage", ["distill", "tune"])
+def test_under_autocast_sharded_blocks_are_gathered_in_bf16(stage, tmp_path):
+    """What autocast would do itself, so that it changes nothing but the order of sums."""
+    launch(SCRIPT, 1, stage, tmp_path / "one", 6, "autocast=1")
+    launch(SCRIPT, 2, stage, tmp_path / "two", 6, "autocast=1", *SHARDED)
+    for first, second in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert second == pytest.approx(first, rel=2e-2, abs=2e-3)
+
+
 def test_a_state_saved_by_two_is_resumed_by_one_and_by_three(alone, tmp_path):
     launch(SCRIPT, 2, "distill", tmp_path / "two", 12, *SHARDED)
     for processes in (1, 3):  # with whole networks

@@ -5,6 +5,7 @@ do what one does.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import threading
@@ -80,13 +81,17 @@ class Workers:
         if not self.sharded:
             network.to(self.device)
             return
-        inner = [m for m in network.modules() if isinstance(m, Block | TokenHead) and m is not network]
-        for module in (*inner, network):
-            # What autocast would cast to bf16 is gathered in bf16. Resharding after every forward lets `requires_grad`
-            # take effect at the next one.
-            half = torch.bfloat16 if autocast and isinstance(module, Block) else None
-            policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
-            fully_shard(module, mesh=self.mesh, reshard_after_forward=True, mp_policy=policy)
+        # What autocast would cast to bf16 is gathered in bf16. Resharding after every forward lets `requires_grad` take
+        # effect at the next one.
+        half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        shard = functools.partial(fully_shard, mesh=self.mesh, reshard_after_forward=True)
+        for module in network.modules():
+            if isinstance(module, Block) and autocast:
+                shard([module.attn, module.mlp], mp_policy=half)
+        for module in [m for m in network.modules() if isinstance(m, Block | TokenHead) and m is not network] + [
+            network
+        ]:
+            shard(module)
             for name in CALLED:
                 if hasattr(module, name):
                     register_fsdp_forward_method(module, name)
