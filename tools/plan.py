@@ -38,7 +38,7 @@ from tables import plan as table
 
 GIB = 2**30
 FLOAT32 = 4
-FLOAT32_SHARE = 0.8 / 16  # of the bf16 peak: a sixteenth without tensor cores, of which large products reach 80 %
+TF32 = 0.5  # peak of float32 products on tensor cores, as training has them, over the bf16 peak
 LATENTS_BYTES = 2 * 2 * 2 * 16**3  # of an image and its mirror in `marval cache`: mean and log-variance in 16 bits
 aten = torch.ops.aten
 COUNTED = {
@@ -122,7 +122,7 @@ def tune_step(config: MARConfig, settings: TuneConfig, images: int, recompute: b
 
 
 def free_gradients(*networks: nn.Module) -> None:
-    """Free every gradient as soon as it is whole: the plan counts their lasting (sharded) copies apart."""
+    """Free every gradient as soon as it is whole: the plan counts their lasting copies apart."""
 
     def free(parameter: Tensor) -> None:
         parameter.grad = None
@@ -156,9 +156,10 @@ def row_of(
         networks, trained = {"student": total, "EMA": total}, total
     gpus, batch = machine["gpus"], settings.batch_size
     row = {"stage": stage, **machine, "batch": batch, "updates": settings.updates, "parameters": networks}
-    gathered = 0 if gpus == 1 else total - head - sum(blocks) + 2 * max(*blocks, head)
-    held = {"weights": sum(networks.values()) / gpus, "gradients": trained / gpus}
-    held |= {"optimiser": 2 * trained / gpus, "gathered": float(gathered)}
+    shards = gpus if machine["shard"] else 1
+    gathered = 0 if shards == 1 else total - head - sum(blocks) + 2 * max(*blocks, head)
+    held = {"weights": sum(networks.values()) / shards, "gradients": trained / shards}
+    held |= {"optimiser": 2 * trained / shards, "gathered": float(gathered)}
     row |= {f"{name}_gib": FLOAT32 * number / GIB for name, number in held.items()}
     for name, recompute in (("kept", False), ("recomputed", True)):
         # With fewer images the weights' copies hide the rest.
@@ -170,7 +171,7 @@ def row_of(
     flops = step(config, settings, 1, settings.checkpoint_blocks, whole).flops
     half, single = (batch * flops[dtype] for dtype in (torch.bfloat16, torch.float32))
     row |= {"pflop_per_step": (half + single) / 1e15, "float32_pflop_per_step": single / 1e15}
-    seconds = (half / machine["efficiency"] + single / FLOAT32_SHARE) / (machine["tflops"] * 1e12)
+    seconds = (half + single / TF32) / machine["efficiency"] / (machine["tflops"] * 1e12)
     return row | {"days": settings.updates * seconds / gpus / 86400}
 
 
@@ -180,6 +181,7 @@ def main(
     gpu_memory: float = 80.0,
     tflops: float = 312.0,
     efficiency: float = 0.35,
+    shard: bool = False,
     out: Path | None = None,
 ) -> None:
     """Print what each preset's two stages need.
@@ -189,10 +191,11 @@ def main(
         gpus: processes that share the work, one on each GPU.
         gpu_memory: of one GPU, in GiB.
         tflops: peak of one GPU in bf16, in TFLOP/s (A100: 312, H100: 989).
-        efficiency: the share of that peak that the transformers reach: a guess.
+        efficiency: the share of that peak that products reach (in float32, of half of it): a guess.
+        shard: split the networks over the GPUs (`--shard`).
         out: a JSON file that keeps the figures.
     """
-    machine = {"gpus": gpus, "gpu_gib": gpu_memory, "tflops": tflops, "efficiency": efficiency}
+    machine = {"gpus": gpus, "gpu_gib": gpu_memory, "tflops": tflops, "efficiency": efficiency, "shard": shard}
     rows: list[dict[str, Any]] = []
     for preset in presets:
         size = cast(Size, preset.removeprefix("imagenet256-"))

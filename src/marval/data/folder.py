@@ -106,7 +106,8 @@ def load_folder(
     images = np.empty((len(files), 3, *size), np.uint8)
     labels, damaged, grey = list[int](), list[str](), channels != 3
     with progress(len(files), f"images of {printable(folder)}") as advance:
-        results = in_threads(lambda file: pixels(read_image(Path(file[0])), size), files)
+        enough = 2 * max(size)
+        results = in_threads(lambda file: pixels(read_image(Path(file[0]), draft=enough), size), files)
         for picture, (_, label) in zip(results, files, strict=True):
             advance(1)
             if isinstance(picture, ValueError):

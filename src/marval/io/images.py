@@ -30,13 +30,18 @@ def printable(name: str | os.PathLike[str]) -> str:
 
 
 def read_image(
-    source: Path | io.BytesIO, *, most_pixels: int | None = None, formats: tuple[str, ...] = FORMATS
+    source: Path | io.BytesIO,
+    *,
+    most_pixels: int | None = None,
+    formats: tuple[str, ...] = FORMATS,
+    draft: int | None = None,
 ) -> Image.Image:
     """Read an image file as an upright 8-bit picture of mode "L" or "RGB", transparency over white.
 
     Args:
         most_pixels: refuse larger pictures, by their header, before they are decoded.
         formats: Pillow's names of the formats to accept.
+        draft: pixels a side that are enough: a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size.
 
     Raises:
         ValueError: not an image, damaged, too large, or of numbers whose white is unknown.
@@ -45,6 +50,8 @@ def read_image(
         pixels = picture.width * picture.height
         if most_pixels is not None and pixels > most_pixels:
             raise ValueError(f"it has {picture.width}x{picture.height} pixels, expected at most {most_pixels:,}")
+        if draft is not None:
+            picture.draft(None, (draft, draft))
         picture.load()
         with contextlib.suppress(Exception):  # damaged metadata must not cost the picture
             ImageOps.exif_transpose(picture, in_place=True)
