@@ -160,8 +160,10 @@ class DrawInOneStep(DrawTokens):
         ) -> Float[Tensor, "n c"]:
             x_t = self.schedule.sigma[0] * noise[0]
             y = head.embed_context(contexts[0]) + time
-            few = len(y) <= MODULATED_ROWS
-            eps = head.denoise(x_t, modulate(y) if modulate is not None and few else y)[:, : head.token_dim]
+            joined = (
+                [] if modulate is None or len(y) > MODULATED_ROWS else modulate(y)
+            )  # of more it would fill the memory
+            eps = head.denoise(x_t, joined or y)[:, : head.token_dim]
             x_0 = self.schedule.x0_from_eps(x_t, eps, 0)
             if self.clip_range is None:
                 return x_0
