@@ -16,12 +16,13 @@ def usable_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if torch.device(name).type not in ("cpu", "cuda"):
-            raise ValueError("marval was never tested on such")
+        kind = torch.device(name).type
         torch.zeros(1, device=name).cpu()
     except Exception as error:  # torch raises many kinds, from its back ends too
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(f"--device {name}: not here ({reason}); expected auto, cpu or cuda") from None
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: marval was never tested on it; expected auto, cpu or cuda")
     return name
 
 
