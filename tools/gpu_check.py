@@ -274,31 +274,35 @@ def resume(check: Check) -> dict[str, Any]:
 
 
 def one_rank(check: Check) -> dict[str, float]:
-    """A sharded step in one process (NCCL on a GPU) against an unsharded one."""
+    """A group of one process (NCCL on a GPU), with whole networks and with sharded ones, against a process alone."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
     _, config, data = tiny()
-    settings = TrainConfig(updates=2, batch_size=8, warmup=1, decay=1, autocast=False)
+    kind, found = check.device.type, {}
+    device = check.device if kind == "cpu" else torch.device(kind, 0)
     with tempfile.TemporaryDirectory() as folder:
-        with open_run(Path(folder) / "alone", workers=Workers(device=check.device)) as run:
-            train_teacher(config, settings, data, run)
-        kind = check.device.type
-        dist.init_process_group(
-            "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl",
-            init_method=f"file://{folder}/rendezvous",
-            rank=0,
-            world_size=1,
-        )
-        try:
-            device = torch.device(kind, 0) if kind != "cpu" else check.device
-            workers = Workers(0, 1, device, init_device_mesh(kind, (1,)))
-            with open_run(Path(folder) / "sharded", workers=workers) as run:
+
+        def weights(name: str, workers: Workers, autocast: bool) -> dict[str, Tensor]:
+            settings = TrainConfig(updates=2, batch_size=8, warmup=1, decay=1, autocast=autocast)
+            with open_run(Path(folder) / f"{name}-{autocast}", workers=workers) as run:
                 train_teacher(config, settings, data, run)
+            return load_file(Path(folder) / f"{name}-{autocast}" / "model" / "model.safetensors")
+
+        alone = {autocast: weights("alone", Workers(device=device), autocast) for autocast in (False, True)}
+        backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl"
+        dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+        try:
+            for shard, autocast in itertools.product((False, True), (False, True)):
+                workers = Workers(0, 1, device, init_device_mesh(kind, (1,)), shard=shard)
+                here = weights("sharded" if shard else "whole", workers, autocast)
+                name = ("sharded" if shard else "whole") + (", bf16" if autocast else "")
+                found[f"{name}: largest difference of weights"] = max(
+                    (alone[autocast][key] - here[key]).abs().max().item() for key in here
+                )
         finally:
             dist.destroy_process_group()
-        a, b = (load_file(Path(folder) / name / "model" / "model.safetensors") for name in ("alone", "sharded"))
-    return {"largest difference of weights": max((a[k] - b[k]).abs().max().item() for k in a)}
+    return found
 
 
 # Part: sample
@@ -348,12 +352,17 @@ def peak(check: Check) -> dict[str, float]:
 
 
 def drawing(model: MAR, draw: Chain | OneStep, iterations: int, batch: int, mode: str) -> Callable[[], Tensor]:
-    """A call that draws a batch of latents as `Pipeline.sample` does; `mode` has some of bf16, graph, compiled."""
+    """A call that draws a batch of latents as `Pipeline.sample` does; see `sampling_table`."""
     pipeline = Pipeline(copy.deepcopy(model), random_config(model, draw))
     if "bf16" in mode:
         pipeline.to(dtype=torch.bfloat16)
     if "compiled" in mode:
         pipeline.compile()
+    if "static" in mode or "tuned" in mode:  # trials: all but the decoder's last block have one shape there
+        how: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs"} if "tuned" in mode else {}
+        for block in pipeline.model.decoder_blocks[:-1]:
+            block.compile(dynamic=False, **how)
+        pipeline.compile()  # the others
     pipeline.graphs.work = "graph" in mode
     labels = [i % model.config.num_classes for i in range(batch)]
 
@@ -368,7 +377,11 @@ def drawing(model: MAR, draw: Chain | OneStep, iterations: int, batch: int, mode
 
 
 def sampling_table(check: Check, size: str, settings: list[tuple[str, int, int, str]]) -> list[dict[str, Any]]:
-    """Milliseconds per image of (role, K, batch, mode), with the share of the card's limits."""
+    """Milliseconds per image of (role, K, batch, mode), with the share of the card's limits.
+
+    A mode has some of bf16 (weights), graph, compiled (blocks, for any number of tokens), static (the decoder's, for
+    one) and tuned (these with torch's search for kernels).
+    """
     model = full_size(check, size)
     parameters = sum(p.numel() for p in model.parameters())
     rows: list[dict[str, Any]] = []
@@ -508,7 +521,7 @@ def trace(check: Check) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["correct", "sample", "train", "profile"]
+    parts = ["correct", "sample", "compile", "train", "profile"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--sizes", nargs="+", choices=["base", "large", "huge"], default=["base"])
     parser.add_argument("--dry-run", action="store_true", help="tiny models on a CPU")
@@ -545,6 +558,9 @@ def main() -> None:
             ok.append(check.run(f"sample {size}", lambda size=size, rows=rows: sampling_table(check, size, rows)))
         if importlib.util.find_spec("diffusers"):
             ok.append(check.run("decoder", lambda: decoder(check)))
+    if "compile" in given.parts and not check.dry_run:
+        trials = [("student", 16, 1, f"bf16 graph {how}") for how in ("compiled", "static", "tuned")]
+        ok.append(check.run("compile base", lambda: sampling_table(check, "base", trials)))
     if "train" in given.parts:
         for batch, blocks in ((4, False), (4, True)) if check.dry_run else ((64, False), (256, True)):
             ok.append(check.run(f"gsim base {batch}", lambda b=batch, c=blocks: gsim_steps(check, "base", b, c)))

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -84,6 +85,7 @@ class Workers:
         # What autocast would cast to bf16 is gathered in bf16. Resharding after every forward lets `requires_grad` take
         # effect at the next one.
         half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of results that are changed in place: ours are not
         shard = functools.partial(fully_shard, mesh=self.mesh, reshard_after_forward=True)
         for module in network.modules():
             if isinstance(module, Block) and autocast:
