@@ -170,7 +170,7 @@ def test_what_is_drawn_is_what_the_visitor_chose_and_keys_are_enough(visitor, tm
     slide(page, "generate", "Pictures of each model", 1)
     slide(page, "generate", "Iterations K", 7)
     page.locator("#generate").get_by_label("fashion-tuned").uncheck()
-    page.locator("#generate [name=classes]").select_option(["bag", "ankle boot"])
+    page.locator("#generate").get_by_label("sneaker").uncheck()
     page.get_by_text("Guidance and order").click()
     slide(page, "generate", "Guidance w of a teacher (a student has it baked in)", 2)
     page.get_by_label("Unmasking order").select_option("raster")

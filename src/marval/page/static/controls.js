@@ -20,19 +20,20 @@ const about = await (await fetch("models")).json();
 export const models = Object.fromEntries(about.models.map((one, i) => [one.name, { ...one, tint: (i % 4) + 1 }]));
 export const isTeacher = (name) => models[name].diffusion_steps !== null;
 
-// The options of a list, the chosen ones first.
-const offer = (options, chosen) => [...options].sort((a, b) => chosen.includes(b) - chosen.includes(a))
-  .map((one) => new Option(one, one, false, chosen.includes(one)));
+// The chosen options first.
+const sorted = (options, chosen) => [...options].sort((a, b) => chosen.includes(b) - chosen.includes(a));
+const offer = (options, chosen) => options.map((one) => new Option(one, one, false, chosen.includes(one)));
+const chips = (name, options, chosen) => options.map((one) =>
+  h("label", {}, h("input", { type: "checkbox", name, value: one, checked: chosen.includes(one) }), String(one)));
 
-function choice(label, name, options, chosen, multiple = false) {
-  const select = h("select", { name, multiple, required: true, size: multiple && 4 }, offer(options, chosen));
+function choice(label, name, options, chosen) {
+  const select = h("select", { name }, offer(sorted(options, chosen), chosen));
   return h("label", { class: "field" }, h("span", {}, label), select);
 }
 
 function checks(label, name, options, chosen) {
-  const boxes = options.map((one) =>
-    h("label", {}, h("input", { type: "checkbox", name, value: one, checked: chosen.includes(one) }), String(one)));
-  return h("fieldset", { class: "field" }, h("legend", {}, label), h("div", { class: "chips" }, boxes));
+  const boxes = h("div", { class: "chips", "data-of": name }, chips(name, options, chosen));
+  return h("fieldset", { class: "field" }, h("legend", {}, label), boxes);
 }
 
 function slider(label, name, min, max, value, step = 1) {
@@ -54,7 +55,7 @@ export function field(kind, { name = kind, label, value }) {
     case "model": return choice("Model", name, names, names.filter((one) => !isTeacher(one)).slice(0, 1));
     case "models": return checks("Models", name, names, alike);
     case "class": return choice("Class", name, classes, [some[0]]);
-    case "classes": return choice("Classes, in turn (Ctrl or ⌘ chooses several)", name, classes, some, true);
+    case "classes": return checks("Classes, in turn (none: all)", name, sorted(classes, some), some);
     case "seed": return slider("Seed", name, 0, 999999, value ?? 0);
     case "iterations": return slider("Iterations K", name, 1, tokens, Math.min(8, tokens));
     case "count": return slider(label ?? "Pictures of each model", name, 1, 8, value ?? 4);
@@ -78,9 +79,11 @@ export function fit(form) {
   const chosen = $$("[name=models]:checked, select[name=model]", form).map((input) => input.value);
   if (!chosen.length) return;
   const known = models[chosen[0]].classes.filter((one) => chosen.every((name) => models[name].classes.includes(one)));
-  for (const select of $$("select:is([name=class], [name=classes], [name=new_class])", form)) {
-    select.replaceChildren(...offer(known, [...select.selectedOptions].map((one) => one.value)));
+  for (const select of $$("select:is([name=class], [name=new_class])", form)) {
+    select.replaceChildren(...offer(sorted(known, [select.value]), [select.value]));
   }
+  const some = $$("[name=classes]:checked", form).map((input) => input.value);
+  $("[data-of=classes]", form)?.replaceChildren(...chips("classes", sorted(known, some), some));
   for (const input of $$(".slider:has([name=guidance]) input", form)) input.disabled = !chosen.some(isTeacher);
 }
 

@@ -39,7 +39,8 @@ class Column {
 }
 
 function generate(form) {
-  const { models: names, classes, seed, iterations, guidance, order, count } = read(form);
+  const { models: names, classes: chosen, seed, iterations, guidance, order, count } = read(form);
+  const classes = chosen.length ? chosen : models[names[0]]?.classes;
   const own = order === OWN_ORDER ? null : order, columns = {}, pictures = [];
   for (const model of names) {
     const steps = models[model].diffusion_steps;
