@@ -13,6 +13,7 @@ from marval.config import Chain, MARConfig
 from marval.model import MAR
 from marval.sampling import DrawByChain, DrawInOneStep, graphs, prepare, run
 from marval.sampling.graphs import Graphs
+from processes import launch
 from small import CHANNELS, DRAWS, TOKENS, kept_mask, randn, small_model
 
 
@@ -113,3 +114,8 @@ def test_the_oldest_recordings_go_and_a_failure_costs_no_picture(recorded, monke
         drawn = images(2)
     assert drawn.shape == (2, TOKENS, CHANNELS)
     images(2)
+
+
+def test_compiled_blocks_are_compiled_once_for_any_number_of_tokens():
+    """In a process of its own: torch's compiler does not see through the checks of shapes that tests switch on."""
+    launch("compiled_run.py", 1)
