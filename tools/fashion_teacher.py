@@ -62,7 +62,7 @@ def main() -> None:
     if given.compile:
         for module in (Block, ResBlock):
             module.forward = torch.compile(module.forward, dynamic=True)  # type: ignore[method-assign]
-    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     data = load_fashion_mnist("train", given.data)
     config = teacher_config("fashion-teacher", data, "fashion-mnist", "python tools/fashion_teacher.py")
     mar = dataclasses.replace(

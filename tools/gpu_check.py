@@ -335,14 +335,14 @@ def peak(check: Check) -> dict[str, float]:
     """What the card gives: matrix products in bf16, float32 and TF32, and a copy, in TFLOP/s and TB/s."""
     side, found = (256 if check.dry_run else 8192), {}
     for name, dtype, precision in (
-        ("bf16", torch.bfloat16, "highest"),
-        ("float32", torch.float32, "highest"),
-        ("tf32", torch.float32, "high"),
+        ("bf16", torch.bfloat16, "ieee"),
+        ("float32", torch.float32, "ieee"),
+        ("tf32", torch.float32, "tf32"),
     ):
-        torch.set_float32_matmul_precision(precision)
+        torch.backends.cuda.matmul.fp32_precision = precision
         x, w = (torch.randn(side, side, device=check.device, dtype=dtype) for _ in range(2))
         found[f"{name} TFLOP/s"] = 2 * side**3 / check.seconds(lambda x=x, w=w: x @ w, 10)["fastest"] / 1e12
-    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     big = torch.randn(2**20 if check.dry_run else 2**30, device=check.device)
     target = torch.empty_like(big)
     found["copy TB/s, read and written"] = (

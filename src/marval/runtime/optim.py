@@ -86,10 +86,10 @@ def fast_products(device: torch.device) -> Iterator[None]:
     A GPU multiplies float32 numbers (the heads') in TF32. On a CPU, short sequences train a third faster with the plain
     attention kernel (measured at 53 tokens).
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32"
     try:
         with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext():
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        products.fp32_precision = before
