@@ -1,6 +1,7 @@
 """Files written so that a reader, or a crash, never meets half of one; and their hashes."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -13,6 +14,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}  # what network disks without locks answer
 
 
 def asset(name: str) -> Path:
@@ -97,7 +100,7 @@ def locked(path: Path | str, wait: bool) -> Iterator[None]:
     It keeps out only those who ask for it, and nobody on disks without locks. A killed process loses its lock.
 
     Raises:
-        ValueError: another process or block holds it and `wait` is off.
+        ValueError: another process or block holds it and `wait` is off, or the file cannot be made.
     """
     path, lock = Path(path), FileLock(path)
     try:
@@ -105,8 +108,9 @@ def locked(path: Path | str, wait: bool) -> Iterator[None]:
         lock.acquire(blocking=wait)
     except Timeout:
         raise ValueError(f"{path} is held by another command: wait for it to end") from None
-    except (OSError, NotImplementedError):
-        pass  # without locks; where nothing can be written, the first write says so
+    except (OSError, NotImplementedError) as error:  # filelock's of a system without locks
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise ValueError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
     try:
         yield
     finally:
