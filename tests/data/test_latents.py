@@ -96,22 +96,24 @@ def test_a_cache_holds_the_moments_of_every_image_and_its_mirror(pictures, tmp_p
 
 @pytest.mark.parametrize("kind", ["latents", "pixels"])
 def test_rows_of_a_batch_do_not_depend_on_how_it_is_split_and_read_ahead(kind, pictures, tmp_path):
-    data, space, device = tiny_data(), Pixels(tiny_config().space), torch.device("cpu")
+    data, space = tiny_data(), Pixels(tiny_config().space)
     if kind == "latents":
         data = cache(pictures, tmp_path / "cache")
         space = space_of(data)
 
-    def batches(parts, updates):
-        loader = Loader(data, 5, 3, parts, space, device)
+    def batches(workers, updates, accumulate=1):
+        settings = TrainConfig(batch_size=5, seed=3, accumulate=accumulate)
+        loader = Loader(data, settings, space, workers)
         return {update: list(loader(update)) for update in updates}
 
-    whole = batches([slice(0, 5)], (0, 1, 2, 9))
+    whole = batches(Workers(), (0, 1, 2, 9))
     for update, ((rows, tokens, labels),) in whole.items():
         assert rows == slice(0, 5)
         assert torch.equal(labels, data.labels[batch_indices(len(data), 5, update, 3)])
         assert len(tokens) == 5
-    first, second = batches([slice(0, 2)], (1, 2)), batches([slice(2, 3), slice(3, 5)], (9, 2))
+    first, second = batches(Workers(0, 2), (1, 2)), batches(Workers(1, 2), (9, 2), accumulate=2)
     parts = [*first[2], *second[2]]
+    assert [rows for rows, *_ in parts] == [slice(0, 2), slice(2, 3), slice(3, 5)]
     assert torch.equal(whole[2][0][1], torch.cat([tokens for _, tokens, _ in parts]))
     assert torch.equal(whole[2][0][2], torch.cat([labels for *_, labels in parts]))
     assert not torch.equal(whole[1][0][1], whole[2][0][1])

@@ -60,7 +60,7 @@ class LatentData:
     def read(self, indices: Int[Tensor, " b"], keys: Int[Tensor, " b"]) -> Float[Tensor, "b c2 h w"]:
         """Read the posterior's moments of each image or, if its key says so, of its mirror, in half precision."""
         mirrored = (random_words(~keys, 1)[:, 0] & 1).tolist()
-        return torch.stack([self.moments(i)[side] for i, side in zip(indices.tolist(), mirrored, strict=True)])
+        return torch.stack([self.moments(i, side) for i, side in zip(indices.tolist(), mirrored, strict=True)])
 
     def tokens(
         self, stored: Float[Tensor, "b c2 h w"], keys: Int[Tensor, " b"], space: TokenSpace
@@ -72,8 +72,8 @@ class LatentData:
         noise = standard_normal(keys, mean.shape[1:])
         return space.tokens(mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise)
 
-    def moments(self, index: int) -> Float[Tensor, "2 c2 h w"]:
-        """Read mean and log-variance (stacked in the channels) of an image and of its mirror."""
+    def moments(self, index: int, side: int | slice = slice(None)) -> Float[Tensor, "*sides c2 h w"]:
+        """Read mean and log-variance (stacked in the channels) of an image (side 0), of its mirror (1), or of both."""
         shard = bisect.bisect_right(self.starts, index) - 1
         if shard not in self._mapped:
             file = shard_file(self.folder, shard)
@@ -81,7 +81,7 @@ class LatentData:
                 self._mapped[shard] = safe_open(file, framework="pt").get_slice("moments")
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} is damaged ({error}): remove it, and run marval cache again") from None
-        return self._mapped[shard][index - self.starts[shard]]
+        return self._mapped[shard][index - self.starts[shard], side]
 
 
 def shard_file(folder: Path, shard: int) -> Path:

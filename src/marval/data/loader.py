@@ -1,6 +1,6 @@
 """The batches of a training: read ahead in a thread, while the device computes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from marval.data.images import batch_indices
 from marval.data.load import TrainingData
+from marval.presets import RunConfig
+from marval.runtime.distributed import Workers
 from marval.runtime.philox import stream_keys
 from marval.spaces import TokenSpace
 
@@ -16,19 +18,13 @@ Read = tuple[Tensor, Tensor, Tensor]  # a process's rows of a batch as they are 
 
 
 class Loader:
-    """Loads a process's parts of every batch, as tokens on its device.
+    """Loads a process's parts of every batch, as tokens on its device."""
 
-    Args:
-        parts: the rows that the process computes together, as `Workers.parts` cuts them.
-    """
-
-    def __init__(
-        self, data: TrainingData, batch_size: int, seed: int, parts: Sequence[slice], space: TokenSpace,
-        device: torch.device,
-    ):  # fmt: skip
-        self.data, self.batch_size, self.seed, self.parts = data, batch_size, seed, parts
-        self.space, self.device = space, device
-        self.own = slice(parts[0].start, parts[-1].stop)
+    def __init__(self, data: TrainingData, settings: RunConfig, space: TokenSpace, workers: Workers):
+        self.data, self.batch_size, self.seed = data, settings.batch_size, settings.seed
+        self.space, self.device = space, workers.device
+        self.parts = workers.parts(settings.batch_size, settings.accumulate)
+        self.own = slice(self.parts[0].start, self.parts[-1].stop)
         self.pool = ThreadPoolExecutor(1)
         self.ahead: dict[int, Future[Read]] = {}
 

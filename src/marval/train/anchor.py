@@ -8,6 +8,7 @@ import torch
 
 from marval.config import Chain, ModelConfig
 from marval.data import TrainingData
+from marval.data.loader import Loader
 from marval.losses.gsim import theta_loss
 from marval.model import MAR, NoiseSchedule, TokenHead
 from marval.pipeline import Pipeline
@@ -20,7 +21,6 @@ from marval.sampling.fast import cast_frozen
 from marval.spaces import TokenSpace
 from marval.train.distill import (
     DrawnPart,
-    loader_of,
     masked_parts,
     phi_steps,
     predicted_eps,
@@ -72,7 +72,7 @@ class AnchorLoss:
 
     def __init__(self, anchor: Anchor, config: ModelConfig, space: TokenSpace, workers: Workers, to: AnchorTo):
         self.teacher, self.settings = anchor.teacher.eval(), anchor.settings
-        self.loader = loader_of(anchor.data, anchor.settings, space, workers)
+        self.loader = Loader(anchor.data, anchor.settings, space, workers)
         if self.settings.autocast and not workers.sharded:
             self.teacher = cast_frozen(self.teacher)
         if to == "student":

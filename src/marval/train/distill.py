@@ -23,7 +23,7 @@ from marval.runtime.optim import Optimizer, fast_products, learning_rate_factor,
 from marval.runtime.state import State, save_network
 from marval.sampling import DrawTokens, draw_function, guidance_at, guided_eps
 from marval.sampling.fast import cast_frozen, compile_blocks
-from marval.spaces import TokenSpace, token_space
+from marval.spaces import token_space
 from marval.train.draws import GSIMDraws, NoiseLevels, gsim_draws
 
 Probe = Callable[[Pipeline], dict[str, float]]  # figures of a model, on fixed seeds
@@ -70,12 +70,6 @@ def masked_parts(
     for rows, tokens, labels in loader(update):
         part = draws.part(rows)
         yield workers.share(rows, settings.batch_size), w, (tokens, part.visible, part.targets, labels), part
-
-
-def loader_of(data: TrainingData, settings: DistillConfig, space: TokenSpace, workers: Workers) -> Loader:
-    """Load this process's parts of the batches of a distillation, or of an anchor."""
-    parts = workers.parts(settings.batch_size, settings.accumulate)
-    return Loader(data, settings.batch_size, settings.seed, parts, space, workers.device)
 
 
 def target_contexts(model: MAR, inputs: Inputs, *, guided: bool, autocast: bool) -> Float[Tensor, "g n d"]:
@@ -168,7 +162,7 @@ def distill(
     start, _ = state.load()
     log = Log(run.folder / LOG, workers, start, settings.updates, settings.batch_size, run.tensorboard)
     space, schedule, draw = token_space(config.space, device), NoiseSchedule.full(device), draw_function(config, device)
-    loader = loader_of(data, settings, space, workers)
+    loader = Loader(data, settings, space, workers)
 
     for update in workers.updates(start, settings.updates):
         student_update = update - settings.warmup  # below 0 only phi learns

@@ -111,7 +111,7 @@ def train_teacher(
     start, _ = state.load()
     log = Log(run.folder / LOG, workers, start, settings.updates, batch_size, run.tensorboard)
     space, schedule = token_space(config.space, device), NoiseSchedule.full(device)
-    loader = Loader(data, batch_size, settings.seed, workers.parts(batch_size, settings.accumulate), space, device)
+    loader = Loader(data, settings, space, workers)
 
     for update in workers.updates(start, settings.updates):
         draws = teacher_draws(settings, config.mar, update, device)
