@@ -39,9 +39,10 @@ from marval.pipeline import Pipeline
 from marval.presets import DistillConfig, TrainConfig, TuneConfig
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import open_run
-from marval.runtime.optim import Optimizer
+from marval.runtime.optim import Optimizer, fast_products
 from marval.runtime.provenance import made_by
 from marval.sampling import DrawByChain, draw_function, image_noise, prepare, run, sample
+from marval.sampling.fast import compile_blocks
 from marval.spaces import Latents, token_space
 from marval.train.anchor import Anchor, AnchorLoss
 from marval.train.distill import distill, predicted_eps, student_tokens, target_contexts
@@ -92,6 +93,18 @@ class Check:
         return {"median": statistics.median(times), "fastest": min(times), "slowest": max(times)}
 
 
+def within(limit: float, found: dict[str, float]) -> dict[str, float]:
+    """What was found.
+
+    Raises:
+        ValueError: some of it is above the limit, or not a number.
+    """
+    above = {name: value for name, value in found.items() if not value <= limit}
+    if above:
+        raise ValueError(f"above {limit:g}: {above}")
+    return found
+
+
 def difference(found: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest expected value."""
     found, expected = found.float().cpu(), expected.float().cpu()
@@ -121,10 +134,8 @@ def parity(check: Check) -> dict[str, float]:
         found[f"{name} context"] = difference(context, reference["z"])
         found[f"{name} head"] = difference(head, reference["head.out"])
         found[f"{name} chain"] = difference(drawn, reference["chain.tokens"])
-    limit = max(found[f"float32 {part}"] for part in ("context", "head", "chain"))
-    if limit > 1e-4:
-        raise ValueError(f"float32 differs from the official numbers: {found}")
-    return found
+    within(1e-4, {name: value for name, value in found.items() if "float32" in name})
+    return within(2e-2, found)
 
 
 def same_pictures(check: Check) -> dict[str, float]:
@@ -137,7 +148,7 @@ def same_pictures(check: Check) -> dict[str, float]:
         alone = torch.cat([here.sample([c], seed=3 + i, iterations=4) for i, c in enumerate((0, 5, 9))])
         found[f"{name}: CPU and here"] = (images - expected).abs().max().item()
         found[f"{name}: alone and in a batch"] = (images - alone).abs().max().item()
-    return found
+    return within(1e-3, found)
 
 
 def tiny() -> tuple[MAR, ModelConfig, ImageData]:
@@ -168,7 +179,7 @@ def no_waits(check: Check) -> dict[str, Any]:
 
 def graphs(check: Check) -> dict[str, Any]:
     """Recorded loops draw what launches one by one draw; noise is the CPU's."""
-    found: dict[str, Any] = {}
+    found: dict[str, float] = {}
     here, there = (image_noise([0, 2**40], 3, 64, 16, device).cpu() for device in (check.device, "cpu"))
     found["noise: CPU and here"] = (here - there).abs().max().item()
     for name in ("fashion-student",) if check.dry_run else ("fashion-student", "fashion-teacher"):
@@ -176,22 +187,18 @@ def graphs(check: Check) -> dict[str, Any]:
         pipeline.graphs.work = False
         expected = pipeline.sample([0, 5], seed=3, iterations=4)
         pipeline.graphs.work = True
-        drawn = [pipeline.sample([0, 5], seed=3, iterations=4) for _ in range(3)]
+        drawn = [pipeline.sample([0, 5], seed=3, iterations=4) for _ in range(4)]
         found[f"{name}: graph and launches"] = max((images - expected).abs().max().item() for images in drawn)
-        found[f"{name}: graphs"] = sum(recording is not None for recording in pipeline.graphs.recordings.values())
-        if not check.dry_run and not found[f"{name}: graphs"]:
+        if not check.dry_run and not any(pipeline.graphs.recordings.values()):
             raise ValueError("no graph was recorded")
-    return found
+    return within(1e-3, found)
 
 
 def gradients_here(check: Check, job: Callable[[torch.device], dict[str, Tensor]]) -> dict[str, float]:
     """Gradients here against the CPU's, in float32."""
     here, expected = job(check.device), job(torch.device("cpu"))
-    return {
-        "largest relative difference": max(
-            difference(here[name], expected[name]) for name in expected if expected[name].any()
-        )
-    }
+    largest = max(difference(here[name], expected[name]) for name in expected if expected[name].any())
+    return within(1e-2, {"largest relative difference": largest})
 
 
 def gradients_of(student: MAR) -> dict[str, Tensor]:
@@ -270,7 +277,7 @@ def resume(check: Check) -> dict[str, Any]:
             stage(name, parts, 8, True)
             a, b = (load_file(next(p.glob("state-*/*.safetensors"))) for p in (whole, parts))
             found[name] = max((a[key].float() - b[key].float()).abs().max().item() for key in a if a[key].numel())
-    return found
+    return within(1e-4, found)
 
 
 def one_rank(check: Check) -> dict[str, float]:
@@ -302,7 +309,7 @@ def one_rank(check: Check) -> dict[str, float]:
                 )
         finally:
             dist.destroy_process_group()
-    return found
+    return within(1e-5, found)
 
 
 # Part: sample
@@ -401,7 +408,7 @@ def sampling_table(check: Check, size: str, settings: list[tuple[str, int, int, 
                         return straightforward(model, Chain(guidance=3.0), labels, k, list(range(len(labels))))
             else:
                 job = drawing(model, draw, iterations, batch, mode)
-            taken = check.seconds(job, 3 if role != "student" else 10)
+            taken = check.seconds(job, 10 if (role, batch) == ("student", 1) else 3)
             flops = flops_per_image(random_config(model, draw), iterations)
             row |= {f"ms per image, {name}": value / batch * 1000 for name, value in taken.items()}
             row["share of bf16 peak"] = flops * batch / taken["median"] / bf16
@@ -454,7 +461,14 @@ class RandomLatents:
         return stored.float().chunk(2, dim=-1)[0]
 
 
-def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> dict[str, Any]:
+def most_expensive(profiler: profile, device: torch.device) -> dict[str, dict[str, float]]:
+    """The ten kernels (on a CPU: operations) that took the most time of a profile."""
+    key = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, key))[:10]
+    return {row.key[:80]: {"calls": row.count, "us": getattr(row, key)} for row in rows}
+
+
+def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool, compiled: bool = False) -> dict[str, Any]:
     """GSIM steps of a full-size model: time, memory, images a second."""
     model = full_size(check, size)
     config = random_config(model, OneStep(guidance=1.2))
@@ -465,6 +479,8 @@ def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> 
     )
     student = copy.deepcopy(model).requires_grad_(True)
     student.checkpoint_blocks = checkpoint_blocks
+    if compiled:
+        compile_blocks(student)
     anchor = Anchor(model, RandomLatents(model.config), settings)  # type: ignore[arg-type]
     space, workers = token_space(config.space, check.device), Workers(device=check.device)
     held = AnchorLoss(anchor, config, space, workers, "teacher")
@@ -474,8 +490,9 @@ def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> 
     updates = itertools.count()
 
     def one() -> None:
-        held.step(student, next(updates), 1.0, student_update=1)  # what an update of distillation computes
-        adam.step(1e-6)
+        with fast_products(check.device):
+            held.step(student, next(updates), 1.0, student_update=1)  # what an update of distillation computes
+            adam.step(1e-6)
 
     with FlopCounterMode(display=False) as counter:
         for _ in range(4):
@@ -493,12 +510,14 @@ def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> 
         "size": size,
         "batch": batch,
         "checkpoint_blocks": checkpoint_blocks,
+        "compiled": compiled,
         "seconds": taken,
         "images/s": batch / taken["median"],
         "TFLOP/s": flops / taken["median"] / 1e12,
         "share of bf16 peak": flops / taken["median"] / check.results["peak"]["bf16 TFLOP/s"] / 1e12,
         "GPU busy in a profiled step": busy / profiled,
         "bytes": memory,
+        "most expensive": most_expensive(profiler, check.device),
     }
 
 
@@ -506,7 +525,7 @@ def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool) -> 
 
 
 def trace(check: Check) -> dict[str, Any]:
-    """Where the time of one student's image and of one GSIM step goes: the ten most expensive kernels of each."""
+    """Where the time of one student's image goes: the most expensive kernels."""
     model = full_size(check, "base")
     job = drawing(model, OneStep(), 4, 1, "bf16")
     job()
@@ -514,14 +533,12 @@ def trace(check: Check) -> dict[str, Any]:
     with profile(activities=activities) as profiler:
         job()
         synchronize(check.device)
-    key = "self_cpu_time_total" if check.dry_run else "self_device_time_total"
-    rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, key))[:10]
-    return {row.key[:80]: {"calls": row.count, "us": getattr(row, key)} for row in rows}
+    return most_expensive(profiler, check.device)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["correct", "sample", "compile", "train", "profile"]
+    parts = ["correct", "sample", "train", "profile", "compile"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--sizes", nargs="+", choices=["base", "large", "huge"], default=["base"])
     parser.add_argument("--dry-run", action="store_true", help="tiny models on a CPU")
@@ -535,9 +552,8 @@ def main() -> None:
     if "correct" in given.parts:
         for job in (parity, same_pictures, no_waits, graphs, gsim_gradients, tuning_gradients, resume, one_rank):
             ok.append(check.run(job.__name__, lambda job=job: job(check)))
+    graph, many = "bf16 graph compiled", 4 if check.dry_run else 128
     if "sample" in given.parts:
-        many = 4 if check.dry_run else 128
-        graph = "bf16 graph compiled"
         table = [
             ("student", 16, 1, "float32"),
             ("student", 16, 1, "bf16"),
@@ -551,21 +567,28 @@ def main() -> None:
             ("teacher", 16, many, "bf16 compiled"),
             ("official loop", 16, 1, "bf16 autocast"),
         ]
-        for size in given.sizes:
-            rows = table if size == "base" else [row for row in table if row[0] == "student"]
-            if check.dry_run:  # what takes long
-                rows = [row for row in rows if row[1] < 64 and "compiled" not in row[3]]
-            ok.append(check.run(f"sample {size}", lambda size=size, rows=rows: sampling_table(check, size, rows)))
+        if check.dry_run:  # without what takes long
+            table = [row for row in table if row[1] < 64 and "compiled" not in row[3]]
+        ok.append(check.run("sample base", lambda: sampling_table(check, "base", table)))
         if importlib.util.find_spec("diffusers"):
             ok.append(check.run("decoder", lambda: decoder(check)))
-    if "compile" in given.parts and not check.dry_run:
-        trials = [("student", 16, 1, f"bf16 graph {how}") for how in ("compiled", "static", "tuned")]
-        ok.append(check.run("compile base", lambda: sampling_table(check, "base", trials)))
     if "train" in given.parts:
-        for batch, blocks in ((4, False), (4, True)) if check.dry_run else ((64, False), (256, True)):
-            ok.append(check.run(f"gsim base {batch}", lambda b=batch, c=blocks: gsim_steps(check, "base", b, c)))
+        steps = [(4, False, False), (4, True, False)] if check.dry_run else [(64, False, False), (64, False, True)]
+        steps += [] if check.dry_run else [(256, True, False)]
+        for step in steps:
+            name = f"gsim base {step[0]}" + ", compiled" * step[2]
+            ok.append(check.run(name, lambda step=step: gsim_steps(check, "base", *step)))
+        if "huge" in given.sizes and not check.dry_run:
+            ok.append(check.run("gsim huge 64", lambda: gsim_steps(check, "huge", 64, True)))
     if "profile" in given.parts:
         ok.append(check.run("profile", lambda: trace(check)))
+    larger = [size for size in given.sizes if size != "base" and "sample" in given.parts]
+    for size in [] if check.dry_run else larger:
+        rows = [("student", 16, 1, graph), ("student", 64, 1, graph), ("student", 16, many, "bf16 compiled")]
+        ok.append(check.run(f"sample {size}", lambda size=size, rows=rows: sampling_table(check, size, rows)))
+    if "compile" in given.parts and not check.dry_run:
+        trials = [("student", 16, 1, f"bf16 graph {how}") for how in ("static", "tuned")]
+        ok.append(check.run("compile base", lambda: sampling_table(check, "base", trials)))
     raise SystemExit(0 if all(ok) else 1)
 
 

@@ -4,9 +4,13 @@ Without a GPU a recording is played by calling the recorded function again, whic
 """
 
 import contextlib
+import copy
+import gc
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from marval.config import Chain, MARConfig
@@ -114,6 +118,61 @@ def test_the_oldest_recordings_go_and_a_failure_costs_no_picture(recorded, monke
         drawn = images(2)
     assert drawn.shape == (2, TOKENS, CHANNELS)
     images(2)
+
+
+class Read(TorchDispatchMode):
+    """Lists the memory that operations read and did not make themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.read = set(), {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim:  # the host reads scalars itself, once
+                memory = tensor.untyped_storage()
+                if memory.data_ptr() not in self.made:
+                    self.read[memory.data_ptr()] = StorageWeakRef(memory)
+        made = {x.untyped_storage().data_ptr() for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)}
+        self.made |= made - set(self.read)
+        return result
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+@torch.inference_mode()
+def test_what_a_recording_reads_stays_in_its_place(kind, recorded, monkeypatch):
+    """A graph reads memory by its place: on a GPU, a freed tensor's would hold another's numbers at the next replay."""
+    model, loops, read = small_model(), Graphs(), []
+
+    def record(job, pool):
+        with Read() as mode:
+            results = job()
+        read.extend(mode.read.values())
+        return lambda: None, results
+
+    monkeypatch.setattr(graphs, "record", record)
+    for _ in range(2):
+        start = prepare(model, draw := copy.deepcopy(DRAWS[kind]), iterations=4, seeds=[0, 1])
+        list(loops.run(model, draw, model.embed(torch.tensor([0, 1])), start))
+    del start, draw
+    gc.collect()
+    assert len(read) > len(list(model.parameters())) / 2
+    assert not [memory for memory in read if memory.expired()]
+
+
+@torch.inference_mode()
+def test_recordings_go_when_the_weights_move(recorded):
+    model, draw, loops = small_model(), DRAWS["one_step"], Graphs()
+    condition = model.embed(torch.tensor([0, 1]))
+    start = prepare(model, draw, iterations=4, seeds=[0, 1])
+    for calls in (1, 2):
+        for _ in range(3):
+            drawn = list(loops.run(model, draw, condition, start))[-1][0]
+            assert torch.equal(drawn, list(run(model, draw, condition, start))[-1][0])
+        assert len(recorded) == calls
+        head = model.head.input_proj
+        head.weight.data = head.weight.data + 0.1
 
 
 def test_compiled_blocks_are_compiled_once_for_any_number_of_tokens():

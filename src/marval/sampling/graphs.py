@@ -30,9 +30,13 @@ def record(job: Callable[[], list[Tensor]], pool: Any) -> tuple[Callable[[], Non
 
 
 class Recording:
-    """The AR loop for inputs of one form, which are copied to where the graph reads them."""
+    """The AR loop for inputs of one form, which are copied to where the graph reads them.
+
+    A graph reads memory by its place, so whatever it reads must stay: the inputs, the draw's tensors, the weights.
+    """
 
     def __init__(self, model: MAR, draw: DrawTokens, condition: Float[Tensor, "b d"], start: Start, pool: Any):
+        self.draw = draw
         self.inputs = [each.clone() for each in (condition, start.tokens, start.order, start.noise)]
         condition, tokens, order, noise = self.inputs
         static = Start(tokens, order, start.known, start.counts, noise)
@@ -55,11 +59,12 @@ class Graphs:
     """The recordings of one model and its way to draw; those that were not used for the longest time are dropped.
 
     The first call with inputs of a form draws launch by launch (and compiles what is compiled), the second records.
-    Changes of the weights in place are seen.
+    Changes of the weights in place are seen; when they move (to another precision, say), the recordings go.
     """
 
     def __init__(self) -> None:
         self.recordings: OrderedDict[tuple[Any, ...], Recording | None] = OrderedDict()
+        self.weights: list[Tensor] = []  # that the recordings read
         self.pool: Any = None
         self.work = True  # set False, everything is drawn launch by launch
 
@@ -81,9 +86,12 @@ class Graphs:
         self, model: MAR, draw: DrawTokens, condition: Float[Tensor, "b d"], start: Start
     ) -> Recording | None:
         """Return the recording for inputs of this form; None at their first call, and where none can be made."""
-        weights = model.mask_token  # a graph knows them by their place
-        autocast = torch.is_autocast_enabled(weights.device.type)
-        key = (weights.data_ptr(), weights.dtype, autocast, len(condition), start.known, *start.counts)
+        weights = [parameter.detach() for parameter in model.parameters()]
+        if [x.data_ptr() for x in weights] != [x.data_ptr() for x in self.weights]:
+            self.recordings.clear()
+            self.weights = weights
+        autocast = torch.is_autocast_enabled(start.tokens.device.type)
+        key = (autocast, len(condition), start.known, *start.counts)
         first = key not in self.recordings
         recording = self.recordings.pop(key, None)
         if recording is None and not first:
