@@ -40,7 +40,7 @@ class RunConfig(Checked):
     gradient_clip: Positive = 1.0  # the largest norm of a gradient
     accumulate: Count = 1  # parts that a process's rows of a batch are computed in, to save memory
     checkpoint_blocks: bool = False  # recompute the transformer's activations in the backward pass, to save memory
-    compile: bool = False  # compile the transformer's blocks: on a GPU, after a slow start
+    compile: bool = False  # compile the networks' blocks: on a GPU, after a slow start
     autocast: bool = True  # bf16 for the transformer; head, score arithmetic, decoder and rewards stay float32
     save_every: Count = 250  # updates between two saved states
     log_every: Count = 10  # updates between two lines of the log

@@ -21,12 +21,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from marval.config import MARConfig
-from marval.model.head import ExactLinear, TokenHead
-from marval.model.mar import MAR, MLP, Attention
+from marval.model.head import ExactLinear, FinalLayer, ResBlock, TokenHead
+from marval.model.mar import MAR, MLP, Attention, Block
 
 FEWEST_ROWS = 16  # of an input: below, oneDNN's set-up costs more than its kernels save,
 LARGE = 2**19  # but for weights of so many elements: reading them takes oneDNN half of MKL's time
 FEWEST_CALLS = 25  # of the head, from which on packing its large weights saves more than it takes
+MOST_COMPILED = 64  # forms of a block's inputs: precision, with gradients or not, one image or several
 ONE_THREAD = 2**16  # numbers in the decoder's input, up to which one thread draws a batch faster than two
 
 M = TypeVar("M", bound=nn.Module)
@@ -142,10 +143,17 @@ def joined_modulation(head: TokenHead) -> Callable[[Float[Tensor, "*n w"]], list
     return lambda y: list(F.linear(F.silu(y), weight, bias).split(sizes, dim=-1))
 
 
-def compile_blocks(model: MAR) -> None:
-    """Compile each block by `torch.compile` at its first call, for any number of tokens."""
-    for block in (*model.encoder_blocks, *model.decoder_blocks, *model.head.res_blocks):
-        if not is_compiled(block):
+def compile_blocks(network: MAR | TokenHead) -> None:
+    """Compile each block by `torch.compile` at its first call, for any number of tokens.
+
+    All models of a process share what is compiled of a class. By default torch would stop at 8 forms of inputs, which
+    two models of other precision use up, and then compute what is new launch by launch, with a warning in its own log.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILED)
+    for block in network.modules():
+        if isinstance(block, Block | ResBlock | FinalLayer) and not is_compiled(block):
             block.compile(dynamic=True)
 
 

@@ -17,7 +17,7 @@ from marval.runtime.distributed import Workers
 from marval.runtime.log import Figures, add_means
 from marval.runtime.optim import Optimizer
 from marval.sampling import draw_function
-from marval.sampling.fast import cast_frozen
+from marval.sampling.fast import cast_frozen, compile_blocks
 from marval.spaces import TokenSpace
 from marval.train.distill import (
     DrawnPart,
@@ -57,7 +57,7 @@ def anchor_of(
         raise ValueError(
             f"--teacher {name}: {student.config.name} has other sizes, tokens or classes; expected its teacher"
         )
-    same = ("batch_size", "accumulate", "gradient_clip", "autocast", "seed")
+    same = ("batch_size", "accumulate", "gradient_clip", "autocast", "compile", "seed")
     recipe = dataclasses.replace(recipe, **{field: getattr(settings, field) for field in same})
     return Anchor(guide.model, data, recipe)
 
@@ -86,6 +86,8 @@ class AnchorLoss:
             self.networks["reference"] = reference
         for network, learns in ((self.teacher, False), (self.phi, True), (reference, False)):
             workers.place(network.requires_grad_(learns), self.settings.autocast)
+            if self.settings.compile:
+                compile_blocks(network)
         self.phi_adam = Optimizer(self.phi, workers, self.settings.gradient_clip, (0.0, 0.999))
         self.phi.requires_grad_(False)  # but in its own steps
 

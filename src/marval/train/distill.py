@@ -132,9 +132,8 @@ def copy_networks(
         # eval: dropout stays off. The average draws the probe's images in float32.
         workers.place(network.eval().requires_grad_(learns), settings.autocast and network is not ema)
     student.checkpoint_blocks = settings.checkpoint_blocks
-    if settings.compile:
-        compile_blocks(teacher)
-        compile_blocks(student)
+    for network in (teacher, student, phi) if settings.compile else ():
+        compile_blocks(network)
     adams = {"student": Optimizer(student, workers, settings.gradient_clip, (0.0, 0.999))}
     adams["auxiliary"] = Optimizer(phi, workers, settings.gradient_clip, (0.0, 0.999))
     phi.requires_grad_(False)  # but in `phi_steps`
