@@ -149,7 +149,7 @@ def row_of(
     if isinstance(settings, DistillConfig):
         how = (config.num_tokens, settings.mask_ratio_min, settings.mask_ratio_std, generator("plan"))
         masked = round(mean(masked_count(*how) for _ in range(1000)))
-        parts = whole = masked
+        parts, whole = config.num_tokens, masked  # memory must suffice for images that are hidden altogether
         networks, trained = {"student": total, "EMA": total, "teacher": total, "auxiliary": head}, total + head
     else:
         parts, whole = settings.gradient_iterations, settings.iterations

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from marval.model import MAR
 from marval.presets import DistillConfig, TuneConfig
 from marval.runtime.rng import generator
 from marval.sampling import DrawInOneStep, sample
+from marval.train.draws import masked_count
+from marval.train.flops import gsim_flops
 from plan import GIB, Meter, distill_step, main, row_of, tune_step
 from tables import plan as plan_table
 from tiny import tiny_config, tiny_model
@@ -66,6 +69,16 @@ def test_recomputation_saves_memory_and_costs_arithmetic():
     assert again.peak < 0.85 * kept.peak
     assert again.flops[torch.bfloat16] > kept.flops[torch.bfloat16]
     assert again.flops[torch.float32] == kept.flops[torch.float32]  # the head recomputes nothing
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.2])
+def test_a_run_logs_the_operations_that_a_plan_counts(guidance):
+    settings = dataclasses.replace(DistillConfig.imagenet256("base"), guidance=guidance)
+    with torch.device("meta"):
+        model = MAR(BASE)
+    masked = [masked_count(256, 0.7, 0.25, rng) for rng in [generator("flops")] for _ in range(100)]
+    counted = sum(distill_step(BASE, settings, 1, False, round(mean(masked))).flops.values())
+    assert gsim_flops(model, settings) == pytest.approx(counted, rel=0.03)
 
 
 def test_a_tuning_step_costs_what_torch_counts_of_a_real_one():

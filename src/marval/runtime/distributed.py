@@ -187,6 +187,8 @@ def start_workers(device: str, shard: bool = False) -> Iterator[Workers]:
     """
     stop, training, place = threading.Event(), threading.Event(), torch.device(device)
     with _stopped_by_signals(stop, training):
+        if place.type == "cuda":
+            grow_memory()
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             yield Workers(device=place, stop=stop, training=training)
             return
@@ -202,6 +204,16 @@ def start_workers(device: str, shard: bool = False) -> Iterator[Workers]:
         # Gloo's threads outlive the group (DTensor's caches hold it) and may still be letting go of the last
         # collective's tensors; one that asks for the GIL of a finished interpreter aborts the process.
         time.sleep(GLOO_SECONDS)
+
+
+def grow_memory() -> None:
+    """Let a GPU's memory grow in place, unless torch is told otherwise; before anything is there.
+
+    Tensors have other sizes in every update, as masks have. Torch would reserve memory for each size anew, slowly,
+    until all is cut into pieces that fit no other.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 @contextlib.contextmanager

@@ -60,13 +60,18 @@ def due(update: int, settings: RunConfig, workers: Workers, probe_every: int = 0
 
 
 class Log:
-    """Appends one JSON object per line to a run's log, and prints a progress line now and then."""
+    """Appends one JSON object per line to a run's log, and prints a progress line now and then.
+
+    Args:
+        flops: operations for an image in an update; 0 where nobody counted them.
+    """
 
     def __init__(
-        self, file: Path, workers: Workers, start: int, total: int, batch_size: int, tensorboard: bool = False
-    ):
+        self, file: Path, workers: Workers, start: int, total: int, batch_size: int, tensorboard: bool = False,
+        flops: float = 0.0,
+    ):  # fmt: skip
         self.file, self.workers = file, workers
-        self.start, self.total, self.batch_size = start, total, batch_size
+        self.start, self.total, self.batch_size, self.flops = start, total, batch_size, flops
         self.began = self.printed = time.monotonic()
         self.logged = start, self.began  # the last update, and when it was
         if workers.main and start == 0:  # an earlier run's log, of which nothing was saved
@@ -99,6 +104,7 @@ class Log:
             values["images_per_second"] = (update - self.logged[0]) * self.batch_size / (now - self.logged[1])
             if self.workers.device.type == "cuda":
                 values["memory_gib"] = torch.cuda.max_memory_allocated(self.workers.device) / 2**30
+                values["tflops_per_gpu"] = values["images_per_second"] * self.flops / self.workers.count / 1e12
         self.logged = update, now
         if self.workers.main:
             line = {name: float(f"{v:.6g}") if math.isfinite(v) else None for name, v in values.items()}
@@ -113,5 +119,7 @@ class Log:
         self.printed = now
         rate = (update - self.start) / max(now - self.began, 1e-9)
         left = (self.total - update) / max(rate, 1e-9)
-        listed += f"  {rate * self.batch_size:.0f} images/s  {minutes(left)} left"
+        listed += f"  {rate * self.batch_size:.0f} images/s"
+        listed += f"  {values['tflops_per_gpu']:.0f} TFLOP/s" if values.get("tflops_per_gpu") else ""
+        listed += f"  {minutes(left)} left"
         self.console.print(f"update {update}/{self.total}  {listed}", soft_wrap=True)

@@ -25,6 +25,7 @@ from marval.sampling import DrawTokens, draw_function, guidance_at, guided_eps
 from marval.sampling.fast import cast_frozen, compile_blocks
 from marval.spaces import token_space
 from marval.train.draws import GSIMDraws, NoiseLevels, gsim_draws
+from marval.train.flops import gsim_flops
 
 Probe = Callable[[Pipeline], dict[str, float]]  # figures of a model, on fixed seeds
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # of a context network: tokens, visible positions, targets, classes
@@ -159,7 +160,8 @@ def distill(
     described = {**config.to_dict(), **dataclasses.asdict(settings), **origin}
     state = State(run, described, {"student": student, "auxiliary": phi, "ema": ema}, adams)
     start, _ = state.load()
-    log = Log(run.folder / LOG, workers, start, settings.updates, settings.batch_size, run.tensorboard)
+    flops, batch_size = gsim_flops(teacher, settings), settings.batch_size
+    log = Log(run.folder / LOG, workers, start, settings.updates, batch_size, run.tensorboard, flops)
     space, schedule, draw = token_space(config.space, device), NoiseSchedule.full(device), draw_function(config, device)
     loader = Loader(data, settings, space, workers)
 

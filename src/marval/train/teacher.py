@@ -24,6 +24,7 @@ from marval.runtime.state import State, save_network
 from marval.sampling.fast import compile_blocks
 from marval.spaces import token_space
 from marval.train.draws import TeacherDraws, teacher_draws
+from marval.train.flops import teacher_flops
 
 
 def teacher_config(name: str, data: ImageData, data_spec: str, source: str = "") -> ModelConfig:
@@ -109,7 +110,8 @@ def train_teacher(
     described = {**config.to_dict(), **dataclasses.asdict(settings), "data_set": data_identity(data), "init": begun}
     state = State(run, described, {"model": model, "ema": ema}, {"model": adam})
     start, _ = state.load()
-    log = Log(run.folder / LOG, workers, start, settings.updates, batch_size, run.tensorboard)
+    flops = teacher_flops(model, settings)
+    log = Log(run.folder / LOG, workers, start, settings.updates, batch_size, run.tensorboard, flops)
     space, schedule = token_space(config.space, device), NoiseSchedule.full(device)
     loader = Loader(data, settings, space, workers)
 
