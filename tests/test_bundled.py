@@ -42,7 +42,7 @@ def test_a_bundled_model_is_small_documented_and_loads(name):
 def test_the_held_out_judge_recognises_what_models_draw(name, count, accuracy):
     model = marval.load(name)
     if isinstance(model.config.draw, Chain):
-        model = model.with_chain(diffusion_steps=25)
+        model = model.with_draw(diffusion_steps=25)
     images, labels = draw_bytes(model, count, 8, seed=1)
     judged = load_classifier("fashion-judge")(images.float() / 255).argmax(dim=1)
     assert (judged == labels).float().mean() >= accuracy

@@ -131,15 +131,27 @@ def test_weights_move_to_another_precision(kind):
 
 def test_a_teachers_chain_may_have_other_settings():
     teacher = small_pipeline("chain")
-    assert teacher.with_chain() is teacher
-    other = teacher.with_chain(guidance=1.0, diffusion_steps=3)
+    assert teacher.with_draw() is teacher
+    other = teacher.with_draw(guidance=1.0, diffusion_steps=3)
     assert other.config.draw == dataclasses.replace(CHAIN, guidance=1.0, diffusion_steps=3)
     assert (other.sample([1]) - teacher.sample([1])).abs().max() > 0.01
-    teacher.graphs.work = False
-    assert not teacher.with_chain(guidance=2.0).graphs.work
-    assert other.graphs.work
+    assert torch.equal(teacher.sample([1], guidance=1.0, diffusion_steps=3), other.sample([1]))
     with pytest.raises(ValueError, match="guidance: not for a one-step student"):
-        small_pipeline("one_step").with_chain(guidance=2.0)
+        small_pipeline("one_step").with_draw(guidance=2.0)
+
+
+def test_guidance_and_temperature_are_dials_of_a_student_that_takes_them():
+    student = small_pipeline("dial")
+    own = student.sample([1, 2], seed=5)
+    assert torch.equal(student.sample([1, 2], seed=5, guidance=1.5, temperature=1.0), own)
+    images = {w: student.sample([1, 2], seed=5, guidance=w) for w in (1.0, 3.0)}
+    assert (images[3.0] - images[1.0]).abs().max() > 0.01
+    grows = student.sample([1, 2], seed=5, guidance=3.0, guidance_schedule="linear")
+    assert (grows - images[3.0]).abs().max() > 0.001
+    cold = [student.sample([1], seed=seed, temperature=0.0, order="raster") for seed in (1, 2)]
+    assert torch.equal(*cold)  # without noise only the order would tell images apart
+    with pytest.raises(ValueError, match=r"guidance 3.5: .* was distilled for w from 1 to 3"):
+        student.sample([1], guidance=3.5)
 
 
 # --- inpainting ---

@@ -32,7 +32,7 @@ from marval.train.teacher import teacher_config, train_teacher
 def draw_pictures(pipeline: Pipeline, count: int, guidance: float, batch: int = 2500) -> np.ndarray:
     """`count` pictures as bytes, classes in turn; noise is drawn on the device, from one seed."""
     device, mar = pipeline.device, pipeline.config.mar
-    draw = draw_function(pipeline.with_chain(guidance=guidance).config, device)
+    draw = draw_function(pipeline.with_draw(guidance=guidance).config, device)
     parts = []
     for first in range(0, count, batch):
         rows = min(batch, count - first)

@@ -39,6 +39,9 @@ Limit = Annotated[float, Rule("a number above 0 (inf: no limit)", lambda x: x > 
 Share = Annotated[float, Rule("a number from 0 to 1", lambda x: 0 <= x <= 1)]
 Decay = Annotated[float, Rule("a number from 0 to below 1", lambda x: 0 <= x < 1)]
 Guidance = Annotated[float, Rule("a number from 0, where 1 is no guidance", lambda x: 0 <= x < math.inf)]
+GuidanceRange = Annotated[
+    tuple[Guidance, Guidance], Rule("two numbers, the lowest w above 0 and the highest", lambda x: 0 < x[0] < x[1])
+]
 Steps = Annotated[int, Rule("a whole number from 2 to 1000", lambda x: 2 <= x <= 1000)]
 Timestep = Annotated[int, Rule("a number from 0 to 998 (1/alpha explodes at 999)", lambda x: 0 <= x < 999)]
 Name = Annotated[str, Rule("a plain name: at most 100 characters, no / or \\, no dot in front", is_plain_name)]
@@ -118,6 +121,7 @@ class MARConfig(Checked):
     mlp_ratio: Positive = 4.0
     learn_variance: bool = True
     dropout: Decay = 0.0  # in training only
+    guidance_range: GuidanceRange | None = None  # w that the head takes as an input (a student's); None: it takes none
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -244,8 +248,9 @@ class OneStep(Checked):
 
     timestep: Timestep = 755
     clip: bool = False  # keep x_0 within the data's range, as the teacher's chain does
-    guidance: Guidance = 1.0  # the teacher's w that it was distilled with; older models do not say
+    guidance: Guidance = 1.0  # w, where the head takes it; else the one that is baked in (older models do not say)
     guidance_schedule: Schedule = "constant"
+    temperature: NotNegative = 1.0  # scales the noise that a token starts from
     kind: Literal["one_step"] = "one_step"
 
 
@@ -269,6 +274,18 @@ class ModelConfig(Checked):
             raise ValueError(f"{len(self.class_names)} class names: expected {self.mar.num_classes}")
         if self.draw.clip and self.space.kind == "latents":
             raise ValueError("clip=True: latents have no range to keep x_0 in; use clip=False")
+        low, high = self.mar.guidance_range or (0.0, math.inf)
+        if not low <= self.draw.guidance <= high:
+            raise ValueError(
+                f"guidance {self.draw.guidance:g}: {self.name} was distilled for w from {low:g} to {high:g}"
+            )
+
+    @property
+    def dials(self) -> tuple[str, ...]:
+        """The settings of the draw that can be chosen when images are drawn."""
+        guidance = isinstance(self.draw, Chain) or self.mar.guidance_range is not None
+        steps = ("diffusion_steps",) if isinstance(self.draw, Chain) else ()
+        return (*(("guidance", "guidance_schedule") if guidance else ()), *steps, "temperature")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers, ready for JSON."""
@@ -280,6 +297,8 @@ class ModelConfig(Checked):
         try:
             mar, space, draw = dict(data["mar"]), dict(data["space"]), dict(data["draw"])
             mar["token_grid"], space["image_size"] = tuple(mar["token_grid"]), tuple(space["image_size"])
+            if mar.get("guidance_range"):
+                mar["guidance_range"] = tuple(mar["guidance_range"])
             if "steps" in draw:  # the older name
                 draw["diffusion_steps"] = draw.pop("steps")
             if space["kind"] == "latents":

@@ -12,7 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from marval.classes import class_numbers
-from marval.config import Chain, ModelConfig
+from marval.config import ModelConfig
 from marval.io.checkpoint import WEIGHTS, load_model, save_model
 from marval.io.files import asset
 from marval.io.hub import HUB_ID, fetch, push_model
@@ -101,16 +101,25 @@ class Pipeline:
         compile_blocks(self.model)
         return self
 
-    def with_chain(self, **settings: Any) -> "Pipeline":
-        """The same teacher with other settings of its chain (see `marval.config.Chain`); None keeps the model's own."""
+    def with_draw(self, **settings: Any) -> "Pipeline":
+        """The same model with other settings of its draw; None keeps the model's own.
+
+        Args:
+            settings: of a teacher `guidance` (w), `guidance_schedule`, `diffusion_steps` (T) and `temperature`; of a
+                student `temperature`, and guidance where its head takes w. `ModelConfig.dials` names them.
+
+        Raises:
+            ValueError: a setting that this model has not, or a value out of range.
+        """
         changes = {name: value for name, value in settings.items() if value is not None}
         if not changes:
             return self
-        if not isinstance(self.config.draw, Chain):
-            raise ValueError(f"{', '.join(changes)}: not for a one-step student, whose guidance is baked in")
+        if other := [name for name in changes if name not in self.config.dials]:
+            baked = ", whose guidance is baked in" if "guidance" in other else ""
+            raise ValueError(f"{', '.join(other)}: not for a one-step student{baked}")
         draw = dataclasses.replace(self.config.draw, **changes)
         changed = Pipeline(self.model, dataclasses.replace(self.config, draw=draw), self.space)
-        changed.graphs.work = self.graphs.work
+        changed.graphs = self.graphs
         return changed
 
     def labels(self, classes: Iterable[str | SupportsIndex]) -> list[int]:
@@ -160,6 +169,7 @@ class Pipeline:
         images: Float[Tensor, "b c h w"] | None = None,
         keep: Bool[Tensor, "b l"] | None = None,
         on_iteration: ImageHook | None = None,
+        **settings: Any,
     ) -> Float[Tensor, "b c h w"]:
         """Draw one image for each class in `classes` (names or numbers), in [0, 1], on the CPU.
 
@@ -172,12 +182,13 @@ class Pipeline:
             images: for inpainting, an image for each class.
             keep: the tokens of `images` that stay as they are.
             on_iteration: called with the iteration, the partial images and the mask of tokens drawn so far.
+            settings: of the draw, such as `guidance=1.5` and `temperature=0.9`; see `with_draw`.
 
         Raises:
-            ValueError: an unknown class, K out of range, a bad seed or order, or a model that draws values that are
-                not finite.
+            ValueError: an unknown class or setting, K out of range, a bad seed or order, or a model that draws values
+                that are not finite.
         """
-        labels = self.labels(classes)
+        labels, drawer = self.labels(classes), self.with_draw(**settings)
         count, tokens = len(labels), self.config.mar.num_tokens
         if count < 1 or batch_size < 1:
             raise ValueError(f"{count} classes in batches of {batch_size}: expected at least one of each")
@@ -199,7 +210,7 @@ class Pipeline:
             rows = slice(first, first + batch_size)
             inpainted = None if images is None or keep is None else (images[rows], keep[rows])
             part = order[rows] if isinstance(order, Tensor) else order
-            drawn.append(self._draw(labels[rows], seeds[rows], inpainted, on_iteration, iterations, part))
+            drawn.append(drawer._draw(labels[rows], seeds[rows], inpainted, on_iteration, iterations, part))
         return torch.cat(drawn)
 
     @torch.inference_mode()

@@ -9,6 +9,7 @@ from marval.config import (
     Count,
     Decay,
     Guidance,
+    GuidanceRange,
     Limit,
     Name,
     NotNegative,
@@ -97,6 +98,7 @@ class DistillConfig(RunConfig):
     objective: Objective = "sim"  # the loss of theta (docs/method.md)
     guidance: Guidance | None = None  # w of the teacher; its own when left out
     guidance_schedule: Schedule | None = None  # the teacher's own when left out
+    guidance_range: GuidanceRange | None = None  # train for every w in it: then w is chosen when images are drawn
     timestep: Timestep = 755  # t*, the level at which the student is called
     batch_size: Count = 64
     tokens_per_image: Count = 16  # masked tokens of an image that enter the loss

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from marval.config import Chain, Checked, Dtype, Finite, Order, Schedule, shorten
+from marval.config import Checked, Dtype, Finite, OneStep, Order, Schedule, shorten
 from marval.io.checkpoint import WEIGHTS
 from marval.io.files import one_line, sha256_of
 from marval.io.images import pixels, read_image
@@ -26,7 +26,12 @@ from marval.pipeline import Pipeline, bundled_models, find_model, load
 KEY = "marval"  # of the PNG's metadata
 LONGEST = 100  # edits of one picture
 MOST_PIXELS = 16_000_000  # of a picture with a recipe
-CHAIN = ("guidance", "guidance_schedule", "diffusion_steps", "temperature")  # what only a teacher's recipe says
+DIALS = (
+    "guidance",
+    "guidance_schedule",
+    "diffusion_steps",
+    "temperature",
+)  # settings of a draw, where a model has them
 KEYS = {"class_name": "class", "iterations": "K", "guidance": "w", "diffusion_steps": "T"}  # field: its name in the PNG
 
 
@@ -46,7 +51,7 @@ class Recipe(Checked):
     iterations: int
     order: Order
     dtype: Dtype = "float32"  # of the weights while they drew
-    guidance: Finite | None = None  # of a teacher, as the three below
+    guidance: Finite | None = None  # where it can be chosen, as the three below
     guidance_schedule: Schedule | None = None
     diffusion_steps: int | None = None
     temperature: Finite | None = None
@@ -109,8 +114,9 @@ def make_recipe(
     """Describe a picture that `pipeline` draws; in the model's own order when `order` is None."""
     config = pipeline.config
     how: dict[str, Any] = {"dtype": str(pipeline.model.mask_token.dtype).removeprefix("torch.")}
-    if isinstance(config.draw, Chain):
-        how |= {name: getattr(config.draw, name) for name in CHAIN}
+    how |= {name: getattr(config.draw, name) for name in config.dials}
+    if how["temperature"] == 1.0 and isinstance(config.draw, OneStep):
+        del how["temperature"]
     return Recipe(name, weights, label, config.class_names[label], seed, iterations, order or config.order, **how)
 
 
@@ -146,7 +152,7 @@ def draw_recipe(
     on_iteration: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Float[Tensor, "l c"]:
     """Draw a recipe's tokens. An edit keeps the tokens of `before` to the bit, except those that it redraws."""
-    pipeline = pipeline.with_chain(**{name: getattr(recipe, name) for name in CHAIN})
+    pipeline = pipeline.with_draw(**{name: getattr(recipe, name) for name in DIALS})
     known, count = None, pipeline.config.mar.num_tokens
     if before is not None and recipe.redrawn is not None:
         redrawn = sorted(set(recipe.redrawn))

@@ -14,12 +14,12 @@ CHAIN = Chain(guidance=2.0, diffusion_steps=6, clip=True)
 DRAWS = {"chain": DrawByChain(CHAIN, SPACE.token_range), "one_step": DrawInOneStep()}
 
 
-def small_model(grid=(3, 4), channels=CHANNELS, learn_variance=True, decoder_dim=16, depth=1):
+def small_model(grid=(3, 4), channels=CHANNELS, learn_variance=True, decoder_dim=16, depth=1, guidance_range=None):
     config = MARConfig(
         grid, channels, 5,
         encoder_dim=16, encoder_depth=depth, encoder_heads=2,
         decoder_dim=decoder_dim, decoder_depth=depth, decoder_heads=2,
-        head_width=16, head_depth=2, buffer_size=3, learn_variance=learn_variance,
+        head_width=16, head_depth=2, buffer_size=3, learn_variance=learn_variance, guidance_range=guidance_range,
     )  # fmt: skip
     model = MAR(config).initialize(generator("test model"))
     rng = generator("test model", "noise")
@@ -30,9 +30,10 @@ def small_model(grid=(3, 4), channels=CHANNELS, learn_variance=True, decoder_dim
 
 
 def small_pipeline(kind):
-    """A teacher ("chain") or a student ("one_step") with such a model."""
-    draw = CHAIN if kind == "chain" else OneStep()
-    return Pipeline(small_model(), ModelConfig(small_model().config, SPACE, draw, tuple("abcde"), 4))
+    """A teacher ("chain"), a student ("one_step"), or one that takes w ("dial") with such a model."""
+    draw = {"chain": CHAIN, "one_step": OneStep(), "dial": OneStep(guidance=1.5)}[kind]
+    model = small_model(guidance_range=(1.0, 3.0) if kind == "dial" else None)
+    return Pipeline(model, ModelConfig(model.config, SPACE, draw, tuple("abcde"), 4))
 
 
 def randn(*shape, seed=0):

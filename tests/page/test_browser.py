@@ -191,7 +191,7 @@ def test_what_is_drawn_is_what_the_visitor_chose_and_keys_are_enough(visitor, tm
         recipe, _ = save(page, shown.get_by_role("link", name="Save").nth(i), tmp_path / f"{name}.png")
         assert (recipe.model, recipe.class_name, recipe.seed, recipe.iterations) == (name, "bag", 5, 7)
         assert (recipe.order, recipe.guidance) == ("raster", 2.0 if name == "fashion-teacher" else None)
-    given = package.load("fashion-teacher").with_chain(guidance=2.0)
+    given = package.load("fashion-teacher").with_draw(guidance=2.0)
     expected = to_pil(given.sample(["bag"], seed=5, iterations=7, order="raster")[0])
     assert Image.open(tmp_path / "fashion-teacher.png").tobytes() == expected.tobytes()
 

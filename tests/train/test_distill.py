@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from marval.config import OneStep
 from marval.data import ImageData
@@ -91,6 +92,49 @@ def test_a_student_records_the_guidance_that_it_was_distilled_with(tmp_path):
             distill(tiny_model(), config, dataclasses.replace(SETTINGS, updates=2, guidance=w), tiny_data(), run)
         draw = load(tmp_path / name).config.draw
         assert draw == OneStep(755, True, w or config.draw.guidance, config.draw.guidance_schedule)
+
+
+@pytest.mark.parametrize("objective", ["gsim", "sim"])
+def test_a_student_may_take_any_guidance_of_a_range(objective, tmp_path):
+    """It starts where the teacher is; then w of every image guides its teacher, and reaches its head and phi."""
+    teacher, config = tiny_model(), tiny_config()
+    settings = dataclasses.replace(SETTINGS, guidance_range=(1.0, 4.0), objective=objective, updates=6, decay=1)
+    with open_run(tmp_path / "whole") as run:
+        distill(teacher, config, settings, tiny_data(), run)
+    with open_run(tmp_path / "parts") as run:
+        distill(teacher, config, dataclasses.replace(settings, updates=3), tiny_data(), run)
+    with open_run(tmp_path / "parts", resume=True) as run:
+        distill(teacher, config, settings, tiny_data(), run)
+    student, again = load(tmp_path / "whole"), load(tmp_path / "parts")
+    assert student.config.mar.guidance_range == (1.0, 4.0)
+    assert all(torch.equal(a, b) for a, b in zip(student.model.parameters(), again.model.parameters(), strict=True))
+    state = load_file(next((tmp_path / "whole").glob("state-*/*.safetensors")))
+    for network in ("student.diffloss.net", "auxiliary"):
+        assert state[f"{network}.guidance_embed.mlp.2.weight"].abs().max() > 0
+
+
+def test_the_guidance_of_a_range_is_each_images_own():
+    settings = dataclasses.replace(SETTINGS, batch_size=4000)
+    mar = dataclasses.replace(tiny_config().mar, guidance_range=(1.0, 4.0))
+    w = gsim_draws(settings, mar, 0).guidance
+    assert 1.0 <= w.min() < 1.01 < 3.99 < w.max() <= 4.0
+    assert abs(w.log2().mean() - 1.0) < 0.03  # log-uniform
+    part = gsim_draws(settings, mar, 0).part(slice(7, 9))
+    assert torch.equal(part.guidance, w[7:9].repeat_interleave(part.targets.shape[1]))
+    head, rng = small_head("teacher", False), generator("own w")
+    x_t, contexts = torch.randn(8, 3, generator=rng), torch.randn(2, 8, 6, generator=rng)
+    t = torch.arange(8) * 100
+    together = predicted_eps(head, x_t, t, contexts, w[:8])
+    for i in range(8):
+        alone = predicted_eps(head, x_t[i : i + 1], t[i : i + 1], contexts[:, i : i + 1], w[i].item())
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+def test_a_head_that_begins_to_take_guidance_answers_as_before():
+    head, rng = small_head("teacher", False), generator("begins")
+    x_t, context, t = torch.randn(8, 3, generator=rng), torch.randn(8, 6, generator=rng), torch.arange(8.0)
+    guided = copy.deepcopy(head).take_guidance(rng)
+    assert torch.equal(guided(x_t, t, context, torch.linspace(1, 4, 8)), head(x_t, t, context))
 
 
 @pytest.mark.parametrize("iterations", [4, 16])

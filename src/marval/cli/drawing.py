@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import marval
 from marval.cli.arguments import BUNDLED, usable_device
-from marval.config import Checked, Count, Dtype, Order, Steps
+from marval.config import Checked, Count, Dtype, Order, Schedule, Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,8 +33,9 @@ class Drawing(Checked):
     iterations: int | None = None  # K, the AR iterations
     order: Order | None = None  # in which tokens are drawn
     diffusion_steps: Steps | None = None  # T of a teacher's chain
-    guidance: float | None = None  # w of a teacher; 1 is none
-    temperature: float | None = None  # of a teacher's chain
+    guidance: float | None = None  # w of a teacher, or of a student that takes it; 1 is none
+    guidance_schedule: Schedule | None = None  # w from the first iteration on, or growing linearly to it
+    temperature: float | None = None  # scales the noise of a teacher's chain, or that a student starts from
     batch_size: Count = 50  # images drawn together; another one rounds a few pixels otherwise
     dtype: Dtype = "float32"  # of the weights
     compile: bool = False  # compile the network's blocks: on a GPU, for many pictures
@@ -73,9 +74,10 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
         return
     if model is None:
         raise ValueError("name a model, for example: marval sample fashion-student (or a picture with --like)")
-    pipeline = marval.load(model, usable_device(drawing.device)).with_chain(
-        diffusion_steps=drawing.diffusion_steps, guidance=drawing.guidance, temperature=drawing.temperature
-    )
+    pipeline = marval.load(model, usable_device(drawing.device)).with_draw(
+        diffusion_steps=drawing.diffusion_steps, guidance=drawing.guidance,
+        guidance_schedule=drawing.guidance_schedule, temperature=drawing.temperature,
+    )  # fmt: skip
     pipeline.to(dtype=getattr(torch, drawing.dtype))
     if drawing.compile:
         pipeline.compile()

@@ -34,8 +34,8 @@ class Sampling(Checked):
 
     iterations: tuple[int, ...] = ()  # the numbers K of AR iterations
     diffusion_steps: tuple[int, ...] = ()  # T of the teachers' chains, one or several
-    guidance: tuple[float, ...] = ()  # w of the teachers, one or several; 1 is none
-    temperature: float | None = None  # of the teachers' chains
+    guidance: tuple[float, ...] = ()  # w of teachers, and of students that take it, one or several; 1 is none
+    temperature: float | None = None  # scales the noise of teachers' chains, and that students start from
     order: Order | None = None  # in which tokens are drawn
     dtype: Dtype = "float32"  # of the weights
     compile: bool = False  # compile the networks' blocks: on a GPU, for many pictures

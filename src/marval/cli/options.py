@@ -47,7 +47,15 @@ class Option:
     @property
     def many(self) -> bool:
         """Whether several values may be typed."""
-        return get_origin(self.annotation) is tuple
+        return self.outer is not None
+
+    @property
+    def outer(self) -> Any:
+        """The type `tuple[...]` of several values, without rules; None of a single one."""
+        kind = self.annotation
+        while get_origin(kind) in (Union, UnionType, Annotated):
+            kind = get_args(kind)[0]
+        return kind if get_origin(kind) is tuple else None
 
     @property
     def plain(self) -> Any:
@@ -80,7 +88,8 @@ class Option:
             del more["metavar"]
             more["action"] = argparse.BooleanOptionalAction if self.default else "store_true"
         elif self.many:  # one text a flag: it may hold spaces, and a model's name may follow it
-            more |= {"action": "append"} if self.plain is str else {"action": "extend", "nargs": "*"}
+            count = "*" if get_args(self.outer)[-1] is ... else len(get_args(self.outer))
+            more |= {"action": "append"} if self.plain is str else {"action": "extend", "nargs": count}
         group.add_argument(self.flag, dest=self.place, **more)
 
     def value_of(self, typed: Any) -> Any:

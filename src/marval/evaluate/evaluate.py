@@ -54,7 +54,11 @@ def drawings_of(models: Models, settings: Quality) -> list[Drawing]:
         for seed in dict.fromkeys(settings.seeds):
             folder, k = None, run["iterations"]
             if settings.keep_images is not None:
-                draw = f"-T{run['draw']['diffusion_steps']}-w{run['draw']['guidance']:g}" if run["teacher"] else ""
+                draw = "".join(
+                    f"-{name}{run['draw'][key]:g}"
+                    for name, key in (("T", "diffusion_steps"), ("w", "guidance"))
+                    if key in run["draw"]
+                )
                 name = f"{run['model'] or 'model'}-K{k}{draw}-seed{seed}-{settings.samples}"
                 folder = settings.keep_images / name
             key = run | {"samples": settings.samples, "seed": seed}

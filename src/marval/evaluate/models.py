@@ -32,21 +32,24 @@ def load_models(
     dtype: Dtype = "float32",
     compile: bool = False,
 ) -> Models:
-    """Load models, each once; a teacher once for each T (the largest first) and w; `FULL_SIZES` with random weights.
+    """Load models, each once for each T (the largest first) and w that it can draw with; `FULL_SIZES` at random.
 
     Args:
         dtype, compile: see `Pipeline.to` and `Pipeline.compile`.
 
     Raises:
-        ValueError: one cannot be loaded, two share a name, or a teacher's settings are given without a teacher.
+        ValueError: one cannot be loaded, two share a name, or no model has a setting that is given.
     """
     loaded: list[tuple[str | None, Pipeline]] = []
     for name in dict.fromkeys(names):
         full = FULL_SIZES.get(name)
         loaded += random_pair(full, device) if full else [(model_hash(find_model(name)), load(name, device))]
     commit()  # as the code is now: the command may run for hours
-    teachers = any(isinstance(pipeline.config.draw, Chain) for _, pipeline in loaded)
-    steps, scales = sorted(diffusion_steps, reverse=True) or (None,), guidance or (None,)
+    dials: dict[str, Sequence[float]] = {
+        "diffusion_steps": sorted(diffusion_steps, reverse=True), "guidance": guidance,
+        "temperature": () if temperature is None else (temperature,),
+    }  # fmt: skip
+    known_dials = {dial for _, pipeline in loaded for dial in pipeline.config.dials}
     for _, pipeline in loaded:
         pipeline.to(dtype=getattr(torch, dtype))
         if compile:
@@ -59,13 +62,16 @@ def load_models(
             raise ValueError(f"two different models are named {config.name}: give one another --name")
         if order is not None:
             pipeline = Pipeline(pipeline.model, dataclasses.replace(config, order=order), pipeline.space)
-        if teachers and isinstance(config.draw, OneStep):  # a student among students refuses what it has not
-            models.append((digest, pipeline))
-        else:
-            models += [
-                (digest, pipeline.with_chain(diffusion_steps=t, guidance=w, temperature=temperature))
-                for t, w in itertools.product(steps, scales)
-            ]
+        # A model goes without a setting that it has not, if another has it; else it refuses.
+        own = {
+            dial: values
+            for dial, values in dials.items()
+            if values and dial in {*config.dials} | {*dials} - known_dials
+        }
+        models += [
+            (digest, pipeline.with_draw(**dict(zip(own, chosen, strict=True))))
+            for chosen in itertools.product(*own.values())
+        ]
     return models
 
 
@@ -75,7 +81,7 @@ def runs_of(models: Models, iterations: Sequence[int]) -> list[tuple[Pipeline, R
     for digest, pipeline in models:
         config = pipeline.config
         draw = dataclasses.asdict(config.draw)
-        if isinstance(config.draw, OneStep):  # how the weights were made, which is no setting of the drawing
+        if "guidance" not in config.dials:  # how the weights were made, which is no setting of the drawing
             del draw["guidance"], draw["guidance_schedule"]
         row = {"model": config.name, "teacher": isinstance(config.draw, Chain), "draw": draw, "order": config.order}
         row |= {

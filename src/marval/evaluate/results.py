@@ -112,7 +112,7 @@ class Setting:
     """Who drew what a row measures, and how: all that the rows of one table line have in common (not the seed)."""
 
     model: str
-    chain: str  # T and w of a teacher
+    chain: str  # T of a teacher, w where it can be chosen, temperature
     order: str | None
     iterations: int
     samples: int | None
@@ -125,10 +125,10 @@ class Setting:
     def of(cls, row: Row) -> "Setting":
         """The setting of a row of any part."""
         draw, chain = row["draw"], ""
-        if draw.get("guidance") is not None:
-            chain = f", T={draw['diffusion_steps']}, w={draw['guidance']:g}"
-            heat = draw.get("temperature", 1)
-            chain += "" if heat == 1 else f", temperature {heat:g}"
+        for name, title in (("diffusion_steps", "T="), ("guidance", "w="), ("temperature", "temperature ")):
+            value = draw.get(name)
+            if value is not None and (name, value) != ("temperature", 1):
+                chain += f", {title}{value:g}"
         return cls(
             row["model"], chain, row.get("order"), row["iterations"], row.get("samples"), row.get("batch"),
             row.get("dtype", "bfloat16" if row.get("autocast") else "float32"), bool(row.get("compiled")),

@@ -75,7 +75,9 @@ class FinalLayer(nn.Module):
 class TokenHead(nn.Module):
     """Predicts the noise in a token, and with `learn_variance` a variance channel behind it, from its context."""
 
-    def __init__(self, token_dim: int, context_dim: int, width: int, depth: int, learn_variance: bool):
+    def __init__(
+        self, token_dim: int, context_dim: int, width: int, depth: int, learn_variance: bool, guided: bool = False
+    ):
         super().__init__()
         self.token_dim = token_dim
         out_channels = 2 * token_dim if learn_variance else token_dim
@@ -84,6 +86,7 @@ class TokenHead(nn.Module):
         self.input_proj = ExactLinear(token_dim, width)
         self.res_blocks = nn.ModuleList([ResBlock(width) for _ in range(depth)])
         self.final_layer = FinalLayer(width, out_channels)
+        self.guidance_embed = TimeEmbedding(width) if guided else None
 
     def initialize(self, generator: torch.Generator) -> None:
         """Xavier weights; zero modulation and output layers, so that the untrained head answers 0."""
@@ -98,11 +101,30 @@ class TokenHead(nn.Module):
             nn.init.zeros_(block.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
+    def take_guidance(self, generator: torch.Generator) -> "TokenHead":
+        """Give a head an embedding of w, which changes no answer before it is trained; return the head itself."""
+        weight = self.input_proj.weight
+        embed = TimeEmbedding(weight.shape[0])
+        for name, parameter in embed.named_parameters():
+            nn.init.zeros_(parameter)
+            if name == "mlp.0.weight":
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+        self.guidance_embed = embed.to(weight)
+        return self
+
     def forward(
-        self, x_t: Float[Tensor, "n c"], t: Float[Tensor, " n"], context: Float[Tensor, "n d"]
+        self,
+        x_t: Float[Tensor, "n c"],
+        t: Float[Tensor, " n"],
+        context: Float[Tensor, "n d"],
+        guidance: float | Float[Tensor, " n"] = 1.0,
     ) -> Float[Tensor, "n o"]:
-        """The prediction for noisy tokens `x_t` at the time steps `t` in [0, 999], given their contexts."""
-        return self.denoise(x_t, self.embed_time(t) + self.embed_context(context))
+        """The prediction for noisy tokens `x_t` at the time steps `t` in [0, 999], given their contexts.
+
+        Args:
+            guidance: w, of a head that takes it; others do not read it.
+        """
+        return self.denoise(x_t, self.embed_guidance(self.embed_time(t) + self.embed_context(context), guidance))
 
     def embed_time(self, t: Float[Tensor, " n"]) -> Float[Tensor, "n w"]:
         """Embed time steps."""
@@ -111,6 +133,14 @@ class TokenHead(nn.Module):
     def embed_context(self, context: Float[Tensor, "*g n d"]) -> Float[Tensor, "*g n w"]:
         """Embed contexts."""
         return self.cond_embed(context)
+
+    def embed_guidance(self, y: Float[Tensor, "n w"], guidance: float | Float[Tensor, " n"]) -> Float[Tensor, "n w"]:
+        """Add w, of all tokens or of each, to an embedded condition, where the head takes it."""
+        if self.guidance_embed is None:
+            return y
+        if not isinstance(guidance, Tensor):
+            guidance = torch.full((1,), guidance, device=y.device)
+        return y + self.guidance_embed(guidance)
 
     def modulate(self, y: Float[Tensor, "*s n w"]) -> list[Float[Tensor, "*s n _"]]:
         """Every block's shift, scale and gate, and the final layer's shift and scale, for embedded conditions `y`.

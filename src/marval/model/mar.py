@@ -108,7 +108,10 @@ class MAR(nn.Module):
         self.decoder_blocks = blocks(config.decoder_depth, decoder_width, config.decoder_heads, config)
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, config.num_tokens, decoder_width))
-        head = TokenHead(config.token_dim, decoder_width, config.head_width, config.head_depth, config.learn_variance)
+        head = TokenHead(
+            config.token_dim, decoder_width, config.head_width, config.head_depth, config.learn_variance,
+            guided=config.guidance_range is not None,
+        )  # fmt: skip
         self.diffloss = nn.ModuleDict({"net": head})  # its place in the official checkpoints
 
     @property

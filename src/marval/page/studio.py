@@ -106,7 +106,8 @@ class Served:
             "token_grid": config.mar.token_grid,
             "iterations": config.iterations,
             "order": config.order,
-            "guidance": None if chain is None else chain.guidance,
+            "guidance": config.draw.guidance if "guidance" in config.dials else None,
+            "guidance_range": config.mar.guidance_range,
             "diffusion_steps": None if chain is None else chain.diffusion_steps,
         }
 
@@ -139,8 +140,8 @@ class Studio:
         pipeline, count = served.pipeline, served.pipeline.config.mar.num_tokens
         (label,) = pipeline.labels([wanted.class_name])
         iterations = wanted.iterations or pipeline.default_iterations
-        if wanted.guidance is not None and isinstance(pipeline.config.draw, Chain):
-            pipeline = pipeline.with_chain(guidance=float(wanted.guidance))
+        if wanted.guidance is not None and "guidance" in pipeline.config.dials:
+            pipeline = pipeline.with_draw(guidance=float(wanted.guidance))
         recipe = make_recipe(wanted.model, served.weights, pipeline, label, wanted.seed, iterations, wanted.order)
         redrawn = wanted.redrawn
         if wanted.keep is not None:

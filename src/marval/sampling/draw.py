@@ -25,9 +25,10 @@ Draw = Callable[[Float[Tensor, "g n d"], Guidance, Float[Tensor, "s n c"]], Floa
 class DrawTokens(ABC):
     """A way to draw tokens given their contexts; everything random is handed in."""
 
+    config: Chain | OneStep
     noise_draws: int  # Gaussian draws for a token
     needs_null: bool  # whether contexts are those of the condition and of the null condition, or the former alone
-    guidance: float  # w, unless the caller has another; 1 is no guidance
+    guidance: float  # w, unless the caller has another; 1 is no guidance. A student whose head takes none ignores it
     guidance_schedule: Schedule  # how w grows with the revealed fraction
 
     @abstractmethod
@@ -51,7 +52,7 @@ class DrawByChain(DrawTokens):
     def __init__(
         self, config: Chain, token_range: tuple[float, float] | None = None, device: torch.device | str = "cpu"
     ):
-        self.clip_range = clip_range(config, token_range)
+        self.config, self.clip_range = config, clip_range(config, token_range)
         self.schedule = NoiseSchedule.respaced(config.diffusion_steps)
         self.times = self.schedule.timesteps.float().to(device)
         self.temperature = config.temperature
@@ -135,8 +136,6 @@ class DrawInOneStep(DrawTokens):
     """
 
     noise_draws, needs_null = 1, False
-    guidance: float = 1.0  # it is baked into the student
-    guidance_schedule: Schedule = "constant"
 
     def __init__(
         self,
@@ -144,10 +143,12 @@ class DrawInOneStep(DrawTokens):
         token_range: tuple[float, float] | None = None,
         device: torch.device | str = "cpu",
     ):
-        config = config or OneStep()
+        self.config = config = config or OneStep()
         self.clip_range = clip_range(config, token_range)
         self.schedule = NoiseSchedule.at(torch.tensor([config.timestep]))
         self.times = self.schedule.timesteps.float().to(device)
+        self.guidance, self.guidance_schedule = config.guidance, config.guidance_schedule
+        self.temperature = config.temperature
 
     def bind(self, head: TokenHead) -> Draw:
         """Embed the time step; on a GPU, join the products of all modulations."""
@@ -158,8 +159,8 @@ class DrawInOneStep(DrawTokens):
         def draw(
             contexts: Float[Tensor, "1 n d"], guidance: Guidance, noise: Float[Tensor, "1 n c"]
         ) -> Float[Tensor, "n c"]:
-            x_t = self.schedule.sigma[0] * noise[0]
-            y = head.embed_context(contexts[0]) + time
+            x_t = self.temperature * self.schedule.sigma[0] * noise[0]
+            y = head.embed_guidance(head.embed_context(contexts[0]) + time, guidance)
             joined = (
                 [] if modulate is None or len(y) > MODULATED_ROWS else modulate(y)
             )  # of more it would fill the memory
@@ -188,6 +189,11 @@ def draw_function(config: ModelConfig, device: torch.device | str = "cpu") -> Dr
     if isinstance(config.draw, Chain):
         return DrawByChain(config.draw, config.space.token_range, device)
     return DrawInOneStep(config.draw, config.space.token_range, device)
+
+
+def is_guided(guidance: Guidance) -> bool:
+    """Tell whether a null context is needed; always for a tensor, which the host does not read."""
+    return isinstance(guidance, Tensor) or guidance != 1.0
 
 
 def guided_eps(eps: Float[Tensor, "g n c"], guidance: Guidance) -> Float[Tensor, "n c"]:

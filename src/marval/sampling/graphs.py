@@ -56,7 +56,7 @@ class Recording:
 
 
 class Graphs:
-    """The recordings of one model and its way to draw; those that were not used for the longest time are dropped.
+    """The recordings of one model; those that were not used for the longest time are dropped.
 
     The first call with inputs of a form draws launch by launch (and compiles what is compiled), the second records.
     Changes of the weights in place are seen; when they move (to another precision, say), the recordings go.
@@ -91,7 +91,7 @@ class Graphs:
             self.recordings.clear()
             self.weights = weights
         autocast = torch.is_autocast_enabled(start.tokens.device.type)
-        key = (autocast, len(condition), start.known, *start.counts)
+        key = (draw.config, autocast, len(condition), start.known, *start.counts)
         first = key not in self.recordings
         recording = self.recordings.pop(key, None)
         if recording is None and not first:

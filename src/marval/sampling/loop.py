@@ -101,14 +101,14 @@ def run(
     Args:
         condition: such as `model.embed(labels)`.
         null_condition: what guidance leads away from; the model's own when None.
-        guidance: w of all images or of each; the draw's own when None.
+        guidance: w of all images or of each, where the model takes it; the draw's own when None.
         gradient_iterations: M, the last iterations that gradients flow through; each is checkpointed, so that
             memory holds one iteration's activations at a time (but for a model that recomputes block by block).
         autocast: compute contexts in bf16; the head stays in float32.
     """
     config, tokens, shown = model.config, start.tokens, start.known
-    if guidance is not None and not draw.needs_null:
-        raise ValueError(f"guidance {guidance} for a way to draw that needs no null contexts: expected None")
+    if guidance is not None and not (draw.needs_null or config.guidance_range):
+        raise ValueError(f"guidance {guidance}: this model takes none when it draws; expected None")
     guidance = draw.guidance if guidance is None else guidance
     conditions = [condition]
     if draw.needs_null:
@@ -165,6 +165,7 @@ def sample(
     *,
     iterations: int,
     seeds: Seeds,
+    guidance: Guidance | None = None,
     gradient_iterations: int = 0,
     autocast: bool = False,
     **settings: Any,
@@ -173,8 +174,7 @@ def sample(
 
     Args:
         seeds: one for each image, or the first image's, from which the next ones count on.
-        gradient_iterations: M; see `run`.
-        autocast: see `run`.
+        guidance, gradient_iterations, autocast: see `run`.
         settings: `orders`, `known` and `noise`; see `prepare`.
 
     Raises:
@@ -182,7 +182,8 @@ def sample(
     """
     seeds = image_seeds(seeds, len(condition))
     start = prepare(model, draw, iterations=iterations, seeds=seeds, **settings)
-    steps = run(model, draw, condition, start, gradient_iterations=gradient_iterations, autocast=autocast)
+    how: dict[str, Any] = {"gradient_iterations": gradient_iterations, "autocast": autocast, "guidance": guidance}
+    steps = run(model, draw, condition, start, **how)
     ((tokens, _),) = collections.deque(steps, maxlen=1)  # the last iteration's
     check_finite(tokens, [f"seed {seed}" for seed in seeds])
     return tokens

@@ -16,7 +16,9 @@ from marval.presets import AnchorTo, DistillConfig, TuneConfig
 from marval.runtime.distributed import Workers
 from marval.runtime.log import Figures, add_means
 from marval.runtime.optim import Optimizer
+from marval.runtime.rng import generator
 from marval.sampling import draw_function
+from marval.sampling.draw import is_guided
 from marval.sampling.fast import cast_frozen, compile_blocks
 from marval.spaces import TokenSpace
 from marval.train.distill import (
@@ -52,7 +54,16 @@ def anchor_of(
     name, configs = guide.config.name, (guide.config, student.config)
     if not isinstance(guide.config.draw, Chain):
         raise ValueError(f"--teacher {name}: this is a one-step student; expected the teacher it came from")
-    forms = [(c.mar, c.class_names, c.space.token_dim, c.space.shift, c.space.scale) for c in configs]
+    forms = [
+        (
+            dataclasses.replace(c.mar, guidance_range=None),
+            c.class_names,
+            c.space.token_dim,
+            c.space.shift,
+            c.space.scale,
+        )
+        for c in configs
+    ]
     if forms[0] != forms[1]:
         raise ValueError(
             f"--teacher {name}: {student.config.name} has other sizes, tokens or classes; expected its teacher"
@@ -75,12 +86,12 @@ class AnchorLoss:
         self.loader = Loader(anchor.data, anchor.settings, space, workers)
         if self.settings.autocast and not workers.sharded:
             self.teacher = cast_frozen(self.teacher)
-        if to == "student":
-            unguided = dataclasses.replace(config.draw, guidance=1.0, guidance_schedule="constant")
-            config = dataclasses.replace(config, draw=unguided)
         self.config, self.workers = config, workers
         self.schedule, self.draw = NoiseSchedule.full(workers.device), draw_function(config, workers.device)
-        self.phi, reference = (copy.deepcopy(self.teacher.head).eval() for _ in range(2))
+        self.phi = copy.deepcopy(self.teacher.head).eval()
+        if config.mar.guidance_range is not None:
+            self.phi.take_guidance(generator(self.settings.seed, "guidance"))
+        reference = copy.deepcopy(self.phi)
         self.networks: dict[str, TokenHead] = {"auxiliary": self.phi}  # that a resumed run needs
         if to == "student":
             self.networks["reference"] = reference
@@ -108,15 +119,16 @@ class AnchorLoss:
         figures, drawn = Figures(), list[DrawnPart]()
         for share, w, inputs, part in masked_parts(update, settings, self.config, self.loader, workers):
             with torch.no_grad():
-                c = target_contexts(self.teacher, inputs, guided=w != 1.0, autocast=settings.autocast)
+                guided = score is self.teacher.head and is_guided(w)
+                c = target_contexts(self.teacher, inputs, guided=guided, autocast=settings.autocast)
             with torch.set_grad_enabled(student_update >= 0):
-                x_0 = student_tokens(student, self.draw, inputs, part.z, settings.autocast)
+                x_0 = student_tokens(student, self.draw, inputs, w, part.z, settings.autocast)
             if student_update >= 0:
                 t, eps = part.theta
                 x_t = schedule.add_noise(x_0, eps, t)
-                target_eps, phi_eps = predicted_eps(score, x_t, t, c, w), predicted_eps(phi, x_t, t, c[:1])
+                target_eps, phi_eps = predicted_eps(score, x_t, t, c, w), predicted_eps(phi, x_t, t, c[:1], w)
                 loss, l1, l2 = theta_loss(settings.objective, target_eps, phi_eps, eps)
                 (loss * weight * share).backward()
                 add_means(figures, share, l1=l1, l2=l2)
-            drawn.append((share, c[:1], x_0.detach(), part.phi))
+            drawn.append((share, c[:1], w, x_0.detach(), part.phi))
         return figures | phi_steps(phi, self.phi_adam, drawn, schedule, settings.auxiliary_learning_rate)

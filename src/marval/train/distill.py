@@ -20,8 +20,10 @@ from marval.runtime.distributed import Workers
 from marval.runtime.folder import Run, data_identity, model_identity
 from marval.runtime.log import LOG, Figures, Log, add_means, due
 from marval.runtime.optim import Optimizer, fast_products, learning_rate_factor, update_ema
+from marval.runtime.rng import generator
 from marval.runtime.state import State, save_network
 from marval.sampling import DrawTokens, draw_function, guidance_at, guided_eps
+from marval.sampling.draw import Guidance, is_guided
 from marval.sampling.fast import cast_frozen, compile_blocks
 from marval.spaces import token_space
 from marval.train.draws import GSIMDraws, NoiseLevels, gsim_draws
@@ -29,8 +31,8 @@ from marval.train.flops import gsim_flops
 
 Probe = Callable[[Pipeline], dict[str, float]]  # figures of a model, on fixed seeds
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # of a context network: tokens, visible positions, targets, classes
-# A part's tokens as the student drew them, which phi learns from: weight in the batch, contexts, x_0, levels.
-DrawnPart = tuple[float, Tensor, Tensor, list[NoiseLevels]]
+# A part's tokens as the student drew them, which phi learns from: weight in the batch, contexts, w, x_0, levels.
+DrawnPart = tuple[float, Tensor, Guidance, Tensor, list[NoiseLevels]]
 
 
 def student_config(teacher: ModelConfig, settings: DistillConfig) -> tuple[ModelConfig, DistillConfig]:
@@ -40,9 +42,10 @@ def student_config(teacher: ModelConfig, settings: DistillConfig) -> tuple[Model
     w = teacher.draw.guidance if settings.guidance is None else settings.guidance
     schedule = settings.guidance_schedule or teacher.draw.guidance_schedule
     settings = dataclasses.replace(settings.within(teacher.mar.num_tokens), guidance=w, guidance_schedule=schedule)
+    mar = dataclasses.replace(teacher.mar, guidance_range=settings.guidance_range)
     draw = OneStep(settings.timestep, teacher.draw.clip, w, schedule)
     name, iterations, order = settings.name, settings.iterations, settings.order
-    return dataclasses.replace(teacher, draw=draw, name=name, iterations=iterations, order=order), settings
+    return dataclasses.replace(teacher, mar=mar, draw=draw, name=name, iterations=iterations, order=order), settings
 
 
 def revealed_after(visible: int, tokens: int, iterations: int) -> float:
@@ -60,17 +63,19 @@ def revealed_after(visible: int, tokens: int, iterations: int) -> float:
 
 def masked_parts(
     update: int, settings: DistillConfig, student: ModelConfig, loader: Loader, workers: Workers
-) -> Iterator[tuple[float, float, Inputs, GSIMDraws]]:
+) -> Iterator[tuple[float, Guidance, Inputs, GSIMDraws]]:
     """Load and mask a batch of real images, part by part of this process's share.
 
-    Each part comes with its weight in the batch's mean, the teacher's w, what context networks see, and its draws.
+    Each part comes with its weight in the batch's mean, the teacher's w (each target's own where the student takes w),
+    what context networks see, and its draws.
     """
     draws = gsim_draws(settings, student.mar, update, workers.device)
     revealed = revealed_after(draws.visible.shape[1], student.mar.num_tokens, student.iterations)
     w = guidance_at(student.draw.guidance, student.draw.guidance_schedule, revealed)
     for rows, tokens, labels in loader(update):
         part = draws.part(rows)
-        yield workers.share(rows, settings.batch_size), w, (tokens, part.visible, part.targets, labels), part
+        own = w if part.guidance is None else part.guidance
+        yield workers.share(rows, settings.batch_size), own, (tokens, part.visible, part.targets, labels), part
 
 
 def target_contexts(model: MAR, inputs: Inputs, *, guided: bool, autocast: bool) -> Float[Tensor, "g n d"]:
@@ -83,11 +88,11 @@ def target_contexts(model: MAR, inputs: Inputs, *, guided: bool, autocast: bool)
 
 
 def student_tokens(
-    student: MAR, draw: DrawTokens, inputs: Inputs, z: Float[Tensor, "n c"], autocast: bool
+    student: MAR, draw: DrawTokens, inputs: Inputs, w: Guidance, z: Float[Tensor, "n c"], autocast: bool
 ) -> Float[Tensor, "n c"]:
-    """`x_0 = g_theta(z, c_theta)`: one AR iteration, all targets at once."""
+    """`x_0 = g_theta(z, c_theta, w)`: one AR iteration, all targets at once."""
     c_theta = target_contexts(student, inputs, guided=False, autocast=autocast)
-    return draw(student.head, c_theta, 1.0, z[None])
+    return draw(student.head, c_theta, w, z[None])
 
 
 def predicted_eps(
@@ -95,11 +100,11 @@ def predicted_eps(
     x_t: Float[Tensor, "n c"],
     t: Int[Tensor, " n"],
     contexts: Float[Tensor, "g n d"],
-    guidance: float = 1.0,
+    guidance: Guidance = 1.0,
 ) -> Float[Tensor, "n c"]:
-    """`eps_w(x_t, t, c)`, differentiable in `x_t`; guided where there is a null context."""
+    """`eps_w(x_t, t, c)`, differentiable in `x_t`: guided where there is a null context, or by a head that takes w."""
     if len(contexts) == 1:
-        return head(x_t, t.float(), contexts[0])[:, : head.token_dim]
+        return head(x_t, t.float(), contexts[0], guidance)[:, : head.token_dim]
     embedded = head.embed_context(contexts) + head.embed_time(t.float())
     return guided_eps(head.denoise(x_t, embedded)[..., : head.token_dim], guidance)
 
@@ -112,9 +117,9 @@ def phi_steps(
     phi.requires_grad_(True)
     for i in range(len(drawn[0][-1])):
         figures["auxiliary_loss"] = 0.0
-        for share, contexts, x_0, levels in drawn:
+        for share, contexts, w, x_0, levels in drawn:
             t, eps = levels[i]
-            loss = phi_loss(predicted_eps(phi, schedule.add_noise(x_0, eps, t), t, contexts), eps)
+            loss = phi_loss(predicted_eps(phi, schedule.add_noise(x_0, eps, t), t, contexts, w), eps)
             (loss * share).backward()
             add_means(figures, share, auxiliary_loss=loss)
         figures["auxiliary_gradient_norm"] = optimizer.step(learning_rate)
@@ -123,11 +128,15 @@ def phi_steps(
 
 
 def copy_networks(
-    teacher: MAR, settings: DistillConfig, workers: Workers
+    teacher: MAR, config: ModelConfig, settings: DistillConfig, workers: Workers
 ) -> tuple[MAR, MAR, MAR, TokenHead, dict[str, Optimizer]]:
     """Copy theta (the student), its average and phi from the teacher, freeze all but theta, and put all in place."""
     workers.parts(settings.batch_size, settings.accumulate)  # refuses a batch that cannot be split
-    student, ema, phi = copy.deepcopy(teacher), copy.deepcopy(teacher), copy.deepcopy(teacher.head)
+    student = copy.deepcopy(teacher)
+    if config.mar.guidance_range is not None:
+        student.config = config.mar
+        student.head.take_guidance(generator(settings.seed, "guidance"))
+    ema, phi = copy.deepcopy(student), copy.deepcopy(student.head)
     teacher = cast_frozen(teacher) if settings.autocast and not workers.sharded else teacher
     for network, learns in ((teacher, False), (student, True), (ema, False), (phi, True)):
         # eval: dropout stays off. The average draws the probe's images in float32.
@@ -156,7 +165,7 @@ def distill(
     config, settings = student_config(teacher_config, settings)
     origin = {"data_set": data_identity(data), "teacher": model_identity(teacher_config.name, teacher)}
     workers, device, autocast = run.workers, run.workers.device, settings.autocast
-    teacher, student, ema, phi, adams = copy_networks(teacher, settings, workers)
+    teacher, student, ema, phi, adams = copy_networks(teacher, config, settings, workers)
     described = {**config.to_dict(), **dataclasses.asdict(settings), **origin}
     state = State(run, described, {"student": student, "auxiliary": phi, "ema": ema}, adams)
     start, _ = state.load()
@@ -172,18 +181,19 @@ def distill(
         with fast_products(device):
             for share, w, inputs, part in masked_parts(update, settings, config, loader, workers):
                 with torch.no_grad():
-                    c = target_contexts(teacher, inputs, guided=w != 1.0, autocast=autocast)
+                    c = target_contexts(teacher, inputs, guided=is_guided(w), autocast=autocast)
                 with torch.set_grad_enabled(student_update >= 0):
-                    x_0 = student_tokens(student, draw, inputs, part.z, autocast)
+                    x_0 = student_tokens(student, draw, inputs, w, part.z, autocast)
                 if student_update >= 0:  # teacher and phi are frozen, but their input x_t is not detached
                     t, eps = part.theta
                     x_t = schedule.add_noise(x_0, eps, t)
-                    teacher_eps, phi_eps = predicted_eps(teacher.head, x_t, t, c, w), predicted_eps(phi, x_t, t, c[:1])
+                    teacher_eps = predicted_eps(teacher.head, x_t, t, c, w)
+                    phi_eps = predicted_eps(phi, x_t, t, c[:1], w)
                     loss, l1, l2 = theta_loss(settings.objective, teacher_eps, phi_eps, eps)
                     (loss * share).backward()
                     add_means(figures, share, l1=l1, l2=l2)
                 add_means(figures, share, token_square=x_0.square(), real_square=inputs[0].square())
-                drawn.append((share, c[:1], x_0.detach(), part.phi))
+                drawn.append((share, c[:1], w, x_0.detach(), part.phi))
             if student_update >= 0:
                 figures["gradient_norm"] = adams["student"].step(settings.learning_rate * factor)
                 update_ema(ema, student, student_update, settings.ema_decay)

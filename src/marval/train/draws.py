@@ -81,6 +81,14 @@ def teacher_draws(
     return TeacherDraws(visible, targets, drop.float(), noise_levels((*targets.shape, mar.token_dim), ALL_LEVELS, rng))
 
 
+def drawn_guidance(mar: MARConfig, images: int, rng: torch.Generator) -> Float[Tensor, " b"] | None:
+    """Draw w of every image, log-uniform, for a student that takes it: small changes of a small w show most."""
+    if mar.guidance_range is None:
+        return None
+    low, high = mar.guidance_range
+    return low * (high / low) ** torch.rand(images, generator=rng, device=rng.device)
+
+
 class GSIMDraws(NamedTuple):
     """The draws of an update of GSIM."""
 
@@ -89,31 +97,33 @@ class GSIMDraws(NamedTuple):
     z: Tensor  # the student's noise: (b, q, c), or (n, c) of a part
     theta: NoiseLevels
     phi: list[NoiseLevels]  # of each of its steps
+    guidance: Tensor | None  # w of every image (b,), or of every target (n,) of a part; None: the same for all
 
     def part(self, rows: slice) -> "GSIMDraws":
         """Those of some images."""
         z, theta, phi = self.z[rows].flatten(0, 1), self.theta.part(rows), [levels.part(rows) for levels in self.phi]
-        return GSIMDraws(self.visible[rows], self.targets[rows], z, theta, phi)
+        w = None if self.guidance is None else self.guidance[rows].repeat_interleave(self.targets.shape[1])
+        return GSIMDraws(self.visible[rows], self.targets[rows], z, theta, phi, w)
 
 
 def gsim_draws(settings: DistillConfig, mar: MARConfig, update: int, device: torch.device | str = "cpu") -> GSIMDraws:
-    """Draw masks, the student's noise, and levels for theta's step and phi's, for a batch."""
+    """Draw masks, the student's noise, levels for theta's step and phi's, and w where it is drawn, for a batch."""
     rng = generator(settings.seed, "distill", update, device=device)
     visible, targets = masks(settings, mar.num_tokens, update, rng)
     shape = (*targets.shape, mar.token_dim)
     z = torch.randn(shape, generator=rng, device=device)
     theta = noise_levels(shape, THETA_LEVELS, rng)
     phi = [noise_levels(shape, ALL_LEVELS, rng) for _ in range(settings.auxiliary_steps)]
-    return GSIMDraws(visible, targets, z, theta, phi)
+    return GSIMDraws(visible, targets, z, theta, phi, drawn_guidance(mar, settings.batch_size, rng))
 
 
 def tune_draws(
     settings: TuneConfig, mar: MARConfig, update: int, device: torch.device | str = "cpu"
-) -> tuple[Int[Tensor, " b"], list[int], Float[Tensor, "1 b l c"]]:
-    """Draw a batch's classes and seeds (of orders), which the host must know, and the student's noise."""
+) -> tuple[Int[Tensor, " b"], list[int], Float[Tensor, "1 b l c"], Float[Tensor, " b"] | None]:
+    """Draw a batch's classes and seeds (of orders), which the host must know, the student's noise, and its w."""
     host = generator(settings.seed, "tune", update)
     labels = torch.randint(mar.num_classes, (settings.batch_size,), generator=host)
     seeds = torch.randint(2**62, (settings.batch_size,), generator=host).tolist()
     rng = generator(settings.seed, "tune noise", update, device=device)
     shape = (1, settings.batch_size, mar.num_tokens, mar.token_dim)
-    return labels, seeds, torch.randn(shape, generator=rng, device=device)
+    return labels, seeds, torch.randn(shape, generator=rng, device=device), drawn_guidance(mar, len(seeds), rng)

@@ -89,10 +89,11 @@ def tune_parts(
         "iterations": settings.iterations, "gradient_iterations": settings.gradient_iterations,
         "orders": config.order, "autocast": settings.autocast,
     }  # fmt: skip
-    labels, seeds, noise = tune_draws(settings, config.mar, update, workers.device)
+    labels, seeds, noise, w = tune_draws(settings, config.mar, update, workers.device)
     for rows in workers.parts(settings.batch_size, settings.accumulate):
         share = workers.share(rows, settings.batch_size)
-        yield share, labels[rows], {**how, "seeds": seeds[rows], "noise": noise[:, rows]}
+        own = None if w is None else w[rows]
+        yield share, labels[rows], {**how, "seeds": seeds[rows], "noise": noise[:, rows], "guidance": own}
 
 
 def tune(

@@ -19,6 +19,13 @@ export const s = (tag, attributes = {}, ...children) => build(document.createEle
 const about = await (await fetch("models")).json();
 export const models = Object.fromEntries(about.models.map((one, i) => [one.name, { ...one, tint: (i % 4) + 1 }]));
 export const isTeacher = (name) => models[name].diffusion_steps !== null;
+export const guided = (name) => models[name].guidance !== null;
+
+// The nearest w that a model can draw with; null where it has its own baked in.
+export function within(name, w) {
+  const [low, high] = models[name].guidance_range ?? [0, Infinity];
+  return guided(name) ? Math.min(Math.max(w, low), high) : null;
+}
 
 // The chosen options first.
 const sorted = (options, chosen) => [...options].sort((a, b) => chosen.includes(b) - chosen.includes(a));
@@ -50,7 +57,7 @@ export function field(kind, { name = kind, label, value }) {
   const tokens = Math.min(...names.map((one) => models[one].token_grid[0] * models[one].token_grid[1]));
   const alike = names.filter((one) => String(models[one].classes) === String(classes)).slice(0, 3);
   const counts = [1, 2, 4, 6, 8, 16, 32, 64, 128, 256].filter((k) => k <= tokens);
-  const own = models[names.find(isTeacher)]?.guidance ?? 1;
+  const own = models[names.find(guided)]?.guidance ?? 1;
   switch (kind) {
     case "model": return choice("Model", name, names, names.filter((one) => !isTeacher(one)).slice(0, 1));
     case "models": return checks("Models", name, names, alike);
@@ -61,7 +68,7 @@ export function field(kind, { name = kind, label, value }) {
     case "count": return slider(label ?? "Pictures of each model", name, 1, 8, value ?? 4);
     case "keep": return slider("Share of tokens to keep", name, 0, 1, 0.5, 0.05);
     case "order": return choice("Unmasking order", name, [OWN_ORDER, ...about.orders], []);
-    case "guidance": return slider("Guidance w of a teacher (a student has it baked in)", name, 0, 10, own, 0.1);
+    case "guidance": return slider("Guidance w (some students have it baked in)", name, 0, 10, own, 0.1);
     case "columns": return checks("Iterations K", name, counts, [1, 2, 4, 8, 16]);
   }
 }
@@ -84,7 +91,7 @@ export function fit(form) {
   }
   const some = $$("[name=classes]:checked", form).map((input) => input.value);
   $("[data-of=classes]", form)?.replaceChildren(...chips("classes", sorted(known, some), some));
-  for (const input of $$(".slider:has([name=guidance]) input", form)) input.disabled = !chosen.some(isTeacher);
+  for (const input of $$(".slider:has([name=guidance]) input", form)) input.disabled = !chosen.some(guided);
 }
 
 // Show the form of a tab.

@@ -1,6 +1,6 @@
 // The page: a form becomes a list of pictures to draw.
 
-import { $, $$, field, fit, h, isTeacher, models, open, OWN_ORDER, read } from "./controls.js";
+import { $, $$, field, fit, guided, h, isTeacher, models, open, OWN_ORDER, read, within } from "./controls.js";
 import { edit, takeToDesk, wireDesk } from "./desk.js";
 import { Cell, draw, duration, Strip } from "./drawing.js";
 import { loops, panel } from "./loops.js";
@@ -44,9 +44,9 @@ function generate(form) {
   const own = order === OWN_ORDER ? null : order, columns = {}, pictures = [];
   for (const model of names) {
     const steps = models[model].diffusion_steps;
-    const inner = steps ? `${steps} steps · w = ${guidance}` : "one call per iteration";
+    const inner = (steps ? `${steps} steps` : "one call per iteration") + (guided(model) ? ` · w = ${within(model, guidance)}` : "");
     columns[model] = new Column(model, count, `K = ${iterations} · ${inner} · ${own ?? models[model].order}`);
-    const given = { model, iterations, order: own, guidance: isTeacher(model) ? guidance : null };
+    const given = { model, iterations, order: own, guidance: within(model, guidance) };
     for (let i = 0; i < count; i++) pictures.push({ ...given, class: classes[i % classes.length], seed: seed + i });
   }
   $(".shown", form).replaceChildren(...Object.values(columns).map((column) => column.root));
