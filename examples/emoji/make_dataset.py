@@ -5,7 +5,7 @@ python examples/emoji/make_dataset.py data/emoji
 The drawings are Microsoft's Fluent Emoji ("3d"), Google's Noto Emoji ("cartoon") and Twemoji ("flat"); names and
 keywords are Unicode's. They come from npm's registry, or from the one that `npm_config_registry` names (160 MB, kept
 in ~/.cache/marval/emoji). The folder has one sub-folder for each style, LICENSES.md (what everyone must say who passes
-on the pictures or a model of them), and captions.csv with these columns:
+on the pictures or a model of them), and captions.csv (as metadata.csv, Hugging Face's `imagefolder` reads it) with:
 
 - `file_name`: the picture;
 - `caption`: what it shows. Several captions are separated by "|"; the first is the emoji's name, the last may be its
