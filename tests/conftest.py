@@ -19,7 +19,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in a shell's back
 wait_passively()  # before torch is imported, here and in the processes that tests start
 
 SYSTEM = {"fashion_train", "fashion_test", "chromium"}  # fixtures
-pytest_plugins = ["commands", "serving", "workspace"]  # fixtures of the page's tests, and of the commands'
+pytest_plugins = ["commands", "serving", "texts", "workspace"]  # fixtures of commands, the page, and models of text
 
 
 @pytest.hookimpl(tryfirst=True)

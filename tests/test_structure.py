@@ -27,6 +27,7 @@ LEVELS = {
     "runtime.distributed": 2,
     "io": 2,
     "spaces": 3,
+    "text": 3,
     "io.onnx": 4,
     "data": 4,
     "pipeline": 4,

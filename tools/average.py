@@ -16,8 +16,8 @@ from tyro.conf import Positional
 from marval.config import ModelConfig, Order
 from marval.io.checkpoint import check_tensors, load_model, save_model, weights_file
 from marval.io.files import check_replace
+from marval.io.find import find_model
 from marval.model import MAR
-from marval.pipeline import find_model
 from marval.runtime.provenance import command_line
 
 

@@ -5,7 +5,7 @@ python tools/text_image.py --data folder:my-images --phrases my-phrases.json --o
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from marval.data import ImageData, batch_indices, load_images, split_data
 from marval.io.files import check_output, write_text
+from marval.io.text import ENCODER, load_encoder
 from marval.rewards.efficientnet import FEATURES, EfficientNetFeatures
-from marval.rewards.text_image import SENTENCES, TextImageHead, sentence_encoder
+from marval.rewards.text_image import SENTENCES, TextImageHead
 from marval.rewards.weights import save_described
 from marval.runtime.provenance import made_by
 from marval.runtime.rng import generator
@@ -95,11 +96,6 @@ def image_features(network: EfficientNetFeatures, data: ImageData, device: torch
     return torch.cat([network(part.to(device)) for part in data.images.split(250)])
 
 
-def embed(sentence: Callable[[str], Tensor], texts: Sequence[str]) -> Float[Tensor, "n t"]:
-    """Sentence embeddings of texts."""
-    return torch.stack([sentence(text) for text in texts])
-
-
 @torch.no_grad()
 def retrieval(
     head: TextImageHead,
@@ -170,12 +166,12 @@ def main(
         train, test = split_data(train, seed)
     rows = torch.randperm(len(train), generator=generator(seed, "images"))[:images]
     train = ImageData(train.images[rows], train.labels[rows], train.class_names)
-    network, sentence = EfficientNetFeatures().to(device), sentence_encoder(device)
-    learned = [embed(sentence, [t.format(text) for text in texts for t in TEMPLATES]) for texts in said.learned]
+    network, encode = EfficientNetFeatures().to(device), load_encoder(ENCODER, device)
+    learned = [encode([t.format(text) for text in texts for t in TEMPLATES]) for texts in said.learned]
     head = train_head(image_features(network, train, device), train.labels.to(device), learned, steps=steps, seed=seed)
     tested, labels = image_features(network, test, device), test.labels.to(device)
     figures: dict[str, Any] = {
-        name: retrieval(head, tested, labels, [embed(sentence, texts) for texts in every])
+        name: retrieval(head, tested, labels, [encode(texts) for texts in every])
         for name, every in (("held_out", said.held_out), ("learned", said.learned))
     }
     figures |= {"images": len(train), "test_images": len(test), "steps": steps, "seed": seed}

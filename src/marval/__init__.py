@@ -8,15 +8,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from marval.pipeline import Pipeline, bundled_models, load
+    from marval.io.find import bundled_models
+    from marval.pipeline import Pipeline, load
     from marval.sampling.loop import sample
 
 __all__ = ["Pipeline", "bundled_models", "load", "sample"]
 __version__ = "0.1.0"
+_PLACES = {"sample": "sampling.loop", "bundled_models": "io.find"}  # others: pipeline
 
 
 def __getattr__(name: str) -> Any:
     """Import torch and the rest only when they are asked for."""
     if name not in __all__:
         raise AttributeError(f"module 'marval' has no attribute {name!r}")
-    return getattr(importlib.import_module("marval.sampling.loop" if name == "sample" else "marval.pipeline"), name)
+    return getattr(importlib.import_module(f"marval.{_PLACES.get(name, 'pipeline')}"), name)

@@ -1,11 +1,27 @@
-"""Classes as people name them, to a model's numbers for them."""
+"""Classes as people name them, to a model's numbers for them, its labels."""
 
 import difflib
+import math
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import SupportsIndex
 
+from marval.config import ModelConfig
 from marval.runtime.rng import whole_number
+
+
+def label_names(config: ModelConfig) -> tuple[str, ...]:
+    """The name of every label: a class or, of text, a known prompt in one of the styles, as "taxi, 3d style"."""
+    if not config.styles:
+        return config.class_names
+    return tuple(f"{name}, {style} style" for name in config.class_names for style in config.styles)
+
+
+def label_of(image: int, config: ModelConfig) -> int:
+    """The label of one of many images: classes take turns; known prompts do so in steps that spread over all."""
+    count = config.mar.num_labels
+    steps = range(round(0.618 * count) or 1, 2 * count + 2) if config.encoder else [1]
+    return image * next(step for step in steps if math.gcd(step, count) == 1) % count
 
 
 def class_numbers(classes: Iterable[str | SupportsIndex], names: Sequence[str]) -> list[int]:

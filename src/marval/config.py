@@ -108,7 +108,7 @@ class MARConfig(Checked):
 
     token_grid: tuple[Count, Count]  # rows, columns
     token_dim: Count  # channels C of one token
-    num_classes: Count
+    num_classes: Count  # or, where text is the condition, known prompts
     encoder_dim: Count
     encoder_depth: Whole
     encoder_heads: Count
@@ -122,6 +122,8 @@ class MARConfig(Checked):
     learn_variance: bool = True
     dropout: Decay = 0.0  # in training only
     guidance_range: GuidanceRange | None = None  # w that the head takes as an input (a student's); None: it takes none
+    text_dim: Whole = 0  # numbers of a sentence's embedding, where text is the condition; 0: classes are
+    num_styles: Whole = 0  # of text
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,6 +135,11 @@ class MARConfig(Checked):
     def num_tokens(self) -> int:
         """L, the number of tokens of an image."""
         return math.prod(self.token_grid)
+
+    @property
+    def num_labels(self) -> int:
+        """How many labels there are: classes, or known prompts in every style."""
+        return self.num_classes * max(1, self.num_styles)
 
     @classmethod
     def fashion(cls, token_grid: tuple[int, int], token_dim: int, num_classes: int) -> "MARConfig":
@@ -261,17 +268,21 @@ class ModelConfig(Checked):
     mar: MARConfig
     space: PixelSpace | LatentSpace
     draw: Chain | OneStep
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # of a model of text: the prompts that it knows
     iterations: Count  # K, the default number of AR iterations
     name: Name = ""
     data: str = ""  # what it was trained on, as --data takes it
     source: str = ""  # the command that made the weights
     order: Order = "random"  # in which tokens are drawn, unless the caller says otherwise
+    encoder: str = ""  # the sentence encoder of a model of text (see `marval.io.text`)
+    styles: tuple[str, ...] = ()  # that a prompt can ask for
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.class_names) != self.mar.num_classes:
             raise ValueError(f"{len(self.class_names)} class names: expected {self.mar.num_classes}")
+        if (bool(self.encoder), len(self.styles)) != (bool(self.mar.text_dim), self.mar.num_styles):
+            raise ValueError(f"encoder {self.encoder!r} and {len(self.styles)} styles: expected those of the network")
         if self.draw.clip and self.space.kind == "latents":
             raise ValueError("clip=True: latents have no range to keep x_0 in; use clip=False")
         low, high = self.mar.guidance_range or (0.0, math.inf)
@@ -308,6 +319,7 @@ class ModelConfig(Checked):
                 "space": {"pixels": PixelSpace, "latents": LatentSpace}[space["kind"]](**space),
                 "draw": {"chain": Chain, "one_step": OneStep}[draw["kind"]](**draw),
                 "class_names": tuple(data["class_names"]),
+                "styles": tuple(data.get("styles", ())),
             }
             return cls(**data | parts)
         except (KeyError, TypeError) as error:

@@ -1,21 +1,20 @@
 """A loaded model that draws images: network, token space and the way its tokens are drawn."""
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from PIL.Image import Image
 from torch import Tensor
 
-from marval.classes import class_numbers
+from marval.classes import class_numbers, label_names
 from marval.config import ModelConfig
-from marval.io.checkpoint import WEIGHTS, load_model, save_model
-from marval.io.files import asset
-from marval.io.hub import HUB_ID, fetch, push_model
+from marval.io.checkpoint import load_model, save_model
+from marval.io.find import find_model
+from marval.io.hub import push_model
 from marval.io.images import to_pil
 from marval.io.vae import find_vae
 from marval.model import MAR
@@ -24,32 +23,11 @@ from marval.sampling import Orders, check_finite, draw_function, drawing_orders,
 from marval.sampling.fast import compile_blocks, few_threads
 from marval.sampling.graphs import Graphs
 from marval.spaces import TokenSpace, token_space
+from marval.text import read_prompt, vectors_of
 
+Classes = Iterable[str | SupportsIndex] | Float[Tensor, "b f"]  # names or numbers; prompts, or their vectors
 ImageHook = Callable[[int, Float[Tensor, "b c h w"], Bool[Tensor, "b l"]], None]
 TokenHook = Callable[[int, Float[Tensor, "b l c"], Bool[Tensor, "b l"]], None]
-
-
-def bundled_models() -> dict[str, Path]:
-    """The models that ship with the package: name to folder."""
-    return {path.parent.name: path.parent for path in sorted(asset("").glob("*/model.safetensors"))}
-
-
-def find_model(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model that a person named: a path, a bundled model, or "user/repo" on the Hugging Face hub."""
-    if Path(name).exists():
-        in_run = Path(name) / "model"  # a training run's folder
-        return in_run if (in_run / WEIGHTS).is_file() else Path(name)
-    known = bundled_models()
-    if str(name) in known:
-        return known[str(name)]
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or list(known)
-    missing = f"no model {str(name)!r}: expected a folder, or a bundled model such as {', '.join(near) or 'none'}"
-    if HUB_ID.fullmatch(str(name)) and not Path(name).parent.is_dir():  # runs/student is a path where runs/ is here
-        try:
-            return fetch(str(name), (WEIGHTS, "config.json"), revision)
-        except ValueError as error:
-            raise ValueError(f"{missing}; {error}") from error
-    raise ValueError(missing)
 
 
 def load(name: str | Path, device: torch.device | str = "cpu", *, revision: str | None = None) -> "Pipeline":
@@ -124,11 +102,45 @@ class Pipeline:
 
     def labels(self, classes: Iterable[str | SupportsIndex]) -> list[int]:
         """Class names or numbers (of any integer type) to numbers; for an unknown one near names are suggested."""
-        return class_numbers(classes, self.config.class_names)
+        return class_numbers(classes, label_names(self.config))
+
+    def named(self, asked: str | SupportsIndex, style: str | None = None) -> tuple[int, str]:
+        """The label and the name of a class or prompt; the label of a prompt that the model does not know is -1.
+
+        Args:
+            style: see `given`.
+
+        Raises:
+            ValueError: an unknown class or style.
+        """
+        if self.config.encoder:
+            prompt = read_prompt(asked, self.config, style)
+            return prompt.label(self.config), prompt.name(self.config)
+        (label,) = self.labels([asked])
+        return label, self.config.class_names[label]
+
+    def given(self, classes: Classes, style: str | None = None) -> Int[Tensor, " b"] | Float[Tensor, "b f"]:
+        """What the network's `embed` takes of classes: their numbers or, of prompts, their vectors.
+
+        Args:
+            style: of prompts that name none themselves ("a taxi, 3-D style"); the model's first when None.
+
+        Raises:
+            ValueError: an unknown class or style, or a prompt that the model does not know where no encoder is here.
+        """
+        if isinstance(classes, Tensor):
+            if self.config.encoder and classes.is_floating_point():
+                return classes.to(self.model.fake_latent)
+            classes = classes.tolist()
+        if self.config.encoder:
+            return vectors_of([read_prompt(item, self.config, style) for item in classes], self.config, self.model)
+        if style is not None:
+            raise ValueError(f"style {style!r}: not for a model of classes")
+        return torch.tensor(self.labels(classes), dtype=torch.long)
 
     def __call__(
         self,
-        classes: str | SupportsIndex | Iterable[str | SupportsIndex],
+        classes: str | SupportsIndex | Classes,
         *,
         generator: torch.Generator | None = None,
         num_images: int = 1,
@@ -138,7 +150,7 @@ class Pipeline:
         """Draw images in the manner of diffusers' pipelines.
 
         Args:
-            classes: one class or several, each a name or a number.
+            classes: one class or several, each a name or a number; of a model of text, prompts.
             generator: gives every image its seed; without it `seed` counts, as in `sample`.
             num_images: images of each class, which follow each other.
             output_type: "pil" for a list of PIL images, "pt" for the tensor that `sample` returns.
@@ -149,19 +161,20 @@ class Pipeline:
         """
         if isinstance(classes, str) or not isinstance(classes, Iterable):
             classes = [classes]
-        labels = [label for label in self.labels(classes) for _ in range(num_images)]
+        wanted = [each for each in classes for _ in range(num_images)]
         if generator is not None:
             if "seed" in settings:
                 raise ValueError("a generator and a seed: expected one of them")
-            drawn = torch.randint(2**62, (len(labels),), generator=generator, device=generator.device)
+            drawn = torch.randint(2**62, (len(wanted),), generator=generator, device=generator.device)
             settings["seed"] = drawn.tolist()
-        images = self.sample(labels, **settings)
+        images = self.sample(wanted, **settings)
         return images if output_type == "pt" else [to_pil(image) for image in images]
 
     def sample(
         self,
-        classes: Iterable[str | SupportsIndex],
+        classes: Classes,
         *,
+        style: str | None = None,
         seed: Seeds = 0,
         iterations: int | None = None,
         order: Orders | None = None,
@@ -171,9 +184,12 @@ class Pipeline:
         on_iteration: ImageHook | None = None,
         **settings: Any,
     ) -> Float[Tensor, "b c h w"]:
-        """Draw one image for each class in `classes` (names or numbers), in [0, 1], on the CPU.
+        """Draw one image for each class in `classes` (names or numbers; of a model of text, prompts), on the CPU.
+
+        Values are in [0, 1].
 
         Args:
+            style: of prompts that name none themselves; the model's first when None.
             seed: the first image's seed (the next ones count on from it), or a seed for each image.
             iterations: K; the model's own default when None, or the number of tokens to draw where that is smaller.
             order: "random", "raster", "halton", "spread", positions, or a function of (grid, seed); the model's own
@@ -185,11 +201,11 @@ class Pipeline:
             settings: of the draw, such as `guidance=1.5` and `temperature=0.9`; see `with_draw`.
 
         Raises:
-            ValueError: an unknown class or setting, K out of range, a bad seed or order, or a model that draws values
-                that are not finite.
+            ValueError: an unknown class (see `given`) or setting, K out of range, a bad seed or order, or a model that
+                draws values that are not finite.
         """
-        labels, drawer = self.labels(classes), self.with_draw(**settings)
-        count, tokens = len(labels), self.config.mar.num_tokens
+        given, drawer = self.given(classes, style), self.with_draw(**settings)
+        count, tokens = len(given), self.config.mar.num_tokens
         if count < 1 or batch_size < 1:
             raise ValueError(f"{count} classes in batches of {batch_size}: expected at least one of each")
         seeds = image_seeds(seed, count)
@@ -210,13 +226,13 @@ class Pipeline:
             rows = slice(first, first + batch_size)
             inpainted = None if images is None or keep is None else (images[rows], keep[rows])
             part = order[rows] if isinstance(order, Tensor) else order
-            drawn.append(drawer._draw(labels[rows], seeds[rows], inpainted, on_iteration, iterations, part))
+            drawn.append(drawer._draw(given[rows], seeds[rows], inpainted, on_iteration, iterations, part))
         return torch.cat(drawn)
 
     @torch.inference_mode()
     def _draw(
         self,
-        labels: list[int],
+        given: Tensor,
         seeds: list[int],
         inpainted: tuple[Float[Tensor, "b c h w"], Bool[Tensor, "b l"]] | None,
         on_iteration: ImageHook | None,
@@ -236,10 +252,10 @@ class Pipeline:
                 on_iteration(k, self.space.decode(tokens).cpu(), drawn.cpu())
 
         tokens = self.sample_tokens(
-            labels, seeds=seeds, iterations=iterations, order=order, known=known, on_iteration=on_iteration and show
+            given, seeds=seeds, iterations=iterations, order=order, known=known, on_iteration=on_iteration and show
         )
         drawn = self.space.decode(tokens)
-        check_finite(drawn, image_names(seeds, labels))
+        check_finite(drawn, image_names(seeds, given))
         space = self.config.space
         if known is not None and space.kind == "pixels":  # the kept tokens' own pixels, which rounding would change
             mask = keep.unflatten(1, space.token_grid)[:, None]
@@ -250,7 +266,7 @@ class Pipeline:
     @torch.inference_mode()
     def sample_tokens(
         self,
-        labels: Iterable[SupportsIndex],
+        classes: Classes,
         *,
         seeds: Seeds,
         iterations: int | None = None,
@@ -258,23 +274,23 @@ class Pipeline:
         known: tuple[Float[Tensor, "b l c"], Bool[Tensor, "b l"]] | None = None,
         on_iteration: TokenHook | None = None,
     ) -> Float[Tensor, "b l c"]:
-        """Draw the tokens of a batch, one image for each label.
+        """Draw the tokens of a batch, one image for each class (as `sample` takes them), or for what `given` returns.
 
         Arguments are those of `sample`, and `known` of `marval.sampling.prepare`; `on_iteration` is given tokens.
         """
-        numbers = self.labels(labels)
-        seeds, draw = image_seeds(seeds, len(numbers)), draw_function(self.config, self.device)
+        given = self.given(classes)
+        seeds, draw = image_seeds(seeds, len(given)), draw_function(self.config, self.device)
         start = prepare(
             self.model, draw, iterations=self.default_iterations if iterations is None else iterations, seeds=seeds,
             orders=self.config.order if order is None else order, known=known,
         )  # fmt: skip
-        condition = self.model.embed(torch.tensor(numbers, device=self.device))
-        with few_threads(self.config.mar, len(numbers), self.device):
+        condition = self.model.embed(given.to(self.device))
+        with few_threads(self.config.mar, len(given), self.device):
             for k, (tokens, places) in enumerate(self.graphs.run(self.model, draw, condition, start)):
                 if on_iteration is not None:
                     nothing = torch.zeros_like(start.order, dtype=torch.bool)
                     on_iteration(k + 1, tokens, nothing.scatter(1, places, True))
-        check_finite(tokens, image_names(seeds, numbers))
+        check_finite(tokens, image_names(seeds, given))
         return tokens
 
     def save(self, folder: Path | str, dtype: torch.dtype = torch.float32) -> None:
@@ -286,6 +302,8 @@ class Pipeline:
         return push_model(repo_id, self.model, self.config, private=private, license=license)
 
 
-def image_names(seeds: list[int], labels: list[int]) -> list[str]:
+def image_names(seeds: list[int], given: Tensor) -> list[str]:
     """Name each image for error messages."""
-    return [f"seed {seed}, class {label}" for seed, label in zip(seeds, labels, strict=True)]
+    if given.is_floating_point():
+        return [f"seed {seed}" for seed in seeds]
+    return [f"seed {seed}, class {label}" for seed, label in zip(seeds, given.tolist(), strict=True)]

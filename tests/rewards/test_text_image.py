@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import text_image
 from marval.data import load_fashion_sample, load_folder
+from marval.io.text import ENCODER, load_encoder
 from marval.rewards import find_reward
 from marval.rewards.weights import described_file
 from marval.runtime.rng import generator
@@ -58,7 +59,7 @@ def test_the_report_is_that_of_the_shipped_head_and_its_phrases(reward, fashion_
     images, labels, names = fashion_images
     phrases = Phrases.read(None, names)
     assert [list(texts) for texts in phrases.held_out] == report["held_out_phrases"]
-    texts = [text_image.embed(reward.text.of, texts) for texts in phrases.held_out]
+    texts = [load_encoder(ENCODER)(texts) for texts in phrases.held_out]
     figures = text_image.retrieval(reward.head, reward.network((images * 255).byte()), labels, texts, best=5)
     assert figures["phrases"] == report["held_out"]["phrases"] == 60
     assert figures["image_to_text"] == pytest.approx(report["held_out"]["image_to_text"], abs=0.08)

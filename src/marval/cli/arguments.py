@@ -31,6 +31,7 @@ def data_of(pipeline: "Pipeline", data: str | None) -> "TrainingData":
     from marval.data import check_data, load_data
 
     space = pipeline.config.space
-    images = load_data(data or pipeline.config.data, size=space.image_size, channels=space.channels)
+    encoder = pipeline.config.encoder
+    images = load_data(data or pipeline.config.data, size=space.image_size, channels=space.channels, encoder=encoder)
     check_data(images, pipeline.config)
     return images

@@ -32,10 +32,11 @@ def convert(kind: Literal["mar", "vae", "onnx"], source: str, out: Path, *, opti
     """
     from marval.io.checkpoint import weights_file
     from marval.io.files import check_replace
+    from marval.io.find import find_model
     from marval.io.official import convert_mar
     from marval.io.onnx import export_onnx
     from marval.io.vae import convert_vae
-    from marval.pipeline import find_model, load
+    from marval.pipeline import load
 
     told = ""
     if kind == "mar":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import marval
 from marval.cli.arguments import BUNDLED, usable_device
-from marval.config import Checked, Count, Dtype, Order, Schedule, Steps
+from marval.config import Checked, Count, Dtype, ModelConfig, Order, Schedule, Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,9 @@ class Images(Checked):
     """what to draw"""
 
     classes: tuple[str, ...] = ()  # names or numbers, with commas or the option again for each; all when left out
-    count: Count = 16  # images; the classes take turns
+    prompt: tuple[str, ...] = ()  # of a model of text; the option again for each; those it knows when left out
+    style: str | None = None  # of the prompts
+    count: Count = 16  # images; the classes, or prompts, take turns
     seed: int = 0  # of the first image; the next ones count on from it
     like: Path | None = None  # draw this picture again, from the recipe that sample or serve left in the PNG
 
@@ -54,6 +56,7 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
     """Draw images: PNG files with their recipes inside, and a grid.
 
     marval sample fashion-student --classes sneaker,bag --count 16 --out samples
+    marval sample runs/student --prompt "a shark" --style 3d --count 8
     marval sample --like samples/00000-sneaker-0.png --out again
 
     Args:
@@ -62,10 +65,9 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
     """
     import torch
 
-    from marval.classes import listed_class_numbers
     from marval.io.checkpoint import model_hash
+    from marval.io.find import find_model
     from marval.io.images import grid, save_picture, to_pil
-    from marval.pipeline import find_model
     from marval.recipe import KEY, make_recipe, plain_name
     from marval.runtime.progress import progress
 
@@ -82,11 +84,10 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
     if drawing.compile:
         pipeline.compile()
     k = pipeline.default_iterations if drawing.iterations is None else drawing.iterations
-    names, digest, count = pipeline.config.class_names, model_hash(find_model(model)), images.count
-    chosen = listed_class_numbers(images.classes, names) if images.classes else range(len(names))
+    digest, count = model_hash(find_model(model)), images.count
     pictures = [
-        make_recipe(model, digest, pipeline, chosen[i % len(chosen)], images.seed + i, k, drawing.order)
-        for i in range(count)
+        make_recipe(model, digest, pipeline, asked, images.seed + i, k, drawing.order)
+        for i, asked in enumerate(asked_for(images, pipeline.config))
     ]
     files = [output.out / f"{i:05d}-{plain_name(r.class_name)}-{r.seed}.png" for i, r in enumerate(pictures)]
     check_targets([*files, output.out / "grid.png"], output.force)
@@ -94,8 +95,8 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
     with progress(count, "drawing images") as advance:
         for first in range(0, count, drawing.batch_size):
             some = slice(first, first + drawing.batch_size)
-            labels, seeds = [r.label for r in pictures[some]], [r.seed for r in pictures[some]]
-            drawn = pipeline.sample(labels, seed=seeds, iterations=k, order=drawing.order, batch_size=len(labels))
+            asked, seeds = [r.asked for r in pictures[some]], [r.seed for r in pictures[some]]
+            drawn = pipeline.sample(asked, seed=seeds, iterations=k, order=drawing.order, batch_size=len(asked))
             for image, file, recipe in zip(drawn, files[some], pictures[some], strict=True):
                 save_picture(file, to_pil(image), {KEY: recipe.to_json()})
             shown += drawn[: max(0, IN_GRID - len(shown))]
@@ -103,6 +104,28 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
     rows = torch.stack(shown).split(math.isqrt(len(shown) - 1) + 1)  # nearly a square
     save_picture(output.out / "grid.png", grid(rows, scale=max(1, 84 // shown[0].shape[-1])))
     print(f"{count} image{'s' if count > 1 else ''} and grid.png in {output.out}")
+
+
+def asked_for(images: Images, config: ModelConfig) -> list[int | str]:
+    """The class or prompt of each image."""
+    from marval.classes import label_of, listed_class_numbers
+    from marval.text import read_prompt, style_number
+
+    chosen: list[int | str]
+    if config.encoder:
+        if images.classes:
+            raise ValueError(f"--classes: {config.name} is a model of text; use --prompt")
+        chosen = [read_prompt(prompt, config, images.style).name(config) for prompt in images.prompt]
+    else:
+        if images.prompt or images.style:
+            raise ValueError(f"--prompt and --style: {config.name} is a model of classes; use --classes")
+        chosen = [*listed_class_numbers(images.classes, config.class_names)]
+    if not chosen:
+        chosen = [label_of(i, config) for i in range(images.count)]
+        if images.style:
+            styles, style = len(config.styles), style_number(images.style, config)
+            chosen = [label_of(i, config) // styles * styles + style for i in range(images.count)]
+    return [chosen[i % len(chosen)] for i in range(images.count)]
 
 
 def check_targets(files: Sequence[Path], force: bool) -> None:

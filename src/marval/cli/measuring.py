@@ -25,7 +25,7 @@ class Measured(Checked):
     repeats: Whole = 5  # timed rounds after one that warms up; 0: only that one, for runs of many minutes
     budget: Positive | None = None  # seconds an image (at the first batch size): name the best setting within them
     rewards: str | None = None  # measure these instead, over all classes, as "clip,image-reward"; nothing is timed
-    prompt: Template = TuneConfig().prompt  # of --rewards; {} is the class's name
+    prompt: Template = TuneConfig().prompt  # of --rewards, of a class: {} is its name
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def evaluate(
         if measured.rewards is not None:
             names = [name.strip() for name in measured.rewards.split(",")]
             rewards = {name: find_reward(name, device=workers.device) for name in names}
-            classes = loaded[0][1].config.class_names
-            measure(loaded, RewardJudge(rewards, measured.prompt, classes, workers.device), quality, out, workers)
+            config = loaded[0][1].config
+            measure(loaded, RewardJudge(rewards, measured.prompt, config, workers.device), quality, out, workers)
             return
         if measured.samples:
             judge = make_judge(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import marval
 from marval.cli.arguments import data_of, usable_device
 from marval.config import Chain, Checked, Count, Name, OneStep, Pairs, Rule
-from marval.presets import DistillConfig, Preset, TrainConfig, TuneConfig, settings_of
+from marval.presets import ENCODER, DistillConfig, Preset, TrainConfig, TuneConfig, settings_of
 from marval.runtime.provenance import command_line
 
 if TYPE_CHECKING:
@@ -55,9 +55,10 @@ class Teacher(Checked):
     """what to train"""
 
     preset: Preset = "fashion-mnist"  # the recipe; imagenet256-* are MAR's, on a cache of latents
-    data: str | None = None  # folder:DIR (a sub-folder of images per class), latents:DIR (marval cache), fashion-mnist
+    data: str | None = None  # folder:DIR (a sub-folder a class, or captions), latents:DIR (marval cache), fashion-mnist
     size: str | None = None  # pixels that a folder's images are brought to, 32 or 48x24 (WIDTHxHEIGHT); inferred
     init: str | None = None  # a model of the same sizes to start from
+    encoder: str = ENCODER  # of captions: the sentence encoder, this package or a folder (docs/text.md)
     name: Name = "teacher"  # the model's name
 
 
@@ -73,7 +74,7 @@ def train(*, what: Teacher, settings: TrainConfig, output: Run) -> None:
     device, spec = output.check(), what.data or what.preset
     if what.preset != "fashion-mnist" and not spec.startswith("latents:"):
         raise ValueError(f"{what.preset} trains on latents: make a cache with marval cache, then --data latents:DIR")
-    images = load_data(spec, size=parse_size(what.size) if what.size else None)
+    images = load_data(spec, size=parse_size(what.size) if what.size else None, encoder=what.encoder)
     if isinstance(images, LatentData):
         config = latent_teacher_config(what.preset, what.name, images, spec, command_line())
     else:
@@ -177,7 +178,7 @@ def tune(student: str, *, rewards: Rewards, settings: TuneConfig, output: TunedR
         raise ValueError(f"{student} is a teacher: distil it first (marval distill)")
     settings = settings.within(pipeline.config.mar.num_tokens)
     config = dataclasses.replace(pipeline.config, source=command_line())
-    samples = output.probe_samples or max(1000, 2 * len(config.class_names))
+    samples = output.probe_samples or (1000 if config.encoder else max(1000, 2 * len(config.class_names)))
     anchor = None
     if settings.anchor and rewards.teacher is not None:
         guide, recipe = marval.load(rewards.teacher), settings_of(DistillConfig, rewards.preset)
@@ -187,7 +188,7 @@ def tune(student: str, *, rewards: Rewards, settings: TuneConfig, output: TunedR
         reward = WeightedReward(parse_rewards(rewards.reward, workers.device))
         if rewards.held_out is not None:
             watched = WeightedReward(parse_rewards(rewards.held_out, workers.device))
-            held_out = RewardJudge({"held out": watched}, settings.prompt, config.class_names, workers.device)
+            held_out = RewardJudge({"held out": watched}, settings.prompt, config, workers.device)
         judge = make_judge(pipeline, rewards.judge_data or rewards.data, rewards.judge, workers, limit=JUDGED)
         if workers.main and judge.classifier is None and held_out is None:
             print("no --judge and no --held-out reward: the Fréchet distance and the diversity alone say when to stop")
@@ -223,7 +224,7 @@ def train_classifier(*, what: Classifier) -> None:
 
     check_output(what.out, folder=False)
     device = usable_device(what.device)
-    images = load_images(what.data, size=parse_size(what.size) if what.size else None)
+    images = load_images(what.data, size=parse_size(what.size) if what.size else None, encoder=ENCODER)
     check_classes(images)
     own = not what.data.startswith("fashion-mnist")
     images, test = split_data(images, what.seed) if own else (images, load_images(what.data, split="test"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from marval.data.captions import TRAIN, Captioned, find_captions
 from marval.data.images import ImageData, in_threads, infer_size
 from marval.io.images import pixels, printable, read_image, readable_suffixes
 from marval.io.official import imagenet_classes
@@ -86,7 +87,13 @@ def _images(folder: Path, others: Counter[str], above: tuple[str, ...] = ()) -> 
 
 
 def load_folder(
-    folder: Path | str, size: tuple[int, int] | None = None, *, limit: int | None = None, channels: int | None = None
+    folder: Path | str,
+    size: tuple[int, int] | None = None,
+    *,
+    limit: int | None = None,
+    channels: int | None = None,
+    encoder: str = "",
+    split: str = TRAIN,
 ) -> ImageData:
     """Load a folder's images (see `list_folder`), scaled to cover `size` and cropped at the centre.
 
@@ -96,19 +103,21 @@ def load_folder(
         size: rows and columns; inferred when None (see `infer_size`).
         limit: read a random sample of at most this many images, the same number of each class where there are enough.
         channels: 3: RGB even where every file is grey.
+        encoder: the sentence encoder of the captions, if there are any (see `find_captions`); "": read classes.
+        split: of the captions' table.
 
     Raises:
-        ValueError: as `list_folder`, or too many files cannot be read.
+        ValueError: as `list_folder` and `find_captions`, or too many files cannot be read.
     """
-    class_names, files = list_folder(Path(folder))
+    class_names, files, captioned = _listed(Path(folder), encoder, split)
     files = files if limit is None else _balanced_sample(files, limit)
     size = infer_size([file for file, _ in files]) if size is None else size
     images = np.empty((len(files), 3, *size), np.uint8)
-    labels, damaged, grey = list[int](), list[str](), channels != 3
+    read, labels, damaged, grey = list[str](), list[int](), list[str](), channels != 3
     with progress(len(files), f"images of {printable(folder)}") as advance:
         enough = 2 * max(size)
         results = in_threads(lambda file: pixels(read_image(Path(file[0]), draft=enough), size), files)
-        for picture, (_, label) in zip(results, files, strict=True):
+        for picture, (file, label) in zip(results, files, strict=True):
             advance(1)
             if isinstance(picture, ValueError):
                 damaged.append(str(picture))
@@ -116,11 +125,26 @@ def load_folder(
                 continue
             images[len(labels)] = picture  # a grey one fills all three channels
             labels.append(label)
+            read.append(file)
             grey &= len(picture) == 1
     if damaged:
         say_once(f"{printable(folder)}: left out {len(damaged)} that cannot be read, such as: {damaged[0]}")
     tensor = torch.from_numpy(images)[: len(labels)]
-    return ImageData(tensor[:, :1].clone() if grey else tensor, torch.tensor(labels), class_names)
+    captions = None if captioned is None else captioned.captions(read, encoder)
+    return ImageData(tensor[:, :1].clone() if grey else tensor, torch.tensor(labels), class_names, captions)
+
+
+def _listed(root: Path, encoder: str, split: str) -> tuple[tuple[str, ...], list[Labelled], Captioned | None]:
+    """List a folder's classes and images as `load_folder` reads them, and its captions."""
+    loose, folders = _entries(root, Counter()) if root.is_dir() else ([], [])
+    captioned = find_captions(root, [] if folders else loose) if encoder else None
+    if captioned is not None:
+        count = len({caption for entry in captioned.entries.values() for caption in entry.captions})
+        say_once(f"{printable(root)}: {len(captioned.entries)} images with {count} different captions")
+        return captioned.concepts, captioned.files(split), captioned
+    if split != TRAIN:
+        raise ValueError(f"{printable(root)} has no table of captions, which names its split {split!r}")
+    return *list_folder(root), None
 
 
 def check_damaged(reasons: Sequence[str], total: int, advice: str = "") -> None:

@@ -12,9 +12,10 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
+from marval.data.captions import Captions
 from marval.io.images import image_size
 from marval.runtime.rng import generator
 from marval.spaces import TokenSpace
@@ -27,11 +28,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images of one size with a class each."""
+    """Images of one size with a class each, or with captions."""
 
     images: UInt8[Tensor, "n c h w"]
     labels: Int[Tensor, " n"]
     class_names: tuple[str, ...]
+    captions: Captions | None = None  # then classes are the concepts that the captions are about
 
     def __len__(self) -> int:
         return len(self.images)
@@ -45,6 +47,10 @@ class ImageData:
     def batch(self, indices: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]:
         """Return images in [0, 1] and their labels."""
         return self.images[indices].float() / 255, self.labels[indices]
+
+    def conditions(self, indices: Int[Tensor, " b"], keys: Int[Tensor, " b"]) -> Shaped[Tensor, "b *f"]:
+        """Return what networks embed: the images' labels or, of each, one of its captions, drawn by its key."""
+        return self.labels[indices] if self.captions is None else self.captions.draw(indices, keys)
 
     def read(self, indices: Int[Tensor, " b"], keys: Int[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
         """Return images as they are stored; nothing is drawn, so `keys` are not used."""

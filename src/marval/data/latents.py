@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from marval.data.captions import Captions
 from marval.runtime.philox import random_words, standard_normal
 from marval.spaces import Latents, TokenSpace
 
@@ -36,6 +37,7 @@ class LatentData:
     image_size: int
     vae: str
     vae_sha256: str = ""
+    captions: Captions | None = None
     _mapped: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # shards in use
 
     def __len__(self) -> int:
@@ -56,6 +58,10 @@ class LatentData:
             raise ValueError(f"{folder} is {kind} cache of latents: run marval cache") from None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / INDEX} is damaged ({error}): remove it and run marval cache") from None
+
+    def conditions(self, indices: Int[Tensor, " b"], keys: Int[Tensor, " b"]) -> Shaped[Tensor, "b *f"]:
+        """Return what networks embed: the images' labels or, of each, one of its captions, drawn by its key."""
+        return self.labels[indices] if self.captions is None else self.captions.draw(indices, keys)
 
     def read(self, indices: Int[Tensor, " b"], keys: Int[Tensor, " b"]) -> Float[Tensor, "b c2 h w"]:
         """Read the posterior's moments of each image or, if its key says so, of its mirror, in half precision."""

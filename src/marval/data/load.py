@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from marval.config import LatentSpace, ModelConfig, PixelSpace
+from marval.data.captions import TRAIN
 from marval.data.fashion import load_fashion_mnist
 from marval.data.folder import load_folder
 from marval.data.images import ImageData
@@ -12,12 +13,14 @@ from marval.data.latents import LatentData
 TrainingData = ImageData | LatentData
 
 
-def load_data(spec: str, size: tuple[int, int] | None = None, *, channels: int | None = None) -> TrainingData:
+def load_data(
+    spec: str, size: tuple[int, int] | None = None, *, channels: int | None = None, encoder: str = ""
+) -> TrainingData:
     """Load what a generator is trained on: images as `load_images`, or "latents:DIR", a cache of a VAE's latents."""
     kind, _, where = spec.partition(":")
     if kind == "latents" and where:
         return LatentData.open(Path(where))
-    return load_images(spec, size=size, channels=channels)
+    return load_images(spec, size=size, channels=channels, encoder=encoder)
 
 
 def load_images(
@@ -27,14 +30,16 @@ def load_images(
     *,
     channels: int | None = None,
     limit: int | None = None,
+    encoder: str = "",
 ) -> ImageData:
-    """Load "fashion-mnist", "fashion-mnist:FOLDER" or "folder:DIR".
+    """Load "fashion-mnist", "fashion-mnist:FOLDER", "folder:DIR", or of captioned images "folder:DIR@SPLIT".
 
     Args:
         split: of Fashion-MNIST, "train" or "test".
         size: rows and columns that a folder's images are brought to; inferred when None.
         channels: 1 or 3, for a folder's images; inferred when None.
         limit: how many of a folder's images are read at most, from all classes alike.
+        encoder: the sentence encoder of a folder's captions, if it has any; "": read classes.
 
     Raises:
         ValueError: an unknown name, or data that cannot be read.
@@ -43,12 +48,21 @@ def load_images(
     if kind == "fashion-mnist":
         return load_fashion_mnist(split, where or None)
     if kind == "folder" and where:
-        return load_folder(where, size, limit=limit, channels=channels)
+        folder, _, part = (where, "", TRAIN) if Path(where).exists() else where.rpartition("@")
+        return load_folder(
+            folder or where, size, limit=limit, channels=channels, encoder=encoder, split=part if folder else TRAIN
+        )
     raise ValueError(f"unknown data {spec!r}: expected fashion-mnist, fashion-mnist:FOLDER, folder:DIR or latents:DIR")
 
 
 def check_classes(data: TrainingData, config: ModelConfig) -> None:
-    """Raise a ValueError unless the data have the model's classes."""
+    """Raise a ValueError unless the data have the model's classes or, of a model of text, its concepts and styles."""
+    captions = data.captions
+    if config.encoder and (captions is None or (captions.styles, captions.encoder) != (config.styles, config.encoder)):
+        raise ValueError(
+            f"the model draws prompts of the styles {', '.join(config.styles) or 'none'}, encoded by {config.encoder}: "
+            "expected images with such captions (docs/text.md)"
+        )
     if data.class_names != config.class_names:
         raise ValueError(
             f"the data's classes ({', '.join(data.class_names[:4])}, ...) are not the model's "

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from marval.data.images import batch_indices
@@ -14,7 +14,7 @@ from marval.runtime.distributed import Workers
 from marval.runtime.philox import stream_keys
 from marval.spaces import TokenSpace
 
-Read = tuple[Tensor, Tensor, Tensor]  # a process's rows of a batch as they are stored, their labels and keys
+Read = tuple[Tensor, Tensor, Tensor]  # a process's rows of a batch as they are stored, their conditions and keys
 
 
 class Loader:
@@ -28,19 +28,19 @@ class Loader:
         self.pool = ThreadPoolExecutor(1)
         self.ahead: dict[int, Future[Read]] = {}
 
-    def __call__(self, update: int) -> Iterator[tuple[slice, Float[Tensor, "b l c"], Int[Tensor, " b"]]]:
-        """Yield the parts of an update's batch: the rows, their tokens and their classes."""
+    def __call__(self, update: int) -> Iterator[tuple[slice, Float[Tensor, "b l c"], Shaped[Tensor, "b *f"]]]:
+        """Yield the parts of an update's batch: the rows, their tokens, and what `MAR.embed` takes of them."""
         reading = self.ahead.pop(update, None) or self.pool.submit(self.read, update)
         self.ahead = {update + 1: self.pool.submit(self.read, update + 1)}
-        stored, labels, keys = (x.to(self.device, non_blocking=True) for x in reading.result())
+        stored, given, keys = (x.to(self.device, non_blocking=True) for x in reading.result())
         for rows in self.parts:
             part = slice(rows.start - self.own.start, rows.stop - self.own.start)
-            yield rows, self.data.tokens(stored[part], keys[part], self.space), labels[part]
+            yield rows, self.data.tokens(stored[part], keys[part], self.space), given[part]
 
     def read(self, update: int) -> Read:
         """Read this process's rows of a batch into memory, from which a GPU copies without waiting."""
         indices = batch_indices(len(self.data), self.batch_size, update, self.seed)[self.own]
-        first = stream_keys([(self.seed, "data", update)])
-        keys = first + torch.arange(self.own.start, self.own.stop)
-        read = self.data.read(indices, keys), self.data.labels[indices], keys
+        streams = stream_keys([(self.seed, "data", update), (self.seed, "captions", update)])
+        keys, own = streams[:, None] + torch.arange(self.own.start, self.own.stop)
+        read = self.data.read(indices, keys), self.data.conditions(indices, own), keys
         return tuple(x.pin_memory() for x in read) if self.device.type == "cuda" else read  # type: ignore[return-value]

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from marval.classes import label_of
 from marval.io.files import atomic_path, check_output, write_tensors, write_text
 from marval.pipeline import Pipeline
 from marval.runtime.distributed import Workers
@@ -56,8 +57,10 @@ class Drawing:
         return None if self.folder is None else self.folder / f"shard-{number:05d}.safetensors"
 
     def labels(self, rows: range) -> Labels:
-        """The classes of some images, in turn."""
-        return torch.tensor([i % len(self.pipeline.config.class_names) for i in rows])
+        """The classes of some images, in turn; of known prompts so many that each has two images or more."""
+        config = self.pipeline.config
+        turns = max(1, self.count // 2) if config.encoder else config.mar.num_labels
+        return torch.tensor([label_of(i % turns, config) for i in rows])
 
     def draw(self, rows: range, advance: Callable[[int], None] = lambda count: None) -> Images:
         """Draw some images, as rounded bytes.

@@ -128,7 +128,7 @@ def check_alike(models: Models) -> None:
     """Check that models draw the same classes in pictures of one form, so that one judge serves them all."""
     first, *others = (pipeline.config for _, pipeline in models)
     for config in others:
-        a, b = ((c.class_names, c.space.image_size, c.space.channels) for c in (first, config))
+        a, b = ((c.class_names, c.styles, c.space.image_size, c.space.channels) for c in (first, config))
         if a != b:
             names = f"{config.name} and {first.name}"
             raise ValueError(f"{names} draw other classes or another form of pictures: measure them apart")

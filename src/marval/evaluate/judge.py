@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from safetensors import SafetensorError
 from torch import Tensor
 
+from marval.config import ModelConfig
 from marval.data import FASHION_FORM, ImageData, check_classes, check_data, load_images
 from marval.evaluate.features import (
     FASHION_STATISTICS,
@@ -35,7 +36,16 @@ from marval.evaluate.fidelity import Columns, Reference
 from marval.evaluate.results import Row, standard_error
 from marval.io.files import cache_folder, sha256_of
 from marval.pipeline import Pipeline
-from marval.rewards import Classifier, Reward, checked, classifier_file, load_classifier, prompts_of, reward_hash
+from marval.rewards import (
+    Classifier,
+    Prompt,
+    Reward,
+    checked,
+    classifier_file,
+    label_prompts,
+    load_classifier,
+    reward_hash,
+)
 from marval.runtime.distributed import Workers
 from marval.runtime.progress import progress
 
@@ -55,6 +65,7 @@ class Judge:
     sample: RealSample | None = None  # for KID, precision and recall
     reference: Reference | None = None
     classifier_sha256: str = ""
+    styles: int = 1  # of a model of text: the classifier tells its sentences apart, whose styles have labels in turn
     part = "quality"  # of the results
 
     @property
@@ -83,8 +94,9 @@ class Judge:
         if self.classifier is not None:
             device = next(self.classifier.parameters()).device
             logits = torch.cat([self.classifier(part.to(device).float() / 255).cpu() for part in images.split(PART)])
-            columns["accuracy"] = (logits.argmax(dim=1) == labels).float()
-            columns["log_probability"] = logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
+            classes = labels // self.styles
+            columns["accuracy"] = (logits.argmax(dim=1) == classes).float()
+            columns["log_probability"] = logits.log_softmax(dim=1).gather(1, classes[:, None])[:, 0]
         if self.reference is not None:
             columns |= self.reference.inception.columns(images)
         return columns
@@ -114,18 +126,23 @@ class Judge:
 
 @dataclass(frozen=True)
 class RewardJudge:
-    """Rewards over class-name prompts: the paper's table of CLIP score and ImageReward, before and after tuning."""
+    """Rewards over all labels' prompts: the paper's table of CLIP score and ImageReward, before and after tuning."""
 
     rewards: Mapping[str, Reward]
-    prompt: str  # {} is the class's name
-    class_names: tuple[str, ...]
+    prompt: str  # {} is the class's name; not of models of text
+    config: ModelConfig  # of the models that draw
     device: torch.device
     part = "rewards"  # of the results
 
     @property
     def about(self) -> dict[str, str]:
         """What results say of it."""
-        return {"prompt": self.prompt}
+        return {"prompt": "{}" if self.config.encoder else self.prompt}
+
+    @functools.cached_property
+    def asked(self) -> list[Prompt]:
+        """The prompt of every label."""
+        return label_prompts(self.prompt, self.config)
 
     @functools.cached_property
     def weights(self) -> dict[str, str]:
@@ -135,12 +152,12 @@ class RewardJudge:
     def measured(self, row: Row) -> bool:
         """Tell whether a row has all that this judge would measure."""
         weights = {name: score.get("sha256") for name, score in row["rewards"].items()}
-        return row.get("prompt") == self.prompt and self.weights.items() <= weights.items()
+        return row.get("prompt") == self.about["prompt"] and self.weights.items() <= weights.items()
 
     @torch.no_grad()
     def columns(self, images: UInt8[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> Columns:
         """Compute every reward of every image with its class's prompt."""
-        prompts = prompts_of(self.prompt, self.class_names, labels.tolist())
+        prompts = [self.asked[label] for label in labels.tolist()]
         columns: Columns = {}
         for name, reward in self.rewards.items():
             parts = [
@@ -156,7 +173,7 @@ class RewardJudge:
         for name, values in columns.items():
             mean, error = (float(f"{value:.6g}") for value in standard_error(values.double().tolist()))
             scores[name] = {"mean": mean, "standard_error": error, "sha256": self.weights[name]}
-        return {"rewards": scores, "prompts": min(len(values), len(self.class_names))}
+        return {"rewards": scores, "prompts": min(len(values), self.config.mar.num_labels)}
 
 
 def make_judge(
@@ -195,7 +212,7 @@ def make_judge(
     check = check_data if space.kind == "pixels" else check_classes
 
     def real_images() -> ImageData:
-        images = load_images(spec, size=space.image_size, channels=space.channels, limit=limit)
+        images = load_images(spec, size=space.image_size, channels=space.channels, limit=limit, encoder=config.encoder)
         check(images, config)
         return images
 
@@ -217,7 +234,8 @@ def make_judge(
                 f"{config.name} draws {', '.join(config.class_names[:4])}, ... in {channels}: make another with marval "
                 "train classifier"
             )
-        judge = replace(judge, classifier=network, classifier_sha256=sha256_of(classifier_file(classifier)))
+        digest, styles = sha256_of(classifier_file(classifier)), max(1, len(config.styles))
+        judge = replace(judge, classifier=network, classifier_sha256=digest, styles=styles)
     return judge
 
 

@@ -10,8 +10,9 @@ import torch
 from marval.config import Chain, Dtype, LatentSpace, MARConfig, ModelConfig, OneStep, Order, Size
 from marval.evaluate.results import Row
 from marval.io.checkpoint import model_hash
+from marval.io.find import find_model
 from marval.model import MAR
-from marval.pipeline import Pipeline, find_model, load
+from marval.pipeline import Pipeline, load
 from marval.runtime.provenance import commit
 from marval.runtime.rng import generator
 from marval.sampling.fast import is_compiled

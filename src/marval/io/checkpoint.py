@@ -24,7 +24,9 @@ MOST_PIXELS = 2**26  # of a model's pictures: 8192 x 8192
 
 def save_model(folder: Path | str, model: MAR, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
     """Write weights and configuration; the file of the weights alone is a whole model."""
-    save_tensors(folder, {name: t.detach().to("cpu", dtype) for name, t in model.state_dict().items()}, config)
+    weights = dict(model.named_parameters())  # a vocabulary is in half precision and stays so
+    tensors = {name: t.detach().to("cpu", dtype if name in weights else None) for name, t in model.state_dict().items()}
+    save_tensors(folder, tensors, config)
 
 
 def save_tensors(folder: Path | str, tensors: dict[str, Tensor], config: ModelConfig) -> None:
@@ -53,15 +55,16 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[MA
             tensors = {name: content.get_tensor(name) for name in names}
     except Exception as error:  # a stranger's bytes raise errors of any kind
         raise ValueError(f"{file} is damaged or no model of marval ({one_line(error)})") from None
-    check_tensors(file, tensors, model.state_dict())
-    model.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=True, assign=True)
+    expected = model.state_dict()
+    check_tensors(file, tensors, expected)
+    model.load_state_dict({name: t.to(expected[name].dtype) for name, t in tensors.items()}, strict=True, assign=True)
     return model.to(device).eval().requires_grad_(False), config
 
 
 def _check_config(config: ModelConfig, tensors: int) -> None:
     """Check a stranger's configuration, of a file with so many tensors, before anything is built by its numbers."""
     mar, space = config.mar, config.space
-    for place in (config.data, getattr(space, "vae", "")):
+    for place in (config.data, config.encoder, getattr(space, "vae", "")):
         if re.search(r"(^|:)[\\/]{2}", place):  # Windows would log in to another machine
             raise ValueError(f"it names {shorten(place)}: expected a place on this machine")
     if mar.buffer_size < 1:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from marval.classes import label_names
 from marval.config import Chain, ModelConfig, PixelSpace
 from marval.io.files import atomic_folder
 from marval.model import MAR
@@ -74,7 +75,7 @@ def export_onnx(model: MAR, config: ModelConfig, iterations: int, file: Path) ->
     inputs, expected = trial(student)
     program = exported(student, inputs)
     program.model.metadata_props.update(
-        model=config.name, iterations=str(iterations), class_names=json.dumps(config.class_names)
+        model=config.name, iterations=str(iterations), class_names=json.dumps(label_names(config))
     )
     with atomic_folder(file.parent) as folder:
         partial = folder / file.name
@@ -91,7 +92,7 @@ def export_onnx(model: MAR, config: ModelConfig, iterations: int, file: Path) ->
 def trial(student: Student, batch: int = 3) -> tuple[dict[str, Tensor], Tensor]:
     """Labels, noise and orders to try a student with, and what `sample` draws of them."""
     rng, mar = generator("onnx"), student.config.mar
-    labels = torch.randint(mar.num_classes, (batch,), generator=rng)
+    labels = torch.randint(mar.num_labels, (batch,), generator=rng)
     noise = torch.randn(batch, mar.num_tokens, mar.token_dim, generator=rng)
     order = random_orders(mar.token_grid, range(batch))
     tokens = sample(

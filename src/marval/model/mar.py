@@ -10,12 +10,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from marval.config import MARConfig
-from marval.model.head import TokenHead
+from marval.model.head import ExactLinear, TokenHead
 
 
 def gather_rows(x: Float[Tensor, "b n d"], index: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
     """Row `index[i, j]` of `x[i]`, for every i and j."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def prompt_vectors(sentences: Float[Tensor, "b e"], styles: Int[Tensor, " b"], num_styles: int) -> Float[Tensor, "b f"]:
+    """Append to each sentence's embedding a 1 at the place of its style, and 0 elsewhere; style -1 is none."""
+    places = torch.arange(num_styles, device=styles.device)
+    return torch.cat([sentences, (styles[:, None] == places).to(sentences)], dim=1)
 
 
 class Attention(nn.Module):
@@ -84,10 +90,15 @@ def blocks(depth: int, dim: int, heads: int, config: MARConfig) -> nn.ModuleList
 class MAR(nn.Module):
     """Masked auto-regressive model: context network and token head, with the official parameter names.
 
-    The encoder sees the buffer tokens (which carry the class) and the visible tokens; the decoder sees the
+    The encoder sees the buffer tokens (which carry the condition) and the visible tokens; the decoder sees the
     buffer, the encoded visible tokens and a mask token at every other position. All index tensors hold
     positions in the token grid, row by row.
+
+    Where text is the condition, a small network of the prompt's embedding and style stands in the place of the table
+    of classes, and `vocabulary` holds the embeddings of the prompts that the model knows.
     """
+
+    vocabulary: Tensor
 
     def __init__(self, config: MARConfig):
         super().__init__()
@@ -95,8 +106,13 @@ class MAR(nn.Module):
         self.checkpoint_blocks = False
         width, decoder_width = config.encoder_dim, config.decoder_dim
         places = config.buffer_size + config.num_tokens
-        self.class_emb = nn.Embedding(config.num_classes, width)
-        self.fake_latent = nn.Parameter(torch.empty(1, width))  # the null class
+        if config.text_dim:
+            self.register_buffer("vocabulary", torch.zeros(config.num_classes, config.text_dim, dtype=torch.float16))
+            inputs = config.text_dim + config.num_styles
+            self.text_emb = nn.Sequential(ExactLinear(inputs, width), nn.SiLU(), ExactLinear(width, width))
+        else:
+            self.class_emb = nn.Embedding(config.num_classes, width)
+        self.fake_latent = nn.Parameter(torch.empty(1, width))  # the null condition
         self.z_proj = nn.Linear(config.token_dim, width)
         self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.empty(1, places, width))
@@ -122,7 +138,7 @@ class MAR(nn.Module):
     def initialize(self, generator: torch.Generator) -> "MAR":
         """Draw fresh weights as the official code does: normal(0.02) embeddings, Xavier linear layers."""
         embeddings = [
-            self.class_emb.weight,
+            *([] if self.config.text_dim else [self.class_emb.weight]),
             self.fake_latent,
             self.mask_token,
             self.encoder_pos_embed_learned,
@@ -138,13 +154,30 @@ class MAR(nn.Module):
         self.head.initialize(generator)
         return self
 
-    def embed(self, labels: Int[Tensor, " b"], drop: Float[Tensor, " b"] | None = None) -> Float[Tensor, "b d"]:
-        """Embed classes as conditions; the null condition where `drop` is 1 (label drop, in training)."""
-        condition = self.class_emb(labels)
+    def known_prompts(self, labels: Int[Tensor, " b"]) -> Float[Tensor, "b f"]:
+        """The vectors of prompts that the model knows; a label counts the styles of the first, of the second, ..."""
+        styles = self.config.num_styles
+        sentences = self.vocabulary[labels // max(1, styles)].to(self.fake_latent.dtype)
+        return prompt_vectors(sentences, labels % max(1, styles), styles)
+
+    def embed(
+        self, given: Int[Tensor, " b"] | Float[Tensor, "b f"], drop: Float[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        """Embed classes as conditions; the null condition where `drop` is 1 (label drop, in training).
+
+        Args:
+            given: labels or, where text is the condition, labels of known prompts or the vectors of any prompts (see
+                `prompt_vectors`).
+        """
+        if self.config.text_dim:
+            vectors = given if given.is_floating_point() else self.known_prompts(given)
+            condition = self.text_emb(vectors).to(self.fake_latent.dtype)
+        else:
+            condition = self.class_emb(given)
         return condition if drop is None else torch.lerp(condition, self.fake_latent, drop[:, None])
 
     def null_condition(self, batch: int) -> Float[Tensor, "b d"]:
-        """The condition without a class, for each image of a batch."""
+        """The condition without a class or prompt, for each image of a batch."""
         return self.fake_latent.repeat(batch, 1)  # no view: sharded weights are freed after the call
 
     def encode(

@@ -19,8 +19,9 @@ from torch import Tensor
 from marval.config import Chain, Checked, Count, Guidance, Order, Rule, Share
 from marval.evaluate.speed import synchronize
 from marval.io.checkpoint import model_hash
+from marval.io.find import find_model
 from marval.io.images import png_bytes, read_image, to_pil
-from marval.pipeline import Pipeline, find_model, load
+from marval.pipeline import Pipeline, load
 from marval.recipe import KEY, LONGEST, MOST_PIXELS, Recipe, draw_recipe, encode_picture, make_recipe, plain_name
 from marval.runtime.rng import generator
 

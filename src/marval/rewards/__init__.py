@@ -14,7 +14,7 @@ from marval.rewards.base import (
     reward_identity,
 )
 from marval.rewards.classifier import Classifier, ClassifierReward, classifier_file, load_classifier
-from marval.rewards.prompts import Prompt, prompts_of
+from marval.rewards.prompts import Prompt, label_prompts, prompts_of
 
 __all__ = [
     "KNOWN",
@@ -26,6 +26,7 @@ __all__ = [
     "checked",
     "classifier_file",
     "find_reward",
+    "label_prompts",
     "load_classifier",
     "parse_rewards",
     "prompts_of",

@@ -1,16 +1,21 @@
 """Prompts that know the class that they ask for, and what is computed of prompts, once each."""
 
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from marval.classes import label_names
+from marval.config import ModelConfig
+
 
 class Prompt(str):
-    """A text, and the class that it asks for: a reward may read either. A plain text asks for no class."""
+    """A text, and the class (and style) that it asks for: a reward may read each. A plain text asks for no class."""
 
     class_name: str = ""
+    style: str = ""
 
     @classmethod
     def of(cls, template: str, class_name: str) -> "Prompt":
@@ -25,6 +30,16 @@ class Prompt(str):
 def prompts_of(template: str, class_names: Sequence[str], labels: Sequence[int]) -> list[Prompt]:
     """A prompt for each label, as `Prompt.of` makes it."""
     return [Prompt.of(template, class_names[label]) for label in labels]
+
+
+def label_prompts(template: str, config: ModelConfig) -> list[Prompt]:
+    """The prompt of every label: of a class as `Prompt.of` makes it; of a model of text the known prompt itself."""
+    if not config.encoder:
+        return prompts_of(template, config.class_names, range(len(config.class_names)))
+    prompts = [Prompt(name) for name in label_names(config)]
+    for prompt, (name, style) in zip(prompts, product(config.class_names, config.styles or ("",)), strict=True):
+        prompt.class_name, prompt.style = name, style
+    return prompts
 
 
 class Prompts:

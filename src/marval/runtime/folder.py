@@ -107,6 +107,9 @@ def data_identity(data: TrainingData) -> str:
         return f"{len(data)} latents (sha256 {hashlib.sha256(plan.encode()).hexdigest()})"
     digest = hashlib.sha256(json.dumps([data.shape, data.class_names, data.labels.tolist()]).encode())
     digest.update(data.images.contiguous().numpy().data)
+    if (said := data.captions) is not None:
+        rows = said.rows.tolist(), said.starts.tolist(), said.style.tolist()
+        digest.update(json.dumps([said.encoder, said.texts, said.styles, rows]).encode())
     return f"{len(data)} images (sha256 {digest.hexdigest()})"
 
 

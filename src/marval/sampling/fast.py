@@ -170,7 +170,7 @@ def cast_frozen(model: MAR) -> MAR:
     model = copy.deepcopy(model)
     head = set(model.head.modules())
     for layer in model.modules():
-        if isinstance(layer, nn.Linear) and layer not in head:
+        if isinstance(layer, nn.Linear) and not isinstance(layer, ExactLinear) and layer not in head:
             layer.bfloat16()
     return model
 

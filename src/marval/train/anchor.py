@@ -58,6 +58,7 @@ def anchor_of(
         (
             dataclasses.replace(c.mar, guidance_range=None),
             c.class_names,
+            c.styles,
             c.space.token_dim,
             c.space.shift,
             c.space.scale,

@@ -30,7 +30,7 @@ from marval.train.draws import GSIMDraws, NoiseLevels, gsim_draws
 from marval.train.flops import gsim_flops
 
 Probe = Callable[[Pipeline], dict[str, float]]  # figures of a model, on fixed seeds
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # of a context network: tokens, visible positions, targets, classes
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # of a context network: tokens, visible positions, targets, conditions
 # A part's tokens as the student drew them, which phi learns from: weight in the batch, contexts, w, x_0, levels.
 DrawnPart = tuple[float, Tensor, Guidance, Tensor, list[NoiseLevels]]
 
@@ -72,16 +72,16 @@ def masked_parts(
     draws = gsim_draws(settings, student.mar, update, workers.device)
     revealed = revealed_after(draws.visible.shape[1], student.mar.num_tokens, student.iterations)
     w = guidance_at(student.draw.guidance, student.draw.guidance_schedule, revealed)
-    for rows, tokens, labels in loader(update):
+    for rows, tokens, given in loader(update):
         part = draws.part(rows)
         own = w if part.guidance is None else part.guidance
-        yield workers.share(rows, settings.batch_size), own, (tokens, part.visible, part.targets, labels), part
+        yield workers.share(rows, settings.batch_size), own, (tokens, part.visible, part.targets, given), part
 
 
 def target_contexts(model: MAR, inputs: Inputs, *, guided: bool, autocast: bool) -> Float[Tensor, "g n d"]:
     """The contexts `c` of the targets in float32: conditional and, when `guided`, null."""
-    tokens, visible, targets, labels = inputs
-    conditions = [model.embed(labels), *([model.null_condition(len(labels))] if guided else [])]
+    tokens, visible, targets, given = inputs
+    conditions = [model.embed(given), *([model.null_condition(len(given))] if guided else [])]
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
         contexts, _ = model.advance(model.start(*conditions), tokens, visible, targets)
     return contexts.float()

@@ -122,7 +122,7 @@ def tune_draws(
 ) -> tuple[Int[Tensor, " b"], list[int], Float[Tensor, "1 b l c"], Float[Tensor, " b"] | None]:
     """Draw a batch's classes and seeds (of orders), which the host must know, the student's noise, and its w."""
     host = generator(settings.seed, "tune", update)
-    labels = torch.randint(mar.num_classes, (settings.batch_size,), generator=host)
+    labels = torch.randint(mar.num_labels, (settings.batch_size,), generator=host)
     seeds = torch.randint(2**62, (settings.batch_size,), generator=host).tolist()
     rng = generator(settings.seed, "tune noise", update, device=device)
     shape = (1, settings.batch_size, mar.num_tokens, mar.token_dim)

@@ -5,7 +5,7 @@ import dataclasses
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, PixelSpace
@@ -43,7 +43,15 @@ def teacher_config(name: str, data: ImageData, data_spec: str, source: str = "")
     space = PixelSpace((rows, columns), data.images.shape[1], patch, shift, 1 / spread)
     mar = MARConfig.fashion(space.token_grid, space.token_dim, len(data.class_names))
     draw, iterations = Chain(guidance=3.0, clip=True), min(16, mar.num_tokens)
-    return ModelConfig(mar, space, draw, data.class_names, iterations, name, data_spec, source)
+    return conditioned(ModelConfig(mar, space, draw, data.class_names, iterations, name, data_spec, source), data)
+
+
+def conditioned(config: ModelConfig, data: TrainingData) -> ModelConfig:
+    """The configuration of a model of text, where the data have captions; else as it is."""
+    if (said := data.captions) is None:
+        return config
+    mar = dataclasses.replace(config.mar, text_dim=said.sentences.shape[1], num_styles=len(said.styles))
+    return dataclasses.replace(config, mar=mar, encoder=said.encoder, styles=said.styles)
 
 
 def latent_teacher_config(preset: str, name: str, data: LatentData, data_spec: str, source: str = "") -> ModelConfig:
@@ -58,20 +66,21 @@ def latent_teacher_config(preset: str, name: str, data: LatentData, data_spec: s
         num_classes=len(data.class_names),
     )  # fmt: skip
     iterations = min(64, mar.num_tokens)
-    return ModelConfig(mar, space, Chain(guidance=2.9), data.class_names, iterations, name, data_spec, source)
+    config = ModelConfig(mar, space, Chain(guidance=2.9), data.class_names, iterations, name, data_spec, source)
+    return conditioned(config, data)
 
 
 def teacher_loss(
     model: MAR,
     schedule: NoiseSchedule,
     tokens: Float[Tensor, "b l c"],
-    labels: Int[Tensor, " b"],
+    given: Shaped[Tensor, "b *f"],
     draws: TeacherDraws,
     autocast: bool,
 ) -> Float[Tensor, ""]:
     """The diffusion loss of some images' targets (`draws.part`), in the context of their visible tokens."""
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
-        condition = model.embed(labels, draws.drop)
+        condition = model.embed(given, draws.drop)
         context = model.context(tokens, draws.visible, draws.targets, condition).flatten(0, 1)
         x_0 = gather_rows(tokens, draws.targets).flatten(0, 1)
         return denoising_loss(model.head, schedule, x_0, context, *draws.levels).mean()
@@ -107,6 +116,9 @@ def train_teacher(
     workers, device, batch_size = run.workers, run.workers.device, settings.batch_size
     first = init or MAR(config.mar).initialize(generator(settings.seed, "weights"))
     model, ema, adam = copy_teacher(first, settings, workers)
+    if data.captions is not None:
+        for network in (model, ema):
+            network.vocabulary.copy_(data.captions.sentences[: config.mar.num_classes])
     described = {**config.to_dict(), **dataclasses.asdict(settings), "data_set": data_identity(data), "init": begun}
     state = State(run, described, {"model": model, "ema": ema}, {"model": adam})
     start, _ = state.load()
@@ -119,10 +131,10 @@ def train_teacher(
         draws = teacher_draws(settings, config.mar, update, device)
         figures = Figures()
         with fast_products(device):
-            for i, (rows, tokens, labels) in enumerate(loader(update)):
+            for i, (rows, tokens, given) in enumerate(loader(update)):
                 if config.mar.dropout:
                     torch.manual_seed(generator(settings.seed, "dropout", update, workers.rank, i).initial_seed())
-                loss = teacher_loss(model, schedule, tokens, labels, draws.part(rows), settings.autocast)
+                loss = teacher_loss(model, schedule, tokens, given, draws.part(rows), settings.autocast)
                 share = workers.share(rows, batch_size)
                 (loss * share).backward()
                 add_means(figures, share, loss=loss)

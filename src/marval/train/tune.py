@@ -12,7 +12,7 @@ from marval.losses.reward import policy_loss
 from marval.model import MAR
 from marval.pipeline import Pipeline
 from marval.presets import TuneConfig
-from marval.rewards import Reward, prompts_of, reward_identity
+from marval.rewards import Reward, label_prompts, reward_identity
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import Run, data_identity, model_identity
 from marval.runtime.log import LOG, Figures, Log, add_means, due
@@ -123,7 +123,7 @@ def tune(
         keeper.see(probe(Pipeline(ema, config, space)))
         save_network(run.folder / "model", merged(ema), config, workers)
         log(0, dict(keeper.first))
-    done = start
+    done, asked = start, label_prompts(settings.prompt, config)
 
     for update in workers.updates(start, settings.updates):
         if keeper.stopped:
@@ -137,7 +137,7 @@ def tune(
                 for share, labels, how in tune_parts(settings, config, update, workers):
                     tokens = sample(student, draw, student.embed(labels.to(device)), **how)
                     images = space.decode(tokens)
-                    prompts = prompts_of(settings.prompt, config.class_names, labels.tolist())
+                    prompts = [asked[label] for label in labels.tolist()]
                     loss, rewards = workers.together(policy_loss, reward, images, prompts)
                     (loss * share).backward()
                     add_means(figures, share, reward=rewards)

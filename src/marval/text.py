@@ -1,0 +1,140 @@
+"""Prompts as people type them, to what a model of text reads: a sentence's embedding, and a style."""
+
+import difflib
+import functools
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import SupportsIndex
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from marval.config import ModelConfig
+from marval.io.text import load_encoder
+from marval.model import MAR
+from marval.model.mar import prompt_vectors
+from marval.runtime.rng import whole_number
+
+LONGEST = 1000  # characters of a prompt
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """A prompt as a model of text reads it."""
+
+    sentence: str  # as the model knows it or, where it does not, as it was typed; without its style
+    style: int = 0  # its number among the model's; 0 where it has none
+    known: int = -1  # the number of the sentence among those that the model knows; -1 where it does not
+
+    def name(self, config: ModelConfig) -> str:
+        """The prompt in words, such as "taxi, 3d style"."""
+        return f"{self.sentence}, {config.styles[self.style]} style" if config.styles else self.sentence
+
+    def label(self, config: ModelConfig) -> int:
+        """Its label (see `marval.classes.label_names`); -1 where the model does not know it."""
+        return -1 if self.known < 0 else self.known * max(1, len(config.styles)) + self.style
+
+
+def plain_sentence(text: str) -> str:
+    """A sentence without what does not matter: case, spaces, an article in front, how accents are written."""
+    words = unicodedata.normalize("NFC", text).casefold().split()
+    return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
+
+
+@functools.lru_cache(maxsize=8)
+def numbers_of(sentences: tuple[str, ...]) -> dict[str, int]:
+    """The number of each sentence, by its plain form."""
+    return {plain_sentence(sentence): number for number, sentence in reversed([*enumerate(sentences)])}
+
+
+def plain_style(text: str) -> str:
+    """A style by its letters and digits: "3-D style" is "3d"."""
+    return re.sub(r"[\W_]", "", text.casefold()).removesuffix("style")
+
+
+def style_number(style: str, config: ModelConfig) -> int:
+    """The number of a style, however it is written.
+
+    Raises:
+        ValueError: the model has no such style.
+    """
+    names = [plain_style(name) for name in config.styles]
+    if plain_style(style) not in names:
+        raise ValueError(
+            f"style {style[:60]!r}: expected {', '.join(config.styles) or 'none, which this model has not'}"
+        )
+    return names.index(plain_style(style))
+
+
+def read_prompt(item: str | SupportsIndex, config: ModelConfig, style: str | None = None) -> TextPrompt:
+    """Read a prompt, which may end with a comma and one of the model's styles: "a taxi, 3-D style"; or a label.
+
+    Args:
+        style: where the prompt itself names none; the model's first when None.
+
+    Raises:
+        ValueError: an unknown style, an empty prompt, or no label of the model.
+    """
+    styles = max(1, len(config.styles))
+    if not isinstance(item, str):
+        try:
+            label = whole_number(item)
+        except TypeError as error:
+            raise ValueError(f"{error}: expected a prompt, or the number of one") from None
+        if not 0 <= label < config.mar.num_labels:
+            raise ValueError(f"prompt number {label}: expected 0 to {config.mar.num_labels - 1}")
+        return TextPrompt(config.class_names[label // styles], label % styles, label // styles)
+    sentence, number = item, 0 if style is None else style_number(style, config)
+    front, _, end = item.rpartition(",")
+    if front.strip() and plain_style(end) in map(plain_style, config.styles):
+        sentence, number = front, style_number(end, config)
+    sentence = sentence.strip()
+    if not 1 <= len(sentence) <= LONGEST:
+        raise ValueError(f"prompt {item[:60]!r}: expected 1 to {LONGEST} characters")
+    known = numbers_of(config.class_names).get(plain_sentence(sentence), -1)
+    return TextPrompt(sentence if known < 0 else config.class_names[known], number, known)
+
+
+def vectors_of(prompts: Sequence[TextPrompt], config: ModelConfig, model: MAR) -> Float[Tensor, "b f"]:
+    """What `MAR.embed` takes of prompts; those that the model does not know are encoded.
+
+    Raises:
+        ValueError: a prompt that the model does not know, and no encoder here; the nearest known ones are suggested.
+    """
+    known, weight = model.vocabulary, model.fake_latent
+    if not prompts:
+        return torch.zeros(0, config.mar.text_dim + config.mar.num_styles)
+    sentences = torch.stack(
+        [known[p.known] if p.known >= 0 else encoded(p.sentence, config).to(known) for p in prompts]
+    )
+    styles = torch.tensor([prompt.style for prompt in prompts], device=weight.device)
+    return prompt_vectors(sentences.to(weight.dtype), styles, len(config.styles))
+
+
+def encoded(sentence: str, config: ModelConfig) -> Float[Tensor, " e"]:
+    """A sentence's embedding, rounded as those that the model knows are.
+
+    Raises:
+        ValueError: as `vectors_of`.
+    """
+    try:
+        return load_encoder(config.encoder)([sentence])[0].half()
+    except ValueError as error:
+        near = difflib.get_close_matches(plain_sentence(sentence), config.class_names, n=3, cutoff=0.4)
+        known = ", ".join(map(repr, near or config.class_names[:5]))
+        raise ValueError(
+            f"{sentence[:60]!r} is none of the prompts that the model knows ({known}, ...): {error}"
+        ) from None
+
+
+def nearest_prompts(sentence: str, config: ModelConfig, model: MAR, count: int = 3) -> list[str]:
+    """The prompts that the model knows whose meaning is nearest to a sentence's, the nearest first.
+
+    Raises:
+        ValueError: as `vectors_of`.
+    """
+    near = (model.vocabulary.float().cpu() @ encoded(sentence, config).float()).topk(min(count, config.mar.num_classes))
+    return [config.class_names[i] for i in near.indices.tolist()]
