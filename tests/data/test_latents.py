@@ -15,6 +15,7 @@ from marval.data.loader import Loader
 from marval.io.checkpoint import load_model
 from marval.io.images import centre_crop
 from marval.io.official import imagenet_classes
+from marval.io.text import ENCODER
 from marval.io.vae import vae_hash, vae_place
 from marval.presets import TrainConfig
 from marval.runtime.distributed import Workers
@@ -22,6 +23,7 @@ from marval.runtime.folder import open_run
 from marval.runtime.philox import stream_keys
 from marval.spaces import Latents, Pixels
 from marval.train.teacher import latent_teacher_config, train_teacher
+from texts import write_captioned
 from tiny import tiny_config, tiny_data
 
 COUNT = 13
@@ -92,6 +94,23 @@ def test_a_cache_holds_the_moments_of_every_image_and_its_mirror(pictures, tmp_p
     assert tokens.shape == (50 * COUNT, 16, 2)
     assert tokens.std().item() == pytest.approx(1, rel=0.03)
     assert cache(pictures, tmp_path / "cache", scale=0.2325).scale == 0.2325
+
+
+def test_a_cache_of_captioned_images_trains_a_model_of_text(tmp_path, encoder):
+    root = write_captioned(tmp_path / "emoji")
+    (root / "taxi-3d.png").write_bytes(b"damaged")
+    cache(root, tmp_path / "cache")
+    data, images = (load_data(spec, encoder=ENCODER) for spec in (f"latents:{tmp_path / 'cache'}", f"folder:{root}"))
+    assert (data.class_names, data.labels.tolist()) == (("shark", "taxi", "apple"), [0, 0, 1, 2])
+    assert data.captions.to_dict() == images.captions.to_dict()
+    everything, keys = torch.arange(4), torch.arange(4)
+    assert torch.equal(data.conditions(everything, keys), images.conditions(everything, keys))
+    config = latent_teacher_config("fashion-mnist", "t", data, "latents:cache")
+    assert (config.mar.encoder_dim, config.mar.token_grid, config.mar.token_dim) == (128, (4, 4), 2)  # the small one
+    assert (config.mar.text_dim, config.styles, config.encoder) == (8, ("3d", "flat"), ENCODER)
+    check_data(data, config)
+    with pytest.raises(ValueError, match="expected images with such captions"):
+        check_data(load_data(f"latents:{tmp_path / 'cache'}"), config)
 
 
 @pytest.mark.parametrize("kind", ["latents", "pixels"])

@@ -16,7 +16,8 @@ from jaxtyping import Float, UInt8
 from safetensors import safe_open
 from torch import Tensor
 
-from marval.data.folder import Labelled, check_damaged, list_folder
+from marval.data.captions import Captioned
+from marval.data.folder import Labelled, check_damaged, list_images
 from marval.data.images import in_threads
 from marval.data.latents import INDEX, PLAN, LatentData, shard_file
 from marval.io.files import write_tensors, write_text
@@ -39,7 +40,7 @@ def cache_latents(
     scale: float | None = None,
     workers: Workers | None = None,
 ) -> LatentData | None:
-    """Encode a folder of images (one sub-folder per class) into a cache; goes on where an earlier run stopped.
+    """Encode a folder of images (of classes, or with captions) into a cache; goes on where an earlier run stopped.
 
     Args:
         vae: the VAE's folder or hub id, which the index names for the models trained on the cache.
@@ -50,7 +51,8 @@ def cache_latents(
     Returns:
         The cache; None when the run was asked to stop.
     """
-    workers, (class_names, files) = workers or Workers(), list_folder(images)
+    workers = workers or Workers()
+    class_names, files, captioned = list_images(images, captions=True)
     encoder = load_vae(vae, workers.device, download=True)
     trial = _moments(encoder, torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8), workers.device)
     if not math.log2(image_size / trial.shape[-1]).is_integer():
@@ -78,7 +80,7 @@ def cache_latents(
         return None
     if workers.main:
         about = {"class_names": class_names, "scale": scale, "vae": vae_place(vae), "vae_sha256": sha256}
-        _write_index(out, {**plan, **about}, len(shards))
+        _write_index(out, {**plan, **about}, shards, captioned)
     workers.barrier()
     return LatentData.open(out)
 
@@ -120,7 +122,7 @@ def _encode(
     device: torch.device,
     advance: Callable[[int], None],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Encode a shard's files, while the next ones are decoded, to moments and labels.
+    """Encode a shard's files, while the next ones are decoded, to moments and labels; `kept` are these files' places.
 
     Beside them it says why damaged ("corrupt") images cannot be read, and the number, expected sum and sum of squares
     of the latents' samples, on which the scale is fitted.
@@ -130,14 +132,14 @@ def _encode(
         picture = centre_crop(read_image(Path(file[0])).convert("RGB"), size)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
-    moments, labels, damaged = [torch.zeros(0, 2, 2, 0, 0)], list[int](), list[str]()
-    results = zip(in_threads(read, files), files, strict=True)
+    moments, kept, damaged = [torch.zeros(0, 2, 2, 0, 0)], list[int](), list[str]()
+    results = zip(in_threads(read, files), range(len(files)), strict=True)
     while batch := list(islice(results, batch_size)):
         damaged += [str(image) for image, _ in batch if isinstance(image, ValueError)]
-        images = [(image, label) for image, (_, label) in batch if isinstance(image, Tensor)]
+        images = [(image, place) for image, place in batch if isinstance(image, Tensor)]
         if images:
             moments.append(_moments(vae, torch.stack([image for image, _ in images]), device))
-            labels += [label for _, label in images]
+            kept += [place for _, place in images]
         advance(len(batch))
     encoded = torch.cat(moments[1:] or moments)
     if not encoded.half().isfinite().all():
@@ -145,18 +147,24 @@ def _encode(
     mean, log_variance = (part.double() for part in encoded.chunk(2, dim=2))
     square = mean.square() + log_variance.clamp(-30, 20).exp()
     sums = {"sum": mean.sum().item(), "square": square.sum().item(), "numbers": mean.numel()}
-    return {"moments": encoded.half(), "labels": torch.tensor(labels).long()}, {**sums, "corrupt": damaged}
+    labels = torch.tensor([files[place][1] for place in kept]).long()
+    tensors = {"moments": encoded.half(), "labels": labels, "kept": torch.tensor(kept).long()}
+    return tensors, {**sums, "corrupt": damaged}
 
 
-def _write_index(out: Path, about: dict[str, Any], shards: int) -> None:
-    """Gather what the shards say into the index, and print it."""
+def _write_index(
+    out: Path, about: dict[str, Any], shards: Sequence[Sequence[Labelled]], captioned: Captioned | None
+) -> None:
+    """Gather what the shards say into the index, with the captions of their images, and print it."""
     counts, labels, damaged = list[int](), list[int](), list[str]()
-    shape, sums = [0, 0, 0], Counter[str]()
-    for file in (shard_file(out, i) for i in range(shards)):
-        with safe_open(file, framework="pt") as content:
+    shape, sums, kept = [0, 0, 0], Counter[str](), list[str]()
+    for i, files in enumerate(shards):
+        with safe_open(shard_file(out, i), framework="pt") as content:
             metadata = json.loads(content.metadata()["marval"])
             count, *size = content.get_slice("moments").get_shape()
             labels += content.get_tensor("labels").tolist()
+            if captioned is not None:
+                kept += [files[place][0] for place in content.get_tensor("kept").tolist()]
         if count:
             shape = [size[1] // 2, *size[2:]]
         counts.append(count)
@@ -166,6 +174,8 @@ def _write_index(out: Path, about: dict[str, Any], shards: int) -> None:
     fitted = 1 / math.sqrt(sums["square"] / sums["numbers"] - (sums["sum"] / sums["numbers"]) ** 2)
     scale = fitted if about["scale"] is None else about["scale"]
     index = {"counts": counts, "labels": labels, "shape": shape, "fitted_scale": fitted, "corrupt": damaged}
+    if captioned is not None:
+        index["captions"] = captioned.captions(kept, "").to_dict()
     write_text(out / INDEX, json.dumps({**about, "scale": scale, **index}) + "\n")
     left_out = f", {len(damaged)} that cannot be read are listed in {out / INDEX}" if damaged else ""
     print(f"{sum(counts)} images and their mirrors in {out}{left_out}; the latents' scale (1 / std) is {fitted:.4f}")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -41,6 +42,17 @@ class Captions:
     starts: Int[Tensor, " n1"]  # of each image's captions in `rows`, and their end
     styles: tuple[str, ...]
     style: Int[Tensor, " n"]  # of each image; -1: none
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the encoder, ready for JSON."""
+        lists = {name: getattr(self, name).tolist() for name in ("rows", "starts", "style")}
+        return {"texts": self.texts, "styles": self.styles, **lists}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], encoder: str) -> "Captions":
+        """The inverse of `to_dict`."""
+        rows, starts, style = (torch.tensor(values[name]) for name in ("rows", "starts", "style"))
+        return cls(encoder_place(encoder), tuple(values["texts"]), rows, starts, tuple(values["styles"]), style)
 
     @functools.cached_property
     def sentences(self) -> Float[Tensor, "t e"]:

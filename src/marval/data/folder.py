@@ -109,7 +109,7 @@ def load_folder(
     Raises:
         ValueError: as `list_folder` and `find_captions`, or too many files cannot be read.
     """
-    class_names, files, captioned = _listed(Path(folder), encoder, split)
+    class_names, files, captioned = list_images(Path(folder), captions=bool(encoder), split=split)
     files = files if limit is None else _balanced_sample(files, limit)
     size = infer_size([file for file, _ in files]) if size is None else size
     images = np.empty((len(files), 3, *size), np.uint8)
@@ -134,10 +134,16 @@ def load_folder(
     return ImageData(tensor[:, :1].clone() if grey else tensor, torch.tensor(labels), class_names, captions)
 
 
-def _listed(root: Path, encoder: str, split: str) -> tuple[tuple[str, ...], list[Labelled], Captioned | None]:
-    """List a folder's classes and images as `load_folder` reads them, and its captions."""
+def list_images(
+    root: Path, *, captions: bool, split: str = TRAIN
+) -> tuple[tuple[str, ...], list[Labelled], Captioned | None]:
+    """List a folder's concepts and images by its captions (see `find_captions`), or its classes (`list_folder`).
+
+    Raises:
+        ValueError: as both, or a split where there are no captions.
+    """
     loose, folders = _entries(root, Counter()) if root.is_dir() else ([], [])
-    captioned = find_captions(root, [] if folders else loose) if encoder else None
+    captioned = find_captions(root, [] if folders else loose) if captions else None
     if captioned is not None:
         count = len({caption for entry in captioned.entries.values() for caption in entry.captions})
         say_once(f"{printable(root)}: {len(captioned.entries)} images with {count} different captions")

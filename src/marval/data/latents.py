@@ -44,14 +44,15 @@ class LatentData:
         return len(self.labels)
 
     @classmethod
-    def open(cls, folder: Path) -> "LatentData":
-        """Open a cache that `cache_latents` finished."""
+    def open(cls, folder: Path, encoder: str = "") -> "LatentData":
+        """Open a cache that `cache_latents` finished; with its captions where their sentence `encoder` is named."""
         try:
             index = json.loads((folder / INDEX).read_text())
             starts = (0, *accumulate(index["counts"][:-1]))
             return cls(
                 folder, torch.tensor(index["labels"]), tuple(index["class_names"]), tuple(index["shape"]),
                 starts, index["scale"], index["image_size"], index["vae"], index.get("vae_sha256", ""),
+                Captions.from_dict(index["captions"], encoder) if encoder and index.get("captions") else None,
             )  # fmt: skip
         except FileNotFoundError:
             kind = "an unfinished" if (folder / PLAN).is_file() else "no"

@@ -19,7 +19,7 @@ def load_data(
     """Load what a generator is trained on: images as `load_images`, or "latents:DIR", a cache of a VAE's latents."""
     kind, _, where = spec.partition(":")
     if kind == "latents" and where:
-        return LatentData.open(Path(where))
+        return LatentData.open(Path(where), encoder)
     return load_images(spec, size=size, channels=channels, encoder=encoder)
 
 

@@ -102,14 +102,14 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def data_identity(data: TrainingData) -> str:
     """Identify a data set: how many images, and a hash of their bytes (of a cache: of its plan)."""
+    said = None if data.captions is None else {"encoder": data.captions.encoder, **data.captions.to_dict()}
+    captions = "" if said is None else json.dumps(said)
     if isinstance(data, LatentData):
         plan = json.dumps({"plan": (data.folder / PLAN).read_text(), "scale": data.scale})
-        return f"{len(data)} latents (sha256 {hashlib.sha256(plan.encode()).hexdigest()})"
-    digest = hashlib.sha256(json.dumps([data.shape, data.class_names, data.labels.tolist()]).encode())
+        return f"{len(data)} latents (sha256 {hashlib.sha256((plan + captions).encode()).hexdigest()})"
+    about = json.dumps([data.shape, data.class_names, data.labels.tolist()])
+    digest = hashlib.sha256((about + captions).encode())
     digest.update(data.images.contiguous().numpy().data)
-    if (said := data.captions) is not None:
-        rows = said.rows.tolist(), said.starts.tolist(), said.style.tolist()
-        digest.update(json.dumps([said.encoder, said.texts, said.styles, rows]).encode())
     return f"{len(data)} images (sha256 {digest.hexdigest()})"
 
 

@@ -14,7 +14,7 @@ from marval.data.loader import Loader
 from marval.losses.denoising import denoising_loss
 from marval.model import MAR, NoiseSchedule
 from marval.model.mar import gather_rows
-from marval.presets import TrainConfig, preset_size
+from marval.presets import PRESETS, TrainConfig, preset_size
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import Run, data_identity, model_identity
 from marval.runtime.log import LOG, Figures, Log, add_means, due
@@ -55,18 +55,19 @@ def conditioned(config: ModelConfig, data: TrainingData) -> ModelConfig:
 
 
 def latent_teacher_config(preset: str, name: str, data: LatentData, data_spec: str, source: str = "") -> ModelConfig:
-    """A full-size teacher ("imagenet256-base", "-large" or "-huge") for a cache of latents."""
+    """A teacher for a cache of latents: the small one ("fashion-mnist"), or "imagenet256-base", "-large" or "-huge"."""
     channels, rows, columns = data.shape
     space = LatentSpace(
         (data.image_size, data.image_size), data.vae, data.image_size // rows, channels, scale=data.scale,
         vae_sha256=data.vae_sha256,
     )  # fmt: skip
-    mar = dataclasses.replace(
-        MARConfig.imagenet256(preset_size(preset)), token_grid=(rows, columns), token_dim=channels,
-        num_classes=len(data.class_names),
-    )  # fmt: skip
-    iterations = min(64, mar.num_tokens)
-    config = ModelConfig(mar, space, Chain(guidance=2.9), data.class_names, iterations, name, data_spec, source)
+    grid, classes, guidance, iterations = (rows, columns), len(data.class_names), 3.0, 16
+    mar = MARConfig.fashion(grid, channels, classes)
+    if preset != PRESETS[0]:
+        full, guidance, iterations = MARConfig.imagenet256(preset_size(preset)), 2.9, 64
+        mar = dataclasses.replace(full, token_grid=grid, token_dim=channels, num_classes=classes)
+    draw, iterations = Chain(guidance=guidance), min(iterations, mar.num_tokens)
+    config = ModelConfig(mar, space, draw, data.class_names, iterations, name, data_spec, source)
     return conditioned(config, data)
 
 
