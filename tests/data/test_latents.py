@@ -314,5 +314,4 @@ def test_a_teacher_trains_on_a_cache(pictures, tmp_path):
     config = latent_teacher_config("imagenet256-large", "mine", large, "latents:x")
     assert config.mar == MARConfig.imagenet256("large")
     assert (config.space.vae_stride, config.space.latent_channels, config.space.scale) == (16, 16, data.scale)
-    with pytest.raises(ValueError, match="imagenet256-base"):
-        latent_teacher_config("fashion-mnist", "mine", large, "latents:x")
+    assert latent_teacher_config("fashion-mnist", "mine", large, "").mar == MARConfig.fashion((16, 16), 16, 1000)
