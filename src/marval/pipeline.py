@@ -22,7 +22,7 @@ from marval.runtime.rng import Seeds, image_seeds
 from marval.sampling import Orders, check_finite, draw_function, drawing_orders, prepare
 from marval.sampling.fast import compile_blocks, few_threads
 from marval.sampling.graphs import Graphs
-from marval.spaces import TokenSpace, token_space
+from marval.spaces import Pixels, TokenSpace, token_space
 from marval.text import read_prompt, vectors_of
 
 Classes = Iterable[str | SupportsIndex] | Float[Tensor, "b f"]  # names or numbers; prompts, or their vectors
@@ -77,6 +77,7 @@ class Pipeline:
         It pays on a GPU that draws much: the first images of a batch size take a minute.
         """
         compile_blocks(self.model)
+        self.graphs.forget()
         return self
 
     def with_draw(self, **settings: Any) -> "Pipeline":
@@ -249,12 +250,12 @@ class Pipeline:
 
         def show(k: int, tokens: Tensor, drawn: Tensor) -> None:
             if on_iteration is not None:
-                on_iteration(k, self.space.decode(tokens).cpu(), drawn.cpu())
+                on_iteration(k, self.decode(tokens).cpu(), drawn.cpu())
 
         tokens = self.sample_tokens(
             given, seeds=seeds, iterations=iterations, order=order, known=known, on_iteration=on_iteration and show
         )
-        drawn = self.space.decode(tokens)
+        drawn = self.decode(tokens)
         check_finite(drawn, image_names(seeds, given))
         space = self.config.space
         if known is not None and space.kind == "pixels":  # the kept tokens' own pixels, which rounding would change
@@ -262,6 +263,12 @@ class Pipeline:
             mask = mask.repeat_interleave(space.patch, 2).repeat_interleave(space.patch, 3)
             drawn = torch.where(mask, images.to(drawn), drawn)
         return drawn.cpu()
+
+    def decode(self, tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b c h w"]:
+        """Tokens to images in [0, 1], as the token space does; on a GPU by a graph of its VAE where that is faster."""
+        if isinstance(self.space, Pixels):
+            return self.space.decode(tokens)
+        return self.graphs.decode(self.space.decode, self.space.vae.parameters(), tokens)
 
     @torch.inference_mode()
     def sample_tokens(

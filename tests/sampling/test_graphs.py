@@ -6,6 +6,7 @@ Without a GPU a recording is played by calling the recorded function again, whic
 import contextlib
 import copy
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from marval.config import Chain, MARConfig
+from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep
 from marval.model import MAR
+from marval.pipeline import Pipeline
 from marval.sampling import DrawByChain, DrawInOneStep, graphs, prepare, run
 from marval.sampling.graphs import Graphs
+from marval.spaces import Latents
 from processes import launch
 from small import CHANNELS, DRAWS, TOKENS, kept_mask, randn, small_model
 
@@ -78,7 +81,7 @@ def recorded(monkeypatch):
 
     monkeypatch.setattr(graphs, "record", record)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-    monkeypatch.setattr(Graphs, "serve", lambda self, model, draw, start: self.work)
+    monkeypatch.setattr(Graphs, "serve", lambda self, tokens: self.work)
     return made
 
 
@@ -139,11 +142,11 @@ class Read(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kind", DRAWS)
+@pytest.mark.parametrize("kind", [*DRAWS, "decoder"])
 @torch.inference_mode()
 def test_what_a_recording_reads_stays_in_its_place(kind, recorded, monkeypatch):
     """A graph reads memory by its place: on a GPU, a freed tensor's would hold another's numbers at the next replay."""
-    model, loops, read = small_model(), Graphs(), []
+    model, loops, read, pipeline = small_model(), Graphs(), [], latent_pipeline()
 
     def record(job, pool):
         with Read() as mode:
@@ -153,11 +156,14 @@ def test_what_a_recording_reads_stays_in_its_place(kind, recorded, monkeypatch):
 
     monkeypatch.setattr(graphs, "record", record)
     for _ in range(2):
+        if kind == "decoder":
+            pipeline.decode(randn(1, TOKENS, CHANNELS))
+            continue
         start = prepare(model, draw := copy.deepcopy(DRAWS[kind]), iterations=4, seeds=[0, 1])
         list(loops.run(model, draw, model.embed(torch.tensor([0, 1])), start))
-    del start, draw
+    draw = start = None
     gc.collect()
-    assert len(read) > len(list(model.parameters())) / 2
+    assert len(read) > (2 if kind == "decoder" else len(list(model.parameters())) / 2)
     assert not [memory for memory in read if memory.expired()]
 
 
@@ -173,6 +179,40 @@ def test_recordings_go_when_the_weights_move(recorded):
         assert len(recorded) == calls
         head = model.head.input_proj
         head.weight.data = head.weight.data + 0.1
+
+
+def latent_pipeline():
+    """A student on latents of a VAE of one convolution."""
+    vae = torch.nn.Conv2d(CHANNELS, 3, 3, padding=1)
+    vae.decode = lambda latents: SimpleNamespace(sample=vae(latents).tanh())
+    space = LatentSpace((3, 4), "stand-in", vae_stride=1, latent_channels=CHANNELS, patch=1)
+    config = ModelConfig(small_model().config, space, OneStep(), tuple("abcde"), 4)
+    return Pipeline(small_model(), config, Latents(space, vae=vae))
+
+
+def test_a_recorded_decoder_makes_the_pictures_that_the_decoder_makes(recorded):
+    pipeline, plain = latent_pipeline(), latent_pipeline()
+    pipeline.space.vae.load_state_dict(plain.space.vae.state_dict())
+    plain.graphs.work = False
+    for dtype, before in ((torch.float32, 0), (torch.bfloat16, 4)):
+        pipeline.to(dtype=dtype), plain.to(dtype=dtype)
+        for call, seed in enumerate([0, 5, 0]):
+            for classes in ([0, 1], [3]):
+                assert torch.equal(pipeline.sample(classes, seed=seed), plain.sample(classes, seed=seed))
+            # Of the loop and of the decoder, for each number of images.
+            assert len(recorded) == before + (4 if call else 0)
+    pipeline.compile()
+    assert not pipeline.graphs.loops.kept, "what was recorded was not compiled"
+
+
+def test_large_batches_are_decoded_without_a_graph(recorded, monkeypatch):
+    monkeypatch.setattr(graphs, "LARGEST_DECODED", 2 * TOKENS * CHANNELS)
+    pipeline = latent_pipeline()
+    for count in (2, 3):
+        tokens = randn(count, TOKENS, CHANNELS)
+        for _ in range(3):
+            torch.testing.assert_close(pipeline.decode(tokens), pipeline.space.decode(tokens))
+        assert len(recorded) == 1
 
 
 def test_compiled_blocks_are_compiled_once_for_any_number_of_tokens():

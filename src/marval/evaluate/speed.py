@@ -131,7 +131,7 @@ def decoding_job(pipeline: Pipeline, batch: int) -> Job:
     """The job of decoding a batch of tokens."""
     mar = pipeline.config.mar
     tokens = torch.zeros(batch, mar.num_tokens, mar.token_dim, device=pipeline.device)
-    return torch.inference_mode()(lambda: pipeline.space.decode(tokens).cpu())
+    return torch.inference_mode()(lambda: pipeline.decode(tokens).cpu())
 
 
 def decodes(pipeline: Pipeline) -> bool:
