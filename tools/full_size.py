@@ -48,6 +48,9 @@ class RandomLatents:
     def read(self, indices, keys):
         return standard_normal(keys, (self.config.num_tokens, self.config.token_dim))
 
+    def conditions(self, indices, keys):
+        return self.labels[indices]
+
     def tokens(self, stored, keys, space):
         return stored
 

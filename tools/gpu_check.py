@@ -500,6 +500,9 @@ class RandomLatents:
     def read(self, indices: Tensor, keys: Tensor) -> Tensor:
         return torch.randn(len(indices), self.config.num_tokens, 2 * self.config.token_dim).half()
 
+    def conditions(self, indices: Tensor, keys: Tensor) -> Tensor:
+        return self.labels[indices]
+
     def tokens(self, stored: Tensor, keys: Tensor, space: Any) -> Tensor:
         return stored.float().chunk(2, dim=-1)[0]
 

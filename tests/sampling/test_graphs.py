@@ -21,7 +21,7 @@ from marval.sampling import DrawByChain, DrawInOneStep, graphs, prepare, run
 from marval.sampling.graphs import Graphs
 from marval.spaces import Latents
 from processes import launch
-from small import CHANNELS, DRAWS, TOKENS, kept_mask, randn, small_model
+from small import CHANNELS, DRAWS, TOKENS, kept_mask, randn, small_model, small_pipeline
 
 
 class Launches(TorchDispatchMode):
@@ -179,6 +179,16 @@ def test_recordings_go_when_the_weights_move(recorded):
         assert len(recorded) == calls
         head = model.head.input_proj
         head.weight.data = head.weight.data + 0.1
+
+
+def test_other_settings_of_the_draw_are_recorded_apart(recorded):
+    pipeline, plain = small_pipeline("chain"), small_pipeline("chain")
+    plain.graphs.work = False
+    for call in range(3):
+        for w in (1.5, 4.0):
+            drawn, expected = (each.with_draw(guidance=w).sample([0, 1], seed=call) for each in (pipeline, plain))
+            assert torch.equal(drawn, expected)
+    assert len(recorded) == 2
 
 
 def latent_pipeline():

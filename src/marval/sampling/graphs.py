@@ -102,7 +102,7 @@ class Recordings:
 
 
 class Graphs:
-    """The recordings of one model, its way to draw and its decoder."""
+    """The recordings of one model and its decoder."""
 
     def __init__(self) -> None:
         self.loops, self.decodings = Recordings(), Recordings()
@@ -119,7 +119,7 @@ class Graphs:
         config = model.config
         numbers = len(start.tokens) * (config.buffer_size + config.num_tokens) * config.decoder_dim
         few = numbers <= LARGEST_INPUT and len(start.counts) * draw.noise_draws <= MOST_CALLS
-        form = (len(condition), start.known, *start.counts)
+        form = (draw.config, len(condition), start.known, *start.counts)
         recording = self.find(
             self.loops, few, start.tokens, form, model.parameters(),
             lambda pool: Recording(model, draw, condition, start, pool),
@@ -137,7 +137,7 @@ class Graphs:
         return decode(tokens) if recording is None else recording(tokens)
 
     def find(
-        self, recordings: Recordings, few: bool, tokens: Tensor, form: tuple[int, ...], weights: Iterable[Tensor],
+        self, recordings: Recordings, few: bool, tokens: Tensor, form: tuple[Any, ...], weights: Iterable[Tensor],
         make: Callable[[Any], R],
     ) -> R | None:  # fmt: skip
         """Return a recording where one serves; None where launches do, and where none can be made."""

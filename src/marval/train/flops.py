@@ -41,6 +41,6 @@ def teacher_flops(model: MAR, settings: TrainConfig) -> float:
 
 def gsim_flops(model: MAR, settings: DistillConfig) -> float:
     """Operations for an image in an update of GSIM: the student, the teacher under one or two conditions, and phi."""
-    conditions = 1 if settings.guidance == 1.0 else 2
+    conditions = 1 if settings.guidance == 1.0 and settings.guidance_range is None else 2
     frozen = (conditions + 1) * (1 + FROZEN_BACKWARD)
     return image_flops(model, settings, 3 + conditions, 3.0 + frozen + 3 * settings.auxiliary_steps)
