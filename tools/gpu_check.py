@@ -38,7 +38,7 @@ from marval.losses.gsim import theta_loss
 from marval.model import MAR, NoiseSchedule
 from marval.pipeline import Pipeline
 from marval.presets import DistillConfig, TrainConfig, TuneConfig
-from marval.runtime.distributed import Workers, grow_memory
+from marval.runtime.distributed import GROWING, Workers
 from marval.runtime.folder import open_run
 from marval.runtime.optim import Optimizer, fast_products, update_ema
 from marval.runtime.provenance import made_by
@@ -607,8 +607,6 @@ def main() -> None:
     given = parser.parse_args()
     if not given.dry_run and not torch.cuda.is_available():
         parser.error("no CUDA device here: add --dry-run to go through the checks on a CPU")
-    if not given.dry_run:
-        grow_memory()  # as a run does
     check = Check(given.out, given.dry_run)
     check.out.parent.mkdir(parents=True, exist_ok=True)
     ok = [check.run("peak", lambda: peak(check))]
@@ -635,7 +633,12 @@ def main() -> None:
         if importlib.util.find_spec("diffusers"):
             ok.append(check.run("decoder", lambda: decoder(check)))
     if "train" in given.parts:
-        steps = [("base", 256, True, True), ("base", 64, False, True), ("base", 64, False, False)]
+        if not check.dry_run:
+            name = "gsim base 64, memory in pieces"  # torch's default
+            ok.append(check.run(name, lambda: gsim_steps(check, "base", 64, False)))
+            torch._C._accelerator_setAllocatorSettings(GROWING)
+            ok.append(check.run("graphs, memory that grows", lambda: graphs(check)))
+        steps = [("base", 64, False, False), ("base", 256, True, True), ("base", 64, False, True)]
         steps += [("huge", 64, True, False)] if "huge" in given.sizes else []
         for step in [("base", 4, False, False), ("base", 4, True, False)] if check.dry_run else steps:
             name = f"gsim {step[0]} {step[1]}" + ", recomputed" * step[2] + ", compiled" * step[3]

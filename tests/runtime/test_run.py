@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from marval.model import MAR
 from marval.pipeline import load
@@ -15,6 +16,7 @@ from marval.runtime import state as state_module
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import open_run
 from marval.runtime.log import LOG, Log
+from marval.runtime.optim import fast_products
 from processes import environment
 from tiny import tiny_config, tiny_data, tiny_model
 from training import anchor_of, brightness, log_of, run_anchored, run_distill, run_train, run_tune, state_of
@@ -145,3 +147,15 @@ def test_tensorboard_gets_the_logs_figures_also_after_a_resumed_run(tmp_path, mo
     with pytest.raises(ValueError, match="pip install tensorboard"), open_run(tmp_path / "run", tensorboard=True):
         pass
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("before", ["ieee", "tf32"])
+def test_updates_on_a_gpu_multiply_in_tf32_and_both_of_torchs_names_say_so(before):
+    products = torch.backends.cuda.matmul
+    try:
+        products.fp32_precision = before
+        with fast_products(torch.device("cuda")):
+            assert (products.allow_tf32, products.fp32_precision) == (True, "tf32")
+        assert products.fp32_precision == before
+    finally:
+        products.allow_tf32 = False

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from marval.model import MAR, TokenHead
 from marval.model.mar import Block
 
+GROWING = "expandable_segments:True"  # torch's name for memory that grows in place
 GLOO_SECONDS = 0.3  # for Gloo's threads to let go of their last tensors
 
 Value = TypeVar("Value")
@@ -213,7 +214,7 @@ def grow_memory() -> None:
     until all is cut into pieces that fit no other.
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", GROWING)
 
 
 @contextlib.contextmanager

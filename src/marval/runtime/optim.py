@@ -1,6 +1,7 @@
 """How a network's weights are updated: clipping, Adam, the learning rate's course and the EMA."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -86,10 +87,22 @@ def fast_products(device: torch.device) -> Iterator[None]:
     A GPU multiplies float32 numbers (the heads') in TF32. On a CPU, short sequences train a third faster with the plain
     attention kernel (measured at 53 tokens).
     """
-    products = torch.backends.cuda.matmul
-    before, products.fp32_precision = products.fp32_precision, "tf32"
-    try:
-        with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext():
+    if device.type == "cpu":
+        with sdpa_kernel(SDPBackend.MATH):
             yield
+        return
+    before = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    set_tf32(True)
+    try:
+        yield
     finally:
-        products.fp32_precision = before
+        set_tf32(before)
+
+
+def set_tf32(on: bool) -> None:
+    """Let a GPU multiply in TF32, or not, by the older of torch's two names, which sets both.
+
+    With the newer name alone set, whoever asks by the older one gets an error: parts of torch's compiler do.
+    """
+    with warnings.catch_warnings(action="ignore"):  # that it is the older
+        torch.backends.cuda.matmul.allow_tf32 = on
