@@ -105,8 +105,8 @@ class Pipeline:
         """Class names or numbers (of any integer type) to numbers; for an unknown one near names are suggested."""
         return class_numbers(classes, label_names(self.config))
 
-    def named(self, asked: str | SupportsIndex, style: str | None = None) -> tuple[int, str]:
-        """The label and the name of a class or prompt; the label of a prompt that the model does not know is -1.
+    def named(self, asked: str | SupportsIndex, style: str | None = None) -> tuple[int | None, str]:
+        """The label and the name of a class or prompt; a prompt that the model does not know has no label.
 
         Args:
             style: see `given`.
@@ -117,6 +117,8 @@ class Pipeline:
         if self.config.encoder:
             prompt = read_prompt(asked, self.config, style)
             return prompt.label(self.config), prompt.name(self.config)
+        if style is not None:
+            raise ValueError(f"style {style[:60]!r}: not for a model of classes")
         (label,) = self.labels([asked])
         return label, self.config.class_names[label]
 

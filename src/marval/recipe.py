@@ -46,11 +46,11 @@ class Recipe(Checked):
 
     model: str  # a bundled model's name, or a folder
     weights: str  # SHA-256 of its file
-    label: int  # -1: a prompt that the model does not know
     class_name: str  # or the prompt
     seed: int
     iterations: int
     order: Order
+    label: int | None = None  # of the class or prompt; None: a prompt that the model does not know
     dtype: Dtype = "float32"  # of the weights while they drew
     guidance: Finite | None = None  # where it can be chosen, as the three below
     guidance_schedule: Schedule | None = None
@@ -68,7 +68,7 @@ class Recipe(Checked):
     @property
     def asked(self) -> str | int:
         """What to ask the model for: a label or, where it knows none, the prompt."""
-        return self.class_name if self.label < 0 else self.label
+        return self.class_name if self.label is None else self.label
 
     @property
     def history(self) -> list["Recipe"]:
@@ -130,7 +130,7 @@ def make_recipe(
     how |= {name: getattr(config.draw, name) for name in config.dials}
     if how["temperature"] == 1.0 and isinstance(config.draw, OneStep):
         del how["temperature"]
-    return Recipe(name, weights, label, class_name, seed, iterations, order or config.order, **how)
+    return Recipe(name, weights, class_name, seed, iterations, order or config.order, label, **how)
 
 
 def find_pipelines(name: str | Path | None, device: str) -> Callable[[Recipe], Pipeline]:

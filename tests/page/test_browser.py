@@ -172,7 +172,7 @@ def test_what_is_drawn_is_what_the_visitor_chose_and_keys_are_enough(visitor, tm
     page.locator("#generate").get_by_label("fashion-tuned").uncheck()
     page.locator("#generate").get_by_label("sneaker").uncheck()
     page.get_by_text("Guidance and order").click()
-    slide(page, "generate", "Guidance w of a teacher (a student has it baked in)", 2)
+    slide(page, "generate", "Guidance w (some students have it baked in)", 2)
     page.get_by_label("Unmasking order").select_option("raster")
     page.locator("#generate .primary").focus()
     page.keyboard.press("Enter")

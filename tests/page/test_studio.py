@@ -88,7 +88,7 @@ def test_each_event_holds_the_tokens_that_are_new(studio, names, draw):
 
 
 def test_the_counters_count_the_networks_calls_where_graphs_would_hide_them(draw, names, monkeypatch):
-    monkeypatch.setattr(Graphs, "serve", lambda self, model, draw, start: self.work)  # as on a GPU
+    monkeypatch.setattr(Graphs, "serve", lambda self, tokens: self.work)  # as on a GPU
     for _ in range(3):  # a graph would be recorded at the second
         (*_, teacher), (*_, student) = (draw(model=name) for name in names)
         assert teacher["calls"] == {"context": 4 * 2, "head": 4 * 8, "tokens": 16 * 8 * 2}

@@ -65,7 +65,11 @@ def push_model(
 
 
 def published(config: ModelConfig) -> ModelConfig:
-    """The configuration for other machines: a VAE's folder goes by its name, to be put beside the model's files."""
+    """The configuration for other machines: a VAE's folder goes by its name, to be put beside the model's files.
+
+    So does the folder of a sentence encoder.
+    """
+    config = replace(config, encoder=Path(config.encoder).name)
     if isinstance(config.space, LatentSpace) and Path(config.space.vae).is_absolute():
         return replace(config, space=replace(config.space, vae=Path(config.space.vae).name))
     return config
@@ -74,31 +78,33 @@ def published(config: ModelConfig) -> ModelConfig:
 def model_card(repo_id: str, config: ModelConfig, license: str | None = None) -> str:
     """The README.md of a model's repository: metadata for the hub, and how to use the model."""
     kind = "one-step student" if config.draw.kind == "one_step" else "teacher"
-    tags = ["marval", "image-generation", "class-conditional", "masked-autoregressive-diffusion"]
+    of, task = ("prompts", "text-to-image") if config.encoder else ("classes", "class-conditional")
+    tags = ["marval", "image-generation", task, "masked-autoregressive-diffusion"]
     header = hub().ModelCardData(library_name="marval", license=license, tags=tags).to_yaml()
     space, (height, width), vae = config.space, config.space.image_size, ""
     if isinstance(space, LatentSpace):
         vae = f"It needs the VAE `{space.vae}` (SHA-256 `{space.vae_sha256 or 'unknown'}`).\n"
-    names = "\n".join(f"{number} {name}" for number, name in enumerate(config.class_names))
+    asked, styles = ([config.class_names[0]] if config.encoder else [0]), ", ".join(config.styles)
+    names = "\n".join(name if config.encoder else f"{number} {name}" for number, name in enumerate(config.class_names))
     return f"""---
 {header}
 ---
 
 # {config.name or repo_id}
 
-A MARVAL {kind}: class-conditional images of {width}x{height} pixels in K = {config.iterations} iterations.
+A MARVAL {kind}: images of {of}, {width}x{height} pixels, in K = {config.iterations} iterations.
 {vae}
 ```python
 import marval
 
-images = marval.load("{repo_id}").sample([0], seed=0)  # (1, channels, {height}, {width}), in [0, 1]
+images = marval.load("{repo_id}").sample({asked}, seed=0)  # (1, channels, {height}, {width}), in [0, 1]
 ```
 
-Made with: `{config.source or "unknown"}`
+{f"Styles: {styles}. " if styles else ""}Made with: `{config.source or "unknown"}`
 
 Trained on: `{config.data or "unknown"}`
 
-## Classes
+## {"Prompts that it knows" if config.encoder else "Classes"}
 
 ```
 {names}

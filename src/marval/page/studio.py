@@ -24,6 +24,7 @@ from marval.io.images import png_bytes, read_image, to_pil
 from marval.pipeline import Pipeline, load
 from marval.recipe import KEY, LONGEST, MOST_PIXELS, Recipe, draw_recipe, encode_picture, make_recipe, plain_name
 from marval.runtime.rng import generator
+from marval.text import nearest_prompts
 
 LAST_SEED = 999_999
 UPLOADS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
@@ -59,7 +60,8 @@ class Wanted(Checked):
     """A picture that a visitor asks for; what is None is the model's own."""
 
     model: str
-    class_name: str | int
+    class_name: str | int  # or a prompt
+    style: str | None = None  # of the prompt
     seed: PageSeed = 0
     iterations: Count | None = None
     order: Order | None = None
@@ -102,7 +104,9 @@ class Served:
         chain = config.draw if isinstance(config.draw, Chain) else None
         return {
             "name": name,
+            "text": bool(config.encoder),
             "classes": config.class_names,
+            "styles": config.styles,
             "image_size": config.space.image_size,
             "token_grid": config.mar.token_grid,
             "iterations": config.iterations,
@@ -139,11 +143,12 @@ class Studio:
         """
         served = self.served(wanted.model)
         pipeline, count = served.pipeline, served.pipeline.config.mar.num_tokens
-        (label,) = pipeline.labels([wanted.class_name])
+        label, name = pipeline.named(wanted.class_name, wanted.style)
         iterations = wanted.iterations or pipeline.default_iterations
         if wanted.guidance is not None and "guidance" in pipeline.config.dials:
             pipeline = pipeline.with_draw(guidance=float(wanted.guidance))
-        recipe = make_recipe(wanted.model, served.weights, pipeline, label, wanted.seed, iterations, wanted.order)
+        asked = name if label is None else label
+        recipe = make_recipe(wanted.model, served.weights, pipeline, asked, wanted.seed, iterations, wanted.order)
         redrawn = wanted.redrawn
         if wanted.keep is not None:
             rest = max(1, round((1 - wanted.keep) * count))
@@ -164,7 +169,8 @@ class Studio:
         """Draw a picture, and return its last event with the `picture`, which a visitor may send back to edit it.
 
         An event tells the `iteration`, the `seconds` of drawing so far, the `calls` of the networks (see `Served`), and
-        what was drawn since the last `patches`: a PNG, transparent elsewhere.
+        what was drawn since the last `patches`: a PNG, transparent elsewhere. The last one tells the `nearest` prompts
+        that the model knows, where it does not know this one.
 
         Args:
             show: told every event but the last; what it raises ends the drawing.
@@ -175,6 +181,7 @@ class Studio:
         recipe, before = job
         served = self.models[recipe.model]
         pipeline, showing, event = served.pipeline, 0.0, {}
+        near = nearest_prompts(recipe.class_name, pipeline.config, pipeline.model) if recipe.label is None else None
         sent = torch.zeros(pipeline.config.mar.num_tokens, dtype=torch.bool)
         served.calls.clear()
         synchronize(pipeline.device)
@@ -197,8 +204,8 @@ class Studio:
 
         tokens = draw_recipe(recipe, pipeline, before, look)
         name = [recipe.model.rsplit("/", 1)[-1], recipe.class_name, f"seed{recipe.seed}", f"K{recipe.iterations}"]
-        file = plain_name("-".join(name)) + ("-edited.png" if recipe.redrawn else ".png")
-        return {**event, "picture": picture_json(pipeline, tokens, file, recipe=recipe)}
+        file = "-".join(map(plain_name, name)) + ("-edited.png" if recipe.redrawn else ".png")
+        return {**event, "nearest": near, "picture": picture_json(pipeline, tokens, file, recipe=recipe)}
 
     def upload(self, content: bytes, model: str) -> Event:
         """A picture from a visitor's file: cropped to the model's shape, scaled to its size, and encoded once.

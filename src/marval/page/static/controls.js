@@ -43,6 +43,17 @@ function checks(label, name, options, chosen) {
   return h("fieldset", { class: "field" }, h("legend", {}, label), boxes);
 }
 
+// The control of a class: a list (`many`: boxes) or, for models of text, a box with suggestions, and their styles.
+function asking(name, text, known, styles, chosen, style, many) {
+  if (!text && many) return [checks("Classes, in turn (none: all)", name, sorted(known, chosen), chosen)];
+  if (!text) return [choice("Class", name, sorted(known, chosen), chosen)];
+  const list = h("datalist", { id: `known-${Math.random()}` }, known.map((one) => h("option", { value: one })));
+  const value = chosen[0] ?? known[0] ?? "";
+  const box = h("input", { name, value, list: list.id, required: true, maxlength: 200, autocomplete: "off" });
+  const prompt = h("label", { class: "field" }, h("span", {}, "Prompt"), box, list);
+  return styles.length ? [prompt, choice("Style", `${name}_style`, styles, [style])] : [prompt];
+}
+
 function slider(label, name, min, max, value, step = 1) {
   const range = h("input", { type: "range", name, min, max, step, value, "aria-label": label });
   const number = h("input", { type: "number", min, max, step, value, "aria-label": `${label}, as a number` });
@@ -53,7 +64,7 @@ function slider(label, name, min, max, value, step = 1) {
 }
 
 export function field(kind, { name = kind, label, value }) {
-  const names = Object.keys(models), { classes } = models[names[0]], some = classes.slice(-3);
+  const names = Object.keys(models), { classes } = models[names[0]];
   const tokens = Math.min(...names.map((one) => models[one].token_grid[0] * models[one].token_grid[1]));
   const alike = names.filter((one) => String(models[one].classes) === String(classes)).slice(0, 3);
   const counts = [1, 2, 4, 6, 8, 16, 32, 64, 128, 256].filter((k) => k <= tokens);
@@ -61,8 +72,8 @@ export function field(kind, { name = kind, label, value }) {
   switch (kind) {
     case "model": return choice("Model", name, names, names.filter((one) => !isTeacher(one)).slice(0, 1));
     case "models": return checks("Models", name, names, alike);
-    case "class": return choice("Class", name, classes, [some[0]]);
-    case "classes": return checks("Classes, in turn (none: all)", name, sorted(classes, some), some);
+    case "class": return h("div", { class: "asking", "data-asking": name });
+    case "classes": return h("div", { class: "asking", "data-asking": name, "data-many": true });
     case "seed": return slider("Seed", name, 0, 999999, value ?? 0);
     case "iterations": return slider("Iterations K", name, 1, tokens, Math.min(8, tokens));
     case "count": return slider(label ?? "Pictures of each model", name, 1, 8, value ?? 4);
@@ -81,16 +92,25 @@ export function read(form) {
   return values;
 }
 
-// Offer the classes that the chosen models know.
-export function fit(form) {
-  const chosen = $$("[name=models]:checked, select[name=model]", form).map((input) => input.value);
-  if (!chosen.length) return;
-  const known = models[chosen[0]].classes.filter((one) => chosen.every((name) => models[name].classes.includes(one)));
-  for (const select of $$("select:is([name=class], [name=new_class])", form)) {
-    select.replaceChildren(...offer(sorted(known, [select.value]), [select.value]));
+// Offer the classes, or prompts and styles, that the chosen models know. Models of classes and of text do not mix:
+// those of the kind of the one that was chosen `last` stay.
+export function fit(form, last = null) {
+  const inputs = $$("[name=models]:checked, select[name=model]", form);
+  if (!inputs.length) return;
+  const { text } = models[inputs.some((input) => input.value === last) ? last : inputs[0].value];
+  for (const input of inputs) if (input.type === "checkbox") input.checked = models[input.value].text === text;
+  const chosen = inputs.map((input) => input.value).filter((name) => models[name].text === text);
+  const shared = (what) =>
+    models[chosen[0]][what].filter((one) => chosen.every((name) => models[name][what].includes(one)));
+  const known = shared("classes"), styles = shared("styles");
+  for (const place of $$("[data-asking]", form)) {
+    const name = place.dataset.asking, many = "many" in place.dataset, same = place.dataset.text === String(text);
+    const before = $$(`[name=${name}]${many && !text ? ":checked" : ""}`, place).map((input) => input.value);
+    const first = same ? before : text ? known.slice(0, 1) : known.slice(-3);
+    const style = $(`[name=${name}_style]`, place)?.value;
+    place.dataset.text = text;
+    place.replaceChildren(...asking(name, text, known, styles, many ? first : first.slice(0, 1), style, many));
   }
-  const some = $$("[name=classes]:checked", form).map((input) => input.value);
-  $("[data-of=classes]", form)?.replaceChildren(...chips("classes", sorted(known, some), some));
   for (const input of $$(".slider:has([name=guidance]) input", form)) input.disabled = !chosen.some(guided);
 }
 

@@ -88,7 +88,10 @@ export function takeToDesk(picture, wanted) {
   form.drawing = null; // whose line says what follows
   $("[name=model]", form).value = wanted.model;
   fit(form);
-  for (const name of ["class", "new_class"]) $(`[name=${name}]`, form).value = wanted.class;
+  for (const name of ["class", "new_class"]) {
+    $(`[name=${name}]`, form).value = wanted.class;
+    if (wanted.style) $(`[name=${name}_style]`, form).value = wanted.style;
+  }
   put(picture);
   open($("#tab-edit"));
   say(form, "This picture is on the desk. Now paint.");
@@ -105,12 +108,12 @@ function drawHere(form, wanted, painted, done) {
 }
 
 export function edit(form, action) {
-  const { model, class: label, seed, iterations, new_class, new_seed, keep, count: many } = read(form);
-  const { picture, painted } = desk;
-  if (action === "start") return drawHere(form, { model, class: label, seed, iterations }, [], "Drawn. Now paint.");
+  const { model, seed, iterations, new_class, new_class_style, new_seed, keep, count: many, ...old } = read(form);
+  const { picture, painted } = desk, first = { model, class: old.class, style: old.class_style, seed, iterations };
+  if (action === "start") return drawHere(form, first, [], "Drawn. Now paint.");
   if (!picture) return refuse(form, "draw or upload a picture first");
   const before = { tokens: picture.tokens, recipe: picture.recipe, upload: picture.upload };
-  const wanted = { model, class: new_class, seed: new_seed, iterations, picture: before };
+  const wanted = { model, class: new_class, style: new_class_style, seed: new_seed, iterations, picture: before };
   if (action === "redraw") {
     if (!painted.length) return refuse(form, "paint over at least one token first");
     const rest = cells().length - painted.length;

@@ -60,7 +60,7 @@ const bitmap = (text) => createImageBitmap(new Blob([Uint8Array.from(atob(text),
 // The place of one picture: empty, then a canvas that grows, then the picture with its caption (which `tell` gives), a
 // link that saves it and, where there is something to `take` it, a button for that.
 export class Cell {
-  tell = (event, wanted) => `${wanted.class} · seed ${wanted.seed}`;
+  tell = (event, wanted) => `${wanted.class}${wanted.style ? `, ${wanted.style}` : ""} · seed ${wanted.seed}`;
 
   constructor(model, options) {
     Object.assign(this, { size: models[model].image_size, ...options });
@@ -95,9 +95,10 @@ export class Cell {
       actions.lastChild.addEventListener("click", () => this.take(picture, wanted));
     }
     actions.append(h("a", { href: url, download: picture.file, "aria-label": `Save ${text} as PNG` }, "Save"));
+    const near = event.nearest ? h("span", {}, `nearest known: ${event.nearest.join(", ")}`) : "";
     this.root.className = "picture";
     this.root.replaceChildren(
-      h("img", { src: url, alt: text }), h("figcaption", {}, h("span", {}, text), actions),
+      h("img", { src: url, alt: text }), h("figcaption", {}, h("span", {}, text), near, actions),
     );
   }
 }

@@ -39,14 +39,14 @@ class Column {
 }
 
 function generate(form) {
-  const { models: names, classes: chosen, seed, iterations, guidance, order, count } = read(form);
+  const { models: names, classes: chosen, classes_style: style, seed, iterations, guidance, order, count } = read(form);
   const classes = chosen.length ? chosen : models[names[0]]?.classes;
   const own = order === OWN_ORDER ? null : order, columns = {}, pictures = [];
   for (const model of names) {
     const steps = models[model].diffusion_steps;
     const inner = (steps ? `${steps} steps` : "one call per iteration") + (guided(model) ? ` · w = ${within(model, guidance)}` : "");
     columns[model] = new Column(model, count, `K = ${iterations} · ${inner} · ${own ?? models[model].order}`);
-    const given = { model, iterations, order: own, guidance: within(model, guidance) };
+    const given = { model, style, iterations, order: own, guidance: within(model, guidance) };
     for (let i = 0; i < count; i++) pictures.push({ ...given, class: classes[i % classes.length], seed: seed + i });
   }
   $(".shown", form).replaceChildren(...Object.values(columns).map((column) => column.root));
@@ -60,14 +60,14 @@ function generate(form) {
 }
 
 function compare(form) {
-  const { models: names, columns, class: label, seed } = read(form);
+  const { models: names, columns, class: label, class_style: style, seed } = read(form);
   const cells = {}, pictures = [];
   const rows = names.map((model) => {
     const row = h("tr", { class: `tint-${models[model].tint}` }, h("th", { scope: "row" }, model));
     for (const k of columns) {
       cells[`${model} ${k}`] = new Cell(model, { tell: (event) => duration(event.seconds) });
       row.append(h("td", {}, cells[`${model} ${k}`].root));
-      pictures.push({ model, class: label, seed, iterations: Number(k) });
+      pictures.push({ model, class: label, style, seed, iterations: Number(k) });
     }
     return row;
   });
@@ -86,8 +86,8 @@ function rest(form) {
 }
 
 function why(form) {
-  const { models: names, class: label, seed, iterations } = read(form), shown = rest(form);
-  const pictures = names.map((model) => ({ model, class: label, seed, iterations })).sort(studentsFirst);
+  const { models: names, class: label, class_style: style, seed, iterations } = read(form), shown = rest(form);
+  const pictures = names.map((model) => ({ model, class: label, style, seed, iterations })).sort(studentsFirst);
   const show = async (event, wanted) => {
     shown[wanted.model].tell(event.iteration, event.calls);
     await shown[wanted.model].cell.show(event, wanted);
@@ -114,7 +114,7 @@ function wireForms() {
       event.preventDefault();
       submit[form.id](form, event.submitter?.value);
     });
-    form.addEventListener("change", (event) => event.target.name?.startsWith("model") && fit(form));
+    form.addEventListener("change", (event) => event.target.name?.startsWith("model") && fit(form, event.target.value));
     $("[data-stop]", form).addEventListener("click", () => form.drawing?.abort());
     fit(form);
   }
