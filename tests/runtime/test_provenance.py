@@ -27,6 +27,11 @@ def test_the_commit_says_when_the_code_differs_from_it(tmp_path, monkeypatch):
 
 
 def test_results_say_which_program_made_them(monkeypatch):
-    for typed, said in (("/src/marval/__main__.py", "marval"), ("/checkout/tools/plan.py", "python tools/plan.py")):
+    programs = {
+        "/src/marval/__main__.py": "marval",
+        "/checkout/tools/plan.py": "python tools/plan.py",
+        "/checkout/examples/train_vae.py": "python examples/train_vae.py",
+    }
+    for typed, said in programs.items():
         monkeypatch.setattr("sys.argv", [typed, "--out", "a b"])
         assert provenance.command_line() == f"{said} --out 'a b'"

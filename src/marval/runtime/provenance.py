@@ -17,9 +17,10 @@ PACKAGES = ("marval", "torch", "numpy", "torch-fidelity")
 
 
 def command_line() -> str:
-    """Return the command as typed: marval, or a script in tools/."""
+    """Return the command as typed: marval, or a script in tools/ or examples/."""
     script = Path(sys.argv[0])
-    program = ["python", f"tools/{script.name}"] if script.parent.name == "tools" else ["marval"]
+    folder = script.parent.name
+    program = ["python", f"{folder}/{script.name}"] if folder in ("tools", "examples") else ["marval"]
     return shlex.join([*program, *sys.argv[1:]])
 
 
