@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from marval.checks import Checked
 from marval.cli.arguments import usable_device
 from marval.cli.options import read
-from marval.config import Checked, Count, NotNegative, Positive, Whole
+from marval.config import Count, NotNegative, Positive, Whole
 from marval.data import batch_indices, load_images
 from marval.io.files import atomic_folder, write_text
 from marval.io.images import grid, save_picture

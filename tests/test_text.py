@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from marval.io.images import to_pil
 from marval.pipeline import Pipeline
 from marval.text import TextPrompt, nearest_prompts, read_prompt
 from texts import embedding, text_config, text_model
@@ -47,6 +48,7 @@ def test_a_prompt_draws_what_its_label_and_its_vector_draw(pipeline, encoder):
     assert all(
         (one - two).abs().max() > 0.01 for one, two in zip(other, expected, strict=True)
     )  # style and words count
+    assert pipeline(vectors, num_images=2, seed=[3, 9, 4, 9])[::2] == [*map(to_pil, expected)]
     assert pipeline.labels(["taxi, flat style"]) == [3]
     with pytest.raises(ValueError, match="prompt number 6: expected 0 to 5"):
         pipeline.sample([6])

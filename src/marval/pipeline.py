@@ -106,20 +106,11 @@ class Pipeline:
         return class_numbers(classes, label_names(self.config))
 
     def named(self, asked: str | SupportsIndex, style: str | None = None) -> tuple[int | None, str]:
-        """The label and the name of a class or prompt; a prompt that the model does not know has no label.
-
-        Args:
-            style: see `given`.
-
-        Raises:
-            ValueError: an unknown class or style.
-        """
+        """The label of a class or prompt (None: a prompt that the model does not know) and its name; see `given`."""
         if self.config.encoder:
             prompt = read_prompt(asked, self.config, style)
             return prompt.label(self.config), prompt.name(self.config)
-        if style is not None:
-            raise ValueError(f"style {style[:60]!r}: not for a model of classes")
-        (label,) = self.labels([asked])
+        label = int(self.given([asked], style))
         return label, self.config.class_names[label]
 
     def given(self, classes: Classes, style: str | None = None) -> Int[Tensor, " b"] | Float[Tensor, "b f"]:
@@ -138,7 +129,7 @@ class Pipeline:
         if self.config.encoder:
             return vectors_of([read_prompt(item, self.config, style) for item in classes], self.config, self.model)
         if style is not None:
-            raise ValueError(f"style {style!r}: not for a model of classes")
+            raise ValueError(f"style {style[:60]!r}: not for a model of classes")
         return torch.tensor(self.labels(classes), dtype=torch.long)
 
     def __call__(
@@ -164,7 +155,9 @@ class Pipeline:
         """
         if isinstance(classes, str) or not isinstance(classes, Iterable):
             classes = [classes]
-        wanted = [each for each in classes for _ in range(num_images)]
+        wanted: Any = [each for each in classes for _ in range(num_images)]
+        if isinstance(classes, Tensor):  # of prompt vectors, perhaps
+            wanted = classes.repeat_interleave(num_images, dim=0)
         if generator is not None:
             if "seed" in settings:
                 raise ValueError("a generator and a seed: expected one of them")

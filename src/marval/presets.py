@@ -4,8 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, TypeVar, cast, get_args
 
+from marval.checks import Checked
 from marval.config import (
-    Checked,
     Count,
     Decay,
     Guidance,

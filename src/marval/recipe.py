@@ -17,7 +17,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from marval.config import Checked, Dtype, Finite, OneStep, Order, Schedule, shorten
+from marval.checks import Checked, shorten
+from marval.config import Dtype, Finite, OneStep, Order, Schedule
 from marval.io.checkpoint import WEIGHTS
 from marval.io.files import one_line, sha256_of
 from marval.io.find import bundled_models, find_model

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from marval.checks import Checked
 from marval.cli.arguments import usable_device
-from marval.config import Checked, Count, Positive
+from marval.config import Count, Positive
 
 
 @dataclass(frozen=True)

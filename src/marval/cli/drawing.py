@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import marval
+from marval.checks import Checked
 from marval.cli.arguments import BUNDLED, usable_device
-from marval.config import Checked, Count, Dtype, ModelConfig, Order, Schedule, Steps
+from marval.config import Count, Dtype, ModelConfig, Order, Schedule, Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +57,6 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
     """Draw images: PNG files with their recipes inside, and a grid.
 
     marval sample fashion-student --classes sneaker,bag --count 16 --out samples
-    marval sample runs/student --prompt "a shark" --style 3d --count 8
     marval sample --like samples/00000-sneaker-0.png --out again
 
     Args:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from marval.checks import Checked
 from marval.cli.arguments import usable_device
-from marval.config import Checked, Count, Dtype, Order, Positive, Template, Whole
+from marval.config import Count, Dtype, Order, Positive, Template, Whole
 from marval.presets import TuneConfig
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import marval
+from marval.checks import Checked, Rule
 from marval.cli.arguments import data_of, usable_device
-from marval.config import Chain, Checked, Count, Name, OneStep, Pairs, Rule
+from marval.config import Chain, Count, Name, OneStep, Pairs
 from marval.presets import ENCODER, DistillConfig, Preset, TrainConfig, TuneConfig, settings_of
 from marval.runtime.provenance import command_line
 

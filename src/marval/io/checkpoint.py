@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from marval.config import ModelConfig, shorten
+from marval.checks import shorten
+from marval.config import ModelConfig
 from marval.io.files import one_line, sha256_of, write_tensors, write_text
 from marval.model import MAR
 

@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from marval.config import Chain, Checked, Count, Guidance, Order, Rule, Share
+from marval.checks import Checked, Rule
+from marval.config import Chain, Count, Guidance, Order, Share
 from marval.evaluate.speed import synchronize
 from marval.io.checkpoint import model_hash
 from marval.io.find import find_model
