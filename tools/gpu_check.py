@@ -523,7 +523,7 @@ def most_expensive(profiler: profile, device: torch.device) -> dict[str, dict[st
 def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool, compiled: bool = False) -> dict[str, Any]:
     """GSIM updates of a full-size model: time, images a second, what the GPU computes of it, memory.
 
-    Every update masks another number of tokens; the updates that are timed are those that warmed up.
+    Every update masks another number of tokens, those that are timed too, as in a run.
     """
     before = 0 if check.dry_run else torch.cuda.memory_allocated()
     model = full_size(check, size)
@@ -540,7 +540,7 @@ def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool, com
     held = AnchorLoss(Anchor(model, RandomLatents(model.config), settings), config, space, workers, "teacher")
     ema = model  # the anchor has its own copy
     adam = Optimizer(student, workers, settings.gradient_clip, (0.0, 0.999))
-    updates = range(2 if check.dry_run else 8)
+    count = 2 if check.dry_run else 8
 
     def update(number: int) -> None:
         with fast_products(check.device):
@@ -548,30 +548,30 @@ def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool, com
             adam.step(1e-6)
             update_ema(ema, student, number, settings.ema_decay)
 
-    for number in [*updates, *updates]:
+    for number in range(count):  # warms up
         update(number)
     if not check.dry_run:
         torch.cuda.reset_peak_memory_stats()
     allocations = device_allocations(check)
-    taken = [check.once(lambda number=number: update(number)) for number in updates]
+    taken = [check.once(lambda number=number: update(number)) for number in range(count, 2 * count)]
+    median = statistics.median(taken)
     row = {
         "size": size, "batch": batch, "checkpoint_blocks": checkpoint_blocks, "compiled": compiled,
-        "seconds of updates": taken, "images/s": batch / statistics.mean(taken),
-        "TFLOP/s": flops / statistics.mean(taken) / 1e12,
-        "share of bf16 peak": flops / statistics.mean(taken) / check.results["peak"]["bf16 TFLOP/s"] / 1e12,
-        "reservations of memory an update": (device_allocations(check) - allocations) / len(updates),
+        "seconds of updates": taken, "images/s": batch / median, "TFLOP/s": flops / median / 1e12,
+        "share of bf16 peak": flops / median / check.results["peak"]["bf16 TFLOP/s"] / 1e12,
+        "reservations of memory an update": (device_allocations(check) - allocations) / count,
     }  # fmt: skip
     if not check.dry_run:
         row |= {"bytes": torch.cuda.max_memory_allocated() - before, "bytes before": before}
         row["bytes reserved"] = torch.cuda.max_memory_reserved()
-    longest = max(updates, key=lambda number: taken[number])
+    middle = count + taken.index(statistics.median_low(taken))
     activities = [ProfilerActivity.CPU] + ([] if check.dry_run else [ProfilerActivity.CUDA])
     with profile(activities=activities, acc_events=True) as profiler:
-        update(longest)
+        update(middle)
         synchronize(check.device)
     kernels = kernels_of(profiler)
     busy = sum(row.self_device_time_total for row in kernels) / 1e6
-    row["GPU busy in the longest of them"] = busy / taken[longest]  # as it was timed, without the profiler's own work
+    row["GPU busy"] = busy / taken[middle - count]  # as the update was timed, without the profiler's own work
     row["launches"] = sum(kernel.count for kernel in kernels)
     return row | {"most expensive": most_expensive(profiler, check.device)}
 
