@@ -2,9 +2,11 @@
 
 import dataclasses
 import errno
+import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,3 +161,17 @@ def test_updates_on_a_gpu_multiply_in_tf32_and_both_of_torchs_names_say_so(befor
         assert products.fp32_precision == before
     finally:
         products.allow_tf32 = False
+
+
+def test_a_log_on_gpus_has_memory_and_the_operations_of_each(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    workers = SimpleNamespace(device=torch.device("cuda"), count=2, main=True, mean=dict)
+    optimizer = SimpleNamespace(in_a_row=torch.tensor(0), skipped=torch.tensor(0))
+    for flops in (6e12, 0.0):
+        log = Log(tmp_path / f"{flops}.jsonl", workers, 0, 10, 8, flops=flops)
+        log(10, {"loss": 1.0}, [optimizer])
+    found, unknown = (json.loads(file.read_text()) for file in (tmp_path / f"{flops}.jsonl" for flops in (6e12, 0.0)))
+    assert found["memory_gib"] == 3
+    assert found["tflops_per_gpu"] == pytest.approx(found["images_per_second"] * 3, rel=1e-5)
+    assert "tflops_per_gpu" not in unknown
+    assert capsys.readouterr().out.count("TFLOP/s a GPU") == 1

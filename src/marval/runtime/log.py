@@ -104,7 +104,8 @@ class Log:
             values["images_per_second"] = (update - self.logged[0]) * self.batch_size / (now - self.logged[1])
             if self.workers.device.type == "cuda":
                 values["memory_gib"] = torch.cuda.max_memory_allocated(self.workers.device) / 2**30
-                values["tflops_per_gpu"] = values["images_per_second"] * self.flops / self.workers.count / 1e12
+                if self.flops:
+                    values["tflops_per_gpu"] = values["images_per_second"] * self.flops / self.workers.count / 1e12
         self.logged = update, now
         if self.workers.main:
             line = {name: float(f"{v:.6g}") if math.isfinite(v) else None for name, v in values.items()}
@@ -120,6 +121,6 @@ class Log:
         rate = (update - self.start) / max(now - self.began, 1e-9)
         left = (self.total - update) / max(rate, 1e-9)
         listed += f"  {rate * self.batch_size:.0f} images/s"
-        listed += f"  {values['tflops_per_gpu']:.0f} TFLOP/s" if values.get("tflops_per_gpu") else ""
+        listed += f"  {values['tflops_per_gpu']:.0f} TFLOP/s a GPU" if "tflops_per_gpu" in values else ""
         listed += f"  {minutes(left)} left"
         self.console.print(f"update {update}/{self.total}  {listed}", soft_wrap=True)
