@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from marval.runtime import state as state_module
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import open_run
 from marval.runtime.log import LOG, Log
-from marval.runtime.optim import fast_products
+from marval.runtime.optim import Optimizer, fast_products
 from processes import environment
 from tiny import tiny_config, tiny_data, tiny_model
 from training import anchor_of, brightness, log_of, run_anchored, run_distill, run_train, run_tune, state_of
@@ -165,8 +164,9 @@ def test_updates_on_a_gpu_multiply_in_tf32_and_both_of_torchs_names_say_so(befor
 
 def test_a_log_on_gpus_has_memory_and_the_operations_of_each(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
-    workers = SimpleNamespace(device=torch.device("cuda"), count=2, main=True, mean=dict)
-    optimizer = SimpleNamespace(in_a_row=torch.tensor(0), skipped=torch.tensor(0))
+    monkeypatch.setattr(Workers, "mean", lambda self, figures: dict(figures))
+    workers = Workers(count=2, device=torch.device("cuda"))
+    optimizer = Optimizer(tiny_model().requires_grad_(True), Workers(), 1.0, (0.9, 0.999))
     for flops in (6e12, 0.0):
         log = Log(tmp_path / f"{flops}.jsonl", workers, 0, 10, 8, flops=flops)
         log(10, {"loss": 1.0}, [optimizer])
