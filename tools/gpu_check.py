@@ -55,7 +55,6 @@ from marval.train.tune import tune
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 3.0  # seconds of timing, after which a job is not timed again
-READ_BYTES_PER_SECOND = 3.35e12  # H100's memory; only used for the share of the read limit
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))  # the official sampler's loop, rendered in plain PyTorch
 
 
@@ -434,7 +433,7 @@ def sampling_table(check: Check, size: str, settings: list[tuple[str, int, int, 
     model = full_size(check, size)
     parameters = sum(p.numel() for p in model.parameters())
     rows: list[dict[str, Any]] = []
-    bf16 = check.results.get("peak", {}).get("bf16 TFLOP/s", 800.0) * 1e12
+    bf16, memory = (check.results["peak"][name] * 1e12 for name in ("bf16 TFLOP/s", "copy TB/s, read and written"))
     for role, iterations, batch, mode in settings:
         draw: Chain | OneStep = Chain(guidance=3.0) if role != "student" else OneStep()
         row: dict[str, Any] = {"size": size, "role": role, "iterations": iterations, "batch": batch, "mode": mode}
@@ -454,7 +453,7 @@ def sampling_table(check: Check, size: str, settings: list[tuple[str, int, int, 
             flops = flops_per_image(random_config(model, draw), iterations)
             row |= {f"ms per image, {name}": value / batch * 1000 for name, value in taken.items()}
             row["share of bf16 peak"] = flops * batch / taken["median"] / bf16
-            row["share of read limit"] = iterations * 2 * parameters / READ_BYTES_PER_SECOND / taken["median"]
+            row["share of read limit"] = iterations * 2 * parameters / memory / taken["median"]
             del job
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"[:300]
