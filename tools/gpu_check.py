@@ -25,10 +25,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 import marval
@@ -54,6 +56,7 @@ from marval.train.teacher import train_teacher
 from marval.train.tune import tune
 
 ROOT = Path(__file__).parent.parent
+ATTENTION = {SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH}
 LONGEST = 3.0  # seconds of timing, after which a job is not timed again
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))  # the official sampler's loop, rendered in plain PyTorch
 
@@ -395,10 +398,10 @@ def peak(check: Check) -> dict[str, float]:
 
 def drawing(
     model: MAR, draw: Chain | OneStep, iterations: int, batch: int, mode: str
-) -> tuple[Callable[[], Tensor], float]:
-    """A call that draws a batch of latents as `Pipeline.sample` does, and how far a graph's are from those of launches.
+) -> tuple[Callable[[], Tensor], dict[str, float]]:
+    """A call that draws a batch of latents as `Pipeline.sample` does, and what its first calls tell.
 
-    See `sampling_table`.
+    That is how long the first took, and how far a graph's latents are from those of launches. See `sampling_table`.
     """
     pipeline = Pipeline(copy.deepcopy(model), random_config(model, draw))
     if "bf16" in mode:
@@ -411,24 +414,31 @@ def drawing(
             block.compile(dynamic=False, **how)
         pipeline.compile()  # the others
     pipeline.graphs.work = "graph" in mode
+    own = mock.patch("marval.pipeline.any_length_attention", return_value=contextlib.nullcontext())
     labels = [i % model.config.num_classes for i in range(batch)]
 
     def run() -> Tensor:
-        return pipeline.sample_tokens(labels, seeds=range(batch), iterations=iterations, order="random")
+        with own if "cuDNN" in mode else contextlib.nullcontext():
+            return pipeline.sample_tokens(labels, seeds=range(batch), iterations=iterations, order="random")
 
+    synchronize(model.mask_token.device)
+    began = time.perf_counter()
+    launched = run()
+    synchronize(model.mask_token.device)
+    first = {"seconds of the first call": time.perf_counter() - began}  # compiling and planning included
     if "graph" not in mode:
-        return run, 0.0
-    launched, _, replayed = (run() for _ in range(3))  # the first compiles, the second records
+        return run, first
+    _, replayed = run(), run()  # the one records, the other replays
     if model.mask_token.is_cuda and not any(pipeline.graphs.loops.kept.values()):
         raise ValueError("no graph was recorded")
-    return run, difference(replayed, launched)
+    return run, first | {"graph and launches": difference(replayed, launched)}
 
 
 def sampling_table(check: Check, size: str, settings: list[tuple[str, int, int, str]]) -> list[dict[str, Any]]:
     """Milliseconds per image of (role, K, batch, mode), with the share of the card's limits.
 
     A mode has some of bf16 (weights), graph, compiled (blocks, for any number of tokens), static (the decoder's, for
-    one) and tuned (these with torch's search for kernels).
+    one), tuned (these with torch's search for kernels) and cuDNN (attention as torch itself chooses it).
     """
     model = full_size(check, size)
     parameters = sum(p.numel() for p in model.parameters())
@@ -448,7 +458,8 @@ def sampling_table(check: Check, size: str, settings: list[tuple[str, int, int, 
                     with torch.autocast(check.device.type, torch.bfloat16):
                         return straightforward(model, Chain(guidance=3.0), labels, k, list(range(len(labels))))
             else:
-                job, row["graph and launches"] = drawing(model, draw, iterations, batch, mode)
+                job, first = drawing(model, draw, iterations, batch, mode)
+                row |= first
             taken = check.seconds(job, 10 if (role, batch) == ("student", 1) else 3)
             flops = flops_per_image(random_config(model, draw), iterations)
             row |= {f"ms per image, {name}": value / batch * 1000 for name, value in taken.items()}
@@ -536,10 +547,15 @@ def most_expensive(profiler: profile, device: torch.device) -> dict[str, dict[st
     return {row.key[:80]: {"calls": row.count, "us": getattr(row, key)} for row in rows}
 
 
-def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool, compiled: bool = False) -> dict[str, Any]:
+def gsim_steps(
+    check: Check, size: str, batch: int, checkpoint_blocks: bool, compiled: bool = False, own: bool = False
+) -> dict[str, Any]:
     """GSIM updates of a full-size model: time, images a second, what the GPU computes of it, memory.
 
     Every update masks another number of tokens, those that are timed too, as in a run.
+
+    Args:
+        own: attend by cuDNN, as torch itself chooses.
     """
     before = 0 if check.dry_run else torch.cuda.memory_allocated()
     model = full_size(check, size)
@@ -559,7 +575,7 @@ def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool, com
     count = 2 if check.dry_run else 8
 
     def update(number: int) -> None:
-        with fast_products(check.device):
+        with fast_products(check.device), sdpa_kernel(list(ATTENTION)) if own else contextlib.nullcontext():
             held.step(student, number, 1.0, student_update=1)  # what an update of distillation computes
             adam.step(1e-6)
             update_ema(ema, student, number, settings.ema_decay)
@@ -641,6 +657,7 @@ def main() -> None:
             ("teacher", 16, 1, graph),
             ("teacher", 16, many, "bf16 compiled"),
             ("official loop", 16, 1, "bf16 autocast"),
+            *(("student", 16, 2, f"bf16{how}") for how in (" cuDNN", "", " graph cuDNN", " graph")),  # of new shapes
         ]
         if check.dry_run:  # without what takes long
             table = [row for row in table if row[1] < 64 and "compiled" not in row[3]]
@@ -651,6 +668,7 @@ def main() -> None:
         if not check.dry_run:
             name = "gsim base 64, memory in pieces"  # torch's default
             ok.append(check.run(name, lambda: gsim_steps(check, "base", 64, False)))
+            ok.append(check.run(f"{name}, cuDNN", lambda: gsim_steps(check, "base", 64, False, own=True)))
             torch._C._accelerator_setAllocatorSettings(GROWING)
             ok.append(check.run("graphs, memory that grows", lambda: graphs(check, teacher=False)))
         steps = [("base", 64, False, False), ("base", 256, True, True), ("base", 64, False, True)]

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from marval.model import TokenHead
 from marval.runtime.distributed import Workers, whole
+from marval.sampling.fast import any_length_attention
 
 MOST_SKIPPED = 10  # updates in a row with gradients that are not finite, before a run stops
 
@@ -94,7 +95,8 @@ def fast_products(device: torch.device) -> Iterator[None]:
     before = torch.backends.cuda.matmul.fp32_precision == "tf32"
     set_tf32(True)
     try:
-        yield
+        with any_length_attention(device):
+            yield
     finally:
         set_tf32(before)
 
