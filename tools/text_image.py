@@ -1,7 +1,8 @@
-"""Train the head of the text-image reward; report its retrieval accuracy with phrases that it never saw.
+"""Train the head of the text-image reward; report its retrieval accuracy with phrases, or images, that it never saw.
 
 python tools/text_image.py --out runs/text-image.safetensors
 python tools/text_image.py --data folder:my-images --phrases my-phrases.json --out runs/mine.safetensors
+python tools/text_image.py --data folder:my-captioned-images --out runs/words.safetensors --report results/words.json
 """
 
 import json
@@ -81,10 +82,12 @@ def train_head(
         head = TextImageHead().to(features.device)
     head.mean.copy_(features.mean(dim=0))
     head.std.copy_(features.std(dim=0).clamp(min=1e-6))
+    phrases, counts = torch.cat([*texts]), torch.tensor([len(of_class) for of_class in texts])
+    starts = counts.cumsum(0) - counts
     for step in descend(torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=0.1), steps):
         rng = generator(seed, "step", step)
         rows = batch_indices(len(features), min(batch_size, len(features)), step, seed).to(features.device)
-        chosen = torch.stack([of_class[int(torch.randint(len(of_class), (), generator=rng))] for of_class in texts])
+        chosen = phrases[(starts + (torch.rand(len(counts), generator=rng) * counts).long()).to(phrases.device)]
         logits = head.embed_images(features[rows]) @ head.embed_texts(chosen).T / TEMPERATURE
         F.cross_entropy(logits, labels[rows]).backward()
     return head.eval()
@@ -132,34 +135,68 @@ def retrieval(
     }
 
 
-def main(
-    data: str = "fashion-mnist",
-    phrases: Path | None = None,
-    images: int = 8000,
-    steps: int = 2000,
-    seed: int = 0,
-    out: Path = Path("runs/text-image.safetensors"),
-    report: Path = Path("results/text-image.json"),
-    device: str = "cpu",
-) -> None:
-    """Train the head and write its report.
+def pairs_of(data: ImageData) -> tuple[Int[Tensor, " n"], list[str], list[list[str]]]:
+    """Number the concepts of captioned images in every style: each image's pair, the pairs' names and their phrases.
 
-    Args:
-        data: "fashion-mnist", "fashion-mnist:FOLDER", or "folder:DIR".
-        phrases: {"class": {"learned": [...], "held_out": [...]}}; those beside this file when left out.
-        images: training images that are used, at most; drawn at random.
-        steps: updates.
-        seed: of images, weights and phrases.
-        out: the head's file, for --reward text-image:FILE.
-        report: the JSON file of the figures.
-        device: "cpu", "cuda", ...
+    The phrases of a pair are the captions of all images of its concept, with its style.
     """
-    for file in (out, report):
-        check_output(file, folder=False)
-    if images < 1 or steps < 1:
-        raise ValueError(f"--images {images} --steps {steps}: expected at least 1 of each")
-    train = load_images(data)
-    said = Phrases.read(phrases, train.class_names)
+    said = data.captions
+    assert said is not None
+    styles = said.styles or ("",)
+    ends = [f", {style} style" if style else "" for style in styles]
+    phrases: list[dict[str, None]] = [{name: None} for name in data.class_names]
+    for label, first, last in zip(data.labels.tolist(), said.starts[:-1], said.starts[1:], strict=True):
+        phrases[label] |= dict.fromkeys(said.texts[row] for row in said.rows[first:last])
+    names = [f"{name}{end}" for name in data.class_names for end in ends]
+    return (
+        data.labels * len(styles) + said.style.clamp(min=0),
+        names,
+        [[f"{phrase}{end}" for phrase in each] for each in phrases for end in ends],
+    )
+
+
+@torch.no_grad()
+def found(
+    head: TextImageHead,
+    features: Float[Tensor, "n f"],
+    pairs: Int[Tensor, " n"],
+    names: Float[Tensor, "p t"],
+    styles: int,
+) -> dict[str, float]:
+    """The share of images whose pair of concept and style, concept, and style are in the name that fits best of all."""
+    best = (head.embed_images(features) @ head.embed_texts(names).T).argmax(dim=1)
+    concept, style = best // styles == pairs // styles, best % styles == pairs % styles
+    shares = {"pair": concept & style, "concept": concept, "style": style}
+    return {name: float(right.float().mean()) for name, right in shares.items()} | {"chance": 1 / len(names)}
+
+
+def train_on_captions(
+    data: str, train: ImageData, steps: int, seed: int, device: str
+) -> tuple[TextImageHead, dict[str, Any]]:
+    """Train a head on captioned images; figures of them and of the held-out ones, which share concepts and styles."""
+    _, channels, *size = train.images.shape
+    test = load_images(f"{data}@held-out", size=(size[0], size[1]), channels=channels, encoder=ENCODER)
+    network, encode = EfficientNetFeatures().to(device), load_encoder(ENCODER, device)
+    pairs, names, phrases = pairs_of(train)
+    seen, labels = pairs.unique(
+        return_inverse=True
+    )  # a pair without images would be learned as one that is never right
+    texts = [encode(phrases[pair]) for pair in seen.tolist()]
+    features = image_features(network, train, device)
+    head = train_head(features, labels.to(device), texts, steps=steps, seed=seed)
+    named, styles = encode(names), max(1, len(train.captions.styles)) if train.captions else 1
+    tested = image_features(network, test, device)
+    return head, {
+        "held_out": found(head, tested, pairs_of(test)[0].to(device), named, styles),
+        "learned": found(head, features, pairs.to(device), named, styles),
+        "images": len(train), "test_images": len(test),
+    }  # fmt: skip
+
+
+def train_on_phrases(
+    data: str, train: ImageData, said: Phrases, images: int, steps: int, seed: int, device: str
+) -> tuple[TextImageHead, dict[str, Any]]:
+    """Train a head on images of classes and phrases for them; figures of test images with learned and held-out ones."""
     if data.startswith("fashion-mnist"):
         test = load_images(data, split="test")
     else:
@@ -174,13 +211,46 @@ def main(
         name: retrieval(head, tested, labels, [encode(texts) for texts in every])
         for name, every in (("held_out", said.held_out), ("learned", said.learned))
     }
-    figures |= {"images": len(train), "test_images": len(test), "steps": steps, "seed": seed}
+    return head, figures | {"images": len(train), "test_images": len(test)}
+
+
+def main(
+    data: str = "fashion-mnist",
+    phrases: Path | None = None,
+    images: int = 8000,
+    steps: int = 2000,
+    seed: int = 0,
+    out: Path = Path("runs/text-image.safetensors"),
+    report: Path = Path("results/text-image.json"),
+    device: str = "cpu",
+) -> None:
+    """Train the head and write its report.
+
+    Args:
+        data: "fashion-mnist", "fashion-mnist:FOLDER", or "folder:DIR", of classes or with captions and held-out images.
+        phrases: {"class": {"learned": [...], "held_out": [...]}}; those beside this file when left out.
+        images: training images that are used, at most; drawn at random.
+        steps: updates.
+        seed: of images, weights and phrases.
+        out: the head's file, for --reward text-image:FILE.
+        report: the JSON file of the figures.
+        device: "cpu", "cuda", ...
+    """
+    for file in (out, report):
+        check_output(file, folder=False)
+    if images < 1 or steps < 1:
+        raise ValueError(f"--images {images} --steps {steps}: expected at least 1 of each")
+    train, more = load_images(data, encoder=ENCODER), dict[str, Any]()
+    if train.captions is not None:
+        head, figures = train_on_captions(data, train, steps, seed, device)
+    else:
+        said = Phrases.read(phrases, train.class_names)
+        head, figures = train_on_phrases(data, train, said, images, steps, seed, device)
+        more = {"held_out_phrases": said.held_out}
+    figures |= {"steps": steps, "seed": seed}
     about = {"features": FEATURES, "sentences": SENTENCES, "width": head.text.out_features}
     save_described(out, head, "text_image", {**about, "classes": train.class_names, "figures": figures})
-    write_text(
-        report,
-        json.dumps({**made_by(torch.device(device)), **figures, "held_out_phrases": said.held_out}, indent=1) + "\n",
-    )
+    write_text(report, json.dumps({**made_by(torch.device(device)), **figures, **more}, indent=1) + "\n")
     print(f"{out}: {report}: {figures['held_out']}")
 
 

