@@ -17,11 +17,19 @@ def label_names(config: ModelConfig) -> tuple[str, ...]:
     return tuple(f"{name}, {style} style" for name in config.class_names for style in config.styles)
 
 
-def label_of(image: int, config: ModelConfig) -> int:
-    """The label of one of many images: classes take turns; known prompts do so in steps that spread over all."""
-    count = config.mar.num_labels
+def seen_labels(config: ModelConfig) -> Sequence[int]:
+    """The labels that training images have: all, but for prompts in styles that were held out."""
+    every = range(config.mar.num_labels)
+    return sorted({*every} - {*config.unseen}) if config.unseen else every
+
+
+def labels_in_turn(images: Iterable[int], config: ModelConfig) -> list[int]:
+    """The labels of some of many images, by their numbers: seen classes take turns, prompts in steps that spread."""
+    seen = seen_labels(config)
+    count = len(seen)
     steps = range(round(0.618 * count) or 1, 2 * count + 2) if config.encoder else [1]
-    return image * next(step for step in steps if math.gcd(step, count) == 1) % count
+    step = next(step for step in steps if math.gcd(step, count) == 1)
+    return [seen[image * step % count] for image in images]
 
 
 def class_numbers(classes: Iterable[str | SupportsIndex], names: Sequence[str]) -> list[int]:

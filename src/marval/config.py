@@ -216,6 +216,7 @@ class ModelConfig(Checked):
     order: Order = "random"  # in which tokens are drawn, unless the caller says otherwise
     encoder: str = ""  # the sentence encoder of a model of text (see `marval.io.text`)
     styles: tuple[str, ...] = ()  # that a prompt can ask for
+    unseen: tuple[Whole, ...] = ()  # labels of text that no training image has, such as held-out pairs
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -260,6 +261,7 @@ class ModelConfig(Checked):
                 "draw": {"chain": Chain, "one_step": OneStep}[draw["kind"]](**draw),
                 "class_names": tuple(data["class_names"]),
                 "styles": tuple(data.get("styles", ())),
+                "unseen": tuple(data.get("unseen", ())),
             }
             return cls(**data | parts)
         except (KeyError, TypeError) as error:

@@ -1,18 +1,23 @@
 """Captions: what tables and text files say, which images they leave out, and how one of several is drawn."""
 
+import dataclasses
+
 import pytest
 import torch
 from PIL import Image
 
+from marval.classes import label_names, labels_in_turn, seen_labels
 from marval.data import load_images
 from marval.data.captions import find_captions
+from marval.data.load import check_data
 from marval.data.loader import Loader
 from marval.io.text import ENCODER
-from marval.presets import TrainConfig
+from marval.presets import TrainConfig, TuneConfig
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import data_identity
 from marval.spaces import token_space
-from marval.train.teacher import teacher_config
+from marval.train.draws import tune_draws
+from marval.train.teacher import first_network, teacher_config
 from texts import COLOURS, embedding, write_captioned
 
 
@@ -41,9 +46,30 @@ def test_a_tables_images_have_concepts_captions_and_styles(tmp_path, encoder):
     assert torch.equal(drawn[:, 8:], torch.tensor([[0.0, 1.0]]).expand(90, 2))
     config = teacher_config("t", train, f"folder:{root}")
     assert (config.mar.text_dim, config.mar.num_styles, config.encoder) == (8, 2, ENCODER)
+    assert [label_names(config)[label] for label in config.unseen] == ["apple, flat style"]
+    assert [*seen_labels(config)] == sorted(labels_in_turn(range(5), config)) == [0, 1, 2, 3, 4]
+    drawn = tune_draws(TuneConfig(batch_size=500), config, 0)[0]
+    assert drawn.unique().tolist() == [0, 1, 2, 3, 4]
     assert load_images(f"folder:{root}").captions is None  # a model of classes reads no captions
     (root / "captions.csv").write_text((root / "captions.csv").read_text().replace("blue thing", "azure thing"))
     assert data_identity(load_images(f"folder:{root}", encoder=ENCODER)) != data_identity(train)
+
+
+def test_training_may_start_from_a_model_that_knows_other_concepts(tmp_path, encoder):
+    root = write_captioned(tmp_path / "emoji")
+    small = load_images(f"folder:{root}", encoder=ENCODER)
+    first = first_network(teacher_config("t", small, ""), 1, small, None)
+    pictures(root, "cat.png")
+    with (root / "captions.csv").open("a") as table:
+        table.write("\ncat.png,a cat,flat,cat,\n")
+    large = load_images(f"folder:{root}", encoder=ENCODER)
+    config = teacher_config("t", large, "")
+    grown = first_network(config, 2, large, first)
+    assert torch.equal(grown.text_emb[0].weight, first.text_emb[0].weight)
+    torch.testing.assert_close(grown.vocabulary[3].float(), embedding("cat"), atol=1e-3, rtol=0)
+    check_data(small, config)  # what a model of text learns from may have other concepts
+    with pytest.raises(ValueError, match="initial model's sizes"):
+        first_network(dataclasses.replace(config, mar=dataclasses.replace(config.mar, head_depth=4)), 2, large, first)
 
 
 def test_every_number_of_processes_draws_the_same_captions(tmp_path, encoder):

@@ -70,6 +70,7 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
     from marval.io.images import grid, save_picture, to_pil
     from marval.recipe import KEY, make_recipe, plain_name
     from marval.runtime.progress import progress
+    from marval.text import nearest_prompts
 
     if images.like is not None:
         sample_like(images.like, model, output, drawing.device)
@@ -103,12 +104,15 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
             advance(len(drawn))
     rows = torch.stack(shown).split(math.isqrt(len(shown) - 1) + 1)  # nearly a square
     save_picture(output.out / "grid.png", grid(rows, scale=max(1, 84 // shown[0].shape[-1])))
+    for prompt in dict.fromkeys(recipe.class_name for recipe in pictures if recipe.label is None):
+        near = nearest_prompts(prompt, pipeline.config, pipeline.model)
+        print(f"{prompt!r} is new to the model; the nearest that it knows: {', '.join(near)}")
     print(f"{count} image{'s' if count > 1 else ''} and grid.png in {output.out}")
 
 
 def asked_for(images: Images, config: ModelConfig) -> list[int | str]:
     """The class or prompt of each image."""
-    from marval.classes import label_of, listed_class_numbers
+    from marval.classes import labels_in_turn, listed_class_numbers
     from marval.text import read_prompt, style_number
 
     chosen: list[int | str]
@@ -121,10 +125,11 @@ def asked_for(images: Images, config: ModelConfig) -> list[int | str]:
             raise ValueError(f"--prompt and --style: {config.name} is a model of classes; use --classes")
         chosen = [*listed_class_numbers(images.classes, config.class_names)]
     if not chosen:
-        chosen = [label_of(i, config) for i in range(images.count)]
+        labels = labels_in_turn(range(images.count), config)
         if images.style:
             styles, style = len(config.styles), style_number(images.style, config)
-            chosen = [label_of(i, config) // styles * styles + style for i in range(images.count)]
+            labels = [label // styles * styles + style for label in labels]
+        chosen = [*labels]
     return [chosen[i % len(chosen)] for i in range(images.count)]
 
 

@@ -56,14 +56,14 @@ def load_images(
 
 
 def check_classes(data: TrainingData, config: ModelConfig) -> None:
-    """Raise a ValueError unless the data have the model's classes or, of a model of text, its concepts and styles."""
+    """Raise a ValueError unless the data have the model's classes or, of a model of text, its styles and encoder."""
     captions = data.captions
     if config.encoder and (captions is None or (captions.styles, captions.encoder) != (config.styles, config.encoder)):
         raise ValueError(
             f"the model draws prompts of the styles {', '.join(config.styles) or 'none'}, encoded by {config.encoder}: "
             "expected images with such captions (docs/text.md)"
         )
-    if data.class_names != config.class_names:
+    if not config.encoder and data.class_names != config.class_names:
         raise ValueError(
             f"the data's classes ({', '.join(data.class_names[:4])}, ...) are not the model's "
             f"({', '.join(config.class_names[:4])}, ...): name the model's own data with --data"

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from marval.classes import label_of
+from marval.classes import labels_in_turn
 from marval.io.files import atomic_path, check_output, write_tensors, write_text
 from marval.pipeline import Pipeline
 from marval.runtime.distributed import Workers
@@ -60,7 +60,7 @@ class Drawing:
         """The classes of some images, in turn; of known prompts so many that each has two images or more."""
         config = self.pipeline.config
         turns = max(1, self.count // 2) if config.encoder else config.mar.num_labels
-        return torch.tensor([label_of(i % turns, config) for i in rows])
+        return torch.tensor(labels_in_turn([i % turns for i in rows], config))
 
     def draw(self, rows: range, advance: Callable[[int], None] = lambda count: None) -> Images:
         """Draw some images, as rounded bytes.

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from safetensors import SafetensorError
 from torch import Tensor
 
+from marval.classes import seen_labels
 from marval.config import ModelConfig
 from marval.data import FASHION_FORM, ImageData, check_classes, check_data, load_images
 from marval.evaluate.features import (
@@ -173,7 +174,7 @@ class RewardJudge:
         for name, values in columns.items():
             mean, error = (float(f"{value:.6g}") for value in standard_error(values.double().tolist()))
             scores[name] = {"mean": mean, "standard_error": error, "sha256": self.weights[name]}
-        return {"rewards": scores, "prompts": min(len(values), self.config.mar.num_labels)}
+        return {"rewards": scores, "prompts": min(len(values), len(seen_labels(self.config)))}
 
 
 def make_judge(

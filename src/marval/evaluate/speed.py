@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from marval.classes import label_of
+from marval.classes import labels_in_turn
 from marval.config import Chain, ModelConfig
 from marval.evaluate.models import Models, runs_of
 from marval.evaluate.results import Row, Setting, check_rows, merge_results, read_results
@@ -116,7 +116,7 @@ def in_turns(jobs: Sequence[Job], repeats: int, device: torch.device) -> list[li
 
 def drawing(pipeline: Pipeline, iterations: int, batch: int) -> Job:
     """The job that is timed: draw a batch of pictures as users do."""
-    labels = [label_of(i, pipeline.config) for i in range(batch)]
+    labels = labels_in_turn(range(batch), pipeline.config)
 
     def draw() -> None:
         if decodes(pipeline):

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from marval.config import MARConfig
+from marval.classes import seen_labels
+from marval.config import MARConfig, ModelConfig
 from marval.model.diffusion import NUM_TIMESTEPS
 from marval.presets import DistillConfig, TrainConfig, TuneConfig
 from marval.runtime.rng import generator
@@ -118,11 +119,11 @@ def gsim_draws(settings: DistillConfig, mar: MARConfig, update: int, device: tor
 
 
 def tune_draws(
-    settings: TuneConfig, mar: MARConfig, update: int, device: torch.device | str = "cpu"
+    settings: TuneConfig, config: ModelConfig, update: int, device: torch.device | str = "cpu"
 ) -> tuple[Int[Tensor, " b"], list[int], Float[Tensor, "1 b l c"], Float[Tensor, " b"] | None]:
-    """Draw a batch's classes and seeds (of orders), which the host must know, the student's noise, and its w."""
-    host = generator(settings.seed, "tune", update)
-    labels = torch.randint(mar.num_labels, (settings.batch_size,), generator=host)
+    """Draw a batch's labels and seeds (of orders), which the host must know, the student's noise, and its w."""
+    host, mar, seen = generator(settings.seed, "tune", update), config.mar, torch.tensor(seen_labels(config))
+    labels = seen[torch.randint(len(seen), (settings.batch_size,), generator=host)]
     seeds = torch.randint(2**62, (settings.batch_size,), generator=host).tolist()
     rng = generator(settings.seed, "tune noise", update, device=device)
     shape = (1, settings.batch_size, mar.num_tokens, mar.token_dim)

@@ -51,7 +51,11 @@ def conditioned(config: ModelConfig, data: TrainingData) -> ModelConfig:
     if (said := data.captions) is None:
         return config
     mar = dataclasses.replace(config.mar, text_dim=said.sentences.shape[1], num_styles=len(said.styles))
-    return dataclasses.replace(config, mar=mar, encoder=said.encoder, styles=said.styles)
+    styles = max(1, mar.num_styles)
+    pairs = zip(data.labels.tolist(), said.style.tolist(), strict=True)
+    seen = {label * styles + max(0, style) for label, style in pairs}
+    unseen = tuple(label for label in range(mar.num_labels) if label not in seen)
+    return dataclasses.replace(config, mar=mar, encoder=said.encoder, styles=said.styles, unseen=unseen)
 
 
 def latent_teacher_config(preset: str, name: str, data: LatentData, data_spec: str, source: str = "") -> ModelConfig:
@@ -87,6 +91,20 @@ def teacher_loss(
         return denoising_loss(model.head, schedule, x_0, context, *draws.levels).mean()
 
 
+def first_network(config: ModelConfig, seed: int, data: TrainingData, init: MAR | None) -> MAR:
+    """A network with fresh weights or those of `init`; of text, it knows the data's concepts, not those of `init`."""
+    network = MAR(config.mar).initialize(generator(seed, "weights"))
+    if init is not None:
+        concepts = config.mar.num_classes if config.encoder else init.config.num_classes
+        if dataclasses.replace(init.config, num_classes=concepts) != config.mar:
+            raise ValueError(f"the initial model's sizes are {init.config}, the data asks for {config.mar}")
+        weights = {name: t for name, t in init.state_dict().items() if name != "vocabulary"}
+        network.load_state_dict(weights, strict=False)
+    if data.captions is not None:
+        network.vocabulary.copy_(data.captions.sentences[: config.mar.num_classes])
+    return network
+
+
 def copy_teacher(first: MAR, settings: TrainConfig, workers: Workers) -> tuple[MAR, MAR, Optimizer]:
     """Copy a network that learns and its average, put them in place, and make the optimizer."""
     workers.parts(settings.batch_size, settings.accumulate)  # refuses a batch that cannot be split
@@ -111,15 +129,9 @@ def train_teacher(
         ValueError: `init` has other sizes than `config`, the run has other settings, or gradients are not finite again
             and again.
     """
-    if init is not None and init.config != config.mar:
-        raise ValueError(f"the initial model's sizes are {init.config}, the data asks for {config.mar}")
     begun = "fresh weights" if init is None else model_identity("init", init)
     workers, device, batch_size = run.workers, run.workers.device, settings.batch_size
-    first = init or MAR(config.mar).initialize(generator(settings.seed, "weights"))
-    model, ema, adam = copy_teacher(first, settings, workers)
-    if data.captions is not None:
-        for network in (model, ema):
-            network.vocabulary.copy_(data.captions.sentences[: config.mar.num_classes])
+    model, ema, adam = copy_teacher(first_network(config, settings.seed, data, init), settings, workers)
     described = {**config.to_dict(), **dataclasses.asdict(settings), "data_set": data_identity(data), "init": begun}
     state = State(run, described, {"model": model, "ema": ema}, {"model": adam})
     start, _ = state.load()

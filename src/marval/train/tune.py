@@ -84,12 +84,12 @@ def copy_networks(
 def tune_parts(
     settings: TuneConfig, config: ModelConfig, update: int, workers: Workers
 ) -> Iterator[tuple[float, Tensor, dict[str, Any]]]:
-    """Yield this process's parts of a batch: the weight in the batch's mean, the classes, and arguments of `sample`."""
+    """Yield this process's parts of a batch: the weight in the batch's mean, the labels, and arguments of `sample`."""
     how = {
         "iterations": settings.iterations, "gradient_iterations": settings.gradient_iterations,
         "orders": config.order, "autocast": settings.autocast,
     }  # fmt: skip
-    labels, seeds, noise, w = tune_draws(settings, config.mar, update, workers.device)
+    labels, seeds, noise, w = tune_draws(settings, config, update, workers.device)
     for rows in workers.parts(settings.batch_size, settings.accumulate):
         share = workers.share(rows, settings.batch_size)
         own = None if w is None else w[rows]
