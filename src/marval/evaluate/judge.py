@@ -217,7 +217,7 @@ def make_judge(
         check(images, config)
         return images
 
-    judge = Judge(find_features(features).to(workers.device), None, None)
+    judge = Judge(find_features(features).to(workers.device), None, None, styles=max(1, len(config.styles)))
     if reference is not None:
         judge = replace(judge, reference=Reference.load(reference, workers.device))
     elif workers.main:
@@ -235,8 +235,7 @@ def make_judge(
                 f"{config.name} draws {', '.join(config.class_names[:4])}, ... in {channels}: make another with marval "
                 "train classifier"
             )
-        digest, styles = sha256_of(classifier_file(classifier)), max(1, len(config.styles))
-        judge = replace(judge, classifier=network, classifier_sha256=digest, styles=styles)
+        judge = replace(judge, classifier=network, classifier_sha256=sha256_of(classifier_file(classifier)))
     return judge
 
 
