@@ -61,7 +61,7 @@ def unmasking_frames(
         ValueError: as `Pipeline.sample`.
     """
     moments = [unmasking(pipeline, classes, seed, iterations) for pipeline in pipelines]
-    names = [pipelines[0].config.class_names[label] for label in pipelines[0].labels(classes)]
+    names = [pipelines[0].named(asked)[1] for asked in classes]
     frames = []
     for k in range(iterations + 1):
         labels = [
@@ -86,7 +86,7 @@ def main(
 
     Args:
         models: bundled models' names, or models' or runs' folders.
-        classes: the classes' names; the first six of the first model when left out.
+        classes: the classes' names, or prompts; the first six of the first model when left out.
         iterations: K, the AR iterations; one frame for each.
         seed: the first class's seed; the next ones count on from it.
         out: the GIF file.

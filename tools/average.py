@@ -29,7 +29,7 @@ def average_models(models: Sequence[tuple[MAR, ModelConfig]]) -> tuple[MAR, Mode
     """
     (first, config), *others = models
     for _, other in others:
-        for part in ("mar", "space", "draw", "class_names"):
+        for part in ("mar", "space", "draw", "class_names", "styles"):
             if getattr(other, part) != getattr(config, part):
                 raise ValueError(f"{other.name} and {config.name} differ in {part}: only like models can be averaged")
     mean = copy.deepcopy(first)
