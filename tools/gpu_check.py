@@ -25,7 +25,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -414,12 +413,10 @@ def drawing(
             block.compile(dynamic=False, **how)
         pipeline.compile()  # the others
     pipeline.graphs.work = "graph" in mode
-    own = mock.patch("marval.pipeline.any_length_attention", return_value=contextlib.nullcontext())
     labels = [i % model.config.num_classes for i in range(batch)]
 
     def run() -> Tensor:
-        with own if "cuDNN" in mode else contextlib.nullcontext():
-            return pipeline.sample_tokens(labels, seeds=range(batch), iterations=iterations, order="random")
+        return pipeline.sample_tokens(labels, seeds=range(batch), iterations=iterations, order="random")
 
     synchronize(model.mask_token.device)
     began = time.perf_counter()
@@ -438,7 +435,7 @@ def sampling_table(check: Check, size: str, settings: list[tuple[str, int, int, 
     """Milliseconds per image of (role, K, batch, mode), with the share of the card's limits.
 
     A mode has some of bf16 (weights), graph, compiled (blocks, for any number of tokens), static (the decoder's, for
-    one), tuned (these with torch's search for kernels) and cuDNN (attention as torch itself chooses it).
+    one) and tuned (these with torch's search for kernels).
     """
     model = full_size(check, size)
     parameters = sum(p.numel() for p in model.parameters())
@@ -501,12 +498,13 @@ def decoder(check: Check) -> dict[str, Any]:
         found[f"decoder, batch {batch}" + ", graph" * graph] = check.seconds(job)["median"] / batch * 1000
     if check.dry_run:
         return found
-    if not any(pipeline.graphs.decodings.kept.values()):
-        raise ValueError("no graph was recorded")
+    pipeline.graphs.work = True
     pipeline.compile()
     for iterations in (16, 64):
         job = functools.partial(pipeline.sample, [0], iterations=iterations)
         job(), job()
+        if not all(any(each.kept.values()) for each in (pipeline.graphs.loops, pipeline.graphs.decodings)):
+            raise ValueError("no graph was recorded")
         found[f"student and decoder, batch 1, K = {iterations}, graph"] = check.seconds(job, 10)["median"] * 1000
     return found
 
@@ -657,8 +655,6 @@ def main() -> None:
             ("teacher", 16, 1, graph),
             ("teacher", 16, many, "bf16 compiled"),
             ("official loop", 16, 1, "bf16 autocast"),
-            *(("student", 16, 2, f"bf16{how}") for how in (" cuDNN", "", " graph cuDNN", " graph")),  # of new shapes
-            ("student", 16, many, "bf16 cuDNN"),
         ]
         if check.dry_run:  # without what takes long
             table = [row for row in table if row[1] < 64 and "compiled" not in row[3]]

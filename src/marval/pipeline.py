@@ -20,7 +20,7 @@ from marval.io.vae import find_vae
 from marval.model import MAR
 from marval.runtime.rng import Seeds, image_seeds
 from marval.sampling import Orders, check_finite, draw_function, drawing_orders, prepare
-from marval.sampling.fast import any_length_attention, compile_blocks, few_threads
+from marval.sampling.fast import compile_blocks, few_threads
 from marval.sampling.graphs import Graphs
 from marval.spaces import Pixels, TokenSpace, token_space
 from marval.text import read_prompt, vectors_of
@@ -287,7 +287,7 @@ class Pipeline:
             orders=self.config.order if order is None else order, known=known,
         )  # fmt: skip
         condition = self.model.embed(given.to(self.device))
-        with few_threads(self.config.mar, len(given), self.device), any_length_attention(self.device):
+        with few_threads(self.config.mar, len(given), self.device):
             for k, (tokens, places) in enumerate(self.graphs.run(self.model, draw, condition, start)):
                 if on_iteration is not None:
                     nothing = torch.zeros_like(start.order, dtype=torch.bool)

@@ -151,13 +151,15 @@ def test_tensorboard_gets_the_logs_figures_also_after_a_resumed_run(tmp_path, mo
 
 
 @pytest.mark.parametrize("before", ["ieee", "tf32"])
-def test_updates_on_a_gpu_multiply_in_tf32_and_both_of_torchs_names_say_so(before):
-    products = torch.backends.cuda.matmul
+def test_updates_on_a_gpu_multiply_in_tf32_and_attend_without_cudnn(before):
+    products, flags = torch.backends.cuda.matmul, torch.backends.cuda
+    attention = flags.cudnn_sdp_enabled()
     try:
         products.fp32_precision = before
         with fast_products(torch.device("cuda")):
-            assert (products.allow_tf32, products.fp32_precision) == (True, "tf32")
-        assert products.fp32_precision == before
+            assert (products.allow_tf32, products.fp32_precision) == (True, "tf32")  # both of torch's names
+            assert (flags.cudnn_sdp_enabled(), flags.flash_sdp_enabled()) == (False, True)
+        assert (products.fp32_precision, flags.cudnn_sdp_enabled()) == (before, attention)
     finally:
         products.allow_tf32 = False
 

@@ -11,7 +11,6 @@ from marval.runtime.rng import generator
 from marval.sampling import fast
 from marval.sampling.fast import (
     FastLinear,
-    any_length_attention,
     cast_frozen,
     few_threads,
     joined_modulation,
@@ -125,11 +124,3 @@ def test_a_frozen_model_computes_under_autocast_what_it_did_before_it_was_cast()
     assert cast.decoder_embed.weight.dtype == torch.bfloat16
     assert {p.dtype for p in cast.head.parameters()} == {torch.float32}
     assert model.decoder_embed.weight.dtype == torch.float32
-
-
-def test_a_gpu_attends_by_kernels_that_plan_for_no_length():
-    flags = torch.backends.cuda
-    before = flags.cudnn_sdp_enabled()
-    with any_length_attention(torch.device("cuda")):
-        assert (flags.cudnn_sdp_enabled(), flags.flash_sdp_enabled()) == (False, True)
-    assert flags.cudnn_sdp_enabled() == before

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from marval.config import MARConfig
 from marval.model.head import ExactLinear, FinalLayer, ResBlock, TokenHead
@@ -174,20 +173,6 @@ def cast_frozen(model: MAR) -> MAR:
         if isinstance(layer, nn.Linear) and not isinstance(layer, ExactLinear) and layer not in head:
             layer.bfloat16()
     return model
-
-
-@contextlib.contextmanager
-def any_length_attention(device: torch.device) -> Iterator[None]:
-    """Attend by kernels that serve any number of tokens and images at once.
-
-    On Hopper and later GPUs torch prefers cuDNN's, which plans anew, on the host, for every shape that it did not see.
-    Masked tokens and K give many: an update of GSIM took an H200 0.5 s with new shapes, and 0.15 s with old ones.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        yield
 
 
 @contextlib.contextmanager
