@@ -171,7 +171,8 @@ class MAR(nn.Module):
         """
         if self.config.text_dim:
             vectors = given if given.is_floating_point() else self.known_prompts(given)
-            condition = self.text_emb(vectors).to(self.fake_latent.dtype)
+            # A sentence's vector has length 1: so its numbers get a variance of about 1, as other layers' inputs.
+            condition = self.text_emb(vectors * self.config.text_dim**0.5).to(self.fake_latent.dtype)
         else:
             condition = self.class_emb(given)
         return condition if drop is None else torch.lerp(condition, self.fake_latent, drop[:, None])
