@@ -259,7 +259,7 @@ def gsim_gradients(check: Check) -> dict[str, float]:
         z, t, eps = part.z.to(device), part.theta.t.to(device), part.theta.eps.to(device)
         with torch.no_grad():
             c = target_contexts(teacher, inputs, guided=True, autocast=False)
-        x_0 = student_tokens(student, draw_function(config, check.device), inputs, 1.5, z, False)
+        x_0, _ = student_tokens(student, draw_function(config, check.device), inputs, 1.5, z, False)
         x_t = schedule.add_noise(x_0, eps, t)
         teacher_eps, phi_eps = predicted_eps(teacher.head, x_t, t, c, 1.5), predicted_eps(phi, x_t, t, c[:1])
         theta_loss(settings.objective, teacher_eps, phi_eps, eps)[0].backward()

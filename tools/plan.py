@@ -89,7 +89,7 @@ def distill_step(config: MARConfig, settings: DistillConfig, images: int, recomp
         with Meter() as meter:
             with torch.no_grad():
                 c = target_contexts(teacher, inputs, guided=w != 1.0, autocast=autocast)
-            x_0 = student_tokens(student, draw, inputs, draw.guidance, z, autocast)
+            x_0, _ = student_tokens(student, draw, inputs, draw.guidance, z, autocast)
             phi.requires_grad_(False)
             x_t = schedule.add_noise(x_0, eps, t)
             teacher_eps, phi_eps = predicted_eps(teacher.head, x_t, t, c, w), predicted_eps(phi, x_t, t, c[:1])

@@ -15,10 +15,12 @@ from marval.config import (
     NotNegative,
     Objective,
     Order,
+    Pairs,
     Positive,
     Schedule,
     Share,
     Size,
+    Steps,
     Template,
     Timestep,
     Whole,
@@ -100,6 +102,10 @@ class DistillConfig(RunConfig):
     guidance: Guidance | None = None  # w of the teacher; its own when left out
     guidance_schedule: Schedule | None = None  # the teacher's own when left out
     guidance_range: GuidanceRange | None = None  # train for every w in it: then w is chosen when images are drawn
+    energy: NotNegative = 0.0  # weight of the energy score beside the objective (docs/research.md)
+    energy_tokens: Count = 2  # of an image that it is computed on,
+    energy_samples: Pairs = 4  # of the student for each of them,
+    energy_steps: Steps = 25  # and T of the teacher's one
     timestep: Timestep = 755  # t*, the level at which the student is called
     batch_size: Count = 64
     tokens_per_image: Count = 16  # masked tokens of an image that enter the loss

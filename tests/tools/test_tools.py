@@ -1,4 +1,4 @@
-"""The tools that make models and pictures for the documents: tools/average.py and tools/animate.py."""
+"""The tools that make models, pictures and figures for the documents: average.py, animate.py and token_gap.py."""
 
 import dataclasses
 import itertools
@@ -10,10 +10,12 @@ from PIL import Image, ImageSequence
 
 import animate
 import average
+import token_gap
 from marval.config import OneStep
 from marval.io.checkpoint import load_model, save_model
 from marval.pipeline import Pipeline
-from tiny import tiny_config, tiny_model
+from small import randn
+from tiny import tiny_config, tiny_data, tiny_model
 
 
 def test_averaging_is_the_mean_of_like_models(tmp_path):
@@ -51,3 +53,20 @@ def test_the_animation_has_a_frame_for_each_iteration(tmp_path):
     frames = [np.asarray(frame.convert("L")) for frame in ImageSequence.Iterator(Image.open(tmp_path / "a.gif"))]
     assert len(frames) == 5
     assert all((a != b).any() for a, b in itertools.pairwise(frames))
+
+
+def test_the_gap_of_tokens_is_0_for_the_teacher_itself_and_tells_a_shift_from_a_spread():
+    x, y = randn(200, 5, 3, seed=1), randn(200, 5, 3, seed=2)
+    same, moved, wide = (token_gap.gap(x, other) for other in (y, y + 1.0, 2 * y))
+    assert abs(same["energy distance / spread"]) < 0.02
+    assert same["gap of means / deviation"] < 0.15
+    assert moved["gap of means / deviation"] == pytest.approx(1.0, abs=0.15)
+    assert moved["ratio of deviations"] == pytest.approx(1.0, abs=0.05)
+    assert wide["ratio of deviations"] == pytest.approx(2.0, abs=0.1)
+    assert min(moved["energy distance / spread"], wide["energy distance / spread"]) > 0.1
+    teacher = Pipeline(tiny_model(), tiny_config())
+    student = Pipeline(tiny_model(1), dataclasses.replace(tiny_config(), draw=OneStep()))
+    how = {"guidance": 1.5, "visible": [0, 4], "images": 6, "samples": 16, "seed": 0}
+    gaps = token_gap.token_gaps(teacher, {"other": student}, tiny_data(), **how)
+    for again, other in zip(gaps["the teacher again"].values(), gaps["other"].values(), strict=True):
+        assert abs(again["energy distance / spread"]) < 0.1 < other["energy distance / spread"]

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from marval.config import OneStep
 from marval.data import ImageData
+from marval.losses.energy import energy_score
 from marval.losses.gsim import theta_loss
 from marval.model import NoiseSchedule, TokenHead
 from marval.pipeline import load
@@ -17,8 +19,9 @@ from marval.runtime.folder import open_run
 from marval.runtime.rng import generator
 from marval.sampling import draw_counts, guidance_at
 from marval.train import distill as distill_module
-from marval.train.distill import distill, predicted_eps, revealed_after
-from marval.train.draws import gsim_draws
+from marval.train.distill import distill, energy_scores, predicted_eps, revealed_after
+from marval.train.draws import EnergyDraws, gsim_draws
+from small import randn
 from tiny import tiny_config, tiny_data, tiny_model
 
 FULL = NoiseSchedule.full()
@@ -111,6 +114,44 @@ def test_a_student_may_take_any_guidance_of_a_range(objective, tmp_path):
     state = load_file(next((tmp_path / "whole").glob("state-*/*.safetensors")))
     for network in ("student.diffloss.net", "auxiliary"):
         assert state[f"{network}.guidance_embed.mlp.2.weight"].abs().max() > 0
+
+
+@pytest.mark.parametrize("guidance_range", [None, (1.0, 4.0)])
+def test_the_energy_score_moves_a_student_to_its_teacher(guidance_range, tmp_path):
+    """Both tokens of an image are scored, by the teacher's samples in the same contexts and under the same w."""
+    teacher, config = tiny_model(), tiny_config()
+    settings = dataclasses.replace(
+        SETTINGS, energy=1.0, energy_tokens=2, energy_steps=5, guidance_range=guidance_range, updates=5, decay=1,
+        tokens_per_image=3, log_every=1,
+    )  # fmt: skip
+    for name, stops in (("whole", (5,)), ("parts", (2, 5))):
+        for updates in stops:
+            with open_run(tmp_path / name, resume=updates != stops[0]) as run:
+                distill(teacher, config, dataclasses.replace(settings, updates=updates), tiny_data(), run)
+    parameters = zip(*(load(tmp_path / name).model.parameters() for name in ("whole", "parts")), strict=True)
+    assert all(torch.equal(whole, parts) for whole, parts in parameters)
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert ["energy" in row for row in rows] == [False, True, True, True, True]  # the warm-up belongs to phi
+
+
+def test_energy_scores_are_of_the_first_targets_of_every_image():
+    images, targets, count, samples, steps = 3, 4, 2, 5, 6
+    c, c_theta = randn(2, images * targets, 7), randn(1, images * targets, 7)
+    w, noise = randn(images * targets), EnergyDraws(randn(steps, images * count, 3), randn(samples, images * count, 3))
+    calls = []
+
+    def draw(contexts, guidance, z):
+        calls.append((contexts, guidance, z))
+        return z[0]
+
+    scores = energy_scores((draw, c), (draw, c_theta), w, noise, images)
+    rows = [image * targets + target for image in range(images) for target in range(count)]
+    (of_teacher, of_student) = calls
+    for given, expected in zip(of_teacher, (c[:, rows], w[rows], noise.teacher), strict=True):
+        assert torch.equal(given, expected)
+    for given, expected in zip(of_student[:2], (c_theta[:, rows * samples], w[rows * samples]), strict=True):
+        assert torch.equal(given, expected)
+    torch.testing.assert_close(scores, energy_score(noise.student, noise.teacher[0]))
 
 
 def test_the_guidance_of_a_range_is_each_images_own():

@@ -70,7 +70,7 @@ def anchor_of(
             f"--teacher {name}: {student.config.name} has other sizes, tokens or classes; expected its teacher"
         )
     same = ("batch_size", "accumulate", "gradient_clip", "autocast", "compile", "seed")
-    recipe = dataclasses.replace(recipe, **{field: getattr(settings, field) for field in same})
+    recipe = dataclasses.replace(recipe, energy=0.0, **{field: getattr(settings, field) for field in same})
     return Anchor(guide.model, data, recipe)
 
 
@@ -123,7 +123,7 @@ class AnchorLoss:
                 guided = score is self.teacher.head and is_guided(w)
                 c = target_contexts(self.teacher, inputs, guided=guided, autocast=settings.autocast)
             with torch.set_grad_enabled(student_update >= 0):
-                x_0 = student_tokens(student, self.draw, inputs, w, part.z, settings.autocast)
+                x_0, _ = student_tokens(student, self.draw, inputs, w, part.z, settings.autocast)
             if student_update >= 0:
                 t, eps = part.theta
                 x_t = schedule.add_noise(x_0, eps, t)

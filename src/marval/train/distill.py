@@ -12,6 +12,7 @@ from torch import Tensor
 from marval.config import Chain, ModelConfig, OneStep
 from marval.data import TrainingData
 from marval.data.loader import Loader
+from marval.losses.energy import energy_score
 from marval.losses.gsim import phi_loss, theta_loss
 from marval.model import MAR, NoiseSchedule, TokenHead
 from marval.pipeline import Pipeline
@@ -23,10 +24,10 @@ from marval.runtime.optim import Optimizer, fast_products, learning_rate_factor,
 from marval.runtime.rng import generator
 from marval.runtime.state import State, save_network
 from marval.sampling import DrawTokens, draw_function, guidance_at, guided_eps
-from marval.sampling.draw import Guidance, is_guided
+from marval.sampling.draw import Draw, Guidance, is_guided
 from marval.sampling.fast import cast_frozen, compile_blocks
 from marval.spaces import token_space
-from marval.train.draws import GSIMDraws, NoiseLevels, gsim_draws
+from marval.train.draws import EnergyDraws, GSIMDraws, NoiseLevels, gsim_draws
 from marval.train.flops import gsim_flops
 
 Probe = Callable[[Pipeline], dict[str, float]]  # figures of a model, on fixed seeds
@@ -46,6 +47,12 @@ def student_config(teacher: ModelConfig, settings: DistillConfig) -> tuple[Model
     draw = OneStep(settings.timestep, teacher.draw.clip, w, schedule)
     name, iterations, order = settings.name, settings.iterations, settings.order
     return dataclasses.replace(teacher, mar=mar, draw=draw, name=name, iterations=iterations, order=order), settings
+
+
+def targets_config(teacher: ModelConfig, settings: DistillConfig) -> ModelConfig:
+    """The teacher's configuration with the T of the energy score's targets."""
+    assert isinstance(teacher.draw, Chain)
+    return dataclasses.replace(teacher, draw=dataclasses.replace(teacher.draw, diffusion_steps=settings.energy_steps))
 
 
 def revealed_after(visible: int, tokens: int, iterations: int) -> float:
@@ -89,10 +96,36 @@ def target_contexts(model: MAR, inputs: Inputs, *, guided: bool, autocast: bool)
 
 def student_tokens(
     student: MAR, draw: DrawTokens, inputs: Inputs, w: Guidance, z: Float[Tensor, "n c"], autocast: bool
-) -> Float[Tensor, "n c"]:
-    """`x_0 = g_theta(z, c_theta, w)`: one AR iteration, all targets at once."""
+) -> tuple[Float[Tensor, "n c"], Float[Tensor, "1 n d"]]:
+    """`x_0 = g_theta(z, c_theta, w)`, one AR iteration, all targets at once; and `c_theta`."""
     c_theta = target_contexts(student, inputs, guided=False, autocast=autocast)
-    return draw(student.head, c_theta, w, z[None])
+    return draw(student.head, c_theta, w, z[None]), c_theta
+
+
+def energy_scores(
+    teacher: tuple[Draw, Float[Tensor, "g n d"]],
+    student: tuple[Draw, Float[Tensor, "1 n d"]],
+    w: Guidance,
+    noise: EnergyDraws,
+    images: int,
+) -> Float[Tensor, " k"]:
+    """The energy score of the student's draws for one of the teacher's chain, at the first targets of each image.
+
+    Args:
+        teacher, student: their ways to draw, and their contexts of all targets.
+    """
+    (chain, c), (draw, c_theta) = teacher, student
+    samples, count = len(noise.student), noise.student.shape[1] // images
+
+    def first(x: Tensor) -> Tensor:
+        return x.unflatten(-2, (images, -1))[..., :count, :].flatten(-3, -2)
+
+    own = first(w[:, None])[:, 0] if isinstance(w, Tensor) else w
+    with torch.no_grad():
+        y = chain(first(c), own, noise.teacher)
+    repeated = own.repeat(samples) if isinstance(own, Tensor) else own
+    x = draw(first(c_theta).repeat(1, samples, 1), repeated, noise.student.flatten(0, 1)[None])
+    return energy_score(x.unflatten(0, (samples, -1)), y)
 
 
 def predicted_eps(
@@ -173,6 +206,7 @@ def distill(
     log = Log(run.folder / LOG, workers, start, settings.updates, batch_size, run.tensorboard, flops)
     space, schedule, draw = token_space(config.space, device), NoiseSchedule.full(device), draw_function(config, device)
     loader = Loader(data, settings, space, workers)
+    chain = draw_function(targets_config(teacher_config, settings), device)
 
     for update in workers.updates(start, settings.updates):
         student_update = update - settings.warmup  # below 0 only phi learns
@@ -183,15 +217,20 @@ def distill(
                 with torch.no_grad():
                     c = target_contexts(teacher, inputs, guided=is_guided(w), autocast=autocast)
                 with torch.set_grad_enabled(student_update >= 0):
-                    x_0 = student_tokens(student, draw, inputs, w, part.z, autocast)
+                    x_0, c_theta = student_tokens(student, draw, inputs, w, part.z, autocast)
                 if student_update >= 0:  # teacher and phi are frozen, but their input x_t is not detached
                     t, eps = part.theta
                     x_t = schedule.add_noise(x_0, eps, t)
                     teacher_eps = predicted_eps(teacher.head, x_t, t, c, w)
                     phi_eps = predicted_eps(phi, x_t, t, c[:1], w)
                     loss, l1, l2 = theta_loss(settings.objective, teacher_eps, phi_eps, eps)
-                    (loss * share).backward()
                     add_means(figures, share, l1=l1, l2=l2)
+                    if part.energy is not None:
+                        drawing = (chain.bind(teacher.head), c), (draw.bind(student.head), c_theta)
+                        scores = energy_scores(*drawing, w, part.energy, len(inputs[3]))
+                        loss = loss + settings.energy * scores.mean()
+                        add_means(figures, share, energy=scores)
+                    (loss * share).backward()
                 add_means(figures, share, token_square=x_0.square(), real_square=inputs[0].square())
                 drawn.append((share, c[:1], w, x_0.detach(), part.phi))
             if student_update >= 0:

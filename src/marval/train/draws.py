@@ -90,6 +90,17 @@ def drawn_guidance(mar: MARConfig, images: int, rng: torch.Generator) -> Float[T
     return low * (high / low) ** torch.rand(images, generator=rng, device=rng.device)
 
 
+class EnergyDraws(NamedTuple):
+    """The noise of the energy score's samples, for the first targets of each image."""
+
+    teacher: Tensor  # (T, b, e, c), or (T, n, c) of a part
+    student: Tensor  # (m, b, e, c), or (m, n, c) of a part
+
+    def part(self, rows: slice) -> "EnergyDraws":
+        """Those of some images."""
+        return EnergyDraws(*(noise[:, rows].flatten(1, 2) for noise in self))
+
+
 class GSIMDraws(NamedTuple):
     """The draws of an update of GSIM."""
 
@@ -99,12 +110,14 @@ class GSIMDraws(NamedTuple):
     theta: NoiseLevels
     phi: list[NoiseLevels]  # of each of its steps
     guidance: Tensor | None  # w of every image (b,), or of every target (n,) of a part; None: the same for all
+    energy: EnergyDraws | None
 
     def part(self, rows: slice) -> "GSIMDraws":
         """Those of some images."""
         z, theta, phi = self.z[rows].flatten(0, 1), self.theta.part(rows), [levels.part(rows) for levels in self.phi]
         w = None if self.guidance is None else self.guidance[rows].repeat_interleave(self.targets.shape[1])
-        return GSIMDraws(self.visible[rows], self.targets[rows], z, theta, phi, w)
+        energy = None if self.energy is None else self.energy.part(rows)
+        return GSIMDraws(self.visible[rows], self.targets[rows], z, theta, phi, w, energy)
 
 
 def gsim_draws(settings: DistillConfig, mar: MARConfig, update: int, device: torch.device | str = "cpu") -> GSIMDraws:
@@ -115,7 +128,12 @@ def gsim_draws(settings: DistillConfig, mar: MARConfig, update: int, device: tor
     z = torch.randn(shape, generator=rng, device=device)
     theta = noise_levels(shape, THETA_LEVELS, rng)
     phi = [noise_levels(shape, ALL_LEVELS, rng) for _ in range(settings.auxiliary_steps)]
-    return GSIMDraws(visible, targets, z, theta, phi, drawn_guidance(mar, settings.batch_size, rng))
+    w, energy = drawn_guidance(mar, settings.batch_size, rng), None
+    if settings.energy:
+        tokens = len(targets), min(settings.energy_tokens, targets.shape[1]), mar.token_dim
+        counts = settings.energy_steps, settings.energy_samples
+        energy = EnergyDraws(*(torch.randn(count, *tokens, generator=rng, device=device) for count in counts))
+    return GSIMDraws(visible, targets, z, theta, phi, w, energy)
 
 
 def tune_draws(

@@ -43,4 +43,6 @@ def gsim_flops(model: MAR, settings: DistillConfig) -> float:
     """Operations for an image in an update of GSIM: the student, the teacher under one or two conditions, and phi."""
     conditions = 1 if settings.guidance == 1.0 and settings.guidance_range is None else 2
     frozen = (conditions + 1) * (1 + FROZEN_BACKWARD)
-    return image_flops(model, settings, 3 + conditions, 3.0 + frozen + 3 * settings.auxiliary_steps)
+    share = settings.energy_tokens / settings.tokens_per_image if settings.energy else 0.0
+    drawn = share * (conditions * settings.energy_steps + 3 * settings.energy_samples)
+    return image_flops(model, settings, 3 + conditions, 3.0 + frozen + 3 * settings.auxiliary_steps + drawn)

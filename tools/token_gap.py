@@ -1,0 +1,102 @@
+"""Measure how far students' tokens are from their teacher's in the same contexts, by the energy distance.
+
+    python tools/token_gap.py TEACHER STUDENT [STUDENT ...] --data fashion-mnist --guidance 1.25 --out token-gap.json
+
+A Fréchet distance of pictures mixes what one call draws with what the iterations make of it. This is about one call:
+every context of `--images` real images has `--samples` tokens of the teacher's whole chain and as many of the student.
+The distance `2 E|x - y| - E|x - x'| - E|y - y'|` (0: the same distribution) is told as a share of the teacher's own
+spread `E|y - y'|`, with the gap of the means and the ratio of the standard deviations.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import marval
+from marval.data import TrainingData, load_data
+from marval.io.files import check_output
+from marval.pipeline import Pipeline
+from marval.runtime.provenance import made_by
+from marval.runtime.rng import generator
+from marval.sampling import draw_function
+from marval.train.distill import Inputs, target_contexts
+
+TARGETS = 6  # hidden tokens of each image
+
+
+def mean_distance(x: Float[Tensor, "s n c"], y: Float[Tensor, "t n c"]) -> Float[Tensor, " n"]:
+    """`E|x - y|` of every token; of samples with themselves, without the pairs that are one sample."""
+    distances = torch.cdist(x.transpose(0, 1), y.transpose(0, 1)).sum((1, 2))
+    return distances / (len(x) * (len(x) - 1) if x is y else len(x) * len(y))
+
+
+def gap(teacher: Float[Tensor, "s n c"], student: Float[Tensor, "s n c"]) -> dict[str, float]:
+    """The figures of one number of visible tokens, over all its contexts."""
+    spread = mean_distance(teacher, teacher)
+    distance = 2 * mean_distance(teacher, student) - spread - mean_distance(student, student)
+    deviation = [x.var(0).mean().sqrt() for x in (student, teacher)]
+    means = (teacher.mean(0) - student.mean(0)).square().mean().sqrt()
+    return {
+        "energy distance / spread": (distance.mean() / spread.mean()).item(),
+        "gap of means / deviation": (means / deviation[1]).item(),
+        "ratio of deviations": (deviation[0] / deviation[1]).item(),
+    }
+
+
+@torch.inference_mode()
+def token_gaps(
+    teacher: Pipeline, students: dict[str, Pipeline], data: TrainingData, guidance: float,
+    visible: Sequence[int], images: int, samples: int, seed: int,
+) -> dict[str, dict[str, dict[str, float]]]:  # fmt: skip
+    """The figures of every student, and of the teacher drawing again, for each number of visible tokens."""
+    teacher, mar = teacher.with_draw(guidance=guidance), teacher.config.mar
+    rng, keys = generator(seed, "token gap"), torch.arange(images)
+    chosen = torch.randperm(len(data), generator=rng)[:images]
+    tokens, labels = data.tokens(data.read(chosen, keys), keys, teacher.space), data.labels[chosen]
+    gaps: dict[str, dict[str, dict[str, float]]] = {name: {} for name in ["the teacher again", *students]}
+    for count in visible:
+        order = torch.rand(images, mar.num_tokens, generator=rng).argsort(1)
+        inputs = tokens, order[:, :count], order[:, count : count + TARGETS], labels
+
+        def drawn(pipeline: Pipeline, inputs: Inputs = inputs) -> Tensor:
+            draw = draw_function(pipeline.config)
+            contexts = target_contexts(pipeline.model, inputs, guided=draw.needs_null, autocast=False)
+            shape, bound = (draw.noise_draws, contexts.shape[1], mar.token_dim), draw.bind(pipeline.model.head)
+            return torch.stack([bound(contexts, guidance, torch.randn(shape, generator=rng)) for _ in range(samples)])
+
+        expected = drawn(teacher)
+        for name, pipeline in {"the teacher again": teacher, **students}.items():
+            gaps[name][f"{count} visible"] = gap(expected, drawn(pipeline))
+            print(
+                name, count, {key: round(value, 3) for key, value in gaps[name][f"{count} visible"].items()}, flush=True
+            )
+    return gaps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher")
+    parser.add_argument("students", nargs="+")
+    parser.add_argument("--data", required=True, help="as marval train takes it")
+    parser.add_argument("--guidance", type=float, default=1.0, help="w of the teacher, and of students that take it")
+    parser.add_argument("--visible", type=int, nargs="+", default=[0, 5, 20], help="tokens that are known")
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    given = vars(parser.parse_args())
+    out = given.pop("out")
+    check_output(out, folder=False)
+    settings = {**given, "students": [Path(name).name for name in given["students"]]}
+    teacher, students = marval.load(given.pop("teacher")), {Path(n).name: marval.load(n) for n in given.pop("students")}
+    gaps = token_gaps(teacher, students, load_data(given.pop("data")), **given)
+    out.write_text(json.dumps({"settings": settings, **made_by(torch.device("cpu")), "gaps": gaps}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
