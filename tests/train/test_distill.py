@@ -13,7 +13,7 @@ from marval.data import ImageData
 from marval.losses.energy import energy_score
 from marval.losses.gsim import theta_loss
 from marval.model import NoiseSchedule, TokenHead
-from marval.pipeline import load
+from marval.pipeline import Pipeline, load
 from marval.presets import DistillConfig
 from marval.runtime.folder import open_run
 from marval.runtime.rng import generator
@@ -174,8 +174,41 @@ def test_the_guidance_of_a_range_is_each_images_own():
 def test_a_head_that_begins_to_take_guidance_answers_as_before():
     head, rng = small_head("teacher", False), generator("begins")
     x_t, context, t = torch.randn(8, 3, generator=rng), torch.randn(8, 6, generator=rng), torch.arange(8.0)
-    guided = copy.deepcopy(head).take_guidance(rng)
-    assert torch.equal(guided(x_t, t, context, torch.linspace(1, 4, 8)), head(x_t, t, context))
+    guided, w = copy.deepcopy(head).take_guidance((1.0, 4.0)), torch.linspace(1, 4, 8)
+    assert torch.equal(guided(x_t, t, context, w), head(x_t, t, context))
+    torch.nn.init.normal_(guided.guidance_embed.mlp[2].weight, generator=rng)
+    answers = guided(x_t, t, context, w)
+    assert (answers - head(x_t, t, context)).abs().amax(dim=1).min() > 0.01
+    for i, each in enumerate(w.tolist()):
+        alone = guided(x_t[i : i + 1], t[i : i + 1], context[i : i + 1], each)
+        torch.testing.assert_close(alone, answers[i : i + 1])
+
+
+def test_a_range_of_guidance_is_learned(tmp_path):
+    """Two w of a student differ as its teacher's do, of which the class says much."""
+    teacher, config = tiny_model(), tiny_config()
+    with torch.no_grad():
+        for weight in (
+            teacher.class_emb.weight,
+            teacher.head.cond_embed.weight,
+            teacher.head.final_layer.linear.weight,
+        ):
+            weight *= 5
+    settings = dataclasses.replace(
+        SETTINGS, guidance_range=(1.0, 4.0), energy=1.0, energy_tokens=4, energy_steps=10, updates=150, batch_size=32,
+        learning_rate=2e-3, auxiliary_learning_rate=2e-3, decay=50, ema_decay=0.9,
+    )  # fmt: skip
+    with open_run(tmp_path) as run:
+        distill(teacher, config, settings, tiny_data(), run)
+    student, shifts = load(tmp_path), []
+    teacher = Pipeline(teacher.eval(), config)
+    for pipeline in (teacher, student):
+        means = [
+            torch.stack([pipeline.sample_tokens([0] * 64, seeds=seed, iterations=1) for seed in (0, 64)]).mean((0, 1))
+            for pipeline in (pipeline.with_draw(guidance=w, guidance_schedule="constant") for w in (1.0, 4.0))
+        ]
+        shifts.append((means[1] - means[0]).flatten())
+    assert torch.nn.functional.cosine_similarity(*shifts, dim=0) > 0.5
 
 
 @pytest.mark.parametrize("iterations", [4, 16])

@@ -76,8 +76,9 @@ class TokenHead(nn.Module):
     """Predicts the noise in a token, and with `learn_variance` a variance channel behind it, from its context."""
 
     def __init__(
-        self, token_dim: int, context_dim: int, width: int, depth: int, learn_variance: bool, guided: bool = False
-    ):
+        self, token_dim: int, context_dim: int, width: int, depth: int, learn_variance: bool,
+        guidance_range: tuple[float, float] | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.token_dim = token_dim
         out_channels = 2 * token_dim if learn_variance else token_dim
@@ -86,7 +87,8 @@ class TokenHead(nn.Module):
         self.input_proj = ExactLinear(token_dim, width)
         self.res_blocks = nn.ModuleList([ResBlock(width) for _ in range(depth)])
         self.final_layer = FinalLayer(width, out_channels)
-        self.guidance_embed = TimeEmbedding(width) if guided else None
+        self.guidance_range = guidance_range
+        self.guidance_embed = None if guidance_range is None else TimeEmbedding(width)
 
     def initialize(self, generator: torch.Generator) -> None:
         """Xavier weights; zero modulation and output layers, so that the untrained head answers 0."""
@@ -101,15 +103,14 @@ class TokenHead(nn.Module):
             nn.init.zeros_(block.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def take_guidance(self, generator: torch.Generator) -> "TokenHead":
-        """Give a head an embedding of w, which changes no answer before it is trained; return the head itself."""
-        weight = self.input_proj.weight
-        embed = TimeEmbedding(weight.shape[0])
-        for name, parameter in embed.named_parameters():
+    def take_guidance(self, guidance_range: tuple[float, float]) -> "TokenHead":
+        """Give a head w as an input, which changes no answer before it is trained; return the head itself.
+
+        Its embedding starts as that of time steps, whose features tell values apart, with an output of zeros.
+        """
+        self.guidance_range, self.guidance_embed = guidance_range, copy.deepcopy(self.time_embed)
+        for parameter in self.guidance_embed.mlp[2].parameters():
             nn.init.zeros_(parameter)
-            if name == "mlp.0.weight":
-                nn.init.normal_(parameter, std=0.02, generator=generator)
-        self.guidance_embed = embed.to(weight)
         return self
 
     def forward(
@@ -135,12 +136,16 @@ class TokenHead(nn.Module):
         return self.cond_embed(context)
 
     def embed_guidance(self, y: Float[Tensor, "n w"], guidance: float | Float[Tensor, " n"]) -> Float[Tensor, "n w"]:
-        """Add w, of all tokens or of each, to an embedded condition, where the head takes it."""
-        if self.guidance_embed is None:
+        """Add w, of all tokens or of each, to an embedded condition, where the head takes it.
+
+        Its logarithm runs from 0 to 999 over the head's range, as time steps do.
+        """
+        if self.guidance_range is None or self.guidance_embed is None:
             return y
         if not isinstance(guidance, Tensor):
             guidance = torch.full((1,), guidance, device=y.device)
-        return y + self.guidance_embed(guidance)
+        low, high = self.guidance_range
+        return y + self.guidance_embed(999 * (guidance / low).log() / math.log(high / low))
 
     def modulate(self, y: Float[Tensor, "*s n w"]) -> list[Float[Tensor, "*s n _"]]:
         """Every block's shift, scale and gate, and the final layer's shift and scale, for embedded conditions `y`.

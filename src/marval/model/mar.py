@@ -126,7 +126,7 @@ class MAR(nn.Module):
         self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, config.num_tokens, decoder_width))
         head = TokenHead(
             config.token_dim, decoder_width, config.head_width, config.head_depth, config.learn_variance,
-            guided=config.guidance_range is not None,
+            config.guidance_range,
         )  # fmt: skip
         self.diffloss = nn.ModuleDict({"net": head})  # its place in the official checkpoints
 

@@ -16,7 +16,6 @@ from marval.presets import AnchorTo, DistillConfig, TuneConfig
 from marval.runtime.distributed import Workers
 from marval.runtime.log import Figures, add_means
 from marval.runtime.optim import Optimizer
-from marval.runtime.rng import generator
 from marval.sampling import draw_function
 from marval.sampling.draw import is_guided
 from marval.sampling.fast import cast_frozen, compile_blocks
@@ -91,7 +90,7 @@ class AnchorLoss:
         self.schedule, self.draw = NoiseSchedule.full(workers.device), draw_function(config, workers.device)
         self.phi = copy.deepcopy(self.teacher.head).eval()
         if config.mar.guidance_range is not None:
-            self.phi.take_guidance(generator(self.settings.seed, "guidance"))
+            self.phi.take_guidance(config.mar.guidance_range)
         reference = copy.deepcopy(self.phi)
         self.networks: dict[str, TokenHead] = {"auxiliary": self.phi}  # that a resumed run needs
         if to == "student":

@@ -21,7 +21,6 @@ from marval.runtime.distributed import Workers
 from marval.runtime.folder import Run, data_identity, model_identity
 from marval.runtime.log import LOG, Figures, Log, add_means, due
 from marval.runtime.optim import Optimizer, fast_products, learning_rate_factor, update_ema
-from marval.runtime.rng import generator
 from marval.runtime.state import State, save_network
 from marval.sampling import DrawTokens, draw_function, guidance_at, guided_eps
 from marval.sampling.draw import Draw, Guidance, is_guided
@@ -168,7 +167,7 @@ def copy_networks(
     student = copy.deepcopy(teacher)
     if config.mar.guidance_range is not None:
         student.config = config.mar
-        student.head.take_guidance(generator(settings.seed, "guidance"))
+        student.head.take_guidance(config.mar.guidance_range)
     ema, phi = copy.deepcopy(student), copy.deepcopy(student.head)
     teacher = cast_frozen(teacher) if settings.autocast and not workers.sharded else teacher
     for network, learns in ((teacher, False), (student, True), (ema, False), (phi, True)):
