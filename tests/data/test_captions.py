@@ -106,6 +106,7 @@ def test_other_forms_of_captions_are_read(tmp_path):
     [
         ("file_name,caption\nc.png,a cat\n", "", r"captions.csv, row 2: no image .*c\.png"),
         ("file_name,caption\na.png, | \n", "", "row 2: no caption; expected one"),
+        ("file_name,caption\na.png,a cat, sitting\n", "", "row 2: 3 cells, expected 2; put a caption with commas"),
         ("file_name,caption\n", "", "expected a row for each image"),
         ("file_name,caption\na.png,x\n", "@test", "no images of the split 'test': expected one of train"),
         (b"file_name,caption\na.png,\xff\n", "", "cannot be read as a table"),

@@ -149,6 +149,8 @@ def read_table(file: Path) -> Captioned:
         place = f"{printable(file)}, row {number}"
         if not any(row):
             continue
+        if len(row) > len(header):
+            raise ValueError(f"{place}: {len(row)} cells, expected {len(header)}; put a caption with commas in quotes")
         said = {name: value.strip() for name, value in zip(header, row, strict=False)}
         image = file.parent / said.get("file_name", "")
         if not image.is_file():
