@@ -77,9 +77,14 @@ class MARConfig(Checked):
         return math.prod(self.token_grid)
 
     @property
+    def labels_per_class(self) -> int:
+        """1, or a label for each style of a known prompt; those of the first prompt come first."""
+        return max(1, self.num_styles)
+
+    @property
     def num_labels(self) -> int:
         """How many labels there are: classes, or known prompts in every style."""
-        return self.num_classes * max(1, self.num_styles)
+        return self.num_classes * self.labels_per_class
 
     @classmethod
     def fashion(cls, token_grid: tuple[int, int], token_dim: int, num_classes: int) -> "MARConfig":

@@ -35,7 +35,7 @@ class TextPrompt:
 
     def label(self, config: ModelConfig) -> int | None:
         """Its label, where the model knows it (see `marval.classes.label_names`)."""
-        return None if self.known is None else self.known * max(1, len(config.styles)) + self.style
+        return None if self.known is None else self.known * config.mar.labels_per_class + self.style
 
 
 def plain_sentence(text: str) -> str:
@@ -78,7 +78,6 @@ def read_prompt(item: str | SupportsIndex, config: ModelConfig, style: str | Non
     Raises:
         ValueError: an unknown style, an empty prompt, or no label of the model.
     """
-    styles = max(1, len(config.styles))
     if not isinstance(item, str):
         try:
             label = whole_number(item)
@@ -86,7 +85,8 @@ def read_prompt(item: str | SupportsIndex, config: ModelConfig, style: str | Non
             raise ValueError(f"{error}: expected a prompt, or the number of one") from None
         if not 0 <= label < config.mar.num_labels:
             raise ValueError(f"prompt number {label}: expected 0 to {config.mar.num_labels - 1}")
-        return TextPrompt(config.class_names[label // styles], label % styles, label // styles)
+        known, number = divmod(label, config.mar.labels_per_class)
+        return TextPrompt(config.class_names[known], number, known)
     sentence, number = item, 0 if style is None else style_number(style, config)
     front, _, end = item.rpartition(",")
     if front.strip() and plain_style(end) in map(plain_style, config.styles):
@@ -94,8 +94,8 @@ def read_prompt(item: str | SupportsIndex, config: ModelConfig, style: str | Non
     sentence = sentence.strip()
     if not 1 <= len(sentence) <= LONGEST:
         raise ValueError(f"prompt {item[:60]!r}: expected 1 to {LONGEST} characters")
-    known = numbers_of(config.class_names).get(plain_sentence(sentence))
-    return TextPrompt(sentence if known is None else config.class_names[known], number, known)
+    place = numbers_of(config.class_names).get(plain_sentence(sentence))
+    return TextPrompt(sentence if place is None else config.class_names[place], number, place)
 
 
 def vectors_of(prompts: Sequence[TextPrompt], config: ModelConfig, model: MAR) -> Float[Tensor, "b f"]:

@@ -217,7 +217,7 @@ def make_judge(
         check(images, config)
         return images
 
-    judge = Judge(find_features(features).to(workers.device), None, None, styles=max(1, len(config.styles)))
+    judge = Judge(find_features(features).to(workers.device), None, None, styles=config.mar.labels_per_class)
     if reference is not None:
         judge = replace(judge, reference=Reference.load(reference, workers.device))
     elif workers.main:

@@ -156,9 +156,9 @@ class MAR(nn.Module):
 
     def known_prompts(self, labels: Int[Tensor, " b"]) -> Float[Tensor, "b f"]:
         """The vectors of prompts that the model knows; a label counts the styles of the first, of the second, ..."""
-        styles = self.config.num_styles
-        sentences = self.vocabulary[labels // max(1, styles)].to(self.fake_latent.dtype)
-        return prompt_vectors(sentences, labels % max(1, styles), styles)
+        each = self.config.labels_per_class
+        sentences = self.vocabulary[labels // each].to(self.fake_latent.dtype)
+        return prompt_vectors(sentences, labels % each, self.config.num_styles)
 
     def embed(
         self, given: Int[Tensor, " b"] | Float[Tensor, "b f"], drop: Float[Tensor, " b"] | None = None

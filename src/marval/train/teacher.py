@@ -51,9 +51,8 @@ def conditioned(config: ModelConfig, data: TrainingData) -> ModelConfig:
     if (said := data.captions) is None:
         return config
     mar = dataclasses.replace(config.mar, text_dim=said.sentences.shape[1], num_styles=len(said.styles))
-    styles = max(1, mar.num_styles)
     pairs = zip(data.labels.tolist(), said.style.tolist(), strict=True)
-    seen = {label * styles + max(0, style) for label, style in pairs}
+    seen = {label * mar.labels_per_class + max(0, style) for label, style in pairs}
     unseen = tuple(label for label in range(mar.num_labels) if label not in seen)
     return dataclasses.replace(config, mar=mar, encoder=said.encoder, styles=said.styles, unseen=unseen)
 
@@ -98,8 +97,7 @@ def first_network(config: ModelConfig, seed: int, data: TrainingData, init: MAR 
         concepts = config.mar.num_classes if config.encoder else init.config.num_classes
         if dataclasses.replace(init.config, num_classes=concepts) != config.mar:
             raise ValueError(f"the initial model's sizes are {init.config}, the data asks for {config.mar}")
-        weights = {name: t for name, t in init.state_dict().items() if name != "vocabulary"}
-        network.load_state_dict(weights, strict=False)
+        network.load_state_dict({**init.state_dict(), **dict(network.named_buffers())})
     if data.captions is not None:
         network.vocabulary.copy_(data.captions.sentences[: config.mar.num_classes])
     return network
