@@ -28,12 +28,7 @@ from marval.pipeline import Pipeline, load
 KEY = "marval"  # of the PNG's metadata
 LONGEST = 100  # edits of one picture
 MOST_PIXELS = 16_000_000  # of a picture with a recipe
-DIALS = (
-    "guidance",
-    "guidance_schedule",
-    "diffusion_steps",
-    "temperature",
-)  # settings of a draw, where a model has them
+DIALS = "guidance", "guidance_schedule", "diffusion_steps", "temperature"  # of a draw, where a model has them
 KEYS = {"class_name": "class", "iterations": "K", "guidance": "w", "diffusion_steps": "T"}  # field: its name in the PNG
 
 

@@ -9,7 +9,6 @@ import torch
 from marval.config import Chain, ModelConfig
 from marval.data import TrainingData
 from marval.data.loader import Loader
-from marval.losses.gsim import theta_loss
 from marval.model import MAR, NoiseSchedule, TokenHead
 from marval.pipeline import Pipeline
 from marval.presets import AnchorTo, DistillConfig, TuneConfig
@@ -24,7 +23,7 @@ from marval.train.distill import (
     DrawnPart,
     masked_parts,
     phi_steps,
-    predicted_eps,
+    student_loss,
     student_tokens,
     target_contexts,
 )
@@ -124,10 +123,7 @@ class AnchorLoss:
             with torch.set_grad_enabled(student_update >= 0):
                 x_0, _ = student_tokens(student, self.draw, inputs, w, part.z, settings.autocast)
             if student_update >= 0:
-                t, eps = part.theta
-                x_t = schedule.add_noise(x_0, eps, t)
-                target_eps, phi_eps = predicted_eps(score, x_t, t, c, w), predicted_eps(phi, x_t, t, c[:1], w)
-                loss, l1, l2 = theta_loss(settings.objective, target_eps, phi_eps, eps)
+                loss, l1, l2 = student_loss((score, phi), schedule, x_0, part.theta, c, w, settings.objective)
                 (loss * weight * share).backward()
                 add_means(figures, share, l1=l1, l2=l2)
             drawn.append((share, c[:1], w, x_0.detach(), part.phi))

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from marval.config import Chain, ModelConfig, OneStep
+from marval.config import Chain, ModelConfig, Objective, OneStep
 from marval.data import TrainingData
 from marval.data.loader import Loader
 from marval.losses.energy import energy_score
@@ -46,12 +46,6 @@ def student_config(teacher: ModelConfig, settings: DistillConfig) -> tuple[Model
     draw = OneStep(settings.timestep, teacher.draw.clip, w, schedule)
     name, iterations, order = settings.name, settings.iterations, settings.order
     return dataclasses.replace(teacher, mar=mar, draw=draw, name=name, iterations=iterations, order=order), settings
-
-
-def targets_config(teacher: ModelConfig, settings: DistillConfig) -> ModelConfig:
-    """The teacher's configuration with the T of the energy score's targets."""
-    assert isinstance(teacher.draw, Chain)
-    return dataclasses.replace(teacher, draw=dataclasses.replace(teacher.draw, diffusion_steps=settings.energy_steps))
 
 
 def revealed_after(visible: int, tokens: int, iterations: int) -> float:
@@ -141,6 +135,22 @@ def predicted_eps(
     return guided_eps(head.denoise(x_t, embedded)[..., : head.token_dim], guidance)
 
 
+def student_loss(
+    heads: tuple[TokenHead, TokenHead], schedule: NoiseSchedule, x_0: Float[Tensor, "n c"], levels: NoiseLevels,
+    contexts: Float[Tensor, "g n d"], w: Guidance, objective: Objective,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " n"], Float[Tensor, " n"]]:  # fmt: skip
+    """`theta_loss` at the student's tokens and noise of some `levels`; the input x_t of both heads is not detached.
+
+    Args:
+        heads: the one whose score is the target, guided where there is a null context, and phi.
+    """
+    score, phi = heads
+    t, eps = levels
+    x_t = schedule.add_noise(x_0, eps, t)
+    target_eps = predicted_eps(score, x_t, t, contexts, w)
+    return theta_loss(objective, target_eps, predicted_eps(phi, x_t, t, contexts[:1], w), eps)
+
+
 def phi_steps(
     phi: TokenHead, optimizer: Optimizer, drawn: Sequence[DrawnPart], schedule: NoiseSchedule, learning_rate: float
 ) -> Figures:
@@ -205,7 +215,8 @@ def distill(
     log = Log(run.folder / LOG, workers, start, settings.updates, batch_size, run.tensorboard, flops)
     space, schedule, draw = token_space(config.space, device), NoiseSchedule.full(device), draw_function(config, device)
     loader = Loader(data, settings, space, workers)
-    chain = draw_function(targets_config(teacher_config, settings), device)
+    chained = Pipeline(teacher, teacher_config, space).with_draw(diffusion_steps=settings.energy_steps)
+    chain = draw_function(chained.config, device)
 
     for update in workers.updates(start, settings.updates):
         student_update = update - settings.warmup  # below 0 only phi learns
@@ -217,16 +228,13 @@ def distill(
                     c = target_contexts(teacher, inputs, guided=is_guided(w), autocast=autocast)
                 with torch.set_grad_enabled(student_update >= 0):
                     x_0, c_theta = student_tokens(student, draw, inputs, w, part.z, autocast)
-                if student_update >= 0:  # teacher and phi are frozen, but their input x_t is not detached
-                    t, eps = part.theta
-                    x_t = schedule.add_noise(x_0, eps, t)
-                    teacher_eps = predicted_eps(teacher.head, x_t, t, c, w)
-                    phi_eps = predicted_eps(phi, x_t, t, c[:1], w)
-                    loss, l1, l2 = theta_loss(settings.objective, teacher_eps, phi_eps, eps)
+                if student_update >= 0:
+                    heads = teacher.head, phi
+                    loss, l1, l2 = student_loss(heads, schedule, x_0, part.theta, c, w, settings.objective)
                     add_means(figures, share, l1=l1, l2=l2)
                     if part.energy is not None:
-                        drawing = (chain.bind(teacher.head), c), (draw.bind(student.head), c_theta)
-                        scores = energy_scores(*drawing, w, part.energy, len(inputs[3]))
+                        drawn_by = (chain.bind(teacher.head), c), (draw.bind(student.head), c_theta)
+                        scores = energy_scores(*drawn_by, w, part.energy, len(inputs[3]))
                         loss = loss + settings.energy * scores.mean()
                         add_means(figures, share, energy=scores)
                     (loss * share).backward()
