@@ -36,7 +36,8 @@ def load_models(
     """Load models, each once for each T (the largest first) and w that it can draw with; `FULL_SIZES` at random.
 
     Args:
-        dtype, compile: see `Pipeline.to` and `Pipeline.compile`.
+        dtype: see `Pipeline.to`.
+        compile: see `Pipeline.compile`.
 
     Raises:
         ValueError: one cannot be loaded, two share a name, or no model has a setting that is given.

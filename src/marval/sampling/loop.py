@@ -174,7 +174,9 @@ def sample(
 
     Args:
         seeds: one for each image, or the first image's, from which the next ones count on.
-        guidance, gradient_iterations, autocast: see `run`.
+        guidance: see `run`.
+        gradient_iterations: see `run`.
+        autocast: see `run`.
         settings: `orders`, `known` and `noise`; see `prepare`.
 
     Raises:

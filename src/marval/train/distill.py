@@ -105,7 +105,8 @@ def energy_scores(
     """The energy score of the student's draws for one of the teacher's chain, at the first targets of each image.
 
     Args:
-        teacher, student: their ways to draw, and their contexts of all targets.
+        teacher: its way to draw, and its contexts of all targets.
+        student: the same of the student.
     """
     (chain, c), (draw, c_theta) = teacher, student
     samples, count = len(noise.student), noise.student.shape[1] // images
