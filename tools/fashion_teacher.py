@@ -18,8 +18,8 @@ import torch
 
 from marval.config import Chain
 from marval.data.fashion import load_fashion_mnist
+from marval.model.blocks import Block
 from marval.model.head import ResBlock
-from marval.model.mar import Block
 from marval.pipeline import Pipeline, load
 from marval.presets import TrainConfig
 from marval.runtime.distributed import Workers

@@ -26,7 +26,7 @@ from marval.config import MARConfig, Size
 from marval.evaluate.results import write_results
 from marval.losses.gsim import phi_loss, theta_loss
 from marval.model import MAR, NoiseSchedule
-from marval.model.mar import Block
+from marval.model.blocks import Block
 from marval.presets import IMAGENET_IMAGES, DistillConfig, TuneConfig
 from marval.runtime.provenance import made_by
 from marval.runtime.rng import generator

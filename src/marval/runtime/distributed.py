@@ -25,7 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 
 from marval.model import MAR, TokenHead
-from marval.model.mar import Block
+from marval.model.blocks import Block
 
 GROWING = "expandable_segments:True"  # torch's name for memory that grows in place
 GLOO_SECONDS = 0.3  # for Gloo's threads to let go of their last tensors

@@ -21,8 +21,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from marval.config import MARConfig
+from marval.model.blocks import MLP, Attention, Block
 from marval.model.head import ExactLinear, FinalLayer, ResBlock, TokenHead
-from marval.model.mar import MAR, MLP, Attention, Block
+from marval.model.mar import MAR
 
 FEWEST_ROWS = 16  # of an input: below, oneDNN's set-up costs more than its kernels save,
 LARGE = 2**19  # but for weights of so many elements: reading them takes oneDNN half of MKL's time

@@ -13,7 +13,7 @@ from marval.data import ImageData, LatentData, TrainingData, patch_size
 from marval.data.loader import Loader
 from marval.losses.denoising import denoising_loss
 from marval.model import MAR, NoiseSchedule
-from marval.model.mar import gather_rows
+from marval.model.blocks import gather_rows
 from marval.presets import PRESETS, TrainConfig, preset_size
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import Run, data_identity, model_identity
