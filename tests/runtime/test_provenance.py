@@ -31,6 +31,7 @@ def test_results_say_which_program_made_them(monkeypatch):
         "/src/marval/__main__.py": "marval",
         "/checkout/tools/plan.py": "python tools/plan.py",
         "/checkout/examples/train_vae.py": "python examples/train_vae.py",
+        "/checkout/examples/emoji/judge.py": "python examples/emoji/judge.py",
     }
     for typed, said in programs.items():
         monkeypatch.setattr("sys.argv", [typed, "--out", "a b"])

@@ -19,8 +19,8 @@ PACKAGES = ("marval", "torch", "numpy", "torch-fidelity")
 def command_line() -> str:
     """Return the command as typed: marval, or a script in tools/ or examples/."""
     script = Path(sys.argv[0])
-    folder = script.parent.name
-    program = ["python", f"{folder}/{script.name}"] if folder in ("tools", "examples") else ["marval"]
+    folder = next((folder for folder in script.parents if folder.name in ("tools", "examples")), None)
+    program = ["marval"] if folder is None else ["python", script.relative_to(folder.parent).as_posix()]
     return shlex.join([*program, *sys.argv[1:]])
 
 
