@@ -1,0 +1,182 @@
+"""Score models of emoji by a judge that no reward saw: what does each picture show, in which style, and is it a copy?
+
+python examples/emoji/judge.py folder:data/emoji --out models/emoji-judge.safetensors
+python examples/emoji/score.py models/emoji-judge.safetensors runs/emoji-teacher runs/emoji-student \\
+    --data folder:data/emoji --out results/emoji.json --sheets sheets
+
+Pictures are drawn of pairs of concept and style that a model was trained on ("seen") and of pairs that it never met
+("held_out"). The results file gets a row for each model, with these figures of both groups:
+
+- concept, style, both: the share of pictures whose concept (of all), style, or both the judge tells right;
+- own_distance: how far a picture is from the drawing of its pair, which of held-out pairs only the judge saw;
+- nearest_distance: how far it is from the nearest drawing that the model was trained on;
+- own_is_nearest: the share of pictures to which, of all drawings, that of their pair is the nearest.
+
+Distances are root mean squares of pixels in [0, 1] at half size; a drawing's mirror counts as the drawing. Two rows say
+what can be reached: the drawings themselves, moved and coloured as the judge learned them; and the drawings through a
+model's tokens and back. The sheets show drawing, picture and nearest training drawing below each other.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from judge import Drawings, Judge, augment, load_judge, told_right
+from torch import Tensor
+
+import marval
+from marval.checks import Checked
+from marval.cli.arguments import usable_device
+from marval.cli.options import read
+from marval.config import Count, Steps
+from marval.evaluate.results import Row, merge_results
+from marval.io.checkpoint import model_hash
+from marval.io.files import check_output, sha256_of
+from marval.io.find import find_model
+from marval.io.images import grid, save_picture
+from marval.pipeline import Pipeline
+from marval.runtime.progress import progress
+from marval.runtime.provenance import made_by
+from marval.runtime.rng import generator
+
+GROUPS = "seen", "held_out"
+TOGETHER, SHOWN, COLUMNS = 50, 32, 16  # images at a time; of each group on a sheet, and in a row of it
+
+
+def distances(images: Tensor, drawings: Tensor) -> Tensor:
+    """How far images (n, 3, h, w) are from drawings (m, 3, h, w) or their mirrors, whichever is nearer: (n, m)."""
+    x, y, mirror = (F.avg_pool2d(part, 2).flatten(1) for part in (images, drawings, drawings.flip(3)))
+    return torch.minimum(torch.cdist(x, y), torch.cdist(x, mirror)) / x.shape[1] ** 0.5
+
+
+def figures_of(judge: Judge, drawings: Drawings, images: Tensor, rows: Tensor) -> tuple[dict[str, float], Tensor]:
+    """Every figure of the pictures of some drawings' pairs, and the numbers of the nearest drawings of training."""
+    far = distances(images, drawings.images)
+    own = far.gather(1, rows[:, None])[:, 0]
+    training = far.masked_fill(~drawings.seen, torch.inf)
+    figures = {
+        **told_right(judge, drawings, images, rows),
+        "own_distance": float(own.mean()),
+        "nearest_distance": float(training.amin(dim=1).mean()),
+        "own_is_nearest": float((far.argmin(dim=1) == rows).float().mean()),
+    }
+    return figures, training.argmin(dim=1)
+
+
+@dataclass(frozen=True)
+class Scoring(Checked):
+    """what to score, and how"""
+
+    data: str = "folder:data/emoji"  # the drawings
+    images: Count = 300  # that a model draws of seen pairs, and as many of held-out ones, which take turns
+    seed: int = 0  # of the first picture; the next ones count on from it
+    iterations: int | None = None  # K; the model's own when left out, as the two below
+    guidance: float | None = None  # w
+    diffusion_steps: Steps | None = None  # T of a teacher
+    out: Path = Path("results/emoji.json")  # the results file
+    sheets: Path | None = None  # a folder for a sheet of pictures for each model
+    device: str = "auto"  # auto, cpu, cuda, ...
+
+
+def asked(drawings: Drawings, pipeline: Pipeline, group: str, count: int) -> tuple[Tensor, list[int]]:
+    """Which drawings' pairs a model is to draw, and its labels for them; those that it knows take turns, spread out."""
+    config = pipeline.config
+    if not config.encoder or config.styles != drawings.styles:
+        raise ValueError(f"{config.name} draws no prompts in the styles {', '.join(drawings.styles)}, as the data have")
+    place = {name: number for number, name in enumerate(config.class_names)}
+    concepts = [place.get(drawings.concepts[i], -1) for i in drawings.concept.tolist()]
+    labels = torch.tensor(concepts) * len(config.styles) + drawings.style
+    unseen = torch.isin(labels, torch.tensor(config.unseen, dtype=torch.long))
+    rows = ((labels >= 0) & (unseen == (group == "held_out"))).nonzero()[:, 0]
+    if not len(rows):
+        raise ValueError(f"{config.name} knows no {group} pair of the data")
+    turns = torch.arange(count)
+    rows = rows[turns % len(rows)] if count > len(rows) else rows[turns * len(rows) // count]
+    return rows, labels[rows].tolist()
+
+
+def draw(pipeline: Pipeline, labels: list[int], settings: Scoring) -> Tensor:
+    """Draw a picture of each label."""
+    parts = []
+    with progress(len(labels), f"pictures by {pipeline.config.name}") as advance:
+        for first in range(0, len(labels), TOGETHER):
+            some = labels[first : first + TOGETHER]
+            parts.append(pipeline.sample(some, seed=settings.seed + first, iterations=settings.iterations))
+            advance(len(some))
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def limits(judge: Judge, drawings: Drawings, pipeline: Pipeline) -> dict[str, dict[str, float]]:
+    """What can be reached: the figures of the drawings themselves, and of those through a model's token space."""
+    space, device = pipeline.space, pipeline.device
+    decoded = [space.decode(space.encode(part.to(device))).cpu() for part in drawings.images.split(TOGETHER)]
+    made = {
+        "drawings": augment(drawings.images, generator("limits")),
+        f"drawings through the tokens of {pipeline.config.name}": torch.cat(decoded),
+    }
+    figures: dict[str, dict[str, float]] = {name: {} for name in made}
+    for name, images in made.items():
+        for group, chosen in zip(GROUPS, (drawings.seen, ~drawings.seen), strict=True):
+            rows = chosen.nonzero()[:, 0]
+            said, _ = figures_of(judge, drawings, images[rows], rows)
+            figures[name] |= {f"{group}_{key}": value for key, value in said.items()}
+    return figures
+
+
+def sheet_rows(drawings: Drawings, rows: Tensor, images: Tensor, nearest: Tensor) -> list[Tensor]:
+    """Rows of a sheet: drawings, the pictures of their pairs, and the nearest drawings of training."""
+    shown = torch.arange(count := min(SHOWN, len(rows))) * len(rows) // count
+    three = drawings.images[rows[shown]], images[shown], drawings.images[nearest[shown]]
+    return [row for rows in zip(*(x.split(COLUMNS) for x in three), strict=True) for row in rows]
+
+
+def score(judge: Path, models: tuple[str, ...] = (), *, settings: Scoring) -> None:
+    """Score models of emoji by a judge, and write the figures.
+
+    Args:
+        judge: the judge's file
+        models: models' or runs' folders
+    """
+    check_output(settings.out, folder=False)
+    device, drawings, network = usable_device(settings.device), Drawings.read(settings.data), load_judge(judge)
+    if (network.concepts, network.styles) != (drawings.concepts, drawings.styles):
+        raise ValueError(f"{judge} was trained on other concepts or styles than {settings.data} has: train another")
+    network.to(device)
+    made = {"classifier_sha256": sha256_of(judge), "made": made_by(torch.device(device))}
+    for model in models:
+        pipeline = marval.load(model, device).with_draw(
+            guidance=settings.guidance, diffusion_steps=settings.diffusion_steps
+        )
+        figures, lines, config = Row(), [], pipeline.config
+        for group in GROUPS:
+            rows, labels = asked(drawings, pipeline, group, settings.images)
+            images = draw(pipeline, labels, settings)
+            said, nearest = figures_of(network, drawings, images, rows)
+            figures |= {f"{group}_{key}": value for key, value in said.items()}
+            lines += sheet_rows(drawings, rows, images, nearest)
+        dials = {name: getattr(config.draw, name) for name in config.dials}
+        row = {
+            "model": config.name, "sha256": model_hash(find_model(model)), "draw": dials, "seed": settings.seed,
+            "iterations": settings.iterations or pipeline.default_iterations, "samples": settings.images,
+        }  # fmt: skip
+        reached = [
+            {"model": name, "draw": {}, "iterations": 0, "samples": len(drawings.images), **said, **made}
+            for name, said in limits(network, drawings, pipeline).items()
+        ]
+        merge_results(settings.out, "pairs", [*reached, {**row, **figures, **made}])
+        print(f"{config.name}: {json.dumps({name: round(value, 3) for name, value in figures.items()})}")
+        if settings.sheets is not None:
+            names = ["drawing", "picture", "nearest\nin training"] * (len(lines) // 3)
+            save_picture(settings.sheets / f"{config.name}.png", grid(lines, names, scale=2))
+
+
+if __name__ == "__main__":
+    try:
+        read(score, sys.argv[1:], "score.py")()
+    except (ValueError, KeyboardInterrupt) as error:
+        print(f"score.py: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 130)
