@@ -15,7 +15,7 @@ from tiny import tiny_config, tiny_model
 STAGES = (TrainConfig, DistillConfig, TuneConfig)
 ZERO_IS_FINE = {
     "seed", "warmup", "decay", "anchor_warmup", "timestep", "guidance", "energy", "anchor", "weight_decay",
-    "label_drop", "mask_ratio_min", "ema_decay", "min_diversity_ratio",
+    "label_drop", "mask_ratio_min", "ema_decay", "min_diversity_ratio", "moments_warmup", "moments_decay",
 }  # fmt: skip
 
 

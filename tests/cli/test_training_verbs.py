@@ -82,6 +82,32 @@ def test_tuning_starts_where_there_are_as_many_classes_as_probe_images(marval, t
     assert all("fd" in line and "diversity" not in line for line in log)  # no class has two images
 
 
+def test_a_distance_is_judged_in_features_that_it_is_not_tuned_on(marval, refusal, tmp_path):
+    make_pictures(tmp_path / "pictures", tiny_config().class_names, 6, grey=True)
+    student = dataclasses.replace(tiny_config(), draw=OneStep(), data="folder:pictures")
+    Pipeline(tiny_model(), student).save(tmp_path / "student")
+    (tmp_path / "mine.py").write_text(REWARDS)
+    fast = ["--updates", 3, "--probe-every", 1, "--batch-size", 4, "--iterations", 2, "--probe-samples", 4]
+    fast += ["--moments-warmup", 1, "--log-every", 1]
+    said = marval("tune", "student", *fast, "--reward", "fd:efficientnet=1,mine.py:score=0.1", "--out", "run").out
+    assert "the held-out Fréchet distance and diversity are on pixels" in said
+    log = log_of(tmp_path / "run")
+    assert all(line["fd:efficientnet"] > 0 for line in log[1:])
+    assert log[-1]["fd"] > 0
+    said = marval("tune", "student", *fast, "--reward", "fd:pixels", "--out", "pixels").out
+    assert "which is not tuned on" not in said  # it is EfficientNet, as always
+    for reward, words in {
+        "fd:nothing": "reward fd 'nothing': expected efficientnet, classifier:FILE, pixels, file.py:function",
+        "fd:classifier:no.file": "no.file does not exist",
+        "fd:efficientnet,fd:pixels": "no features are left to judge on",
+    }.items():
+        said = refusal("tune", "student", *fast, "--reward", reward, "--out", "never")
+        assert words in said
+    missing = ["--reward", "fd", "--data", "folder:nowhere", "--out", "never"]
+    assert "nowhere" in refusal("tune", "student", *fast, *missing)
+    assert not (tmp_path / "never").exists()
+
+
 def test_a_latent_student_is_distilled_and_tuned_with_the_full_size_recipe(marval, refusal, tmp_path):
     """Latents for the anchor, pictures for the judge, 30 classes, no classifier, a reward that is only watched."""
     diffusers = pytest.importorskip("diffusers")

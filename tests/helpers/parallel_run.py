@@ -13,7 +13,7 @@ from marval.train.distill import distill
 from marval.train.teacher import train_teacher
 from marval.train.tune import tune
 from tiny import tiny_config, tiny_data, tiny_model
-from training import DISTILL, STUDENT, TRAIN, TUNE, anchor_of, brightness
+from training import DISTILL, STUDENT, TRAIN, TUNE, anchor_of, brightness, distance_reward
 
 SETTINGS = {
     "train": dataclasses.replace(TRAIN, warmup=3, decay=4),
@@ -23,6 +23,7 @@ SETTINGS = {
         patience=99,
     ),
 }  # fmt: skip
+SETTINGS["distance"] = dataclasses.replace(SETTINGS["tune"], updates=20, moments_warmup=3)
 SETTINGS["anchored"] = dataclasses.replace(SETTINGS["tune"], updates=20, anchor=0.5, anchor_warmup=3)
 
 
@@ -44,7 +45,9 @@ def main(stage, out, resume, broken_rank=None, shard=0, **changes):
         elif stage == "distill":
             distill(tiny_model(), tiny_config(), settings, tiny_data(), run, probe=probe)
         else:
-            reward = WeightedReward({"mine": (broken if broken_rank == workers.rank else brightness, 1.0)})
+            rewards = {"mine": (broken if broken_rank == workers.rank else brightness, 1.0)}
+            rewards |= {"fd:pixels": (distance_reward(), 1.0)} if stage == "distance" else {}
+            reward = WeightedReward(rewards)
             anchor = anchor_of() if stage == "anchored" else None
             tune(tiny_model(), STUDENT, reward, settings, run, probe=probe, anchor=anchor)
 

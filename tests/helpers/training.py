@@ -6,7 +6,10 @@ import json
 from safetensors.torch import load_file
 
 from marval.config import OneStep
+from marval.evaluate.features import PixelFeatures
 from marval.presets import DistillConfig, TrainConfig, TuneConfig
+from marval.rewards import FrechetReward, WeightedReward
+from marval.rewards.frechet import RealMoments
 from marval.runtime.folder import open_run
 from marval.train.anchor import Anchor
 from marval.train.distill import distill
@@ -26,6 +29,12 @@ STUDENT = dataclasses.replace(tiny_config(), draw=OneStep(guidance=1.5, guidance
 def brightness(images, prompts):
     """A reward."""
     return images.mean(dim=(1, 2, 3))
+
+
+def distance_reward(decay=0.9):
+    """The Fréchet distance to the tiny data, in pixels."""
+    rows = PixelFeatures()(tiny_data().images).double()
+    return FrechetReward("pixels", PixelFeatures(), RealMoments.of(rows.mean(dim=0), rows.mT.cov()), decay, "tiny data")
 
 
 def steady_probe(pipeline):
@@ -68,6 +77,12 @@ def run_tune(out, *, resume=False, reward=brightness, student=0, anchored=None, 
 def run_anchored(out, *, resume=False, **changes):
     """Tune a student with an anchor."""
     return run_tune(out, resume=resume, **{"anchored": anchor_of(), "anchor": 0.5, "anchor_warmup": 1, **changes})
+
+
+def run_distance(out, *, resume=False, **changes):
+    """Tune a student with a Fréchet distance, and a little of another reward."""
+    reward = WeightedReward({"fd:pixels": (distance_reward(), 1.0), "brightness": (brightness, 0.01)})
+    return run_tune(out, resume=resume, **{"reward": reward, "moments_warmup": 1, **changes})
 
 
 def log_of(out):

@@ -10,7 +10,17 @@ from marval.train import distill as distill_module
 from marval.train import teacher as teacher_module
 from marval.train import tune as tune_module
 from tiny import tiny_model
-from training import log_of, rising_probe, run_anchored, run_distill, run_train, run_tune, state_of, weights_of
+from training import (
+    log_of,
+    rising_probe,
+    run_anchored,
+    run_distance,
+    run_distill,
+    run_train,
+    run_tune,
+    state_of,
+    weights_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +31,7 @@ from training import log_of, rising_probe, run_anchored, run_distill, run_train,
         (run_tune, {}, tune_module, "policy_loss"),
         (run_tune, {"train": "low-rank", "rank": 2}, tune_module, "policy_loss"),
         (run_anchored, {}, tune_module, "policy_loss"),
+        (run_distance, {}, tune_module, "policy_loss"),
         (run_anchored, {"anchor_to": "student"}, tune_module, "policy_loss"),
     ],
 )

@@ -17,7 +17,7 @@ from marval.train.keeper import Keeper
 from marval.train.low_rank import add_low_rank, merged
 from marval.train.tune import trainable
 from tiny import tiny_config, tiny_model
-from training import TUNE, brightness, run_tune, state_of
+from training import TUNE, brightness, log_of, run_distance, run_tune, state_of
 
 
 @pytest.mark.parametrize("template", ["{}", "no class", "car: {}"])
@@ -84,6 +84,29 @@ def test_the_keeper_uses_the_figures_that_there_are():
     best, why = see(*({"fd": 1.0, "held_out": x, "log_probability": -x} for x in (0.1, 0.3, 0.2, 0.2)))
     assert best == [True, True, False, False]  # by the held-out reward, though the classifier disagrees
     assert "held-out reward did not rise in 2 probes" in why
+
+
+def test_where_distances_alone_are_tuned_the_lowest_held_out_one_is_best():
+    keeper = Keeper(TuneConfig(patience=2), by_distance=True)
+    figures = [{"fd": fd, "log_probability": -float(i)} for i, fd in enumerate((1.0, 0.8, 0.9, 0.85))]
+    assert [keeper.see(one) for one in figures] == [True, True, False, False]
+    assert keeper.stopped == "the held-out distance did not fall in 2 probes"
+    keeper = Keeper(TuneConfig(), by_distance=True)
+    assert [keeper.see({"fd": fd, "held_out": x}) for fd, x in ((1.0, 1.0), (0.9, 0.0), (1.0, 2.0))] == [
+        True,
+        False,
+        True,
+    ]
+
+
+def test_a_distance_falls_after_the_moments_are_gathered(tmp_path):
+    run_distance(tmp_path, updates=24, moments_warmup=4, batch_size=16, learning_rate=3e-3)
+    log = {line["update"]: line for line in log_of(tmp_path)}
+    assert "reward" not in log[4]  # the student does not learn yet
+    assert log[5]["reward"] == pytest.approx(-1, abs=0.3)  # in units of the distance at its start
+    assert log[24]["fd:pixels"] < 0.8 * log[5]["fd:pixels"]
+    with pytest.raises(ValueError, match="--updates 4: expected more than the 4 of --moments-warmup"):
+        run_distance(tmp_path / "never", updates=4, moments_warmup=4)
 
 
 def test_low_rank_factors_reach_every_use_of_a_weight_and_merge(monkeypatch):

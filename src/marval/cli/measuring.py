@@ -49,7 +49,7 @@ class Against(Checked):
 
     data: str | None = None  # the real images; the first model's when left out
     judge: Path | None = None  # the held-out classifier (marval train classifier); bundled for Fashion-MNIST
-    features: str | None = None  # file.py:function in EfficientNet's place: byte images (B, C, H, W) to (B, F)
+    features: str | None = None  # in EfficientNet's place: pixels, classifier:FILE, or file.py:function of bytes
     reference: Path | None = None  # ADM's .npz in the real images' place: FID, IS, sFID
 
 

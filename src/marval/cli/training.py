@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,7 +15,9 @@ from marval.presets import ENCODER, DistillConfig, Preset, TrainConfig, TuneConf
 from marval.runtime.provenance import command_line
 
 if TYPE_CHECKING:
-    from marval.runtime import folder
+    from marval.config import ModelConfig
+    from marval.rewards import FrechetReward, WeightedReward
+    from marval.runtime import distributed, folder
 
 Probes = Annotated[int, Rule("0, or a whole number from 2", lambda x: x == 0 or x >= 2)]
 JUDGED = 10_000  # real images that a training run's judge reads at most
@@ -146,23 +148,24 @@ class Rewards(Checked):
     """what to tune with"""
 
     preset: Preset = "fashion-mnist"  # the recipe; imagenet256-* are the paper's
-    reward: str = "classifier"  # one of the list above, NAME:FILE (:FOLDER, :HUB-ID), file.py:function, or A=1,B=0.5
+    reward: str = "classifier"  # of the list above, NAME:FILE (:FOLDER, :HUB-ID), file.py:function, or A=1,B=0.5
     held_out: str | None = None  # rewards that are only watched, written likewise; the best model has the highest
     judge: Path | None = None  # the held-out classifier, which may be missing; bundled for Fashion-MNIST
-    judge_data: str | None = None  # folder:DIR, the real images to compare with, where the data are latents
+    judge_data: str | None = None  # folder:DIR, the real images of distances, where the data are latents
     teacher: str | None = None  # the anchor's teacher (with --anchor)
-    data: str | None = None  # the anchor's training images, or latents; the student's when left out
+    data: str | None = None  # the anchor's and the distances' images, or latents; the student's when left out
 
 
 def tune(student: str, *, rewards: Rewards, settings: TuneConfig, output: TunedRun) -> None:
     """Tune a student with a differentiable reward (MARVAL-RL).
 
     marval tune fashion-student --reward classifier --out runs/tuned
-    marval tune runs/my-student --reward my_rewards.py:score=1,classifier:c.safetensors=0.5
+    marval tune runs/my-student --reward fd:efficientnet=1,my_rewards.py:score=0.1,classifier:c.safetensors=0.5
 
     Rewards: pickscore, clip, image-reward, hps-v2, aesthetic, text-image, classifier (docs/tuning.md says where their
-    weights come from); or your own function of images in [0, 1] and prompts (prompt.class_name is the class), which
-    returns one differentiable number per image.
+    weights come from); your own function of images in [0, 1] and prompts (prompt.class_name is the class), which
+    returns one differentiable number per image; or fd:SPACE, the Fréchet distance to the real images in the features
+    efficientnet, classifier, classifier:FILE, pixels or file.py:function.
 
     Args:
         student: a bundled model, or a model's or run's folder
@@ -186,17 +189,63 @@ def tune(student: str, *, rewards: Rewards, settings: TuneConfig, output: TunedR
         anchor = anchor_of(guide, pipeline, data_of(pipeline, rewards.data), recipe, settings)
     with output.start(device) as run:
         workers, held_out = run.workers, None
-        reward = WeightedReward(parse_rewards(rewards.reward, workers.device))
+        spec = rewards.judge_data or rewards.data or config.data
+        distance = distance_to(spec, config, settings, workers)
+        reward = WeightedReward(parse_rewards(rewards.reward, workers.device, distance))
         if rewards.held_out is not None:
             watched = WeightedReward(parse_rewards(rewards.held_out, workers.device))
             held_out = RewardJudge({"held out": watched}, settings.prompt, config, workers.device)
-        judge = make_judge(pipeline, rewards.judge_data or rewards.data, rewards.judge, workers, limit=JUDGED)
+        features = held_out_features(reward, rewards.judge, spec)
+        judge = make_judge(pipeline, spec, rewards.judge, workers, features=features, limit=JUDGED)
+        if workers.main and features is not None:
+            print(f"the held-out Fréchet distance and diversity are on {judge.network.name}, which is not tuned on")
         if workers.main and judge.classifier is None and held_out is None:
             print("no --judge and no --held-out reward: the Fréchet distance and the diversity alone say when to stop")
         watch = probe(judge, samples, settings.iterations, workers, held_out)
         ended = tune_student(pipeline.model, config, reward, settings, run, probe=watch, anchor=anchor)
         if workers.main:
             print(f"{output.out / 'model'}: {ended}")
+
+
+def distance_to(
+    spec: str, config: "ModelConfig", settings: TuneConfig, workers: "distributed.Workers"
+) -> "Callable[[str], FrechetReward]":
+    """What makes the reward fd:SPACE of a feature space's name, against the real images that `spec` names."""
+    from marval.evaluate.features import find_features
+    from marval.evaluate.judge import measure_data, real_reader
+    from marval.rewards.frechet import FrechetReward, RealMoments
+
+    def make(name: str) -> FrechetReward:
+        network = find_features(name, "reward fd").to(workers.device)
+
+        def measure() -> tuple[RealMoments, str] | None:
+            if not workers.main:
+                return None
+            real, _ = measure_data(network, spec, real_reader(spec, config, JUDGED))
+            return RealMoments.of(real.mean, real.covariance), f"{real.features} of {real.data_sha256}"
+
+        found = workers.agree(workers.together(measure))
+        assert found is not None  # as the main process has it
+        return FrechetReward(name, network, found[0], settings.moments_decay, found[1], workers.device)
+
+    return make
+
+
+def held_out_features(reward: "WeightedReward", judge: Path | None, spec: str) -> str | None:
+    """Name the first features that no distance is tuned on: EfficientNet's (None), the judge's, or pixels.
+
+    Raises:
+        ValueError: distances are tuned on all of them.
+    """
+    from marval.rewards import FrechetReward
+
+    tuned = {part.name for part, _ in reward.rewards.values() if isinstance(part, FrechetReward)}
+    judge = judge or (Path("fashion-judge") if spec.startswith("fashion-mnist") else None)
+    others = [None, *([f"classifier:{judge}"] if judge else []), "pixels"]
+    free = [name for name in others if (name or "efficientnet") not in tuned]
+    if not free:
+        raise ValueError(f"--reward {', '.join(reward.rewards)}: no features are left to judge on; leave out pixels")
+    return free[0]
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,23 @@
-"""Image features and figures of them: EfficientNet-Lite0 (ImageNet weights, packaged, offline), or the user's own.
+"""Image features and figures of them: EfficientNet-Lite0 (ImageNet weights, packaged, offline), others, your own.
 
 A Fréchet distance on EfficientNet's features is called FD-EfficientNet: it is not FID, and compares with nothing else.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, UInt8
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped, UInt8
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from marval.io.files import asset, write_tensors
+from marval.io.files import asset, sha256_of, write_tensors
 from marval.io.own_code import OwnCode
+from marval.rewards.classifier import classifier_file, load_classifier
 from marval.rewards.efficientnet import FEATURES, EfficientNetFeatures
 
 FASHION_STATISTICS = asset("fashion-mnist-statistics.safetensors")
@@ -36,6 +38,10 @@ class OwnFeatures(nn.Module):
         self.own, self.name = own, f"{own.spec} ({own.sha256[:12]})"
 
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
+        return self.of_values(images)
+
+    def of_values(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
+        """The features of images in [0, 255], which need not be bytes."""
         rows = self.own(images)
         if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != len(images):
             shape = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
@@ -45,12 +51,65 @@ class OwnFeatures(nn.Module):
         return rows.float()
 
 
-Features = EfficientNetFeatures | OwnFeatures
+class ClassifierFeatures(nn.Module):
+    """The last hidden layer (B, F) of a classifier of `marval train classifier`, of byte images (B, C, H, W)."""
+
+    prefix = "classifier"
+
+    def __init__(self, file: str):
+        super().__init__()
+        self.network = load_classifier(file)
+        self.name = f"{Path(file).stem} ({sha256_of(classifier_file(file))[:12]}), last hidden layer"
+
+    def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
+        return self.of_values(images.float())
+
+    def of_values(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
+        """The features of images in [0, 255], differentiable in them."""
+        if images.shape[1] != self.network.channels:
+            raise ValueError(
+                f"features {self.name}: for {self.network.channels} channels, the images have {images.shape[1]}"
+            )
+        return self.network.hidden(images / 255)
 
 
-def find_features(spec: str | None = None) -> Features:
-    """EfficientNet's features when None, else those of "file.py:function" or "module:function"."""
-    return EfficientNetFeatures() if spec is None else OwnFeatures(OwnCode(spec, "--features"))
+class PixelFeatures(nn.Module):
+    """The pixels themselves (B, F) of byte images (B, C, H, W), averaged to 32 x 32 where there are more."""
+
+    name = "pixels, at most 32x32"
+    prefix = "pixels"
+
+    def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
+        return self.of_values(images.float())
+
+    def of_values(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
+        """The features of images in [0, 255], differentiable in them."""
+        height, width = images.shape[2:]
+        return F.adaptive_avg_pool2d(images / 255, (min(height, 32), min(width, 32))).flatten(1)
+
+
+Features = EfficientNetFeatures | OwnFeatures | ClassifierFeatures | PixelFeatures
+SPACES = ("efficientnet", "classifier:FILE", "pixels")
+
+
+def find_features(spec: str | None = None, option: str = "--features") -> Features:
+    """EfficientNet's features when None; else "efficientnet", "classifier", "classifier:FILE", "pixels", or your own.
+
+    Your own are those of "file.py:function" or "module:function".
+
+    Args:
+        option: what the name was given for.
+
+    Raises:
+        ValueError: an unknown name, no such file, or as `OwnCode`.
+    """
+    kind, _, file = (spec or "efficientnet").partition(":")
+    if kind == "classifier":
+        return ClassifierFeatures(file or "fashion-classifier")
+    named: dict[str, Callable[[], Features]] = {"efficientnet": EfficientNetFeatures, "pixels": PixelFeatures}
+    if kind in named and not file:
+        return named[kind]()
+    return OwnFeatures(OwnCode(spec or "", option, SPACES))
 
 
 @torch.inference_mode()

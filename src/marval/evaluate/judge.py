@@ -204,25 +204,11 @@ def make_judge(
     """
     workers, config = workers or Workers(), pipeline.config
     spec, space = data or config.data, config.space
-    if reference is None and spec.startswith("latents:"):
-        raise ValueError(
-            f"{spec} holds no pictures to compare with: name some, in training with --judge-data folder:DIR, in "
-            "evaluation with --data folder:DIR"
-        )
-    # A model of latents is trained on a cache, but its pictures are compared with pictures.
-    check = check_data if space.kind == "pixels" else check_classes
-
-    def real_images() -> ImageData:
-        images = load_images(spec, size=space.image_size, channels=space.channels, limit=limit, encoder=config.encoder)
-        check(images, config)
-        return images
-
+    real_images = None if reference is not None else real_reader(spec, config, limit)
     judge = Judge(find_features(features).to(workers.device), None, None, styles=config.mar.labels_per_class)
     if reference is not None:
         judge = replace(judge, reference=Reference.load(reference, workers.device))
-    elif workers.main:
-        if spec == "fashion-mnist":
-            check(FASHION_FORM, config)  # the images themselves may never be read
+    elif workers.main and real_images is not None:
         real, some = measure_data(judge.network, spec, real_images, sample)
         judge = replace(judge, real=real, sample=some)
     if classifier is None and spec.partition(":")[0] == "fashion-mnist":
@@ -240,6 +226,34 @@ def make_judge(
 
 
 # Real images, whose features are computed once
+
+
+def real_reader(spec: str, config: ModelConfig, limit: int | None = None) -> Callable[[], ImageData]:
+    """What reads the real images that a model's are compared with, when features of theirs are not known yet.
+
+    Args:
+        limit: see `make_judge`.
+
+    Raises:
+        ValueError: the data are latents, or other images than the model's.
+    """
+    if spec.startswith("latents:"):
+        raise ValueError(
+            f"{spec} holds no pictures to compare with: name some, in training with --judge-data folder:DIR, in "
+            "evaluation with --data folder:DIR"
+        )
+    space = config.space
+    # A model of latents is trained on a cache, but its pictures are compared with pictures.
+    check = check_data if space.kind == "pixels" else check_classes
+    if spec == "fashion-mnist":
+        check(FASHION_FORM, config)  # the images themselves may never be read
+
+    def read_images() -> ImageData:
+        images = load_images(spec, size=space.image_size, channels=space.channels, limit=limit, encoder=config.encoder)
+        check(images, config)
+        return images
+
+    return read_images
 
 
 def measure_data(

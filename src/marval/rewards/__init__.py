@@ -10,16 +10,19 @@ from marval.rewards.base import (
     checked,
     find_reward,
     parse_rewards,
+    parts_of,
     reward_hash,
     reward_identity,
 )
 from marval.rewards.classifier import Classifier, ClassifierReward, classifier_file, load_classifier
+from marval.rewards.frechet import FrechetReward
 from marval.rewards.prompts import Prompt, label_prompts, prompts_of
 
 __all__ = [
     "KNOWN",
     "Classifier",
     "ClassifierReward",
+    "FrechetReward",
     "Prompt",
     "Reward",
     "WeightedReward",
@@ -29,6 +32,7 @@ __all__ = [
     "label_prompts",
     "load_classifier",
     "parse_rewards",
+    "parts_of",
     "prompts_of",
     "reward_hash",
     "reward_identity",

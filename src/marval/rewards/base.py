@@ -15,6 +15,7 @@ from marval.io.files import sha256_of
 from marval.io.own_code import OwnCode
 from marval.rewards.classifier import load_classifier_reward
 from marval.rewards.clip import load_aesthetic, load_clip, load_pickscore
+from marval.rewards.frechet import FrechetReward
 from marval.rewards.hps import load_hps
 from marval.rewards.image_reward import load_image_reward
 from marval.rewards.text_image import load_text_image
@@ -41,24 +42,40 @@ KNOWN: dict[str, tuple[Callable[[str, torch.device | str], Reward], str]] = {
 }
 
 
-def find_reward(name: str, device: torch.device | str = "cpu") -> Reward:
+# Makes the reward "fd:NAME" of a feature space's name: it knows the real images.
+DistanceTo = Callable[[str], FrechetReward]
+
+
+def find_reward(name: str, device: torch.device | str = "cpu", distance: DistanceTo | None = None) -> Reward:
     """Load a reward: "clip"; with other weights, "clip:FOLDER" or "clip:HUB-ID"; or your own, "file.py:function".
+
+    Args:
+        distance: what "fd:SPACE" is made by, in tuning.
 
     Raises:
         ValueError: an unknown name, weights that are not there, or as `OwnCode`.
     """
     kind, _, source = name.partition(":")
+    if kind == "fd":
+        if distance is None:
+            raise ValueError(f"{name} is a distance of many images, which tune --reward alone takes; expected another")
+        return distance(source or "efficientnet")
     if kind in KNOWN:
         load, default = KNOWN[kind]
         return load(source or default, device)
-    own = OwnCode(name, "reward", KNOWN)
+    own = OwnCode(name, "reward", [*KNOWN, "fd:SPACE"])
     if isinstance(own.function, nn.Module):
         own.function.to(device)
     return own
 
 
-def parse_rewards(text: str, device: torch.device | str = "cpu") -> dict[str, tuple[Reward, float]]:
+def parse_rewards(
+    text: str, device: torch.device | str = "cpu", distance: DistanceTo | None = None
+) -> dict[str, tuple[Reward, float]]:
     """Load rewards with their weights: "classifier", or "pickscore=1,clip:FOLDER=0.5"; the weight is 1 by default.
+
+    Args:
+        distance: see `find_reward`.
 
     Raises:
         ValueError: as `find_reward`, a weight that is no number, or a reward named twice.
@@ -69,7 +86,7 @@ def parse_rewards(text: str, device: torch.device | str = "cpu") -> dict[str, tu
         try:
             if name in parts:
                 raise ValueError(f"{name} is named twice")
-            parts[name] = (find_reward(name, device), float(weight or 1))
+            parts[name] = (find_reward(name, device, distance), float(weight or 1))
         except ValueError as error:
             raise ValueError(f"--reward {text}: {error}") from error
     return parts
@@ -77,6 +94,8 @@ def parse_rewards(text: str, device: torch.device | str = "cpu") -> dict[str, tu
 
 def reward_hash(reward: Reward) -> str:
     """SHA-256 of a reward's weights, or of the file of code without weights; "" where there is neither."""
+    if isinstance(reward, FrechetReward):
+        return reward.sha256
     if isinstance(reward, OwnCode):
         return reward_hash(reward.function) or reward.sha256
     modules = {"": reward} if isinstance(reward, nn.Module) else getattr(reward, "__dict__", {})
@@ -121,8 +140,13 @@ class WeightedReward:
         return total
 
 
+def parts_of(reward: Reward) -> dict[str, tuple[Reward, float]]:
+    """The rewards of a sum with their weights, by name; any other reward with the weight 1."""
+    name = getattr(reward, "__qualname__", type(reward).__qualname__)
+    return reward.rewards if isinstance(reward, WeightedReward) else {name: (reward, 1.0)}
+
+
 def reward_identity(reward: Reward) -> str:
     """Describe a reward for a resumed run to compare: names, weights in the sum, and the hashes of what they run."""
-    name = getattr(reward, "__qualname__", type(reward).__qualname__)
-    parts = reward.rewards if isinstance(reward, WeightedReward) else {name: (reward, 1.0)}
-    return ",".join(f"{name}={weight:g} (sha256 {reward_hash(part)})" for name, (part, weight) in parts.items())
+    parts = parts_of(reward).items()
+    return ",".join(f"{name}={weight:g} (sha256 {reward_hash(part)})" for name, (part, weight) in parts)

@@ -14,7 +14,7 @@ Architecture = Literal["plain", "residual"]
 MAKER = "marval train classifier"
 
 
-def plain_network(channels: int, classes: int) -> nn.Module:
+def plain_network(channels: int, classes: int) -> nn.Sequential:
     """Strided convolutions with batch norm and ReLU, then a hidden layer."""
 
     def stage(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
@@ -41,7 +41,7 @@ class ResidualBlock(nn.Module):
         return self.skip(x) + self.body(x)
 
 
-def residual_network(channels: int, classes: int) -> nn.Module:
+def residual_network(channels: int, classes: int) -> nn.Sequential:
     """Pre-activation residual blocks and global average pooling."""
     return nn.Sequential(
         nn.Conv2d(channels, 16, 3, 1, 1),
@@ -62,6 +62,10 @@ class Classifier(nn.Module):
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
         """Logits."""
         return self.network(images * 2 - 1)
+
+    def hidden(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
+        """The last hidden layer, of which the logits are a linear function."""
+        return self.network[:-1](images * 2 - 1)
 
     def log_probability(self, images: Float[Tensor, "b c h w"], labels: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Log-probability of each image's class, in nats."""

@@ -2,9 +2,10 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from marval.config import ModelConfig, OneStep
@@ -12,15 +13,16 @@ from marval.losses.reward import policy_loss
 from marval.model import MAR
 from marval.pipeline import Pipeline
 from marval.presets import TuneConfig
-from marval.rewards import Reward, label_prompts, reward_identity
+from marval.rewards import FrechetReward, Reward, label_prompts, parts_of, reward_identity
+from marval.rewards.frechet import recomputed
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import Run, data_identity, model_identity
 from marval.runtime.log import LOG, Figures, Log, add_means, due
 from marval.runtime.optim import Optimizer, fast_products, update_ema
 from marval.runtime.state import State, save_network
-from marval.sampling import draw_function, sample
+from marval.sampling import DrawTokens, draw_function, sample
 from marval.sampling.fast import compile_blocks
-from marval.spaces import token_space
+from marval.spaces import TokenSpace, token_space
 from marval.train.anchor import Anchor, AnchorLoss
 from marval.train.distill import Probe
 from marval.train.draws import tune_draws
@@ -28,17 +30,38 @@ from marval.train.keeper import Keeper
 from marval.train.low_rank import add_low_rank, merged
 
 
+class ImagePart(NamedTuple):
+    """Some images of a batch."""
+
+    share: float  # the weight of its mean in the batch's
+    labels: list[int]
+    images: Tensor
+
+
+def distances_in(reward: Reward) -> tuple[dict[str, FrechetReward], bool]:
+    """The Fréchet distances among a sum's rewards, by name, and whether there is nothing else in it."""
+    parts = parts_of(reward)
+    distances = {name: part for name, (part, _) in parts.items() if isinstance(part, FrechetReward)}
+    return distances, len(distances) == len(parts)
+
+
 def tuned_config(
-    student: ModelConfig, settings: TuneConfig, anchor: Anchor | None
-) -> tuple[ModelConfig, TuneConfig, Anchor | None]:
-    """The tuned model's configuration, the settings within its number of tokens, and the anchor where it has weight."""
+    student: ModelConfig, settings: TuneConfig, anchor: Anchor | None, distances: Mapping[str, FrechetReward]
+) -> tuple[ModelConfig, TuneConfig, Anchor | None, int]:
+    """Check what is asked for; the tuned model's configuration, and what is used of settings and anchor.
+
+    The last is the number of updates before the student's first: only phi learns then, and moments are gathered.
+    """
     if not isinstance(student.draw, OneStep):
         raise ValueError(f"{student.name or 'this model'} is a teacher: distil it first (marval distill)")
     if settings.anchor and anchor is None:
         raise ValueError("the anchor needs the teacher: name it with --teacher")
     settings = settings.within(student.mar.num_tokens)
     config = dataclasses.replace(student, name=settings.name, iterations=settings.iterations)
-    return config, settings, anchor if settings.anchor else None
+    waits = settings.anchor_warmup if settings.anchor else 0, settings.moments_warmup if distances else 0
+    if (warmup := max(waits)) >= settings.updates:  # the settings themselves compare with the anchor's
+        raise ValueError(f"--updates {settings.updates}: expected more than the {warmup} of --moments-warmup")
+    return config, settings, anchor if settings.anchor else None, warmup
 
 
 def described(config: ModelConfig, settings: TuneConfig, reward: Reward, anchor: Anchor | None) -> dict[str, Any]:
@@ -62,8 +85,9 @@ def trainable(student: MAR, settings: TuneConfig, workers: Workers) -> MAR:
 
 
 def copy_networks(
-    student: MAR, settings: TuneConfig, workers: Workers, anchored: AnchorLoss | None
-) -> tuple[MAR, MAR, dict[str, nn.Module], dict[str, Optimizer]]:
+    student: MAR, settings: TuneConfig, workers: Workers, anchored: AnchorLoss | None,
+    distances: Mapping[str, FrechetReward],
+) -> tuple[MAR, MAR, dict[str, nn.Module], dict[str, Optimizer]]:  # fmt: skip
     """Copy a student that learns and its average; all networks and optimizers that a resumed run needs, by name."""
     workers.parts(settings.batch_size, settings.accumulate)  # refuses a batch that cannot be split
     student = trainable(copy.deepcopy(student), settings, workers)
@@ -74,6 +98,7 @@ def copy_networks(
     if settings.compile:
         compile_blocks(student)
     networks: dict[str, nn.Module] = {"student": student, "ema": ema}
+    networks |= {f"moments.{name}": distance.moments for name, distance in distances.items()}
     adams = {"student": Optimizer(student, workers, settings.gradient_clip, (0.9, 0.999))}
     if anchored is not None:
         networks |= anchored.networks
@@ -81,19 +106,32 @@ def copy_networks(
     return student, ema, networks, adams
 
 
-def tune_parts(
-    settings: TuneConfig, config: ModelConfig, update: int, workers: Workers
-) -> Iterator[tuple[float, Tensor, dict[str, Any]]]:
-    """Yield this process's parts of a batch: the weight in the batch's mean, the labels, and arguments of `sample`."""
-    how = {
-        "iterations": settings.iterations, "gradient_iterations": settings.gradient_iterations,
-        "orders": config.order, "autocast": settings.autocast,
-    }  # fmt: skip
+def drawn_parts(
+    student: MAR, draw: DrawTokens, space: TokenSpace, settings: TuneConfig, config: ModelConfig, update: int,
+    workers: Workers, held: bool,
+) -> Iterable[ImagePart]:  # fmt: skip
+    """Draw this process's parts of a batch one by one; where several are `held`, without activations of the decoder."""
     labels, seeds, noise, w = tune_draws(settings, config, update, workers.device)
+    decode = recomputed(space.decode) if held and settings.accumulate > 1 else space.decode
     for rows in workers.parts(settings.batch_size, settings.accumulate):
-        share = workers.share(rows, settings.batch_size)
-        own = None if w is None else w[rows]
-        yield share, labels[rows], {**how, "seeds": seeds[rows], "noise": noise[:, rows], "guidance": own}
+        tokens = sample(
+            student, draw, student.embed(labels[rows].to(workers.device)),
+            iterations=settings.iterations, gradient_iterations=settings.gradient_iterations, orders=config.order,
+            seeds=seeds[rows], noise=noise[:, rows], guidance=None if w is None else w[rows],
+            autocast=settings.autocast,
+        )  # fmt: skip
+        yield ImagePart(workers.share(rows, settings.batch_size), labels[rows].tolist(), decode(tokens))
+
+
+def observed(
+    parts: Iterable[ImagePart], distances: Mapping[str, FrechetReward], workers: Workers, student_update: int
+) -> tuple[list[ImagePart], Figures]:
+    """Draw all parts, show them to the distances, and return them with the distances: no gradient comes before that."""
+    with torch.set_grad_enabled(student_update >= 0):
+        whole = list(parts)
+        images, starting = [part.images for part in whole], student_update <= 0
+        figures = {name: distance.observe(images, workers, starting) for name, distance in distances.items()}
+    return whole, Figures(figures)
 
 
 def tune(
@@ -109,15 +147,16 @@ def tune(
     Raises:
         ValueError: the model is a teacher, the run has other settings, an anchor without a teacher, or a bad reward.
     """
-    config, settings, anchor = tuned_config(student_config, settings, anchor)
+    distances, alone = distances_in(reward)
+    config, settings, anchor, warmup = tuned_config(student_config, settings, anchor, distances)
     origin = {"student": model_identity(student_config.name, student), **described(config, settings, reward, anchor)}
     workers, device = run.workers, run.workers.device
     space, draw = token_space(config.space, device), draw_function(config, device)
     anchored = None if anchor is None else AnchorLoss(anchor, student_config, space, workers, settings.anchor_to)
-    student, ema, networks, adams = copy_networks(student, settings, workers, anchored)
+    student, ema, networks, adams = copy_networks(student, settings, workers, anchored, distances)
     state = State(run, origin, networks, adams)
     start, watched = state.load()
-    keeper = Keeper(settings, **watched)
+    keeper = Keeper(settings, by_distance=alone, **watched)
     log = Log(run.folder / LOG, workers, start, settings.updates, settings.batch_size, run.tensorboard)
     if start == 0:
         keeper.see(probe(Pipeline(ema, config, space)))
@@ -128,17 +167,16 @@ def tune(
     for update in workers.updates(start, settings.updates):
         if keeper.stopped:
             break
-        student_update = update - (settings.anchor_warmup if anchored is not None else 0)  # below 0 only phi learns
-        figures = Figures()
+        student_update = update - warmup  # below 0 only phi learns, and moments are gathered
         with fast_products(device):
-            if anchored is not None:
-                figures |= anchored.step(student, update, settings.anchor, student_update)
+            figures = Figures() if anchored is None else anchored.step(student, update, settings.anchor, student_update)
+            parts = drawn_parts(student, draw, space, settings, config, update, workers, held=bool(distances))
+            if distances:
+                parts, seen = observed(parts, distances, workers, student_update)
+                figures |= seen
             if student_update >= 0:
-                for share, labels, how in tune_parts(settings, config, update, workers):
-                    tokens = sample(student, draw, student.embed(labels.to(device)), **how)
-                    images = space.decode(tokens)
-                    prompts = [asked[label] for label in labels.tolist()]
-                    loss, rewards = workers.together(policy_loss, reward, images, prompts)
+                for share, labels, images in parts:
+                    loss, rewards = workers.together(policy_loss, reward, images, [asked[label] for label in labels])
                     (loss * share).backward()
                     add_means(figures, share, reward=rewards)
                 figures["gradient_norm"] = adams["student"].step(settings.learning_rate)
