@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import marval
 from marval.checks import Checked
 from marval.cli.options import read
 from marval.cli.training import Run
@@ -36,6 +37,7 @@ class Sizes(Checked):
     head_depth: Count = 3  # its blocks
     buffer_size: Whole = 8  # tokens that carry the prompt
     dropout: Decay = 0.1  # in training, as MAR
+    init: str | None = None  # a model of these sizes to start from, perhaps of fewer concepts
     name: Name = "emoji-teacher"  # the model's name
 
 
@@ -43,11 +45,11 @@ class Sizes(Checked):
 class Training(TrainConfig):
     """how it is trained"""
 
-    updates: Count = 40_000
-    batch_size: Count = 64
+    updates: Count = 100_000
+    batch_size: Count = 32
     tokens_per_image: Count = 64  # masked tokens of an image that enter the loss
-    learning_rate: Positive = 6e-4  # AdamW's
-    decay: Whole = 10_000  # updates of linear decay to 0, at the end
+    learning_rate: Positive = 5e-4  # AdamW's
+    decay: Whole = 25_000  # updates of linear decay to 0, at the end
     save_every: Count = 250  # updates between two saved states
 
 
@@ -80,8 +82,9 @@ def train(data: str, *, sizes: Sizes, settings: Training, output: Output) -> Non
         config = latent_teacher_config(PRESETS[0], sizes.name, images, data, source)
     else:
         config = teacher_config(sizes.name, images, data, source)
+    start = marval.load(sizes.init).model if sizes.init is not None else None
     with output.start(device) as run:
-        done = train_teacher(sized(config, sizes), settings, images, run)
+        done = train_teacher(sized(config, sizes), settings, images, run, init=start)
         if run.workers.main:
             print(f"{output.out / 'model'}: {done} of {settings.updates} updates done")
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import marval as package
 from marval.cli.options import read
@@ -22,20 +23,22 @@ def train(monkeypatch, tmp_path, encoder):
     spec.loader.exec_module(module)
     data = f"folder:{write_captioned(tmp_path / 'pictures')}"
 
-    def run(*words):
-        typed = [data, "--out", str(tmp_path / "run"), *SMALL.split(), *words]
+    def run(*words, out="run"):
+        typed = [data, "--out", str(tmp_path / out), *SMALL.split(), *words]
         read(module.train, typed, "train_teacher.py")()
-        return package.load(tmp_path / "run")
+        return package.load(tmp_path / out)
 
     return run
 
 
-def test_it_trains_a_network_of_any_size_and_goes_on(train):
+def test_it_trains_a_network_of_any_size_and_goes_on(train, tmp_path):
     first = train("--updates", "2")
     mar = first.config.mar
     assert (mar.encoder_dim, mar.decoder_depth, mar.head_width, mar.dropout) == (16, 1, 8, 0.1)
     more = train("--updates", "4", "--resume")
     assert not more.model.head.input_proj.weight.equal(first.model.head.input_proj.weight)
     assert len(more.sample(["taxi, 3d style", "shark, flat style"], iterations=2, seed=1)) == 2
+    begun = train("--updates", "1", "--learning-rate", "1e-9", "--init", str(tmp_path / "run"), out="other")
+    torch.testing.assert_close(begun.model.decoder_embed.weight, more.model.decoder_embed.weight)
     with pytest.raises(ValueError, match="encoder_dim was 16, now 32"):
         train("--updates", "6", "--resume", "--width", "32")
