@@ -83,7 +83,7 @@ def distill_step(config: MARConfig, settings: DistillConfig, images: int, recomp
         free_gradients(student, phi)
         places = torch.arange(config.num_tokens).expand(images, -1)
         targets, labels = places[:, known:][:, : settings.tokens_per_image], torch.zeros(images, dtype=torch.long)
-        inputs = (torch.randn(images, config.num_tokens, config.token_dim), places[:, :known], targets, labels)
+        inputs = (torch.randn(images, config.num_tokens, config.token_dim), places[:, :known], targets, labels, None)
         z, eps = (torch.randn(targets.numel(), config.token_dim) for _ in range(2))
         t, w, autocast = torch.zeros(len(z), dtype=torch.long), settings.guidance or 2.0, settings.autocast
         with Meter() as meter:

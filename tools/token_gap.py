@@ -61,7 +61,7 @@ def token_gaps(
     gaps: dict[str, dict[str, dict[str, float]]] = {name: {} for name in ["the teacher again", *students]}
     for count in visible:
         order = torch.rand(images, mar.num_tokens, generator=rng).argsort(1)
-        inputs = tokens, order[:, :count], order[:, count : count + TARGETS], labels
+        inputs = tokens, order[:, :count], order[:, count : count + TARGETS], labels, None
 
         def drawn(pipeline: Pipeline, inputs: Inputs = inputs) -> Tensor:
             draw = draw_function(pipeline.config)

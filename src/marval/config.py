@@ -62,6 +62,7 @@ class MARConfig(Checked):
     learn_variance: bool = True
     dropout: Decay = 0.0  # in training only
     guidance_range: GuidanceRange | None = None  # w that the head takes as an input (a student's); None: it takes none
+    cached: bool = False  # the context network reads every token once, block-causally (a student's)
     text_dim: Whole = 0  # numbers of a sentence's embedding, where text is the condition; 0: classes are
     num_styles: Whole = 0  # of text
 

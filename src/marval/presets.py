@@ -102,6 +102,7 @@ class DistillConfig(RunConfig):
     guidance: Guidance | None = None  # w of the teacher; its own when left out
     guidance_schedule: Schedule | None = None  # the teacher's own when left out
     guidance_range: GuidanceRange | None = None  # train for every w in it: then w is chosen when images are drawn
+    cached: bool = False  # a student whose context network reads every token once: it costs the same at any K
     energy: NotNegative = 0.0  # weight of the energy score beside the objective (docs/research.md)
     energy_tokens: Count = 2  # of an image that it is computed on,
     energy_samples: Pairs = 4  # of the student for each of them,

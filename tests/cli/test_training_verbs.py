@@ -68,6 +68,33 @@ def test_outputs_are_checked_before_anything_is_read(tmp_path, refusal, nothing_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
 
 
+def test_a_cached_student_is_distilled_resumed_and_draws_at_any_k(marval, refusal, tmp_path):
+    make_pictures(tmp_path / "pictures", tiny_config().class_names, 6, grey=True)
+    Pipeline(tiny_model(), dataclasses.replace(tiny_config(), data="folder:pictures")).save(tmp_path / "teacher")
+    how = [
+        "distill",
+        "teacher",
+        "--warmup",
+        2,
+        "--batch-size",
+        4,
+        "--iterations",
+        4,
+        "--log-every",
+        1,
+        "--probe-samples",
+        4,
+    ]
+    marval(*how, "--cached", "--updates", 3, "--out", "run")
+    assert "mar.cached" in refusal(*how, "--updates", 5, "--out", "run", "--resume")
+    marval(*how, "--cached", "--updates", 5, "--out", "run", "--resume")
+    assert [line["update"] for line in log_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    student = load(tmp_path / "run")
+    for iterations in (1, 4, 16):
+        together = student.sample(["cross", "square"], seed=3, iterations=iterations)
+        torch.testing.assert_close(student.sample(["square"], seed=4, iterations=iterations), together[1:])
+
+
 def test_tuning_starts_where_there_are_as_many_classes_as_probe_images(marval, tmp_path):
     make_pictures(tmp_path / "pictures", tiny_config().class_names, 3, grey=True)
     student = dataclasses.replace(tiny_config(), draw=OneStep(), data="folder:pictures")

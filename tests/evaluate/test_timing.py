@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from marval.config import Chain, OneStep
+from marval.config import Chain, MARConfig, ModelConfig, OneStep, PixelSpace
 from marval.evaluate.results import read_results
 from marval.evaluate.speed import flops_per_image, in_turns, measure_speed
 from marval.pipeline import Pipeline
@@ -80,12 +80,31 @@ def test_rows_are_of_their_own_model_k_and_batch_and_replace_those_at_the_same_s
 
 @pytest.mark.parametrize("iterations", [1, 3, 16])
 @pytest.mark.parametrize(
-    "draw", [OneStep(), Chain(guidance=1.0, diffusion_steps=5), Chain(guidance=1.5, diffusion_steps=7)]
+    ("draw", "cached"),
+    [
+        (OneStep(), False),
+        (OneStep(), True),
+        (Chain(guidance=1.0, diffusion_steps=5), False),
+        (Chain(guidance=1.5, diffusion_steps=7), False),
+    ],
 )
-def test_operations_are_those_of_a_whole_image(draw, iterations):
+def test_operations_are_those_of_a_whole_image(draw, cached, iterations):
     """The counter knows neither oneDNN's layers, which need inference mode, nor the CPU's flash attention."""
     pipeline = pipeline_of(draw)
+    pipeline.model.config = dataclasses.replace(pipeline.model.config, cached=cached)
+    pipeline.config = dataclasses.replace(pipeline.config, mar=pipeline.model.config)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         condition = pipeline.model.embed(torch.tensor([0]))
         sample(pipeline.model, draw_function(pipeline.config), condition, iterations=iterations, seeds=[0])
     assert flops_per_image(pipeline.config, iterations) == counter.get_total_flops()
+
+
+def test_an_image_of_a_cached_student_takes_as_many_operations_at_any_k():
+    mar = MARConfig.fashion((7, 7), 16, 10)
+    space, names = PixelSpace((28, 28), 1, 4, shift=0.5, scale=2.0), tuple("abcdefghij")
+    config = ModelConfig(dataclasses.replace(mar, cached=True), space, OneStep(), names, 8)
+    cached = [flops_per_image(config, iterations) for iterations in (4, 16, 49)]
+    assert max(cached) < 1.2 * min(cached)
+    plain = dataclasses.replace(config, mar=mar)
+    assert flops_per_image(config, 1) == flops_per_image(plain, 1)
+    assert flops_per_image(plain, 49) > 10 * cached[-1]

@@ -14,12 +14,12 @@ CHAIN = Chain(guidance=2.0, diffusion_steps=6, clip=True)
 DRAWS = {"chain": DrawByChain(CHAIN, SPACE.token_range), "one_step": DrawInOneStep()}
 
 
-def small_model(grid=(3, 4), channels=CHANNELS, learn_variance=True, decoder_dim=16, depth=1, guidance_range=None):
+def small_model(grid=(3, 4), channels=CHANNELS, learn_variance=True, decoder_dim=16, depth=1, **others):
     config = MARConfig(
         grid, channels, 5,
         encoder_dim=16, encoder_depth=depth, encoder_heads=2,
         decoder_dim=decoder_dim, decoder_depth=depth, decoder_heads=2,
-        head_width=16, head_depth=2, buffer_size=3, learn_variance=learn_variance, guidance_range=guidance_range,
+        head_width=16, head_depth=2, buffer_size=3, learn_variance=learn_variance, **others,
     )  # fmt: skip
     model = MAR(config).initialize(generator("test model"))
     rng = generator("test model", "noise")

@@ -27,8 +27,11 @@ def session(file):
     return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
 
-def test_the_command_writes_a_student_that_draws_the_same_images_in_onnxruntime(tmp_path, marval):
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_command_writes_a_student_that_draws_the_same_images_in_onnxruntime(cached, tmp_path, marval):
     config, model, iterations = STUDENT, tiny_model(), 2
+    model.config = dataclasses.replace(model.config, cached=cached)
+    config = dataclasses.replace(config, mar=model.config)
     Pipeline(model, config).save(tmp_path / "student")
     done = marval("convert", "onnx", "student", "a/student.onnx", "--iterations", 2)
     assert "K = 2; onnxruntime's pictures differ from PyTorch's by" in done.out

@@ -211,6 +211,49 @@ def test_a_range_of_guidance_is_learned(tmp_path):
     assert torch.nn.functional.cosine_similarity(*shifts, dim=0) > 0.5
 
 
+def test_a_cached_student_first_learns_its_teachers_contexts(tmp_path):
+    """Also when it is interrupted meanwhile."""
+    teacher, config = tiny_model(), tiny_config()
+    settings = dataclasses.replace(
+        SETTINGS, cached=True, updates=43, warmup=40, decay=1, log_every=1, batch_size=16, learning_rate=1e-3,
+        probe_every=15,
+    )  # fmt: skip
+    with open_run(tmp_path / "whole") as run:
+        distill(teacher, config, settings, tiny_data(), run)
+    with open_run(tmp_path / "parts") as run:
+        assert distill(teacher, config, settings, tiny_data(), run, lambda _: run.workers.stop.set() or {}) == 16
+    with open_run(tmp_path / "parts", resume=True) as run:
+        distill(teacher, config, settings, tiny_data(), run)
+    student, again = load(tmp_path / "whole"), load(tmp_path / "parts")
+    assert student.config.mar.cached
+    assert all(torch.equal(a, b) for a, b in zip(student.model.parameters(), again.model.parameters(), strict=True))
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [{"context", "l1"} & row.keys() for row in rows] == [{"context"}] * 40 + [{"l1"}] * 3
+    assert sum(row["context"] for row in rows[30:40]) < 0.5 * sum(row["context"] for row in rows[:10])
+
+
+def test_the_groups_of_an_update_are_those_of_a_sampler():
+    settings = dataclasses.replace(SETTINGS, tokens_per_image=24, batch_size=1)
+    mar = dataclasses.replace(tiny_config().mar, token_grid=(7, 7), cached=True)
+    first, inpainted, most = set(), 0, set()
+    for update in range(300):
+        draws = gsim_draws(settings, mar, update)
+        groups, visible = draws.groups, draws.visible.shape[1]
+        assert sum(groups.visible) == visible
+        assert sum(groups.hidden) == draws.targets.shape[1]
+        assert groups.hidden == sorted(groups.hidden, reverse=True)
+        inpainted += groups.visible[0] > 0
+        most.add(len(groups.visible))
+        plain = gsim_draws(settings, dataclasses.replace(mar, cached=False), update)
+        assert plain.groups is None
+        assert torch.equal(plain.visible, draws.visible)
+        assert torch.equal(plain.phi[1].eps, draws.phi[1].eps)
+        first.add(groups.hidden[0])
+    assert 60 < inpainted < 180
+    assert max(most) > 40
+    assert {1, 2, 3, 4, 24} <= first
+
+
 @pytest.mark.parametrize("iterations", [4, 16])
 @pytest.mark.parametrize("tokens", [49, 256])
 def test_the_mean_guidance_of_distillation_is_the_samplers(tokens, iterations):

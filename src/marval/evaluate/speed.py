@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -157,13 +158,14 @@ def flops_per_image(config: ModelConfig, iterations: int) -> int:
     A few small counts give the whole sum: an iteration's operations grow with the square of the visible tokens (in
     attention) and linearly with the drawn tokens, a chain's linearly with its steps.
     """
-    draw = config.draw
+    draw, counts = config.draw, draw_counts(config.mar.num_tokens, iterations)
+    if config.mar.cached:
+        return cached_flops(config, counts)
     if isinstance(draw, Chain) and draw.diffusion_steps > 3:
         short = [dataclasses.replace(config, draw=dataclasses.replace(draw, diffusion_steps=t)) for t in (2, 3)]
         two, three = (flops_per_image(one, iterations) for one in short)
         return two + (draw.diffusion_steps - 2) * (three - two)
     constant, line, square, each, once = iteration_costs(config)
-    counts = draw_counts(config.mar.num_tokens, iterations)
     visible = [sum(counts[:k]) for k in range(iterations)]
     return once + sum(constant + line * v + square * v**2 + each * n for v, n in zip(visible, counts, strict=True))
 
@@ -183,6 +185,38 @@ def iteration_costs(config: ModelConfig) -> tuple[int, int, int, int, int]:
         none, one, two, more = (iteration_flops(model, draw_tokens, v, n) for v, n in ((0, 1), (1, 1), (2, 1), (0, 2)))
     square, each = (two - 2 * one + none) // 2, more - none
     return none - each - once, one - none - square, square, each, once
+
+
+@functools.cache
+def cached_costs(config: ModelConfig) -> tuple[int, int, int, int, int, int]:
+    """Fit the operations of an image's first AR iteration, by a network with a cache.
+
+    For v known tokens and n drawn ones they are c + r v + q n + a v^2 + b n^2 + d v n.
+    """
+    draw_tokens = draw_function(config)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        model = MAR(config.mar).eval()
+        tried = (0, 1), (1, 1), (2, 1), (0, 2), (1, 2), (0, 3)
+        f = {(v, n): iteration_flops(model, draw_tokens, v, n) for v, n in tried}
+    a, b = (f[2, 1] - 2 * f[1, 1] + f[0, 1]) // 2, (f[0, 3] - 2 * f[0, 2] + f[0, 1]) // 2
+    d = f[1, 2] - f[0, 2] - f[1, 1] + f[0, 1]
+    r, q = f[1, 1] - f[0, 1] - a - d, f[0, 2] - f[0, 1] - 3 * b
+    return f[0, 1] - q - b, r, q, a, b, d
+
+
+def cached_flops(config: ModelConfig, counts: list[int]) -> int:
+    """Operations of an image by a network with a cache: its first iteration reads the buffer, each what is new.
+
+    In attention, new tokens meet those that were read before as they meet each other.
+    """
+    c, r, q, a, b, d = cached_costs(config)
+    before = config.mar.buffer_size
+    own, each = r - 2 * a * before, q - d * before  # by layers that see one token alone
+    flops = c + q * counts[0] + b * counts[0] ** 2
+    for new, n in itertools.pairwise(counts):
+        flops += own * new + each * n + a * new * (before + new) + b * n * (before + n) + d * new * n
+        before += new
+    return flops
 
 
 def iteration_flops(model: MAR, draw_tokens: DrawTokens, visible: int, drawn: int) -> int:

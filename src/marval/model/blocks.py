@@ -1,10 +1,14 @@
 """The blocks of a transformer: the pre-norm blocks of ViT (Dosovitskiy et al. 2021), with the official names."""
 
+import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from marval.config import MARConfig
+
+# A layer's keys and values, of every head; nothing where no token was read yet.
+KeyValues = tuple[Float[Tensor, "b h _ e"], Float[Tensor, "b h _ e"]] | tuple[()]
 
 
 def gather_rows(x: Float[Tensor, "b n d"], index: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
@@ -23,12 +27,23 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Float[Tensor, "b n d"], queries: Float[Tensor, "b q d"] | None = None
-    ) -> Float[Tensor, "b m d"]:
-        """Attend from `queries` (rows of `x`; all of `x` when None) to every row of `x`."""
+        self,
+        x: Float[Tensor, "b n d"],
+        queries: Float[Tensor, "b q d"] | None = None,
+        past: KeyValues | None = None,
+        mask: Bool[Tensor, "q k"] | None = None,
+    ) -> tuple[Float[Tensor, "b m d"], KeyValues]:
+        """Attend from `queries` (rows of `x`; all of `x` when None) to every row of `x` and those before it.
+
+        Args:
+            past: keys and values of the rows before; those of all rows are returned.
+            mask: which rows each query reads; all when None.
+        """
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.project(x, queries))
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        if past:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(out.transpose(1, 2).flatten(2)), (k, v)
 
     def project(self, x: Float[Tensor, "b n d"], queries: Float[Tensor, "b q d"] | None) -> tuple[Tensor, ...]:
         """The queries, of `queries` only, and the keys and values of all of `x`."""
@@ -62,12 +77,25 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Float[Tensor, "b n d"], rows: Float[Tensor, "b q d"] | None = None) -> Float[Tensor, "b m d"]:
-        """The block's output at `rows` (a gathered subset of `x`), or everywhere when None."""
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        rows: Float[Tensor, "b q d"] | None = None,
+        past: KeyValues | None = None,
+        mask: Bool[Tensor, "q k"] | None = None,
+    ) -> Float[Tensor, "b m d"] | tuple[Float[Tensor, "b m d"], KeyValues]:
+        """The block's output at `rows` (a gathered subset of `x`), or everywhere when None.
+
+        Args:
+            past: see `Attention`; where it is given, the keys and values of all rows are returned as well.
+            mask: see `Attention`.
+        """
         queries = None if rows is None else self.norm1(rows)
         rows = x if rows is None else rows
-        rows = rows + self.drop(self.attn(self.norm1(x), queries))
-        return rows + self.drop(self.mlp(self.norm2(rows)))
+        attended, keys_values = self.attn(self.norm1(x), queries, past, mask)
+        rows = rows + self.drop(attended)
+        rows = rows + self.drop(self.mlp(self.norm2(rows)))
+        return rows if past is None else (rows, keys_values)
 
 
 def blocks(depth: int, dim: int, heads: int, config: MARConfig) -> nn.ModuleList:

@@ -1,5 +1,7 @@
 """The MAR network (Li et al. 2024, arXiv 2406.11838): a masked transformer that gives every hidden token a context."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -7,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from marval.config import MARConfig
 from marval.model.blocks import blocks, gather_rows
+from marval.model.cached import Cache, Groups, advance
 from marval.model.head import ExactLinear, TokenHead
 
 
@@ -14,6 +17,9 @@ def prompt_vectors(sentences: Float[Tensor, "b e"], styles: Int[Tensor, " b"], n
     """Append to each sentence's embedding a 1 at the place of its style, and 0 elsewhere; style -1 is none."""
     places = torch.arange(num_styles, device=styles.device)
     return torch.cat([sentences, (styles[:, None] == places).to(sentences)], dim=1)
+
+
+State = Float[Tensor, "g b d"] | Cache  # of images in the AR loop
 
 
 class MAR(nn.Module):
@@ -117,20 +123,25 @@ class MAR(nn.Module):
         condition: Float[Tensor, "b d"],
     ) -> Float[Tensor, "b n d"]:
         """Encode the buffer and the visible tokens; hidden tokens are neither read nor computed."""
-        buffer = self.config.buffer_size
-        places = self.encoder_pos_embed_learned.expand(tokens.shape[0], -1, -1)
-        given = gather_rows(tokens, visible).to(self.z_proj.weight.dtype)  # tokens are float32 whatever the weights are
-        x = torch.cat(
-            [
-                condition[:, None] + places[:, :buffer],
-                self.z_proj(given) + gather_rows(places[:, buffer:], visible),
-            ],
-            dim=1,
-        )
-        x = self.z_proj_ln(x)
+        x = self.embed_tokens(tokens, visible, condition)
         for block in self.encoder_blocks:
             x = self.run(block, x)
         return self.encoder_norm(x)
+
+    def embed_tokens(
+        self,
+        tokens: Float[Tensor, "b l c"],
+        visible: Int[Tensor, "b v"],
+        condition: Float[Tensor, "b d"] | None,
+    ) -> Float[Tensor, "b n d"]:
+        """Embed the buffer (not where there is no condition), then the visible tokens: the encoder's input."""
+        buffer = self.config.buffer_size
+        places = self.encoder_pos_embed_learned.expand(tokens.shape[0], -1, -1)
+        given = gather_rows(tokens, visible).to(self.z_proj.weight.dtype)  # tokens are float32 whatever the weights are
+        x = self.z_proj(given) + gather_rows(places[:, buffer:], visible)
+        if condition is not None:
+            x = torch.cat([condition[:, None] + places[:, :buffer], x], dim=1)
+        return self.z_proj_ln(x)
 
     def decode(
         self,
@@ -150,7 +161,7 @@ class MAR(nn.Module):
         x = self.decoder_norm(self.run(last, x, gather_rows(x, positions + buffer)))
         return x + gather_rows(self.diffusion_pos_embed_learned.expand(batch, -1, -1), positions)
 
-    def run(self, block: nn.Module, *inputs: Float[Tensor, "b _ d"]) -> Float[Tensor, "b _ d"]:
+    def run(self, block: nn.Module, *inputs: Any) -> Any:
         """A block; with `checkpoint_blocks` its activations are computed again in the backward pass, not kept."""
         if self.checkpoint_blocks and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self.training)
@@ -166,23 +177,30 @@ class MAR(nn.Module):
         """The context vector `c` of every token at `positions`, given the tokens at `visible`."""
         return self.decode(self.encode(tokens, visible, condition), visible, positions)
 
-    def start(self, *conditions: Float[Tensor, "b d"]) -> Float[Tensor, "g b d"]:
+    def start(self, *conditions: Float[Tensor, "b d"]) -> State:
         """The state of images without tokens, under each condition: one, or the condition and the null condition."""
-        return torch.stack(conditions)
+        return Cache(torch.stack(conditions)) if self.config.cached else torch.stack(conditions)
 
     def advance(
         self,
-        state: Float[Tensor, "g b d"],
+        state: State,
         tokens: Float[Tensor, "b l c"],
         visible: Int[Tensor, "b v"],
         positions: Int[Tensor, "b q"],
-    ) -> tuple[Float[Tensor, "g n e"], Float[Tensor, "g b d"]]:
+        groups: Groups | None = None,
+    ) -> tuple[Float[Tensor, "g n e"], State]:
         """The contexts at `positions` under each condition, flattened over the batch, and the next state.
 
-        `visible` grows at its end from call to call, so that a network with a cache can read what is new and no more.
-        This one remembers the conditions and computes everything again, all conditions in one pass.
+        `visible` grows at its end from call to call, so that a network with a cache (`config.cached`) reads what is
+        new and no more. Others remember the conditions and compute everything again, all conditions in one pass.
+
+        Args:
+            groups: what was drawn together, where that is not all that is new and all of `positions`; read by a network
+                with a cache only, as the others see sets.
         """
-        groups = len(state)
-        tokens, visible, positions = (torch.cat([x] * groups) for x in (tokens, visible, positions))
+        if isinstance(state, Cache):
+            return advance(self, state, tokens, visible, positions, groups)
+        copies = len(state)
+        tokens, visible, positions = (torch.cat([x] * copies) for x in (tokens, visible, positions))
         context = self.context(tokens, visible, positions, state.flatten(0, 1))
-        return context.unflatten(0, (groups, -1)).flatten(1, 2), state
+        return context.unflatten(0, (copies, -1)).flatten(1, 2), state

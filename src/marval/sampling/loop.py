@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from marval.model import MAR
+from marval.model.mar import State
 from marval.runtime.philox import standard_normal, stream_keys
 from marval.runtime.rng import Seeds, image_seeds
 from marval.sampling.draw import Draw, DrawTokens, Guidance, guidance_at
@@ -116,9 +117,7 @@ def run(
     model = prepare_for_drawing(model, len(start.counts) * draw.noise_draws)
     state, draw_in = model.start(*conditions), draw.bind(model.head)
 
-    def iterate(
-        state: Tensor, tokens: Tensor, visible: Tensor, positions: Tensor, w: Guidance
-    ) -> tuple[Tensor, Tensor]:
+    def iterate(state: State, tokens: Tensor, visible: Tensor, positions: Tensor, w: Guidance) -> tuple[State, Tensor]:
         # A region of its own in every iteration: autocast's cache must not keep what was cast without gradients.
         with torch.autocast(tokens.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
             contexts, state = model.advance(state, tokens, visible, positions)

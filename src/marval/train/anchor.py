@@ -54,7 +54,7 @@ def anchor_of(
         raise ValueError(f"--teacher {name}: this is a one-step student; expected the teacher it came from")
     forms = [
         (
-            dataclasses.replace(c.mar, guidance_range=None),
+            dataclasses.replace(c.mar, guidance_range=None, cached=False),
             c.class_names,
             c.styles,
             c.space.token_dim,

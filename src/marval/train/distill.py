@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from marval.data.loader import Loader
 from marval.losses.energy import energy_score
 from marval.losses.gsim import phi_loss, theta_loss
 from marval.model import MAR, NoiseSchedule, TokenHead
+from marval.model.cached import Groups
 from marval.pipeline import Pipeline
 from marval.presets import DistillConfig
 from marval.runtime.distributed import Workers
@@ -30,7 +32,8 @@ from marval.train.draws import EnergyDraws, GSIMDraws, NoiseLevels, gsim_draws
 from marval.train.flops import gsim_flops
 
 Probe = Callable[[Pipeline], dict[str, float]]  # figures of a model, on fixed seeds
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # of a context network: tokens, visible positions, targets, conditions
+# Of a context network: tokens, visible positions, targets, conditions, what of them is drawn together.
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Groups | None]
 # A part's tokens as the student drew them, which phi learns from: weight in the batch, contexts, w, x_0, levels.
 DrawnPart = tuple[float, Tensor, Guidance, Tensor, list[NoiseLevels]]
 
@@ -42,7 +45,7 @@ def student_config(teacher: ModelConfig, settings: DistillConfig) -> tuple[Model
     w = teacher.draw.guidance if settings.guidance is None else settings.guidance
     schedule = settings.guidance_schedule or teacher.draw.guidance_schedule
     settings = dataclasses.replace(settings.within(teacher.mar.num_tokens), guidance=w, guidance_schedule=schedule)
-    mar = dataclasses.replace(teacher.mar, guidance_range=settings.guidance_range)
+    mar = dataclasses.replace(teacher.mar, guidance_range=settings.guidance_range, cached=settings.cached)
     draw = OneStep(settings.timestep, teacher.draw.clip, w, schedule)
     name, iterations, order = settings.name, settings.iterations, settings.order
     return dataclasses.replace(teacher, mar=mar, draw=draw, name=name, iterations=iterations, order=order), settings
@@ -75,15 +78,16 @@ def masked_parts(
     for rows, tokens, given in loader(update):
         part = draws.part(rows)
         own = w if part.guidance is None else part.guidance
-        yield workers.share(rows, settings.batch_size), own, (tokens, part.visible, part.targets, given), part
+        inputs = tokens, part.visible, part.targets, given, part.groups
+        yield workers.share(rows, settings.batch_size), own, inputs, part
 
 
 def target_contexts(model: MAR, inputs: Inputs, *, guided: bool, autocast: bool) -> Float[Tensor, "g n d"]:
     """The contexts `c` of the targets in float32: conditional and, when `guided`, null."""
-    tokens, visible, targets, given = inputs
+    tokens, visible, targets, given, groups = inputs
     conditions = [model.embed(given), *([model.null_condition(len(given))] if guided else [])]
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
-        contexts, _ = model.advance(model.start(*conditions), tokens, visible, targets)
+        contexts, _ = model.advance(model.start(*conditions), tokens, visible, targets, groups)
     return contexts.float()
 
 
@@ -176,8 +180,8 @@ def copy_networks(
     """Copy theta (the student), its average and phi from the teacher, freeze all but theta, and put all in place."""
     workers.parts(settings.batch_size, settings.accumulate)  # refuses a batch that cannot be split
     student = copy.deepcopy(teacher)
+    student.config = config.mar
     if config.mar.guidance_range is not None:
-        student.config = config.mar
         student.head.take_guidance(config.mar.guidance_range)
     ema, phi = copy.deepcopy(student), copy.deepcopy(student.head)
     teacher = cast_frozen(teacher) if settings.autocast and not workers.sharded else teacher
@@ -188,6 +192,8 @@ def copy_networks(
     for network in (teacher, student, phi) if settings.compile else ():
         compile_blocks(network)
     adams = {"student": Optimizer(student, workers, settings.gradient_clip, (0.0, 0.999))}
+    if config.mar.cached:
+        adams["contexts"] = Optimizer(student, workers, settings.gradient_clip, (0.9, 0.99))
     adams["auxiliary"] = Optimizer(phi, workers, settings.gradient_clip, (0.0, 0.999))
     phi.requires_grad_(False)  # but in `phi_steps`
     return teacher, student, ema, phi, adams
@@ -220,14 +226,15 @@ def distill(
     chain = draw_function(chained.config, device)
 
     for update in workers.updates(start, settings.updates):
-        student_update = update - settings.warmup  # below 0 only phi learns
+        # Below 0 phi learns, and a student with a cache to give its teacher's contexts.
+        student_update = update - settings.warmup
         factor = learning_rate_factor(max(student_update, 0), 1, settings.decay, settings.updates - settings.warmup)
         figures, drawn = Figures(), list[DrawnPart]()
         with fast_products(device):
             for share, w, inputs, part in masked_parts(update, settings, config, loader, workers):
                 with torch.no_grad():
                     c = target_contexts(teacher, inputs, guided=is_guided(w), autocast=autocast)
-                with torch.set_grad_enabled(student_update >= 0):
+                with torch.set_grad_enabled(student_update >= 0 or settings.cached):
                     x_0, c_theta = student_tokens(student, draw, inputs, w, part.z, autocast)
                 if student_update >= 0:
                     heads = teacher.head, phi
@@ -239,11 +246,16 @@ def distill(
                         loss = loss + settings.energy * scores.mean()
                         add_means(figures, share, energy=scores)
                     (loss * share).backward()
+                elif settings.cached:
+                    loss = F.mse_loss(c_theta, c[:1])
+                    (loss * share).backward()
+                    add_means(figures, share, context=loss)
                 add_means(figures, share, token_square=x_0.square(), real_square=inputs[0].square())
                 drawn.append((share, c[:1], w, x_0.detach(), part.phi))
-            if student_update >= 0:
-                figures["gradient_norm"] = adams["student"].step(settings.learning_rate * factor)
-                update_ema(ema, student, student_update, settings.ema_decay)
+            if student_update >= 0 or settings.cached:
+                adam = adams["student" if student_update >= 0 else "contexts"]
+                figures["gradient_norm"] = adam.step(settings.learning_rate * factor)
+                update_ema(ema, student, max(student_update, 0), settings.ema_decay)
             rate = settings.auxiliary_learning_rate * factor
             figures |= phi_steps(phi, adams["auxiliary"], drawn, schedule, rate)
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from marval.classes import seen_labels
 from marval.config import MARConfig, ModelConfig
+from marval.model.cached import Groups
 from marval.model.diffusion import NUM_TIMESTEPS
 from marval.presets import DistillConfig, TrainConfig, TuneConfig
 from marval.runtime.rng import generator
+from marval.sampling import draw_counts
 
 ALL_LEVELS = (0, NUM_TIMESTEPS - 1)
 THETA_LEVELS = (20, 980)
@@ -101,6 +103,26 @@ class EnergyDraws(NamedTuple):
         return EnergyDraws(*(noise[:, rows].flatten(1, 2) for noise in self))
 
 
+def drawn_groups(settings: DistillConfig, mar: MARConfig, update: int, visible: int, targets: int) -> Groups | None:
+    """Draw how a sampler would have come to so many visible tokens, for a student that reads groups in turn.
+
+    Half of the updates have known tokens (inpainting), which come first; K is log-uniform. The host must know them.
+    """
+    if not mar.cached:
+        return None
+    host = generator(settings.seed, "groups", update)
+    inpainted, part, exponent = torch.rand(3, generator=host, dtype=torch.float64).tolist()
+    known = int(part * (visible + 1)) if inpainted < 0.5 else 0
+    sizes, shown, count = [known], known, 0
+    for count in draw_counts(mar.num_tokens - known, int((mar.num_tokens - known + 1) ** exponent)):
+        if shown + count > visible:
+            break
+        sizes.append(count)
+        shown += count
+    together = shown + count - visible  # what is left of the next group, of which the visible tokens may hold some
+    return Groups([*sizes, visible - shown], [min(together, targets - i) for i in range(0, targets, together)])
+
+
 class GSIMDraws(NamedTuple):
     """The draws of an update of GSIM."""
 
@@ -111,13 +133,14 @@ class GSIMDraws(NamedTuple):
     phi: list[NoiseLevels]  # of each of its steps
     guidance: Tensor | None  # w of every image (b,), or of every target (n,) of a part; None: the same for all
     energy: EnergyDraws | None
+    groups: Groups | None  # of visible tokens and of targets; None: the student does not ask
 
     def part(self, rows: slice) -> "GSIMDraws":
         """Those of some images."""
         z, theta, phi = self.z[rows].flatten(0, 1), self.theta.part(rows), [levels.part(rows) for levels in self.phi]
         w = None if self.guidance is None else self.guidance[rows].repeat_interleave(self.targets.shape[1])
         energy = None if self.energy is None else self.energy.part(rows)
-        return GSIMDraws(self.visible[rows], self.targets[rows], z, theta, phi, w, energy)
+        return GSIMDraws(self.visible[rows], self.targets[rows], z, theta, phi, w, energy, self.groups)
 
 
 def gsim_draws(settings: DistillConfig, mar: MARConfig, update: int, device: torch.device | str = "cpu") -> GSIMDraws:
@@ -133,7 +156,8 @@ def gsim_draws(settings: DistillConfig, mar: MARConfig, update: int, device: tor
         tokens = len(targets), min(settings.energy_tokens, targets.shape[1]), mar.token_dim
         counts = settings.energy_steps, settings.energy_samples
         energy = EnergyDraws(*(torch.randn(count, *tokens, generator=rng, device=device) for count in counts))
-    return GSIMDraws(visible, targets, z, theta, phi, w, energy)
+    groups = drawn_groups(settings, mar, update, visible.shape[1], targets.shape[1])
+    return GSIMDraws(visible, targets, z, theta, phi, w, energy, groups)
 
 
 def tune_draws(
