@@ -155,6 +155,7 @@ def train(images: Tensor, settings: Settings, minutes: float, run: Run) -> tuple
             state.save(update, {"seconds": spent + now})
             saved = now
         if last:
+            state.wait()
             return (ema, update) if share >= 1 else None
 
         batch = images[batch_indices(len(images), settings.batch_size, update, settings.seed).to(device)]

@@ -1,6 +1,7 @@
 """The verbs that train: what they refuse before anything is read, what they say, and runs as a user types them."""
 
 import dataclasses
+import errno
 import json
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import marval.evaluate.judge  # noqa: F401  # before a test takes away what it reads with
 from marval.config import LatentSpace, MARConfig, OneStep
@@ -177,6 +179,25 @@ def test_a_latent_student_is_distilled_and_tuned_with_the_full_size_recipe(marva
     Pipeline(tiny_model(), tiny_config()).save(tmp_path / "other")
     said = refusal("tune", "student", *tuning, *pictures, "--teacher", "other", "--out", "never")
     assert "other sizes, tokens or classes" in said
+
+
+def test_a_full_disk_ends_a_run_in_one_line_and_the_last_state_goes_on(marval, refusal, tmp_path, monkeypatch):
+    make_pictures(tmp_path / "pictures", ("a", "b"), 8)
+    run = ["train", "--data", "folder:pictures", "--batch-size", 4, "--updates", 5, "--save-every", 2, "--out", "run"]
+
+    def full(tensors, file, metadata):
+        if "state-00000004" in str(file):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, file, metadata)
+
+    with monkeypatch.context() as later:
+        later.setattr("marval.io.files.save_file", full)
+        said = refusal(*run)
+    assert "state-00000004 was not saved" in said
+    assert "No space left on device" in said
+    assert [path.name for path in sorted(tmp_path.glob("run/*state-*"))] == ["state-00000002"]
+    assert "5 of 5 updates done" in marval(*run, "--resume").out
+    assert [line["update"] for line in log_of(tmp_path / "run")] == [2, 4, 5]
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path):

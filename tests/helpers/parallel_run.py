@@ -1,11 +1,14 @@
 """One tiny training run of a stage, alone or under torchrun: python parallel_run.py STAGE OUT UPDATES [--resume]."""
 
 import dataclasses
+import errno
 import sys
+import time
 from math import nan
 from pathlib import Path
 
 from marval.evaluate.draw import draw_bytes
+from marval.io import files
 from marval.rewards import WeightedReward
 from marval.runtime.distributed import start_workers
 from marval.runtime.folder import open_run
@@ -31,10 +34,24 @@ def broken(images, prompts):
     return brightness(images, prompts) * nan
 
 
-def main(stage, out, resume, broken_rank=None, shard=0, **changes):
+def hamper_writing(seconds, full):
+    """Let each file of tensors take its time to be written; of the state after 8 updates, refuse it on a full disk."""
+    write = files.save_file
+
+    def hampered(tensors, file, metadata):
+        time.sleep(seconds)
+        if full and "state-00000008" in str(file):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(tensors, file, metadata)
+
+    files.save_file = hampered
+
+
+def main(stage, out, resume, broken_rank=None, full_rank=None, shard=0, slow=0, **changes):
     # Batches of 8: of three processes, two have 3 images and one has 2.
     settings = dataclasses.replace(SETTINGS[stage], save_every=changes.pop("save_every", 4), **changes)
     with start_workers("cpu", bool(shard)) as workers, open_run(out, resume=resume, workers=workers) as run:
+        hamper_writing(slow, full_rank == workers.rank)
 
         def probe(pipeline):
             images, _ = draw_bytes(pipeline, 7, 4, seed=0, workers=workers)

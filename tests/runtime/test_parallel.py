@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -102,14 +103,21 @@ def test_a_run_killed_at_random_resumes_from_a_whole_state_and_ends_the_same(kil
     assert len(list(out.glob("state-*"))) == 1
 
 
-@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)])
-def test_a_signal_saves_and_exits_cleanly(processes, number, tmp_path):
+@pytest.mark.parametrize(
+    ("processes", "number", "how", "sign"),
+    [
+        (1, signal.SIGTERM, ("save_every=100000",), "log.jsonl"),
+        (2, signal.SIGINT, ("save_every=100000",), "log.jsonl"),
+        (1, signal.SIGTERM, ("save_every=3", "slow=1"), ".state-*"),  # while it writes a state
+        (2, signal.SIGTERM, ("save_every=3", "slow=1"), ".state-*"),
+    ],
+)
+def test_a_signal_saves_and_exits_cleanly(processes, number, how, sign, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(
-        command(SCRIPT, processes, "train", out, 100_000, "save_every=100000"),
-        env=environment(), stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    while not (out / "log.jsonl").is_file() and process.poll() is None:
+        command(SCRIPT, processes, "train", out, 100_000, *how), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    while not list(out.glob(sign)) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -119,7 +127,7 @@ def test_a_signal_saves_and_exits_cleanly(processes, number, tmp_path):
     update = json.loads((state / "run.json").read_text())["update"]
     assert log_of(out)[-1]["update"] == update >= 1
     assert (out / "model/model.safetensors").is_file()
-    assert not (out / ".lock").exists()
+    assert not list(out.glob(".*"))  # neither the lock nor half of a state
 
 
 def interrupted(times):
@@ -144,11 +152,20 @@ def test_ctrl_c_lets_an_update_end_and_the_second_one_does_not():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_reward_that_is_not_finite_on_one_process_ends_all_of_them_with_its_words(tmp_path):
-    script = command(SCRIPT, 2, "tune", tmp_path / "run", 20, "broken_rank=1")
+@pytest.mark.parametrize(
+    ("stage", "how", "words"),
+    [
+        ("tune", "broken_rank=1", "reward mine: not finite for the prompt"),
+        ("train", "full_rank=1", r"\S*state-00000008 was not saved \(cannot write .*No space left on device"),
+    ],
+)
+def test_what_fails_on_one_process_ends_all_of_them_with_its_words(stage, how, words, tmp_path):
+    script = command(SCRIPT, 2, stage, tmp_path / "run", 20, how)
     done = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr.count("ValueError: reward mine: not finite for the prompt") == 2
+    assert len(re.findall(f"ValueError: {words}", done.stderr)) == 2, done.stderr
+    if stage == "train":
+        assert [path.name for path in (tmp_path / "run").glob("*state-*")] == ["state-00000004"]
 
 
 def test_rows_are_shared_out_without_gap_or_overlap():

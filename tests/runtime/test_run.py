@@ -1,11 +1,12 @@
 """A run's folder: it has one run of one origin, a whole state or the one before, and says why it refuses another."""
 
 import dataclasses
-import errno
 import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -18,9 +19,21 @@ from marval.runtime.distributed import Workers
 from marval.runtime.folder import open_run
 from marval.runtime.log import LOG, Log
 from marval.runtime.optim import Optimizer, fast_products
+from marval.train import teacher
 from processes import environment
 from tiny import tiny_config, tiny_data, tiny_model
-from training import anchor_of, brightness, log_of, run_anchored, run_distill, run_train, run_tune, state_of
+from training import (
+    TRAIN,
+    anchor_of,
+    brightness,
+    log_of,
+    run_anchored,
+    run_distill,
+    run_train,
+    run_tune,
+    state_of,
+    weights_of,
+)
 
 
 def other_data():
@@ -89,19 +102,35 @@ def test_a_damaged_state_is_one_clear_error(tmp_path):
         run_train(tmp_path, resume=True)
 
 
-def test_a_full_disk_leaves_the_last_state(tmp_path, monkeypatch):
-    run_train(tmp_path, updates=2)
+def test_training_goes_on_while_a_state_is_written_and_its_end_waits(tmp_path, monkeypatch):
+    run_train(tmp_path / "whole")
+    went_on, calls, loss, write = threading.Event(), [], teacher.teacher_loss, state_module.write_tensors
 
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def slow(*arguments):
+        assert went_on.wait(30)  # for the fourth update, while what two updates gave is being written
+        time.sleep(0.3)
+        write(*arguments)
 
-    with monkeypatch.context() as later:
-        later.setattr(state_module.dcp, "save", full)
-        with pytest.raises(ValueError, match=r"No space left.*the last good state is kept"):
-            run_train(tmp_path, resume=True)
-    assert len(state_of(tmp_path, 2)) > 10
-    assert not list(tmp_path.glob(".state-*"))
-    assert run_train(tmp_path, resume=True) == 6
+    def dies_at_the_fourth(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            went_on.set()
+            raise InterruptedError
+        return loss(*arguments)
+
+    monkeypatch.setattr(state_module, "write_tensors", slow)
+    with monkeypatch.context() as killed:
+        killed.setattr(teacher, "teacher_loss", dies_at_the_fourth)
+        with pytest.raises(InterruptedError):
+            run_train(tmp_path / "parts")
+    assert state_of(tmp_path / "parts", 2)
+    with open_run(tmp_path / "parts", resume=True) as run:
+        teacher.train_teacher(tiny_config(), TRAIN, tiny_data(), run)
+        whole, parts = state_of(tmp_path / "whole", 6), state_of(tmp_path / "parts", 6)
+        first, second = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 def test_two_runs_cannot_have_one_folder_and_a_killed_one_does_not_block(tmp_path):

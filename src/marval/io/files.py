@@ -85,6 +85,8 @@ def write_tensors(target: Path | str, tensors: dict[str, Tensor], metadata: dict
         mode = partial.stat().st_mode
         save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata=metadata)
         partial.chmod(mode)  # safetensors makes files that nobody else may read
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())  # before it takes an older file's place
 
 
 def write_text(target: Path | str, text: str) -> None:

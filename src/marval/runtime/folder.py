@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ class Run:
     folder: Path
     resume: bool
     workers: Workers
-    tensorboard: bool = False  # write event files beside the log
+    tensorboard: bool  # write event files beside the log
+    thread: ThreadPoolExecutor  # writes what is saved while training goes on
 
 
 @contextlib.contextmanager
@@ -42,6 +44,8 @@ def open_run(
     folder: Path, *, resume: bool = False, workers: Workers | None = None, tensorboard: bool = False
 ) -> Iterator[Run]:
     """Lock a run's folder, which is made where it is missing; remove it if it stays empty.
+
+    What is being saved when the block ends, or raises, is written before the lock goes.
 
     Raises:
         ValueError: as `check_resume`, another run is at work there, or TensorBoard is not installed.
@@ -59,7 +63,7 @@ def open_run(
                 stack.enter_context(locked(folder / LOCK, wait=False))
 
         workers.together(lock)
-        yield Run(folder, resume, workers, tensorboard)
+        yield Run(folder, resume, workers, tensorboard, stack.enter_context(ThreadPoolExecutor(1)))
 
 
 def saved_states(folder: Path) -> list[Path]:

@@ -23,7 +23,7 @@ from marval.runtime.distributed import Workers
 from marval.runtime.folder import Run, data_identity, model_identity
 from marval.runtime.log import LOG, Figures, Log, add_means, due
 from marval.runtime.optim import Optimizer, fast_products, learning_rate_factor, update_ema
-from marval.runtime.state import State, save_network
+from marval.runtime.state import State
 from marval.sampling import DrawTokens, draw_function, guidance_at, guided_eps
 from marval.sampling.draw import Draw, Guidance, is_guided
 from marval.sampling.fast import cast_frozen, compile_blocks
@@ -265,8 +265,8 @@ def distill(
         if now.log:
             log(now.update, figures, list(adams.values()))
         if now.save:
-            save_network(run.folder / "model", ema, config, workers)
-            state.save(now.update)
+            state.save(now.update, model=config)
         if now.last:
+            state.wait()
             return now.update
     return start

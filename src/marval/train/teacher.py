@@ -20,7 +20,7 @@ from marval.runtime.folder import Run, data_identity, model_identity
 from marval.runtime.log import LOG, Figures, Log, add_means, due
 from marval.runtime.optim import Optimizer, fast_products, learning_rate_factor, update_ema
 from marval.runtime.rng import generator
-from marval.runtime.state import State, save_network
+from marval.runtime.state import State
 from marval.sampling.fast import compile_blocks
 from marval.spaces import token_space
 from marval.train.draws import TeacherDraws, teacher_draws
@@ -158,8 +158,8 @@ def train_teacher(
         if now.log:
             log(now.update, figures, [adam])
         if now.save:
-            save_network(run.folder / "model", ema, config, workers)
-            state.save(now.update)
+            state.save(now.update, model=config)
         if now.last:
+            state.wait()
             return now.update
     return start

@@ -193,4 +193,5 @@ def tune(
         done = now.update
         if now.last:
             break
+    state.wait()
     return keeper.stopped or f"{done} of {settings.updates} updates done"
