@@ -36,7 +36,6 @@ import marval
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep
 from marval.data import ImageData
 from marval.evaluate.speed import flops_per_image, seconds_of, synchronize
-from marval.losses.gsim import theta_loss
 from marval.model import MAR, NoiseSchedule
 from marval.pipeline import Pipeline
 from marval.presets import DistillConfig, TrainConfig, TuneConfig
@@ -48,8 +47,8 @@ from marval.sampling import DrawByChain, draw_function, image_noise, prepare, ru
 from marval.sampling.fast import compile_blocks
 from marval.spaces import Latents, token_space
 from marval.train.anchor import Anchor, AnchorLoss
-from marval.train.distill import distill, predicted_eps, student_tokens, target_contexts
-from marval.train.draws import gsim_draws
+from marval.train.distill import distill, student_loss, student_tokens, target_contexts
+from marval.train.draws import NoiseLevels, gsim_draws
 from marval.train.flops import gsim_flops
 from marval.train.teacher import train_teacher
 from marval.train.tune import tune
@@ -256,13 +255,11 @@ def gsim_gradients(check: Check) -> dict[str, float]:
         keys, labels = torch.arange(8), data.labels[:8].to(device)
         tokens = data.tokens(data.read(keys, keys).to(device), keys.to(device), space)
         inputs = tokens, part.visible.to(device), part.targets.to(device), labels
-        z, t, eps = part.z.to(device), part.theta.t.to(device), part.theta.eps.to(device)
+        z, levels = part.z.to(device), NoiseLevels(*(x.to(device) for x in part.theta))
         with torch.no_grad():
             c = target_contexts(teacher, inputs, guided=True, autocast=False)
         x_0, _ = student_tokens(student, draw_function(config, check.device), inputs, 1.5, z, False)
-        x_t = schedule.add_noise(x_0, eps, t)
-        teacher_eps, phi_eps = predicted_eps(teacher.head, x_t, t, c, 1.5), predicted_eps(phi, x_t, t, c[:1])
-        theta_loss(settings.objective, teacher_eps, phi_eps, eps)[0].backward()
+        student_loss((teacher.head, phi), schedule, x_0, levels, c, 1.5, settings.objective)[0].backward()
         return gradients_of(student)
 
     return gradients_here(check, gradients)

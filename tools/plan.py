@@ -4,9 +4,10 @@
     python tools/plan.py imagenet256-base --gpus 4 --gpu-memory 24 --tflops 165 --efficiency 0.3
 
 The steps of training run on fake tensors, which have shapes but no storage; what is alive is added up, and the
-operations are counted.
+operations are counted. With `--compile` torch's compiler decides what is kept for the backward pass, as in a run.
 """
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,16 +25,17 @@ from tyro.conf import Positional
 
 from marval.config import MARConfig, Size
 from marval.evaluate.results import write_results
-from marval.losses.gsim import phi_loss, theta_loss
+from marval.losses.gsim import phi_loss
 from marval.model import MAR, NoiseSchedule
 from marval.model.blocks import Block
 from marval.presets import IMAGENET_IMAGES, DistillConfig, TuneConfig
 from marval.runtime.provenance import made_by
 from marval.runtime.rng import generator
 from marval.sampling import DrawInOneStep, draw_counts, run
+from marval.sampling.fast import cast_frozen, compile_blocks
 from marval.sampling.loop import Start
-from marval.train.distill import predicted_eps, student_tokens, target_contexts
-from marval.train.draws import masked_count
+from marval.train.distill import predicted_eps, student_loss, student_tokens, target_contexts
+from marval.train.draws import NoiseLevels, masked_count
 from tables import plan as table
 
 GIB = 2**30
@@ -68,6 +70,11 @@ class Meter(TorchDispatchMode):
             self.flops[args[0].dtype] += flops(*args, **(kwargs or {}), out_val=result)
         return result
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Let torch compile while this is active."""
+        return True
+
     def _count(self, size: int) -> None:
         self.now += size
         self.peak = max(self.peak, self.now)
@@ -81,24 +88,23 @@ def distill_step(config: MARConfig, settings: DistillConfig, images: int, recomp
         phi = MAR(config).head
         student.checkpoint_blocks = recompute
         free_gradients(student, phi)
+        for network in (teacher, student, phi) if settings.compile else ():
+            compile_blocks(network, "aot_eager_decomp_partition")
         places = torch.arange(config.num_tokens).expand(images, -1)
         targets, labels = places[:, known:][:, : settings.tokens_per_image], torch.zeros(images, dtype=torch.long)
         inputs = (torch.randn(images, config.num_tokens, config.token_dim), places[:, :known], targets, labels, None)
         z, eps = (torch.randn(targets.numel(), config.token_dim) for _ in range(2))
-        t, w, autocast = torch.zeros(len(z), dtype=torch.long), settings.guidance or 2.0, settings.autocast
+        levels, w = NoiseLevels(torch.zeros(len(z), dtype=torch.long), eps), settings.guidance or 2.0
         with Meter() as meter:
             with torch.no_grad():
-                c = target_contexts(teacher, inputs, guided=w != 1.0, autocast=autocast)
-            x_0, _ = student_tokens(student, draw, inputs, draw.guidance, z, autocast)
+                c = target_contexts(teacher, inputs, guided=w != 1.0, autocast=settings.autocast)
+            x_0, _ = student_tokens(student, draw, inputs, draw.guidance, z, settings.autocast)
             phi.requires_grad_(False)
-            x_t = schedule.add_noise(x_0, eps, t)
-            teacher_eps, phi_eps = predicted_eps(teacher.head, x_t, t, c, w), predicted_eps(phi, x_t, t, c[:1])
-            theta_loss(settings.objective, teacher_eps, phi_eps, eps)[0].backward()
+            student_loss((teacher.head, phi), schedule, x_0, levels, c, w, settings.objective)[0].backward()
             phi.requires_grad_(True)
-            x_0 = x_0.detach()
-            del x_t, teacher_eps, phi_eps
+            x_t = schedule.add_noise(x_0.detach(), eps, levels.t)
             for _ in range(settings.auxiliary_steps):
-                phi_loss(predicted_eps(phi, schedule.add_noise(x_0, eps, t), t, c[:1]), eps).backward()
+                phi_loss(predicted_eps(phi, x_t, levels.t, c[:1]), eps).backward()
     return meter
 
 
@@ -110,6 +116,8 @@ def tune_step(config: MARConfig, settings: TuneConfig, images: int, recompute: b
         student = MAR(config).eval()
         student.checkpoint_blocks = recompute
         free_gradients(student)
+        if settings.compile:
+            compile_blocks(student, "aot_eager_decomp_partition")
         tokens = torch.zeros(images, config.num_tokens, config.token_dim)
         order = torch.arange(config.num_tokens).expand(images, -1)
         start = Start(tokens, order, known, counts, torch.randn(1, *tokens.shape))
@@ -122,7 +130,7 @@ def tune_step(config: MARConfig, settings: TuneConfig, images: int, recompute: b
 
 
 def free_gradients(*networks: nn.Module) -> None:
-    """Free every gradient as soon as it is whole: the plan counts their lasting copies apart."""
+    """Free every gradient as soon as it is whole: gradients come as activations go, the plan counts them apart."""
 
     def free(parameter: Tensor) -> None:
         parameter.grad = None
@@ -141,6 +149,7 @@ def row_of(
     """
     with torch.device("meta"):
         model = MAR(config)
+    shards = machine["gpus"] if machine["shard"] else 1
     total, head, *blocks = (
         sum(parameter.numel() for parameter in network.parameters())
         for network in (model, model.head, *(module for module in model.modules() if isinstance(module, Block)))
@@ -156,18 +165,22 @@ def row_of(
         networks, trained = {"student": total, "EMA": total}, total
     gpus, batch = machine["gpus"], settings.batch_size
     row = {"stage": stage, **machine, "batch": batch, "updates": settings.updates, "parameters": networks}
-    shards = gpus if machine["shard"] else 1
+    row |= {"compile": settings.compile}
     gathered = 0 if shards == 1 else total - head - sum(blocks) + 2 * max(*blocks, head)
-    held = {"weights": sum(networks.values()) / shards, "gradients": trained / shards}
-    held |= {"optimiser": 2 * trained / shards, "gathered": float(gathered)}
-    row |= {f"{name}_gib": FLOAT32 * number / GIB for name, number in held.items()}
+    held = {"weights": sum(networks.values()) / shards, "optimiser": 2 * trained / shards, "gathered": float(gathered)}
+    if "teacher" in networks and settings.autocast and shards == 1:  # its context network is in bf16
+        half = sum(p.numel() for p in cast_frozen(model).parameters() if p.dtype == torch.bfloat16)
+        held["weights"] -= half / 2
+    gradients = trained / shards
+    row |= {f"{name}_gib": FLOAT32 * number / GIB for name, number in {**held, "gradients": gradients}.items()}
     for name, recompute in (("kept", False), ("recomputed", True)):
         # With fewer images the weights' copies hide the rest.
         some, twice = (step(config, settings, images, recompute, parts).peak for images in (8, 16))
         fixed, each = 2 * some - twice, (twice - some) / 8
-        fit = max(0, int(((machine["gpu_gib"] * GIB - FLOAT32 * sum(held.values())) - fixed) // each))
-        row |= {f"{name}_fixed_gib": fixed / GIB, f"{name}_image_mib": each / 2**20}
-        row |= {f"{name}_images": min(fit, -(-batch // gpus))}
+        room, share = machine["gpu_gib"] * GIB - FLOAT32 * sum(held.values()) - fixed, -(-batch // gpus)
+        # Gradients come as activations go, but those of one part stay for the next.
+        fit = share if room >= share * each else max(0, int((room - FLOAT32 * gradients) // each))
+        row |= {f"{name}_fixed_gib": fixed / GIB, f"{name}_image_mib": each / 2**20, f"{name}_images": fit}
     flops = step(config, settings, 1, settings.checkpoint_blocks, whole).flops
     half, single = (batch * flops[dtype] for dtype in (torch.bfloat16, torch.float32))
     row |= {"pflop_per_step": (half + single) / 1e15, "float32_pflop_per_step": single / 1e15}
@@ -182,6 +195,7 @@ def main(
     tflops: float = 312.0,
     efficiency: float = 0.35,
     shard: bool = False,
+    compile: bool = False,
     out: Path | None = None,
 ) -> None:
     """Print what each preset's two stages need.
@@ -193,13 +207,15 @@ def main(
         tflops: peak of one GPU in bf16, in TFLOP/s (A100: 312, H100: 989).
         efficiency: the share of that peak that products reach (in float32, of half of it): a guess.
         shard: split the networks over the GPUs (`--shard`).
+        compile: compile their blocks (`--compile`), which keeps less for the backward pass.
         out: a JSON file that keeps the figures.
     """
     machine = {"gpus": gpus, "gpu_gib": gpu_memory, "tflops": tflops, "efficiency": efficiency, "shard": shard}
     rows: list[dict[str, Any]] = []
     for preset in presets:
         size = cast(Size, preset.removeprefix("imagenet256-"))
-        for stage, settings in (("distill", DistillConfig.imagenet256(size)), ("tune", TuneConfig.imagenet256(size))):
+        for stage, recipe in (("distill", DistillConfig), ("tune", TuneConfig)):
+            settings = dataclasses.replace(recipe.imagenet256(size), compile=compile)
             rows.append({"preset": preset, **row_of(stage, MARConfig.imagenet256(size), settings, machine)})
     print(table({"plan": rows}))
     print(f"On top: {LATENTS_BYTES * IMAGENET_IMAGES / 1e9:.1f} GB on disk for latents, the VAE's decoder, the reward")

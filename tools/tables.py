@@ -141,7 +141,7 @@ def plan(results: Results) -> str:
     """Return the plan of full-size runs, a column for each preset."""
     rows = [{"updates": row.get("steps"), **row} for row in results["plan"]]  # its older name
     distill, tune = ([row for row in rows if (row["stage"] == "distill") == first] for first in (True, False))
-    memory = [f"{name}_gib" for name in ("weights", "gradients", "optimiser", "gathered")]
+    memory = [f"{name}_gib" for name in ("weights", "optimiser", "gathered")]
 
     def work(row: Row) -> str:
         return f"{row['pflop_per_step']:.2f}; {row['days']:.1f}"
@@ -149,7 +149,7 @@ def plan(results: Results) -> str:
     of = "PFLOP an update of {batch:,} images; days for {updates:,} updates"
     fit = f"images at a time in {distill[0]['gpu_gib']:.0f} GiB, with `--checkpoint-blocks`"
     lines: list[tuple[str, list[Row], Callable[[Row], str]]] = [
-        ("distil: weights, gradients, optimiser, gathered layers (GiB a GPU)", distill,
+        ("distil: weights, optimiser, gathered layers (GiB a GPU)", distill,
          lambda row: f"{sum(row[name] for name in memory):.2f}"),
         ("activations of an image, kept / with `--checkpoint-blocks` (MiB)", distill,
          lambda row: f"{row['kept_image_mib']:.0f} / {row['recomputed_image_mib']:.0f}"),

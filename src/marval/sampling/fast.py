@@ -144,7 +144,7 @@ def joined_modulation(head: TokenHead) -> Callable[[Float[Tensor, "*n w"]], list
     return lambda y: list(F.linear(F.silu(y), weight, bias).split(sizes, dim=-1))
 
 
-def compile_blocks(network: MAR | TokenHead) -> None:
+def compile_blocks(network: MAR | TokenHead, backend: str = "inductor") -> None:
     """Compile each block by `torch.compile` at its first call, for any number of tokens.
 
     All models of a process share what is compiled of a class. By default torch would stop at 8 forms of inputs, which
@@ -155,7 +155,7 @@ def compile_blocks(network: MAR | TokenHead) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILED)
     for block in network.modules():
         if isinstance(block, Block | ResBlock | FinalLayer) and not is_compiled(block):
-            block.compile(dynamic=True)
+            block.compile(dynamic=True, backend=backend)
 
 
 def is_compiled(module: nn.Module) -> bool:
