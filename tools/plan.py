@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -87,7 +87,6 @@ def distill_step(config: MARConfig, settings: DistillConfig, images: int, recomp
         teacher, student = MAR(config).eval().requires_grad_(False), MAR(config).eval()
         phi = MAR(config).head
         student.checkpoint_blocks = recompute
-        free_gradients(student, phi)
         for network in (teacher, student, phi) if settings.compile else ():
             compile_blocks(network, "aot_eager_decomp_partition")
         places = torch.arange(config.num_tokens).expand(images, -1)
@@ -115,7 +114,6 @@ def tune_step(config: MARConfig, settings: TuneConfig, images: int, recompute: b
     with FakeTensorMode(allow_non_fake_inputs=True):
         student = MAR(config).eval()
         student.checkpoint_blocks = recompute
-        free_gradients(student)
         if settings.compile:
             compile_blocks(student, "aot_eager_decomp_partition")
         tokens = torch.zeros(images, config.num_tokens, config.token_dim)
@@ -127,16 +125,6 @@ def tune_step(config: MARConfig, settings: TuneConfig, images: int, recompute: b
             *_, (tokens, _) = run(student, draw, student.embed(labels), start, **how)
             tokens.sum().backward()
     return meter
-
-
-def free_gradients(*networks: nn.Module) -> None:
-    """Free every gradient as soon as it is whole: gradients come as activations go, the plan counts them apart."""
-
-    def free(parameter: Tensor) -> None:
-        parameter.grad = None
-
-    for parameter in nn.ModuleList(networks).parameters():
-        parameter.register_post_accumulate_grad_hook(free)
 
 
 def row_of(
@@ -174,9 +162,9 @@ def row_of(
     gradients = trained / shards
     row |= {f"{name}_gib": FLOAT32 * number / GIB for name, number in {**held, "gradients": gradients}.items()}
     for name, recompute in (("kept", False), ("recomputed", True)):
-        # With fewer images the weights' copies hide the rest.
-        some, twice = (step(config, settings, images, recompute, parts).peak for images in (8, 16))
-        fixed, each = 2 * some - twice, (twice - some) / 8
+        # With fewer images the weights' copies and the gradients hide the rest.
+        some, twice = (step(config, settings, images, recompute, parts).peak for images in (32, 64))
+        fixed, each = 2 * some - twice, (twice - some) / 32
         room, share = machine["gpu_gib"] * GIB - FLOAT32 * sum(held.values()) - fixed, -(-batch // gpus)
         # Gradients come as activations go, but those of one part stay for the next.
         fit = share if room >= share * each else max(0, int((room - FLOAT32 * gradients) // each))
