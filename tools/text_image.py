@@ -29,6 +29,7 @@ from marval.train.classifier import descend
 
 TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "a high-quality and harmonious picture of {}")
 TEMPERATURE = 0.07
+DROPOUT = 0.8  # of captioned images: with one image of a pair, a head has more weights than it needs to know them all
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,12 @@ def train_head(
     steps: int,
     batch_size: int = 256,
     seed: int = 0,
+    dropout: float = 0.0,
 ) -> TextImageHead:
     """Train a head on image features and, for each class, sentence embeddings of its phrases.
 
     Each step takes a batch of images and one phrase of each class; the loss is the cross-entropy of the image's class
-    among them.
+    among them. `dropout` is the share of an image's features that a step does not see.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "text-image").initial_seed())
@@ -88,7 +90,11 @@ def train_head(
         rng = generator(seed, "step", step)
         rows = batch_indices(len(features), min(batch_size, len(features)), step, seed).to(features.device)
         chosen = phrases[(starts + (torch.rand(len(counts), generator=rng) * counts).long()).to(phrases.device)]
-        logits = head.embed_images(features[rows]) @ head.embed_texts(chosen).T / TEMPERATURE
+        given = features[rows]
+        if dropout:
+            kept = torch.rand(given.shape, generator=rng).to(given) >= dropout
+            given = head.mean + (given - head.mean) * kept / (1 - dropout)
+        logits = head.embed_images(given) @ head.embed_texts(chosen).T / TEMPERATURE
         F.cross_entropy(logits, labels[rows]).backward()
     return head.eval()
 
@@ -183,7 +189,7 @@ def train_on_captions(
     )  # a pair without images would be learned as one that is never right
     texts = [encode(phrases[pair]) for pair in seen.tolist()]
     features = image_features(network, train, device)
-    head = train_head(features, labels.to(device), texts, steps=steps, seed=seed)
+    head = train_head(features, labels.to(device), texts, steps=steps, seed=seed, dropout=DROPOUT)
     named, styles = encode(names), max(1, len(train.captions.styles)) if train.captions else 1
     tested = image_features(network, test, device)
     return head, {
