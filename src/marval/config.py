@@ -157,9 +157,14 @@ class LatentSpace(Checked):
     scale: Positive = 0.2325
     kind: Literal["latents"] = "latents"
     vae_sha256: str = ""  # of the VAE's weights, where they are known
+    limit: NotNegative = 0.0  # how far tokens are from 0, at most, in the training data; 0: not known
 
     channels = 3  # of its pictures
-    token_range = None  # latents have none
+
+    @property
+    def token_range(self) -> tuple[float, float] | None:
+        """The range of tokens, where it is known."""
+        return (-self.limit, self.limit) if self.limit else None
 
     @property
     def token_grid(self) -> tuple[int, int]:
@@ -230,8 +235,8 @@ class ModelConfig(Checked):
             raise ValueError(f"{len(self.class_names)} class names: expected {self.mar.num_classes}")
         if (bool(self.encoder), len(self.styles)) != (bool(self.mar.text_dim), self.mar.num_styles):
             raise ValueError(f"encoder {self.encoder!r} and {len(self.styles)} styles: expected those of the network")
-        if self.draw.clip and self.space.kind == "latents":
-            raise ValueError("clip=True: latents have no range to keep x_0 in; use clip=False")
+        if self.draw.clip and self.space.token_range is None:
+            raise ValueError("clip=True: latents without a limit have no range to keep x_0 in; use clip=False")
         low, high = self.mar.guidance_range or (0.0, math.inf)
         if not low <= self.draw.guidance <= high:
             raise ValueError(
@@ -259,7 +264,7 @@ class ModelConfig(Checked):
                 mar["guidance_range"] = tuple(mar["guidance_range"])
             if "steps" in draw:  # the older name
                 draw["diffusion_steps"] = draw.pop("steps")
-            if space["kind"] == "latents":
+            if space["kind"] == "latents" and not space.get("limit"):
                 draw["clip"] = False  # older checkpoints may say True, which never did anything
             parts = {
                 "mar": MARConfig(**mar),

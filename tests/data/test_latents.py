@@ -17,10 +17,13 @@ from marval.io.images import centre_crop
 from marval.io.official import imagenet_classes
 from marval.io.text import ENCODER
 from marval.io.vae import vae_hash, vae_place
+from marval.model import MAR
+from marval.pipeline import Pipeline
 from marval.presets import TrainConfig
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import open_run
 from marval.runtime.philox import stream_keys
+from marval.runtime.rng import generator
 from marval.spaces import Latents, Pixels
 from marval.train.teacher import latent_teacher_config, train_teacher
 from texts import write_captioned
@@ -310,8 +313,17 @@ def test_a_teacher_trains_on_a_cache(pictures, tmp_path):
     with open_run(tmp_path / "run") as run:
         train_teacher(latent_config(data), settings, data, run)
     assert load_model(tmp_path / "run/model")[1] == latent_config(data)
+
+    small = latent_teacher_config("fashion-mnist", "mine", data, "latents:x")
+    largest = data.scale * max(data.moments(i)[:, :2].abs().max() for i in range(len(data)))
+    assert largest <= small.space.limit <= largest + 0.1001
+    early = Pipeline(MAR(small.mar).initialize(generator("early")), small)  # whose eps is far off at t = 999
+    tokens = early.sample_tokens([0, 1], seeds=0, iterations=2)
+    assert tokens.abs().max() <= 1.5 * small.space.limit
+
     large = dataclasses.replace(data, shape=(16, 16, 16), image_size=256, class_names=tuple(imagenet_classes()))
     config = latent_teacher_config("imagenet256-large", "mine", large, "latents:x")
     assert config.mar == MARConfig.imagenet256("large")
     assert (config.space.vae_stride, config.space.latent_channels, config.space.scale) == (16, 16, data.scale)
+    assert (config.draw.clip, small.draw.clip) == (False, True)  # MAR's own chain has no clip
     assert latent_teacher_config("fashion-mnist", "mine", large, "").mar == MARConfig.fashion((16, 16), 16, 1000)

@@ -7,6 +7,7 @@ times), `shard-00000.safetensors` and so on (each written whole, so that a kille
 
 import bisect
 import json
+import math
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -22,6 +23,7 @@ from marval.runtime.philox import random_words, standard_normal
 from marval.spaces import Latents, TokenSpace
 
 PLAN, INDEX = "plan.json", "index.json"
+MEASURED = 1000  # images whose range is measured
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,12 @@ class LatentData:
         mean, log_variance = stored.float().chunk(2, dim=1)
         noise = standard_normal(keys, mean.shape[1:])
         return space.tokens(mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise)
+
+    def limit(self) -> float:
+        """How far from 0 tokens are, at most; measured on some of the images, and rounded up."""
+        count = min(len(self), MEASURED)
+        means = [self.moments(i * len(self) // count, 0).chunk(2)[0] for i in range(count)]
+        return math.ceil(10 * self.scale * float(torch.stack(means).abs().max())) / 10
 
     def moments(self, index: int, side: int | slice = slice(None)) -> Float[Tensor, "*sides c2 h w"]:
         """Read mean and log-variance (stacked in the channels) of an image (side 0), of its mirror (1), or of both."""

@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "save_every", "log_every", "accumulate", "checkpoint_blocks", "compile",
 )  # fmt: skip
 LABELS = ("source", "data")  # of a model's configuration: the command and --data as typed; a folder may have moved
+CLIP = "draw.clip"  # changes no training; that of older teachers of latents was off
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def remove_empty(folder: Path) -> None:
 def compare_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Check that a run may go on with the settings `now`; what one side does not say is not compared."""
     old, new = (flat({k: v for k, v in side.items() if k not in LABELS}) for side in (before, now))
-    fixed = [key for key in old if key in new and key.rpartition(".")[2] not in MAY_CHANGE]
+    fixed = [key for key in old if key in new and key != CLIP and key.rpartition(".")[2] not in MAY_CHANGE]
     changed = [f"{key} was {old[key]}, now {new[key]}" for key in fixed if old[key] != new[key]]
     if changed:
         told = f"{folder} holds another run: {', '.join(changed)}; --resume may change"
