@@ -34,8 +34,9 @@ from marval.runtime.rng import generator
 from marval.sampling import DrawInOneStep, draw_counts, run
 from marval.sampling.fast import cast_frozen, compile_blocks
 from marval.sampling.loop import Start
-from marval.train.distill import predicted_eps, student_loss, student_tokens, target_contexts
+from marval.train.distill import predicted_eps, student_loss
 from marval.train.draws import NoiseLevels, masked_count
+from marval.train.student_draw import Inputs, student_contexts, target_contexts
 from tables import plan as table
 
 GIB = 2**30
@@ -91,13 +92,15 @@ def distill_step(config: MARConfig, settings: DistillConfig, images: int, recomp
             compile_blocks(network, "aot_eager_decomp_partition")
         places = torch.arange(config.num_tokens).expand(images, -1)
         targets, labels = places[:, known:][:, : settings.tokens_per_image], torch.zeros(images, dtype=torch.long)
-        inputs = (torch.randn(images, config.num_tokens, config.token_dim), places[:, :known], targets, labels, None)
+        tokens = torch.randn(images, config.num_tokens, config.token_dim)
+        inputs = Inputs(tokens, places[:, :known], targets, labels)
         z, eps = (torch.randn(targets.numel(), config.token_dim) for _ in range(2))
         levels, w = NoiseLevels(torch.zeros(len(z), dtype=torch.long), eps), settings.guidance or 2.0
         with Meter() as meter:
             with torch.no_grad():
                 c = target_contexts(teacher, inputs, guided=w != 1.0, autocast=settings.autocast)
-            x_0, _ = student_tokens(student, draw, inputs, draw.guidance, z, settings.autocast)
+            c_theta = student_contexts(student, draw, inputs, z, settings.autocast)
+            x_0 = draw(student.head, c_theta, draw.guidance, z[None])
             phi.requires_grad_(False)
             student_loss((teacher.head, phi), schedule, x_0, levels, c, w, settings.objective)[0].backward()
             phi.requires_grad_(True)

@@ -24,7 +24,7 @@ from marval.pipeline import Pipeline
 from marval.runtime.provenance import made_by
 from marval.runtime.rng import generator
 from marval.sampling import draw_function
-from marval.train.distill import Inputs, target_contexts
+from marval.train.student_draw import Inputs, student_contexts, target_contexts
 
 TARGETS = 6  # hidden tokens of each image
 
@@ -61,13 +61,18 @@ def token_gaps(
     gaps: dict[str, dict[str, dict[str, float]]] = {name: {} for name in ["the teacher again", *students]}
     for count in visible:
         order = torch.rand(images, mar.num_tokens, generator=rng).argsort(1)
-        inputs = tokens, order[:, :count], order[:, count : count + TARGETS], labels, None
+        inputs = Inputs(tokens, order[:, :count], order[:, count : count + TARGETS], labels)
 
         def drawn(pipeline: Pipeline, inputs: Inputs = inputs) -> Tensor:
-            draw = draw_function(pipeline.config)
-            contexts = target_contexts(pipeline.model, inputs, guided=draw.needs_null, autocast=False)
-            shape, bound = (draw.noise_draws, contexts.shape[1], mar.token_dim), draw.bind(pipeline.model.head)
-            return torch.stack([bound(contexts, guidance, torch.randn(shape, generator=rng)) for _ in range(samples)])
+            draw, model = draw_function(pipeline.config), pipeline.model
+            shape, bound = (draw.noise_draws, inputs.positions.numel(), mar.token_dim), draw.bind(model.head)
+            noise = [torch.randn(shape, generator=rng) for _ in range(samples)]
+            if model.config.joint_draw:  # every sample has a context of its own
+                return torch.stack(
+                    [bound(student_contexts(model, draw, inputs, z[0], False), guidance, z) for z in noise]
+                )
+            contexts = target_contexts(model, inputs, guided=draw.needs_null, autocast=False)
+            return torch.stack([bound(contexts, guidance, z) for z in noise])
 
         expected = drawn(teacher)
         for name, pipeline in {"the teacher again": teacher, **students}.items():

@@ -63,6 +63,7 @@ class MARConfig(Checked):
     dropout: Decay = 0.0  # in training only
     guidance_range: GuidanceRange | None = None  # w that the head takes as an input (a student's); None: it takes none
     cached: bool = False  # the context network reads every token once, block-causally (a student's)
+    joint_draw: bool = False  # mask tokens read the noise of tokens drawn together, which then agree (a student's)
     text_dim: Whole = 0  # numbers of a sentence's embedding, where text is the condition; 0: classes are
     num_styles: Whole = 0  # of text
 
@@ -235,6 +236,8 @@ class ModelConfig(Checked):
             raise ValueError(f"{len(self.class_names)} class names: expected {self.mar.num_classes}")
         if (bool(self.encoder), len(self.styles)) != (bool(self.mar.text_dim), self.mar.num_styles):
             raise ValueError(f"encoder {self.encoder!r} and {len(self.styles)} styles: expected those of the network")
+        if self.mar.joint_draw and isinstance(self.draw, Chain):
+            raise ValueError("joint_draw=True: a chain draws each token alone; expected a one-step student")
         if self.draw.clip and self.space.token_range is None:
             raise ValueError("clip=True: latents without a limit have no range to keep x_0 in; use clip=False")
         low, high = self.mar.guidance_range or (0.0, math.inf)

@@ -27,6 +27,7 @@ SETTINGS = {
     ),
 }  # fmt: skip
 SETTINGS["distance"] = dataclasses.replace(SETTINGS["tune"], updates=20, moments_warmup=3)
+SETTINGS["joint"] = dataclasses.replace(SETTINGS["distill"], reveal=0.5, energy=1.0, energy_samples=2, energy_steps=4)
 SETTINGS["anchored"] = dataclasses.replace(SETTINGS["tune"], updates=20, anchor=0.5, anchor_warmup=3)
 
 
@@ -59,7 +60,7 @@ def main(stage, out, resume, broken_rank=None, full_rank=None, shard=0, slow=0, 
 
         if stage == "train":
             train_teacher(tiny_config(), settings, tiny_data(), run)
-        elif stage == "distill":
+        elif stage in ("distill", "joint"):
             distill(tiny_model(), tiny_config(), settings, tiny_data(), run, probe=probe)
         else:
             rewards = {"mine": (broken if broken_rank == workers.rank else brightness, 1.0)}

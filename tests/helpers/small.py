@@ -30,9 +30,9 @@ def small_model(grid=(3, 4), channels=CHANNELS, learn_variance=True, decoder_dim
 
 
 def small_pipeline(kind):
-    """A teacher ("chain"), a student ("one_step"), or one that takes w ("dial") with such a model."""
-    draw = {"chain": CHAIN, "one_step": OneStep(), "dial": OneStep(guidance=1.5)}[kind]
-    model = small_model(guidance_range=(1.0, 3.0) if kind == "dial" else None)
+    """A teacher ("chain"), a student ("one_step"), or one that takes w ("dial") or draws jointly ("joint")."""
+    draw = {"chain": CHAIN, "one_step": OneStep(), "dial": OneStep(guidance=1.5), "joint": OneStep()}[kind]
+    model = small_model(guidance_range=(1.0, 3.0) if kind == "dial" else None, joint_draw=kind == "joint")
     return Pipeline(model, ModelConfig(model.config, SPACE, draw, tuple("abcde"), 4))
 
 

@@ -50,6 +50,12 @@ def test_the_command_writes_a_student_that_draws_the_same_images_in_onnxruntime(
     assert (about["iterations"], json.loads(about["class_names"])) == (str(iterations), ["cross", "square"])
 
 
+def test_a_joint_draw_is_exported(tmp_path):
+    model, config = tiny_model().draw_jointly(generator("noise")), dataclasses.replace(STUDENT.mar, joint_draw=True)
+    model.config = config
+    assert export_onnx(model, dataclasses.replace(STUDENT, mar=config), 2, tmp_path / "student.onnx") < 1e-5
+
+
 def test_latents_come_out_ready_for_the_vae():
     space = LatentSpace((32, 32), "none", vae_stride=8, latent_channels=4, scale=0.5, shift=0.25)
     tokens = torch.arange(16 * 4).reshape(1, 16, 4).float()

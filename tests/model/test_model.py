@@ -1,5 +1,7 @@
 """The networks: sizes of the presets, what the context may depend on, dtypes and strict loading."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -8,7 +10,7 @@ from marval.config import Chain, MARConfig, ModelConfig
 from marval.io.checkpoint import load_model, save_model
 from marval.model import MAR
 from marval.runtime.rng import generator
-from small import CHANNELS, SPACE, small_model
+from small import CHANNELS, SPACE, randn, small_model
 
 BATCH = 2
 
@@ -69,6 +71,24 @@ def test_advance_gives_the_contexts_of_every_condition():
     for found, condition in zip(contexts, conditions, strict=True):
         expected = model.context(tokens, visible, positions, condition).flatten(0, 1)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_in_a_joint_draw_noise_changes_the_contexts_of_all_that_are_drawn_together():
+    model, (tokens, visible, positions, labels) = other_width(), inputs()
+    joint, condition = copy.deepcopy(model).draw_jointly(generator("noise")), model.embed(labels)
+    noise = randn(BATCH, 7, CHANNELS)
+    expected = model.context(tokens, visible, positions, condition)
+    assert torch.equal(joint.context(tokens, visible, positions, condition, 0 * noise), expected)
+    with pytest.raises(ValueError, match="draws tokens jointly: expected the noise"):
+        joint.context(tokens, visible, positions, condition)
+    own = joint.context(tokens, visible, positions, condition, noise)
+    for place in range(7):
+        other = noise.clone()
+        other[:, place] += 1.0
+        difference = (joint.context(tokens, visible, positions, condition, other) - own).abs().amax(dim=-1)
+        assert (difference > 1e-4).all()
+    contexts, _ = joint.advance(joint.start(condition, condition), tokens, visible, positions, noise=noise)
+    torch.testing.assert_close(contexts, own.flatten(0, 1).expand(2, -1, -1), rtol=1e-4, atol=1e-5)
 
 
 def test_label_drop_gives_the_null_class_and_only_there():

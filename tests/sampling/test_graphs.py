@@ -85,10 +85,10 @@ def recorded(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("kind", DRAWS)
+@pytest.mark.parametrize(("kind", "joint"), [("chain", False), ("one_step", False), ("one_step", True)])
 @torch.inference_mode()
-def test_a_recorded_loop_draws_what_the_loop_draws(kind, recorded):
-    model, draw, loops = small_model(), DRAWS[kind], Graphs()
+def test_a_recorded_loop_draws_what_the_loop_draws(kind, joint, recorded):
+    model, draw, loops = small_model(joint_draw=joint), DRAWS[kind], Graphs()
     known = (randn(2, TOKENS, CHANNELS), kept_mask([0, 5, 11], [1, 2, 3]))
     for call, (seeds, labels) in enumerate([([0, 1], [0, 1]), ([5, 9], [2, 0]), ([0, 1], [0, 1])]):
         condition = model.embed(torch.tensor(labels))
@@ -142,11 +142,11 @@ class Read(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kind", [*DRAWS, "decoder"])
+@pytest.mark.parametrize("kind", [*DRAWS, "joint", "decoder"])
 @torch.inference_mode()
 def test_what_a_recording_reads_stays_in_its_place(kind, recorded, monkeypatch):
     """A graph reads memory by its place: on a GPU, a freed tensor's would hold another's numbers at the next replay."""
-    model, loops, read, pipeline = small_model(), Graphs(), [], latent_pipeline()
+    model, loops, read, pipeline = small_model(joint_draw=kind == "joint"), Graphs(), [], latent_pipeline()
 
     def record(job, pool):
         with Read() as mode:
@@ -159,7 +159,7 @@ def test_what_a_recording_reads_stays_in_its_place(kind, recorded, monkeypatch):
         if kind == "decoder":
             pipeline.decode(randn(1, TOKENS, CHANNELS))
             continue
-        start = prepare(model, draw := copy.deepcopy(DRAWS[kind]), iterations=4, seeds=[0, 1])
+        start = prepare(model, draw := copy.deepcopy(DRAWS.get(kind, DRAWS["one_step"])), iterations=4, seeds=[0, 1])
         list(loops.run(model, draw, model.embed(torch.tensor([0, 1])), start))
     draw = start = None
     gc.collect()

@@ -23,7 +23,7 @@ from marval.sampling import (
     run,
     sample,
 )
-from small import CHAIN, CHANNELS, DRAWS, SPACE, TOKENS, drawn, kept_mask, randn, small_model
+from small import CHAIN, CHANNELS, DRAWS, SPACE, TOKENS, drawn, kept_mask, randn, small_model, small_pipeline
 
 
 class StartNoise(DrawTokens):
@@ -141,6 +141,40 @@ def test_given_noise_replaces_the_seeds(kind):
     expected = drawn(model, draw, [0, 1], seeds=[5, 6], **common)
     assert torch.equal(drawn(model, draw, [0, 1], seeds=[0, 0], noise=noise, **common), expected)
     assert not torch.equal(drawn(model, draw, [0, 1], seeds=[0, 0], **common), expected)
+
+
+# --- tokens that are drawn together ---
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_in_a_joint_draw_noise_reaches_all_tokens_of_its_iteration_and_none_before(cached):
+    model, draw, how = (
+        small_model(joint_draw=True, cached=cached),
+        DRAWS["one_step"],
+        {"iterations": 3, "orders": "raster"},
+    )
+    noise, counts = randn(1, 2, TOKENS, CHANNELS), draw_counts(TOKENS, 3)
+    expected = drawn(model, draw, [0, 1], seeds=[0, 1], noise=noise, **how)
+    for place in range(TOKENS):
+        other = noise.clone()
+        other[:, :, place] += 1.0
+        changed = (drawn(model, draw, [0, 1], seeds=[0, 1], noise=other, **how) != expected).any(dim=-1)
+        first = max(shown for shown in (0, counts[0], sum(counts[:2])) if shown <= place)  # of its iteration
+        assert changed[:, first:].all()
+        assert not changed[:, :first].any()
+
+
+def test_a_joint_draw_is_of_its_image_alone_scaled_by_the_temperature_and_keeps_known_tokens():
+    pipeline, keep = small_pipeline("joint"), kept_mask([0, 5, 11], [1, 2, 3])
+    together = pipeline.sample_tokens([0, 3], seeds=[5, 6], iterations=3)
+    for i in range(2):
+        alone = pipeline.sample_tokens([[0, 3][i]], seeds=[[5, 6][i]], iterations=3)
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-4, atol=1e-5)
+    still = pipeline.with_draw(temperature=0.0)
+    first, second = (still.sample_tokens([0, 3], seeds=s, iterations=1) for s in ([5, 6], [7, 8]))
+    assert torch.equal(first, second)
+    given = randn(2, TOKENS, CHANNELS)
+    assert torch.equal(pipeline.sample_tokens([0, 3], seeds=0, iterations=3, known=(given, keep))[keep], given[keep])
 
 
 # --- gradients ---

@@ -43,10 +43,12 @@ def advance(
     visible: Int[Tensor, "b v"],
     positions: Int[Tensor, "b q"],
     groups: Groups | None = None,
+    noise: Float[Tensor, "b q c"] | None = None,
 ) -> tuple[Float[Tensor, "g n e"], Cache]:
     """`MAR.advance` with a cache; all groups that are new in `visible` are read in one pass."""
     copies, first = cache.conditions.shape[0], not cache.layers
     tokens, new, positions = (torch.cat([x] * copies) for x in (tokens, visible[:, cache.read :], positions))
+    noise = None if noise is None else torch.cat([noise] * copies)
     batch, hidden = positions.shape  # `len` would be a fixed number in an ONNX graph
     depth, buffer = len(model.encoder_blocks), model.config.buffer_size
     groups = groups or Groups([new.shape[1]], [hidden])
@@ -64,7 +66,7 @@ def advance(
     x = model.decoder_embed(model.encoder_norm(x))
     places = model.decoder_pos_embed_learned.expand(batch, -1, -1)
     own = gather_rows(places, torch.cat([new, positions], dim=1) + buffer)
-    x = torch.cat([x, model.mask_token.to(x.dtype).expand(batch, hidden, -1)], dim=1)
+    x = torch.cat([x, model.mask_tokens(x, hidden, noise)], dim=1)
     x = x + (torch.cat([places[:, :buffer], own], dim=1) if first else own)
     mask = reading_mask(before, sizes, groups.hidden, x.device)
     for i, (block, known) in enumerate(zip(model.decoder_blocks, past[depth:], strict=True)):

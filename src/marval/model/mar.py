@@ -31,6 +31,9 @@ class MAR(nn.Module):
 
     Where text is the condition, a small network of the prompt's embedding and style stands in the place of the table
     of classes, and `vocabulary` holds the embeddings of the prompts that the model knows.
+
+    With `joint_draw` the mask tokens of the positions that are drawn now also carry the noise that their tokens start
+    from. So the decoder knows what the others will be, and tokens of one iteration can agree.
     """
 
     vocabulary: Tensor
@@ -55,6 +58,7 @@ class MAR(nn.Module):
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_embed = nn.Linear(width, decoder_width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_width))
+        self.noise_proj = nn.Linear(config.token_dim, decoder_width) if config.joint_draw else None
         self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, places, decoder_width))
         self.decoder_blocks = blocks(config.decoder_depth, decoder_width, config.decoder_heads, config)
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
@@ -87,6 +91,17 @@ class MAR(nn.Module):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 nn.init.zeros_(module.bias)
         self.head.initialize(generator)
+        return self
+
+    def draw_jointly(self, generator: torch.Generator) -> "MAR":
+        """Let mask tokens read noise, by a layer that starts as MAR's others do; return the network itself.
+
+        From zeros, tokens would stay independent for long: little tells the layers behind to look at the noise.
+        """
+        layer = nn.Linear(self.config.token_dim, self.config.decoder_dim)
+        nn.init.xavier_uniform_(layer.weight, generator=generator)
+        nn.init.zeros_(layer.bias)
+        self.noise_proj = layer.to(self.mask_token)
         return self
 
     def known_prompts(self, labels: Int[Tensor, " b"]) -> Float[Tensor, "b f"]:
@@ -148,11 +163,15 @@ class MAR(nn.Module):
         encoded: Float[Tensor, "b n d"],
         visible: Int[Tensor, "b v"],
         positions: Int[Tensor, "b q"],
+        noise: Float[Tensor, "b q c"] | None = None,
     ) -> Float[Tensor, "b q e"]:
         """The context of the tokens at `positions`; the last block is computed there and nowhere else."""
         buffer, batch = self.config.buffer_size, encoded.shape[0]
         x = self.decoder_embed(encoded)
         hidden = self.mask_token.to(x.dtype).expand(batch, self.config.num_tokens, -1)
+        if self.noise_proj is not None:
+            drawn = self.mask_tokens(x, positions.shape[1], noise)
+            hidden = hidden.scatter(1, positions[..., None].expand_as(drawn), drawn)
         index = visible[..., None].expand(-1, -1, x.shape[-1])
         x = torch.cat([x[:, :buffer], hidden.scatter(1, index, x[:, buffer:])], dim=1) + self.decoder_pos_embed_learned
         *blocks, last = self.decoder_blocks
@@ -160,6 +179,21 @@ class MAR(nn.Module):
             x = self.run(block, x)
         x = self.decoder_norm(self.run(last, x, gather_rows(x, positions + buffer)))
         return x + gather_rows(self.diffusion_pos_embed_learned.expand(batch, -1, -1), positions)
+
+    def mask_tokens(
+        self, x: Float[Tensor, "b n d"], count: int, noise: Float[Tensor, "b q c"] | None
+    ) -> Float[Tensor, "b q d"]:
+        """Mask tokens of what is drawn now, in the form of `x`: in a joint draw they carry what tokens start from.
+
+        Raises:
+            ValueError: no noise for a joint draw.
+        """
+        tokens = self.mask_token.to(x.dtype).expand(x.shape[0], count, -1)
+        if self.noise_proj is None:
+            return tokens
+        if noise is None:
+            raise ValueError("this network draws tokens jointly: expected the noise that they start from")
+        return tokens + self.noise_proj(noise.to(self.noise_proj.weight.dtype)).to(x.dtype)
 
     def run(self, block: nn.Module, *inputs: Any) -> Any:
         """A block; with `checkpoint_blocks` its activations are computed again in the backward pass, not kept."""
@@ -173,9 +207,14 @@ class MAR(nn.Module):
         visible: Int[Tensor, "b v"],
         positions: Int[Tensor, "b q"],
         condition: Float[Tensor, "b d"],
+        noise: Float[Tensor, "b q c"] | None = None,
     ) -> Float[Tensor, "b q e"]:
-        """The context vector `c` of every token at `positions`, given the tokens at `visible`."""
-        return self.decode(self.encode(tokens, visible, condition), visible, positions)
+        """The context vector `c` of every token at `positions`, given the tokens at `visible`.
+
+        Args:
+            noise: what these tokens start from, of a network that draws them jointly; others do not read it.
+        """
+        return self.decode(self.encode(tokens, visible, condition), visible, positions, noise)
 
     def start(self, *conditions: Float[Tensor, "b d"]) -> State:
         """The state of images without tokens, under each condition: one, or the condition and the null condition."""
@@ -188,6 +227,7 @@ class MAR(nn.Module):
         visible: Int[Tensor, "b v"],
         positions: Int[Tensor, "b q"],
         groups: Groups | None = None,
+        noise: Float[Tensor, "b q c"] | None = None,
     ) -> tuple[Float[Tensor, "g n e"], State]:
         """The contexts at `positions` under each condition, flattened over the batch, and the next state.
 
@@ -197,10 +237,12 @@ class MAR(nn.Module):
         Args:
             groups: what was drawn together, where that is not all that is new and all of `positions`; read by a network
                 with a cache only, as the others see sets.
+            noise: see `context`.
         """
         if isinstance(state, Cache):
-            return advance(self, state, tokens, visible, positions, groups)
+            return advance(self, state, tokens, visible, positions, groups, noise)
         copies = len(state)
         tokens, visible, positions = (torch.cat([x] * copies) for x in (tokens, visible, positions))
-        context = self.context(tokens, visible, positions, state.flatten(0, 1))
+        noise = None if noise is None else torch.cat([noise] * copies)
+        context = self.context(tokens, visible, positions, state.flatten(0, 1), noise)
         return context.unflatten(0, (copies, -1)).flatten(1, 2), state

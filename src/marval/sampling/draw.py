@@ -35,6 +35,10 @@ class DrawTokens(ABC):
     def bind(self, head: TokenHead) -> Draw:
         """Compute what depends on the head alone, and return the function that draws tokens with it."""
 
+    def joint_noise(self, noise: Float[Tensor, "s b q c"]) -> Float[Tensor, "b q c"] | None:
+        """What the context network of a joint draw reads of the noise of the tokens that are drawn now."""
+        return None
+
     def __call__(
         self, head: TokenHead, contexts: Float[Tensor, "g n d"], guidance: Guidance, noise: Float[Tensor, "s n c"]
     ) -> Float[Tensor, "n c"]:
@@ -149,6 +153,10 @@ class DrawInOneStep(DrawTokens):
         self.times = self.schedule.timesteps.float().to(device)
         self.guidance, self.guidance_schedule = config.guidance, config.guidance_schedule
         self.temperature = config.temperature
+
+    def joint_noise(self, noise: Float[Tensor, "1 b q c"]) -> Float[Tensor, "b q c"]:
+        """What tokens start from, at the draw's temperature."""
+        return self.temperature * noise[0]
 
     def bind(self, head: TokenHead) -> Draw:
         """Embed the time step; on a GPU, join the products of all modulations."""

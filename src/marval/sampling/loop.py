@@ -15,7 +15,7 @@ from marval.model import MAR
 from marval.model.mar import State
 from marval.runtime.philox import standard_normal, stream_keys
 from marval.runtime.rng import Seeds, image_seeds
-from marval.sampling.draw import Draw, DrawTokens, Guidance, guidance_at
+from marval.sampling.draw import DrawTokens, Guidance, guidance_at
 from marval.sampling.fast import prepare_for_drawing
 from marval.sampling.orders import Orders, draw_counts, drawing_orders
 
@@ -118,12 +118,17 @@ def run(
     state, draw_in = model.start(*conditions), draw.bind(model.head)
 
     def iterate(state: State, tokens: Tensor, visible: Tensor, positions: Tensor, w: Guidance) -> tuple[State, Tensor]:
+        index = positions[..., None].expand(-1, -1, tokens.shape[-1])
+        noise = start.noise.gather(2, index.expand(len(start.noise), -1, -1, -1))
+        joint_noise = draw.joint_noise(noise) if config.joint_draw else None
         # A region of its own in every iteration: autocast's cache must not keep what was cast without gradients.
         with torch.autocast(tokens.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
-            contexts, state = model.advance(state, tokens, visible, positions)
+            contexts, state = model.advance(state, tokens, visible, positions, noise=joint_noise)
         contexts = contexts.float() if autocast else contexts
-        drawn = draw_at(positions, draw_in, contexts, w, start.noise)
-        return state, tokens.scatter(1, positions[..., None].expand_as(drawn), drawn.to(tokens.dtype))
+        if isinstance(w, Tensor):
+            w = w[:, None].expand(positions.shape).flatten()
+        drawn = draw_in(contexts, w, noise.flatten(1, 2)).unflatten(0, positions.shape)
+        return state, tokens.scatter(1, index, drawn.to(tokens.dtype))
 
     for k, count in enumerate(start.counts):
         visible = start.order[:, :shown].contiguous()
@@ -140,21 +145,6 @@ def run(
         else:
             state, tokens = checkpoint(iterate, *inputs, use_reentrant=False, preserve_rng_state=False)
         yield tokens, start.order[:, :shown]
-
-
-def draw_at(
-    positions: Int[Tensor, "b q"],
-    draw: Draw,
-    contexts: Float[Tensor, "g n d"],
-    guidance: float | Float[Tensor, " b"],
-    noise: Float[Tensor, "s b l c"],
-) -> Float[Tensor, "b q c"]:
-    """Draw the tokens at `positions` in their contexts, with the noise of their positions."""
-    index = positions[..., None].expand(-1, -1, noise.shape[-1])
-    local_noise = noise.gather(2, index.expand(len(noise), -1, -1, -1)).flatten(1, 2)
-    if isinstance(guidance, Tensor):
-        guidance = guidance[:, None].expand(positions.shape).flatten()
-    return draw(contexts, guidance, local_noise).unflatten(0, positions.shape)
 
 
 def sample(
