@@ -75,7 +75,7 @@ def test_a_token_reads_its_own_group_and_earlier_ones_and_a_mask_token_all_of_th
         """The contexts of three hidden tokens, and the keys of the last block of either stack at every token."""
         places = order[:, :6], order[:, 6:9]
         contexts, state = model.advance(model.start(*conditions), tokens, *places, Groups(sizes, [3]))
-        keys = [state.layers[i][0].transpose(1, 2).flatten(2) for i in (1, 3)]
+        keys = [state.layers[i].pair()[0].transpose(1, 2).flatten(2) for i in (1, 3)]
         return contexts.unflatten(1, (BATCH, 3)), torch.cat(keys, dim=-1)
 
     contexts, keys = read(tokens)
@@ -165,7 +165,7 @@ def test_a_cache_has_the_precision_of_the_weights(dtype, tolerance):
         state = model.start(*conditions)
         for shown in (0, 4, 6):
             contexts, state = model.advance(state, tokens, order[:, :shown], order[:, shown : shown + 2])
-        assert {each.dtype for layer in state.layers for each in layer} == {kind}
+        assert {layer.rows.dtype for layer in state.layers} == {kind}
         found.append(contexts)
     assert found[1].dtype == dtype
     assert (found[0] - found[1].float()).abs().max() < tolerance * found[0].abs().max()

@@ -29,7 +29,10 @@ class Groups(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The state of images: their conditions, how many tokens were read, and the keys and values of every layer."""
+    """The state of images: their conditions, how many tokens were read, and the keys and values of every layer.
+
+    Without gradients, the next state is written into the same memory: go on from the newest alone.
+    """
 
     conditions: Float[Tensor, "g b d"]
     read: int = 0
@@ -54,14 +57,15 @@ def advance(
     groups = groups or Groups([new.shape[1]], [hidden])
     before = 0 if first else buffer + cache.read
     sizes = [buffer if first else 0, *groups.visible]
-    past = cache.layers or ((),) * (depth + len(model.decoder_blocks))
+    room = buffer + model.config.num_tokens
+    past = cache.layers or (KeyValues(room),) * (depth + len(model.decoder_blocks))
     layers = list[KeyValues]()
 
     x = model.embed_tokens(tokens, new, cache.conditions.flatten(0, 1) if first else None)
     mask = reading_mask(before, sizes, [], x.device)
     for block, known in zip(model.encoder_blocks, past[:depth], strict=True):
-        x, keys_values = model.run(block, x, None, known, mask)
-        layers.append(keys_values)
+        x, known = model.run(block, x, None, known, mask)
+        layers.append(known)
 
     x = model.decoder_embed(model.encoder_norm(x))
     places = model.decoder_pos_embed_learned.expand(batch, -1, -1)
@@ -72,8 +76,8 @@ def advance(
     for i, (block, known) in enumerate(zip(model.decoder_blocks, past[depth:], strict=True)):
         last = i == len(model.decoder_blocks) - 1  # of which no more than the contexts is needed
         rows, own_mask = (x[:, -hidden:], None if mask is None else mask[-hidden:]) if last else (None, mask)
-        x, (keys, values) = model.run(block, x, rows, known, own_mask)
-        layers.append((keys[:, :, :-hidden], values[:, :, :-hidden]))  # mask tokens are not kept
+        x, known = model.run(block, x, rows, known, own_mask)
+        layers.append(known._replace(length=known.length - hidden))  # mask tokens are not kept
     x = model.decoder_norm(x)
     x = x + gather_rows(model.diffusion_pos_embed_learned.expand(batch, -1, -1), positions)
     contexts = x.unflatten(0, (copies, -1)).flatten(1, 2)
