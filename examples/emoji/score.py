@@ -12,9 +12,11 @@ Pictures are drawn of pairs of concept and style that a model was trained on ("s
 - nearest_distance: how far it is from the nearest drawing that the model was trained on;
 - own_is_nearest: the share of pictures to which, of all drawings, that of their pair is the nearest.
 
-Distances are root mean squares of pixels in [0, 1] at half size; a drawing's mirror counts as the drawing. Two rows say
-what can be reached: the drawings themselves, moved and coloured as the judge learned them; and the drawings through a
-model's tokens and back. The sheets show drawing, picture and nearest training drawing below each other.
+Distances are root mean squares of pixels in [0, 1] at half size; a drawing's mirror counts as the drawing. Three rows
+are there to compare with: the drawings themselves, moved and coloured as the judge learned them; the drawings through a
+model's tokens and back, which it cannot surpass; and copies, each of the same concept in another style.
+
+The sheets show drawing, picture and nearest training drawing below each other.
 """
 
 import json
@@ -111,17 +113,21 @@ def draw(pipeline: Pipeline, labels: list[int], settings: Scoring) -> Tensor:
 
 @torch.inference_mode()
 def limits(judge: Judge, drawings: Drawings, pipeline: Pipeline) -> dict[str, dict[str, float]]:
-    """What can be reached: the figures of the drawings themselves, and of those through a model's token space."""
+    """The figures of the drawings themselves, of those through a model's token space, and of copies of other styles."""
     space, device = pipeline.space, pipeline.device
     decoded = [space.decode(space.encode(part.to(device))).cpu() for part in drawings.images.split(TOGETHER)]
+    same = drawings.concept[:, None] == drawings.concept
+    other = same & (drawings.style[:, None] != drawings.style) & drawings.seen
+    every = torch.ones_like(drawings.seen)
     made = {
-        "drawings": augment(drawings.images, generator("limits")),
-        f"drawings through the tokens of {pipeline.config.name}": torch.cat(decoded),
+        "drawings": (augment(drawings.images, generator("limits")), every),
+        f"drawings through the tokens of {pipeline.config.name}": (torch.cat(decoded), every),
+        "copies": (drawings.images[other.float().argmax(dim=1)], other.any(dim=1)),
     }
     figures: dict[str, dict[str, float]] = {name: {} for name in made}
-    for name, images in made.items():
+    for name, (images, there) in made.items():
         for group, chosen in zip(GROUPS, (drawings.seen, ~drawings.seen), strict=True):
-            rows = chosen.nonzero()[:, 0]
+            rows = (chosen & there).nonzero()[:, 0]
             said, _ = figures_of(judge, drawings, images[rows], rows)
             figures[name] |= {f"{group}_{key}": value for key, value in said.items()}
     return figures

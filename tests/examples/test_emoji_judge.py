@@ -66,9 +66,10 @@ def test_it_scores_a_model_on_seen_and_held_out_pairs(scripts, judge):
     save_teacher()
     words = "judge.safetensors words --data folder:pictures --images 6 --diffusion-steps 2 --out r.json --sheets sheets"
     read(scripts[1].score, [*words.split(), "--device", "cpu"], "score.py")()
-    drawn, decoded, row = json.loads(Path("r.json").read_text())["pairs"]["rows"]
+    drawn, decoded, copies, row = json.loads(Path("r.json").read_text())["pairs"]["rows"]
     assert (row["model"], row["samples"], row["draw"]["diffusion_steps"]) == ("text", 6, 2)
     assert (drawn["model"], decoded["model"]) == ("drawings", "drawings through the tokens of text")
     assert decoded["held_out_own_distance"] < 1e-3 < row["held_out_own_distance"]
     assert decoded["seen_both"] == 1.0
+    assert (copies["held_out_concept"], copies["held_out_style"], copies["held_out_nearest_distance"]) == (1, 0, 0)
     assert Image.open("sheets/text.png").size[1] > 12 * 8
