@@ -13,6 +13,7 @@ from marval.rewards.classifier import Classifier
 from marval.runtime.distributed import Workers
 from marval.runtime.rng import generator
 from marval.sampling import DrawInOneStep, draw_function, sample
+from marval.train.draws import tune_draws
 from marval.train.keeper import Keeper
 from marval.train.low_rank import add_low_rank, merged
 from marval.train.tune import trainable
@@ -97,6 +98,15 @@ def test_where_distances_alone_are_tuned_the_lowest_held_out_one_is_best():
         False,
         True,
     ]
+
+
+def test_for_a_distance_all_classes_have_the_same_share():
+    config = dataclasses.replace(
+        tiny_config(), class_names=tuple("abc"), mar=dataclasses.replace(tiny_config().mar, num_classes=3)
+    )
+    settings = dataclasses.replace(TUNE, batch_size=4)
+    labels = torch.cat([tune_draws(settings, config, update, in_turn=True)[0] for update in range(3)])
+    assert labels.bincount().tolist() == [4, 4, 4]
 
 
 def test_a_distance_falls_after_the_moments_are_gathered(tmp_path):

@@ -189,11 +189,17 @@ def gsim_draws(settings: DistillConfig, mar: MARConfig, update: int, device: tor
 
 
 def tune_draws(
-    settings: TuneConfig, config: ModelConfig, update: int, device: torch.device | str = "cpu"
+    settings: TuneConfig, config: ModelConfig, update: int, device: torch.device | str = "cpu", in_turn: bool = False
 ) -> tuple[Int[Tensor, " b"], list[int], Float[Tensor, "1 b l c"], Float[Tensor, " b"] | None]:
-    """Draw a batch's labels and seeds (of orders), which the host must know, the student's noise, and its w."""
+    """Draw a batch's labels and seeds (of orders), which the host must know, the student's noise, and its w.
+
+    Args:
+        in_turn: all labels follow each other, from batch to batch: chance in their shares would be in moments, too.
+    """
     host, mar, seen = generator(settings.seed, "tune", update), config.mar, torch.tensor(seen_labels(config))
     labels = seen[torch.randint(len(seen), (settings.batch_size,), generator=host)]
+    if in_turn:
+        labels = seen[(update * settings.batch_size + torch.arange(settings.batch_size)) % len(seen)]
     seeds = torch.randint(2**62, (settings.batch_size,), generator=host).tolist()
     rng = generator(settings.seed, "tune noise", update, device=device)
     shape = (1, settings.batch_size, mar.num_tokens, mar.token_dim)

@@ -108,11 +108,16 @@ def copy_networks(
 
 def drawn_parts(
     student: MAR, draw: DrawTokens, space: TokenSpace, settings: TuneConfig, config: ModelConfig, update: int,
-    workers: Workers, held: bool,
+    workers: Workers, distances: bool,
 ) -> Iterable[ImagePart]:  # fmt: skip
-    """Draw this process's parts of a batch one by one; where several are `held`, without activations of the decoder."""
-    labels, seeds, noise, w = tune_draws(settings, config, update, workers.device)
-    decode = recomputed(space.decode) if held and settings.accumulate > 1 else space.decode
+    """Draw this process's parts of a batch, one by one.
+
+    Args:
+        distances: whether all parts are held, for Fréchet distances: then several are without the decoder's
+            activations, and all classes have the same share.
+    """
+    labels, seeds, noise, w = tune_draws(settings, config, update, workers.device, in_turn=distances)
+    decode = recomputed(space.decode) if distances and settings.accumulate > 1 else space.decode
     for rows in workers.parts(settings.batch_size, settings.accumulate):
         tokens = sample(
             student, draw, student.embed(labels[rows].to(workers.device)),
@@ -124,14 +129,15 @@ def drawn_parts(
 
 
 def observed(
-    parts: Iterable[ImagePart], distances: Mapping[str, FrechetReward], workers: Workers, student_update: int
-) -> tuple[list[ImagePart], Figures]:
-    """Draw all parts, show them to the distances, and return them with the distances: no gradient comes before that."""
+    parts: Iterable[ImagePart], distances: Mapping[str, FrechetReward], workers: Workers, student_update: int,
+    figures: Figures,
+) -> list[ImagePart]:  # fmt: skip
+    """Draw all parts and show them to the distances, before any gradient; add these to `figures`, return the parts."""
     with torch.set_grad_enabled(student_update >= 0):
         whole = list(parts)
-        images, starting = [part.images for part in whole], student_update <= 0
-        figures = {name: distance.observe(images, workers, starting) for name, distance in distances.items()}
-    return whole, Figures(figures)
+        for name, distance in distances.items():
+            figures[name] = distance.observe([part.images for part in whole], workers, starting=student_update <= 0)
+    return whole
 
 
 def tune(
@@ -170,10 +176,9 @@ def tune(
         student_update = update - warmup  # below 0 only phi learns, and moments are gathered
         with fast_products(device):
             figures = Figures() if anchored is None else anchored.step(student, update, settings.anchor, student_update)
-            parts = drawn_parts(student, draw, space, settings, config, update, workers, held=bool(distances))
+            parts = drawn_parts(student, draw, space, settings, config, update, workers, bool(distances))
             if distances:
-                parts, seen = observed(parts, distances, workers, student_update)
-                figures |= seen
+                parts = observed(parts, distances, workers, student_update, figures)
             if student_update >= 0:
                 for share, labels, images in parts:
                     loss, rewards = workers.together(policy_loss, reward, images, [asked[label] for label in labels])
