@@ -14,8 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.planner import SavePlan
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future as TorchFuture
@@ -31,18 +30,22 @@ from marval.runtime.optim import Optimizer
 
 
 class ShardWriter(HuggingFaceStorageWriter):
-    """Writes a process's tensors as one file, from where they are.
+    """Writes the parts of tensors that a process holds as one file, from where they are.
 
     torch's own writer makes two copies of them in memory first, and nothing else runs meanwhile: it holds the GIL.
     """
 
-    def write_data(self, plan: SavePlan, planner: Any) -> TorchFuture[list[WriteResult]]:
-        """Write the tensors of a plan, with the place of each in the whole."""
+    def __init__(self, folder: Path, parts: dict[str, Tensor]):
+        super().__init__(str(folder), save_distributed=True)
+        self.parts = parts
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        """Write the parts, with the place of each in the whole."""
         items: list[Any] = plan.items
-        tensors = {item.index.fqn: planner.resolve_data(item) for item in items}
         places = {item.index.fqn: {"saved_offsets": item.tensor_data.chunk.offsets} for item in items}
         file = Path(self.path) / f"shard-{plan.storage_data['shard_index']:05d}.safetensors"
-        write_tensors(file, tensors, {"DCP_SHARDING_INFO": json.dumps(places)})  # torch's names, for its reader
+        parts = {name: self.parts[name] for name in places}  # no empty ones
+        write_tensors(file, parts, {"DCP_SHARDING_INFO": json.dumps(places)})  # torch's names, for its reader
         done = TorchFuture[list[WriteResult]]()
         done.set_result([])
         return done
@@ -62,11 +65,16 @@ class State:
         self.tensors = {f"{name}.{key}": t for name, net in networks.items() for key, t in net.state_dict().items()}
         for name, optimizer in optimizers.items():
             self.tensors |= {f"optimizer.{name}.{key}": t for key, t in optimizer.tensors().items()}
+        self.parts = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in self.tensors.items()}
+        # Of what all processes have whole each saves some: sorted by size, it is dealt out like cards.
+        workers, common = run.workers, [name for name, t in self.tensors.items() if not isinstance(t, DTensor)]
+        common.sort(key=lambda name: self.parts[name].numel())
+        others, pinned = set(common) - set(common[workers.rank :: workers.count]), workers.device.type == "cuda"
+        own = {name: part for name, part in self.parts.items() if name not in others}
+        self.copies = {name: torch.empty_like(t, device="cpu", pin_memory=pinned) for name, t in own.items()}
         # The thread that writes has a group of its own: it talks to the other processes while training does.
-        self.group = None if run.workers.mesh is None else dist.new_group(backend="gloo")
+        self.group = None if workers.mesh is None else dist.new_group(backend="gloo")
         self.writing: Future[None] | None = None
-        pinned = run.workers.device.type == "cuda"
-        self.stager = DefaultStager(StagingOptions(pinned, False, False, pinned))  # keeps its memory for the next save
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # torch's, of one process alone
 
     def save(self, update: int, extra: Mapping[str, Any] | None = None, model: ModelConfig | None = None) -> None:
@@ -82,18 +90,16 @@ class State:
         """
         self.wait()
         folder, workers = self.run.folder, self.run.workers
-        check_finite(f"at update {update}", self.tensors, workers)
+        check_finite(f"at update {update}", self.parts, workers)
         if workers.main:
             for partial in folder.glob(".state-*"):  # what kills left
                 shutil.rmtree(partial, ignore_errors=True)
         workers.barrier()
-        # Of the tensors that every process has whole each writes some: sorted by size, they are dealt out like cards.
-        copies = [name for name, tensor in self.tensors.items() if not isinstance(tensor, DTensor)]
-        copies.sort(key=lambda name: self.tensors[name].numel())
-        others = set(copies) - set(copies[workers.rank :: workers.count])
-        own = self.stager.stage({name: tensor for name, tensor in self.tensors.items() if name not in others})
+        torch._foreach_copy_(list(self.copies.values()), [self.parts[name] for name in self.copies], non_blocking=True)
+        if workers.device.type == "cuda":
+            torch.cuda.synchronize(workers.device)
         about = json.dumps({"update": update, "settings": self.settings, "extra": extra or {}})
-        self.writing = self.run.thread.submit(self._write, own, folder / f"state-{update:08d}", about, model)
+        self.writing = self.run.thread.submit(self._write, folder / f"state-{update:08d}", about, model)
 
     def wait(self) -> None:
         """Wait until what was saved last is on disk; every process must ask.
@@ -105,10 +111,10 @@ class State:
             writing, self.writing = self.writing, None
             self.run.workers.together(writing.result)
 
-    def _write(self, own: Any, target: Path, about: str, model: ModelConfig | None) -> None:
+    def _write(self, target: Path, about: str, model: ModelConfig | None) -> None:
         partial, main = target.with_name(f".{target.name}.partial"), self.run.workers.main
         try:
-            writer = ShardWriter(str(partial), save_distributed=True)
+            writer, own = ShardWriter(partial, self.copies), {name: self.tensors[name] for name in self.copies}
             dcp.save(own, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             if main:
                 if model is not None:
@@ -161,9 +167,8 @@ class State:
 
 def check_finite(where: str, tensors: Mapping[str, Tensor], workers: Workers) -> None:
     """Refuse NaN and infinity before anything is overwritten; every process must ask."""
-    parts = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
     # A sum is finite where all its terms are, and takes a tenth of the time of `isfinite` of each.
-    sums = {name: part.sum(dtype=torch.float32) for name, part in parts.items() if part.is_floating_point()}
+    sums = {name: tensor.sum(dtype=torch.float32) for name, tensor in tensors.items() if tensor.is_floating_point()}
     bad = {name: total.isfinite().logical_not() for name, total in sums.items()}
     for name, share in workers.mean(dict(bad)).items():
         if share:
