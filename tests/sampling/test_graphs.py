@@ -5,6 +5,7 @@ Without a GPU a recording is played by calling the recorded function again, whic
 
 import contextlib
 import copy
+import dataclasses
 import gc
 from types import SimpleNamespace
 
@@ -47,14 +48,15 @@ class Launches(TorchDispatchMode):
 CHAIN = Chain(guidance=3.0, diffusion_steps=20)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("one_step", 335), ("chain", 1650)])
+@pytest.mark.parametrize(("kind", "most"), [("one_step", 335), ("cached", 400), ("chain", 1650)])
 def test_the_loop_of_a_full_size_model_waits_for_no_device_and_launches_little(kind, most, monkeypatch):
     """On torch's device without data, where a value that the host needs is an error."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # unknown there
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     with torch.device("meta"):
-        model = MAR(MARConfig.imagenet256("base")).eval().requires_grad_(False)
-    draw = DrawInOneStep(device="meta") if kind == "one_step" else DrawByChain(CHAIN, device="meta")
+        config = dataclasses.replace(MARConfig.imagenet256("base"), cached=kind == "cached")
+        model = MAR(config).eval().requires_grad_(False)
+    draw = DrawByChain(CHAIN, device="meta") if kind == "chain" else DrawInOneStep(device="meta")
     noise = torch.zeros(draw.noise_draws, 1, 256, 16, device="meta")
     start = prepare(model, draw, iterations=2, seeds=[0], noise=noise)
     condition = model.embed(torch.tensor([0], device="meta"))
@@ -85,10 +87,12 @@ def recorded(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize(("kind", "joint"), [("chain", False), ("one_step", False), ("one_step", True)])
+@pytest.mark.parametrize(
+    ("kind", "network"), [("chain", {}), ("one_step", {}), ("one_step", {"joint_draw": True, "cached": True})]
+)
 @torch.inference_mode()
-def test_a_recorded_loop_draws_what_the_loop_draws(kind, joint, recorded):
-    model, draw, loops = small_model(joint_draw=joint), DRAWS[kind], Graphs()
+def test_a_recorded_loop_draws_what_the_loop_draws(kind, network, recorded):
+    model, draw, loops = small_model(**network), DRAWS[kind], Graphs()
     known = (randn(2, TOKENS, CHANNELS), kept_mask([0, 5, 11], [1, 2, 3]))
     for call, (seeds, labels) in enumerate([([0, 1], [0, 1]), ([5, 9], [2, 0]), ([0, 1], [0, 1])]):
         condition = model.embed(torch.tensor(labels))

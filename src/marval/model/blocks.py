@@ -33,8 +33,7 @@ class KeyValues(NamedTuple):
     def pair(self) -> tuple[Float[Tensor, "b h k e"], Float[Tensor, "b h k e"]]:
         """The keys and the values, once there are some."""
         assert self.rows is not None
-        keys, values = self.rows[..., : self.length, :]
-        return keys, values
+        return self.rows[0, :, :, : self.length], self.rows[1, :, :, : self.length]
 
 
 def gather_rows(x: Float[Tensor, "b n d"], index: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
