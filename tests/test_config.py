@@ -16,6 +16,7 @@ STAGES = (TrainConfig, DistillConfig, TuneConfig)
 ZERO_IS_FINE = {
     "seed", "warmup", "decay", "anchor_warmup", "timestep", "guidance", "energy", "anchor", "weight_decay",
     "label_drop", "mask_ratio_min", "reveal", "ema_decay", "min_diversity_ratio", "moments_warmup", "moments_decay",
+    "moments_batches",
 }  # fmt: skip
 
 JOINT = dataclasses.replace(tiny_config().mar, joint_draw=True)

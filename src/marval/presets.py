@@ -160,8 +160,9 @@ class TuneConfig(RunConfig):
     anchor: NotNegative = 0.0  # weight of the anchor's loss
     anchor_to: AnchorTo = "teacher"  # GSIM to the guided teacher, or to the frozen student's score
     anchor_warmup: Whole = 100  # updates of phi alone, before the student's first
-    moments_decay: Decay = 0.99  # of the averaged moments of drawn images, with an fd reward
-    moments_warmup: Whole = 100  # updates in which they are only gathered, before the student's first
+    moments_decay: Decay = 0.9  # of the averaged moments of drawn images, with an fd reward
+    moments_batches: Whole = 3  # batches that are drawn for them at every update beside the one that has gradients
+    moments_warmup: Whole = 20  # updates in which they are only gathered, before the student's first
     train: Literal["all", "head", "low-rank"] = "all"  # what learns: the student, its head, or low-rank changes to it
     rank: Count = 8  # of low-rank training
     prompt: Template = "a high-quality and harmonious picture of {}"  # for rewards, of a class: {} is its name

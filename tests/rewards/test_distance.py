@@ -22,7 +22,7 @@ def test_the_averages_forget_slowly_and_have_no_bias_from_their_start(monkeypatc
     monkeypatch.setattr(frechet_module, "DIRECTIONS", 40)
     reward, batches = distance_reward(decay=0.75), [images(seed) for seed in range(4)]
     for batch in batches:
-        reward.observe([batch[:2], batch[2:]], Workers(), starting=True)
+        reward.observe([batch[:2], batch[2:4]], Workers(), starting=True, others=[batch[4:]])
     shares = torch.tensor([0.75**age for age in (3, 2, 1, 0)], dtype=torch.float64)
     shares = (shares / shares.sum()).repeat_interleave(6) / 6
     y = reward.along_axes(torch.cat(batches))
@@ -44,6 +44,14 @@ def test_one_batch_of_the_real_images_has_no_distance_and_its_gradient_points_ho
     closer = (dim + 20 * dim.grad).detach()
     assert reward.observe([closer], Workers(), starting=False) < 0.9 * far
     assert reward.observe([real], Workers(), starting=False) < 1e-3 * far
+
+
+def test_other_images_count_and_get_no_gradient():
+    reward, some, others = distance_reward(), images(0).requires_grad_(True), images(1).requires_grad_(True)
+    reward.observe([some], Workers(), starting=True, others=[others])
+    reward(some, [""] * 6).mean().backward()
+    assert some.grad is not None
+    assert others.grad is None
 
 
 def test_a_batch_that_it_has_not_seen_and_features_that_are_not_finite_are_refused():

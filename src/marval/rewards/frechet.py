@@ -97,17 +97,23 @@ class FrechetReward:
         self.sha256 = hashlib.sha256(identity.encode()).hexdigest()
         self.seen: list[tuple[Tensor, Tensor]] = []  # this process's images of the batch, and their features
 
-    def observe(self, parts: Sequence[Float[Tensor, "_ c h w"]], workers: Workers, starting: bool) -> float:
+    def observe(
+        self, parts: Sequence[Float[Tensor, "_ c h w"]], workers: Workers, starting: bool,
+        others: Sequence[Float[Tensor, "_ c h w"]] = (),
+    ) -> float:  # fmt: skip
         """Take a batch, of which this process has some parts, and return the distance.
 
         Args:
             starting: the student has not learned yet; later distances are divided by this one.
+            others: more images of the update, which count in the moments, and which no gradient is for.
 
         Raises:
             ValueError: some features are not finite.
         """
         self.seen = workers.together(self.features_of, parts)
-        self.moments.add(workers.gather(torch.cat([features.detach() for _, features in self.seen])))
+        with torch.no_grad():
+            counted = [*self.seen, *workers.together(self.features_of, others)]
+        self.moments.add(workers.gather(torch.cat([features.detach() for _, features in counted])))
         drawn = self.moments.now()
         at = frechet_distance(drawn, self.moments.variances)
         if starting:

@@ -189,18 +189,22 @@ def gsim_draws(settings: DistillConfig, mar: MARConfig, update: int, device: tor
 
 
 def tune_draws(
-    settings: TuneConfig, config: ModelConfig, update: int, device: torch.device | str = "cpu", in_turn: bool = False
-) -> tuple[Int[Tensor, " b"], list[int], Float[Tensor, "1 b l c"], Float[Tensor, " b"] | None]:
+    settings: TuneConfig, config: ModelConfig, update: int, device: torch.device | str = "cpu", in_turn: bool = False,
+    batch: int = 0,
+) -> tuple[Int[Tensor, " b"], list[int], Float[Tensor, "1 b l c"], Float[Tensor, " b"] | None]:  # fmt: skip
     """Draw a batch's labels and seeds (of orders), which the host must know, the student's noise, and its w.
 
     Args:
         in_turn: all labels follow each other, from batch to batch: chance in their shares would be in moments, too.
+        batch: counts the batches of an update, from 0 to `settings.moments_batches`.
     """
-    host, mar, seen = generator(settings.seed, "tune", update), config.mar, torch.tensor(seen_labels(config))
+    names = (update, batch) if batch else (update,)
+    host, mar, seen = generator(settings.seed, "tune", *names), config.mar, torch.tensor(seen_labels(config))
     labels = seen[torch.randint(len(seen), (settings.batch_size,), generator=host)]
     if in_turn:
-        labels = seen[(update * settings.batch_size + torch.arange(settings.batch_size)) % len(seen)]
+        before = (update * (1 + settings.moments_batches) + batch) * settings.batch_size
+        labels = seen[(before + torch.arange(settings.batch_size)) % len(seen)]
     seeds = torch.randint(2**62, (settings.batch_size,), generator=host).tolist()
-    rng = generator(settings.seed, "tune noise", update, device=device)
+    rng = generator(settings.seed, "tune noise", *names, device=device)
     shape = (1, settings.batch_size, mar.num_tokens, mar.token_dim)
     return labels, seeds, torch.randn(shape, generator=rng, device=device), drawn_guidance(mar, len(seeds), rng)

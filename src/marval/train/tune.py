@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -108,15 +109,16 @@ def copy_networks(
 
 def drawn_parts(
     student: MAR, draw: DrawTokens, space: TokenSpace, settings: TuneConfig, config: ModelConfig, update: int,
-    workers: Workers, distances: bool,
+    workers: Workers, distances: bool, batch: int = 0,
 ) -> Iterable[ImagePart]:  # fmt: skip
     """Draw this process's parts of a batch, one by one.
 
     Args:
+        batch: counts the batches of an update.
         distances: whether all parts are held, for Fréchet distances: then several are without the decoder's
             activations, and all classes have the same share.
     """
-    labels, seeds, noise, w = tune_draws(settings, config, update, workers.device, in_turn=distances)
+    labels, seeds, noise, w = tune_draws(settings, config, update, workers.device, distances, batch)
     decode = recomputed(space.decode) if distances and settings.accumulate > 1 else space.decode
     for rows in workers.parts(settings.batch_size, settings.accumulate):
         tokens = sample(
@@ -129,14 +131,20 @@ def drawn_parts(
 
 
 def observed(
-    parts: Iterable[ImagePart], distances: Mapping[str, FrechetReward], workers: Workers, student_update: int,
-    figures: Figures,
+    parts: Iterable[ImagePart], others: Iterable[ImagePart], distances: Mapping[str, FrechetReward], workers: Workers,
+    student_update: int, figures: Figures,
 ) -> list[ImagePart]:  # fmt: skip
-    """Draw all parts and show them to the distances, before any gradient; add these to `figures`, return the parts."""
+    """Draw all parts and show them to the distances, before any gradient; add these to `figures`, return the parts.
+
+    Args:
+        others: images that count in the moments, without a gradient.
+    """
+    with torch.no_grad():
+        more = [part.images for part in others]
     with torch.set_grad_enabled(student_update >= 0):
         whole = list(parts)
         for name, distance in distances.items():
-            figures[name] = distance.observe([part.images for part in whole], workers, starting=student_update <= 0)
+            figures[name] = distance.observe([part.images for part in whole], workers, student_update <= 0, more)
     return whole
 
 
@@ -176,9 +184,13 @@ def tune(
         student_update = update - warmup  # below 0 only phi learns, and moments are gathered
         with fast_products(device):
             figures = Figures() if anchored is None else anchored.step(student, update, settings.anchor, student_update)
-            parts = drawn_parts(student, draw, space, settings, config, update, workers, bool(distances))
+            how = (student, draw, space, settings, config, update, workers, bool(distances))
+            parts: Iterable[ImagePart] = drawn_parts(*how)
             if distances:
-                parts = observed(parts, distances, workers, student_update, figures)
+                others = itertools.chain.from_iterable(
+                    drawn_parts(*how, i + 1) for i in range(settings.moments_batches)
+                )
+                parts = observed(parts, others, distances, workers, student_update, figures)
             if student_update >= 0:
                 for share, labels, images in parts:
                     loss, rewards = workers.together(policy_loss, reward, images, [asked[label] for label in labels])
