@@ -104,9 +104,18 @@ def test_for_a_distance_all_classes_have_the_same_share():
     config = dataclasses.replace(
         tiny_config(), class_names=tuple("abc"), mar=dataclasses.replace(tiny_config().mar, num_classes=3)
     )
-    settings = dataclasses.replace(TUNE, batch_size=4)
-    labels = torch.cat([tune_draws(settings, config, update, in_turn=True)[0] for update in range(3)])
-    assert labels.bincount().tolist() == [4, 4, 4]
+    settings = dataclasses.replace(TUNE, batch_size=4, moments_batches=2)
+    batches = [tune_draws(settings, config, u, distances=True, batch=i) for u in range(3) for i in range(3)]
+    labels, _, noise, _ = zip(*batches, strict=True)
+    assert torch.cat(labels).bincount().tolist() == [12, 12, 12]
+    assert len({float(x.sum()) for x in noise}) == 9
+
+
+def test_for_a_distance_a_student_with_a_dial_draws_at_its_own_guidance():
+    config = tiny_config()
+    config = dataclasses.replace(config, mar=dataclasses.replace(config.mar, guidance_range=(1.0, 4.0)))
+    assert tune_draws(TUNE, config, 0)[3] is not None
+    assert tune_draws(TUNE, config, 0, distances=True)[3] is None
 
 
 def test_a_distance_falls_after_the_moments_are_gathered(tmp_path):

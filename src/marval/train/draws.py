@@ -189,22 +189,24 @@ def gsim_draws(settings: DistillConfig, mar: MARConfig, update: int, device: tor
 
 
 def tune_draws(
-    settings: TuneConfig, config: ModelConfig, update: int, device: torch.device | str = "cpu", in_turn: bool = False,
+    settings: TuneConfig, config: ModelConfig, update: int, device: torch.device | str = "cpu", distances: bool = False,
     batch: int = 0,
 ) -> tuple[Int[Tensor, " b"], list[int], Float[Tensor, "1 b l c"], Float[Tensor, " b"] | None]:  # fmt: skip
-    """Draw a batch's labels and seeds (of orders), which the host must know, the student's noise, and its w.
+    """Draw a batch's labels and seeds (of orders), which the host must know, the student's noise, and each image's w.
 
     Args:
-        in_turn: all labels follow each other, from batch to batch: chance in their shares would be in moments, too.
+        distances: for moments. All labels follow each other, from batch to batch: chance in their shares would be in
+            moments, too. And w is the student's own (None): not every w is to draw the real images' distribution.
         batch: counts the batches of an update, from 0 to `settings.moments_batches`.
     """
     names = (update, batch) if batch else (update,)
     host, mar, seen = generator(settings.seed, "tune", *names), config.mar, torch.tensor(seen_labels(config))
     labels = seen[torch.randint(len(seen), (settings.batch_size,), generator=host)]
-    if in_turn:
+    if distances:
         before = (update * (1 + settings.moments_batches) + batch) * settings.batch_size
         labels = seen[(before + torch.arange(settings.batch_size)) % len(seen)]
     seeds = torch.randint(2**62, (settings.batch_size,), generator=host).tolist()
     rng = generator(settings.seed, "tune noise", *names, device=device)
     shape = (1, settings.batch_size, mar.num_tokens, mar.token_dim)
-    return labels, seeds, torch.randn(shape, generator=rng, device=device), drawn_guidance(mar, len(seeds), rng)
+    noise = torch.randn(shape, generator=rng, device=device)
+    return labels, seeds, noise, None if distances else drawn_guidance(mar, len(seeds), rng)
