@@ -1,4 +1,4 @@
-"""The tools that make models, pictures and figures for the documents: average.py, animate.py and token_gap.py."""
+"""The tools that make models, pictures and figures for the documents: averages, animations, curves, gaps of tokens."""
 
 import dataclasses
 import itertools
@@ -10,8 +10,10 @@ from PIL import Image, ImageSequence
 
 import animate
 import average
+import curves
 import token_gap
 from marval.config import OneStep
+from marval.evaluate.results import read_results, write_results
 from marval.io.checkpoint import load_model, save_model
 from marval.pipeline import Pipeline
 from small import randn
@@ -70,3 +72,19 @@ def test_the_gap_of_tokens_is_0_for_the_teacher_itself_and_tells_a_shift_from_a_
     gaps = token_gap.token_gaps(teacher, {"other": student}, tiny_data(), **how)
     for again, other in zip(gaps["the teacher again"].values(), gaps["other"].values(), strict=True):
         assert abs(again["energy distance / spread"]) < 0.1 < other["energy distance / spread"]
+
+
+def test_curves_are_means_over_seeds_and_a_file_without_quality_is_refused(tmp_path):
+    def row(k, seed, fd):
+        draw = {"kind": "one_step", "guidance": 1.5}
+        return {"model": "m", "draw": draw, "iterations": k, "samples": 9, "seed": seed, "fd": fd, "features": "f, x"}
+
+    write_results(tmp_path / "a.json", "quality", [row(8, 0, 3.0), row(4, 0, 5.0), row(4, 1, 7.0)])
+    rows = read_results(tmp_path / "a.json")["quality"]
+    assert curves.lines(rows, "iterations", "fd") == {"m": [(4.0, 6.0), (8.0, 3.0)]}
+    assert curves.lines(rows, "guidance", "fd") == {"m": [(1.5, 5.0)]}
+    curves.main("iterations", tmp_path / "a.png", (tmp_path / "a.json",))
+    assert Image.open(tmp_path / "a.png").size == (320, 300)
+    write_results(tmp_path / "b.json", "timing", [])
+    with pytest.raises(ValueError, match=r"b\.json has no figures of quality"):
+        curves.main("iterations", tmp_path / "b.png", (tmp_path / "a.json", tmp_path / "b.json"))
