@@ -11,7 +11,7 @@ from small import randn, small_model, small_pipeline
 
 torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it would compute without compiling
 compile_module = torch.nn.Module.compile
-torch.nn.Module.compile = lambda self, **how: compile_module(self, backend="eager", **how)
+torch.nn.Module.compile = lambda self, **how: compile_module(self, **{**how, "backend": "eager"})
 pipeline = small_pipeline("one_step")
 expected = pipeline.sample_tokens([0, 1, 2], seeds=0, iterations=4)
 assert pipeline.compile() is pipeline

@@ -80,7 +80,7 @@ def test_a_class_is_made_and_a_network_is_frozen(here):
         ("class score:\n    def __init__(self, a): pass\n", "mine:score", "missing 1 required positional argument"),
         (BRIGHT, "nowhere:score", "No module named 'nowhere'"),
         (BRIGHT, "nowhere.py:score", "FileNotFoundError: .*nowhere.py"),
-        (BRIGHT, "mine:", "expected .*classifier, file.py:function or module:function"),
+        (BRIGHT, "mine:", "expected .*classifier, fd:SPACE, file.py:function or module:function"),
         # what fails when it is called
         ("def score(*a):\n    return a[0].sum(\n        dim=9)\n", "mine:score", r"mine\.py, line [23]: I"),
         ("def score(images):\n    return images\n", "mine:score", "TypeError: .*takes 1 positional argument but 2"),
@@ -110,6 +110,6 @@ def test_features_are_loaded_by_the_same_rules(here):
         assert network.name.startswith(f"{spec} (")
     with pytest.raises(ValueError, match=r"features mine:wrong .*: returned \(2, 3, 4, 4\), expected \(2, features\)"):
         find_features("mine:wrong")(images)
-    with pytest.raises(ValueError, match=r"--features 'mine': expected file\.py:function or module:function"):
+    with pytest.raises(ValueError, match=r"--features 'mine': expected .*pixels, file\.py:function or module:function"):
         find_features("mine")
     assert OwnCode("mine:pixels", "--features").sha256 != ""
