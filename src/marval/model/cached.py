@@ -42,16 +42,14 @@ class Cache(NamedTuple):
 def advance(
     model: "MAR",
     cache: Cache,
-    tokens: Float[Tensor, "b l c"],
-    visible: Int[Tensor, "b v"],
-    positions: Int[Tensor, "b q"],
+    tokens: Float[Tensor, "n l c"],
+    visible: Int[Tensor, "n v"],
+    positions: Int[Tensor, "n q"],
     groups: Groups | None = None,
-    noise: Float[Tensor, "b q c"] | None = None,
-) -> tuple[Float[Tensor, "g n e"], Cache]:
-    """`MAR.advance` with a cache; all groups that are new in `visible` are read in one pass."""
-    copies, first = cache.conditions.shape[0], not cache.layers
-    tokens, new, positions = (torch.cat([x] * copies) for x in (tokens, visible[:, cache.read :], positions))
-    noise = None if noise is None else torch.cat([noise] * copies)
+    noise: Float[Tensor, "n q c"] | None = None,
+) -> tuple[Float[Tensor, "n q e"], Cache]:
+    """`MAR.advance` with a cache, of n = g b rows; all groups that are new in `visible` are read in one pass."""
+    new, first = visible[:, cache.read :], not cache.layers
     batch, hidden = positions.shape  # `len` would be a fixed number in an ONNX graph
     depth, buffer = len(model.encoder_blocks), model.config.buffer_size
     groups = groups or Groups([new.shape[1]], [hidden])
@@ -80,8 +78,7 @@ def advance(
         layers.append(known._replace(length=known.length - hidden))  # mask tokens are not kept
     x = model.decoder_norm(x)
     x = x + gather_rows(model.diffusion_pos_embed_learned.expand(batch, -1, -1), positions)
-    contexts = x.unflatten(0, (copies, -1)).flatten(1, 2)
-    return contexts, Cache(cache.conditions, visible.shape[1], tuple(layers))
+    return x, Cache(cache.conditions, visible.shape[1], tuple(layers))
 
 
 def reading_mask(

@@ -239,10 +239,12 @@ class MAR(nn.Module):
                 with a cache only, as the others see sets.
             noise: see `context`.
         """
-        if isinstance(state, Cache):
-            return advance(self, state, tokens, visible, positions, groups, noise)
-        copies = len(state)
+        conditions = state.conditions if isinstance(state, Cache) else state
+        copies = conditions.shape[0]  # `len` would be a fixed number in an ONNX graph
         tokens, visible, positions = (torch.cat([x] * copies) for x in (tokens, visible, positions))
         noise = None if noise is None else torch.cat([noise] * copies)
-        context = self.context(tokens, visible, positions, state.flatten(0, 1), noise)
+        if isinstance(state, Cache):
+            context, state = advance(self, state, tokens, visible, positions, groups, noise)
+        else:
+            context = self.context(tokens, visible, positions, conditions.flatten(0, 1), noise)
         return context.unflatten(0, (copies, -1)).flatten(1, 2), state
