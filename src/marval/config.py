@@ -150,7 +150,7 @@ class LatentSpace(Checked):
     """Tokens are `patch` x `patch` patches of a VAE's latent: `(latent - shift) * scale`."""
 
     image_size: tuple[Count, Count]
-    vae: str  # a folder in the form of diffusers' AutoencoderKL, or a hub id
+    vae: str  # a folder in the form of diffusers' AutoencoderKL, a bundled one's name, or a hub id
     vae_stride: Count = 16
     latent_channels: Count = 16
     patch: Count = 1

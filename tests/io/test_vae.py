@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from marval.config import LatentSpace
+from marval.data import LatentData
 from marval.io.checkpoint import load_model, save_model
-from marval.io.vae import convert_vae, diffusers_tensors, infer_vae_config, load_vae
+from marval.io.vae import convert_vae, diffusers_tensors, infer_vae_config, load_vae, vae_hash
 from marval.pipeline import load
 from marval.runtime.rng import generator
 from tiny import tiny_config, tiny_model
@@ -181,16 +183,46 @@ def test_what_a_model_names_as_its_vae_is_neither_fetched_nor_unpickled(vae, mes
     assert not (tmp_path / "harm").exists()
 
 
-def test_a_vae_is_looked_for_beside_its_model(tmp_path, monkeypatch):
+def small_vae():
+    """An autoencoder of stride 2."""
     from diffusers import AutoencoderKL
 
+    small = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(**small, **kinds)
+
+
+def test_a_bundled_vae_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch, marval):
+    monkeypatch.setattr("marval.io.vae.asset", lambda name: tmp_path / "assets" / name)
+    small_vae().half().save_pretrained(tmp_path / "assets/small-vae")
+    Path("small-vae").mkdir()  # another of that name, in the current folder, is not taken
+    Path("small-vae/config.json").write_text("damaged")
+    space = LatentSpace((8, 8), "small-vae", vae_stride=2, latent_channels=4, vae_sha256=vae_hash("small-vae"))
+    draw = dataclasses.replace(tiny_config().draw, clip=False)
+    save_model("model", tiny_model(), dataclasses.replace(tiny_config(), space=space, draw=draw))
+    marval("sample", "model", "--count", 2, "--iterations", 1)
+    assert Image.open("samples/00000-cross-0.png").size == (8, 8)
+    pipeline = load("model")
+    assert {weight.dtype for weight in pipeline.space.vae.parameters()} == {torch.float32}
+    pipeline.save("copy")
+    assert load_model("copy")[1].space.vae == "small-vae"  # good on another machine
+
+    for label in ("a", "b"):
+        Path("pictures", label).mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red").save(Path("pictures", label, "red.png"))
+    Path("small-vae/config.json").unlink()
+    Path("small-vae").rmdir()
+    marval("cache", "latents", "--images", "pictures", "--vae", "small-vae", "--image-size", 8)
+    data = LatentData.open(Path("latents"))
+    assert (data.vae, data.vae_sha256) == ("small-vae", space.vae_sha256)
+
+
+def test_a_vae_is_looked_for_beside_its_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     space = LatentSpace((8, 8), "vae", vae_stride=2, latent_channels=4)
     draw = dataclasses.replace(tiny_config().draw, clip=False)
     save_model("model", tiny_model(), dataclasses.replace(tiny_config(), space=space, draw=draw))
-    small = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4}
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    AutoencoderKL(**small, **kinds).save_pretrained("model/vae")
+    small_vae().save_pretrained("model/vae")
     Path("vae").mkdir()  # another of that name, in the current folder, is not taken
     Path("vae/config.json").write_text("damaged")
     assert load("model").sample([0], iterations=1, seed=0).shape == (1, 3, 8, 8)

@@ -58,7 +58,7 @@ class Latents(Checked):
     """options"""
 
     images: Path | None = None  # one sub-folder of images per class (WordNet ids become ImageNet's names), or captions
-    vae: str = ""  # a folder in diffusers' form (marval convert vae makes one), or a hub id
+    vae: str = ""  # a folder in diffusers' form (marval convert vae makes one), a bundled one, or a hub id
     image_size: Count = 256  # pixels a side, after a centre crop
     scale: Positive | None = None  # of the latents; 1 / standard deviation when left out (ImageNet, KL-16: 0.2325)
     batch_size: Count = 32  # images encoded at a time (each with its mirror)

@@ -43,7 +43,7 @@ def cache_latents(
     """Encode a folder of images (of classes, or with captions) into a cache; goes on where an earlier run stopped.
 
     Args:
-        vae: the VAE's folder or hub id, which the index names for the models trained on the cache.
+        vae: the VAE's folder, a bundled one or a hub id, which the index names for the models trained on the cache.
         image_size: pixels a side, after `centre_crop`.
         scale: the latents' scale; fitted (1 / standard deviation) when None.
         workers: the processes that share the shards.
@@ -53,6 +53,7 @@ def cache_latents(
     """
     workers = workers or Workers()
     class_names, files, captioned = list_images(images, captions=True)
+    vae = vae_place(vae)
     encoder = load_vae(vae, workers.device, download=True)
     trial = _moments(encoder, torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8), workers.device)
     if not math.log2(image_size / trial.shape[-1]).is_integer():
@@ -79,7 +80,7 @@ def cache_latents(
     if workers.stopping():  # all of them stop where one was asked to; it waits for the slowest
         return None
     if workers.main:
-        about = {"class_names": class_names, "scale": scale, "vae": vae_place(vae), "vae_sha256": sha256}
+        about = {"class_names": class_names, "scale": scale, "vae": vae, "vae_sha256": sha256}
         _write_index(out, {**plan, **about}, shards, captioned)
     workers.barrier()
     return LatentData.open(out)

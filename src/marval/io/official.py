@@ -109,4 +109,5 @@ def _infer_space(tokens: int, token_dim: int, args: dict[str, Any], source: Path
 def convert_mar(source: Path | str, out: Path, heads: int | None, *, vae: str = "kl16", force: bool = False) -> None:
     """Convert an official checkpoint to a model folder (see `official_model`); `force` writes over one."""
     check_replace(out, source=find_file(Path(source)), folder=True, force=force)
-    save_model(out, *official_model(source, heads, vae=vae_place(vae), vae_sha256=vae_hash(vae)))
+    vae = vae_place(vae)
+    save_model(out, *official_model(source, heads, vae=vae, vae_sha256=vae_hash(vae)))

@@ -14,22 +14,23 @@ from torch import Tensor
 
 from marval.config import LatentSpace, PixelSpace
 from marval.io.checkpoint import check_tensors, find_file, read_checkpoint
-from marval.io.files import atomic_folder, check_replace, one_line, sha256_of
+from marval.io.files import asset, atomic_folder, check_replace, one_line, sha256_of
 from marval.io.hub import HUB_ID
 
 
 def load_vae(name: str, device: torch.device | str = "cpu", *, download: bool = False) -> Any:
-    """Load a frozen VAE: a folder in diffusers' form, or a hub id. Its weights must be safetensors, never a pickle.
+    """Load a frozen VAE: a folder in diffusers' form, a bundled one, or a hub id. Its weights are safetensors only.
 
     Args:
         download: fetch a hub id; only where a person typed it, not where a model's file names it. Without, what
             `hf download` put into the local cache is found.
     """
-    kind, is_folder = _autoencoder_kl(), Path(name).is_dir()
-    if not is_folder and not HUB_ID.fullmatch(name):
+    kind, folder = _autoencoder_kl(), bundled_vae(name) or Path(name)
+    if not (is_folder := folder.is_dir()) and not HUB_ID.fullmatch(name):
         raise ValueError(f"the VAE {name[:200]!r} is no folder here, nor a hub id: name a folder in diffusers' form")
     try:
-        vae = kind.from_pretrained(name, local_files_only=not download, use_safetensors=True, low_cpu_mem_usage=False)
+        place = folder if is_folder else name
+        vae = kind.from_pretrained(place, local_files_only=not download, use_safetensors=True, low_cpu_mem_usage=False)
         return vae.to(device).eval().requires_grad_(False)
     except (OSError, ValueError, TypeError, RuntimeError, LookupError) as error:
         advice = "" if download or is_folder else f"nothing is fetched that a file names: hf download {name}; or "
@@ -38,26 +39,36 @@ def load_vae(name: str, device: torch.device | str = "cpu", *, download: bool = 
         ) from error
 
 
+def bundled_vae(name: str) -> Path | None:
+    """Find the folder of a VAE that ships with the package; models keep its name, which is good on any machine."""
+    folder = asset(name)
+    return folder if name == folder.name and folder.is_dir() else None
+
+
 def vae_place(name: str) -> str:
-    """Name a VAE for a model or cache to keep: a folder by its absolute path, good from anywhere; or a hub id."""
+    """Name a VAE that a person typed: a folder by its absolute path, good from anywhere; a bundled one; or a hub id."""
     return os.path.abspath(name) if Path(name).is_dir() else name
 
 
 def vae_hash(name: str) -> str:
     """Compute the SHA-256 of the weights in a VAE's folder, or of a hub id's in the hub's cache; "" without weights."""
-    files = sorted(Path(name).glob("*.safetensors"))
+    folder = bundled_vae(name) or Path(name)
+    files = sorted(folder.glob("*.safetensors"))
     with contextlib.suppress(ImportError, ValueError):  # not there, or the name is no hub id
         from huggingface_hub import try_to_load_from_cache
 
-        cached = None if Path(name).is_dir() else try_to_load_from_cache(name, "diffusion_pytorch_model.safetensors")
+        cached = None if folder.is_dir() else try_to_load_from_cache(name, "diffusion_pytorch_model.safetensors")
         files = [Path(cached)] if isinstance(cached, str) else files
     digests = b"".join(bytes.fromhex(sha256_of(file)) for file in files)
     return hashlib.sha256(digests).hexdigest() if files else ""
 
 
 def find_vae(space: PixelSpace | LatentSpace, folder: Path) -> PixelSpace | LatentSpace:
-    """Look for a model's VAE by its path and then by its name, each in the model's folder and in the current one."""
-    if isinstance(space, LatentSpace):
+    """Look for a model's VAE by its path and then by its name, each in the model's folder and in the current one.
+
+    A bundled one needs no search.
+    """
+    if isinstance(space, LatentSpace) and not bundled_vae(space.vae):
         name = Path(space.vae).name
         for place in (folder / space.vae, Path(space.vae), folder / name, Path(name)):
             if name and place.is_dir():
