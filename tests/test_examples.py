@@ -16,7 +16,7 @@ from marval.cli.options import options_of, read
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *EXAMPLES.glob("*/*.md")]
 
 
 def printed_commands():

@@ -5,9 +5,15 @@ python examples/emoji/score.py models/emoji-judge.safetensors runs/emoji-teacher
 
 It learns concept and style from all drawings, those that models never see too; each of them is moved, turned, coloured
 and blurred anew every time.
+
+A second judge, of another seed, watches a tuning run, so that the one that scores stays unseen:
+
+python examples/emoji/judge.py folder:data/emoji --seed 1 --out models/emoji-watch.safetensors
+EMOJI_JUDGE=models/emoji-watch.safetensors marval tune ... --held-out examples/emoji/judge.py:Recognised
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +30,7 @@ from marval.config import Count
 from marval.data import batch_indices, load_images
 from marval.io.files import check_output
 from marval.presets import ENCODER
+from marval.rewards import Prompt
 from marval.rewards.classifier import ResidualBlock
 from marval.rewards.weights import described_file, load_described, save_described
 from marval.runtime.distributed import Workers
@@ -157,6 +164,20 @@ def load_judge(file: Path) -> Judge:
     """Read a judge that `train` wrote."""
     build = lambda about: Judge(about["concepts"], about["styles"], about["width"])  # noqa: E731
     return load_described(described_file(file, MAKER), build, KIND, MAKER)
+
+
+class Recognised(nn.Module):
+    """A reward: the logarithm of the probability that the judge in EMOJI_JUDGE gives a prompt's concept and style."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.judge = load_judge(Path(os.environ.get("EMOJI_JUDGE", Training.out)))
+
+    def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        logits, names = self.judge(images), (self.judge.concepts, self.judge.styles)
+        asked = [prompt.class_name for prompt in prompts], [prompt.style for prompt in prompts]
+        targets = [torch.tensor([*map(known.index, said)]) for known, said in zip(names, asked, strict=True)]
+        return -sum(F.cross_entropy(x, y.to(x.device), reduction="none") for x, y in zip(logits, targets, strict=True))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from PIL import Image
 from marval.cli.options import read
 from marval.io.checkpoint import save_model
 from marval.model import MAR
+from marval.rewards import find_reward, label_prompts
 from marval.runtime.rng import generator
 from texts import text_config, write_captioned
 
@@ -60,6 +61,21 @@ def test_it_tells_pictures_of_a_pair_from_copies_of_another(scripts, judge):
     assert (copied["concept"], copied["style"], copied["nearest_distance"], copied["own_is_nearest"]) == (1, 0, 0, 0)
     assert copied["own_distance"] > 0.1
     assert nearest.tolist() == [4]
+
+
+def test_as_a_reward_it_prefers_what_a_prompt_asks_for(scripts, judge, monkeypatch):
+    drawings, prompts = scripts[0].Drawings.read("folder:pictures"), label_prompts("{}", text_config())
+    monkeypatch.setenv("EMOJI_JUDGE", "judge.safetensors")
+    reward = find_reward(f"{FOLDER / 'judge.py'}:Recognised")
+    images = drawings.images.requires_grad_()
+    right, wrong = reward(images, prompts), reward(images, prompts[::-1])
+    right.sum().backward()
+    assert (right.exp() > 0.5).all()
+    assert (wrong.exp() < 0.1).all()
+    assert images.grad.abs().sum() > 0
+    monkeypatch.setenv("EMOJI_JUDGE", "gone.safetensors")
+    with pytest.raises(ValueError, match=r"gone.safetensors does not exist: make one with examples/emoji/judge.py"):
+        find_reward(f"{FOLDER / 'judge.py'}:Recognised")
 
 
 def test_it_scores_a_model_on_seen_and_held_out_pairs(scripts, judge):

@@ -12,9 +12,8 @@ from marval.rewards import KNOWN
 from tables import fill
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("model_cards/*.md"), *ROOT.glob("models/*.md")]
-)
+FOLDERS = ".", "docs", "model_cards", "models", "examples/emoji"
+DOCUMENTS = sorted(document for folder in FOLDERS for document in (ROOT / folder).glob("*.md"))
 
 
 def name_of(document):
