@@ -29,15 +29,13 @@ import torch.nn.functional as F
 from judge import Drawings, Judge, augment, load_judge, told_right
 from torch import Tensor
 
-import marval
 from marval.checks import Checked
 from marval.cli.arguments import usable_device
 from marval.cli.options import read
 from marval.config import Count, Steps
+from marval.evaluate.models import load_models
 from marval.evaluate.results import Row, merge_results
-from marval.io.checkpoint import model_hash
 from marval.io.files import check_output, sha256_of
-from marval.io.find import find_model
 from marval.io.images import grid, save_picture
 from marval.pipeline import Pipeline
 from marval.runtime.progress import progress
@@ -76,8 +74,8 @@ class Scoring(Checked):
     images: Count = 300  # that a model draws of seen pairs, and as many of held-out ones, which take turns
     seed: int = 0  # of the first picture; the next ones count on from it
     iterations: int | None = None  # K; the model's own when left out, as the two below
-    guidance: float | None = None  # w
-    diffusion_steps: Steps | None = None  # T of a teacher
+    guidance: float | None = None  # w of teachers, and of students that take it
+    diffusion_steps: Steps | None = None  # T of teachers
     out: Path = Path("results/emoji.json")  # the results file
     sheets: Path | None = None  # a folder for a sheet of pictures for each model
     device: str = "auto"  # auto, cpu, cuda, ...
@@ -153,10 +151,9 @@ def score(judge: Path, models: tuple[str, ...] = (), *, settings: Scoring) -> No
         raise ValueError(f"{judge} was trained on other concepts or styles than {settings.data} has: train another")
     network.to(device)
     made = {"classifier_sha256": sha256_of(judge), "made": made_by(torch.device(device))}
-    for model in models:
-        pipeline = marval.load(model, device).with_draw(
-            guidance=settings.guidance, diffusion_steps=settings.diffusion_steps
-        )
+    asked_for = {"guidance": settings.guidance, "diffusion_steps": settings.diffusion_steps}
+    chosen = {name: () if value is None else (value,) for name, value in asked_for.items()}
+    for digest, pipeline in load_models(models, device, **chosen):
         figures, lines, config = Row(), [], pipeline.config
         for group in GROUPS:
             rows, labels = asked(drawings, pipeline, group, settings.images)
@@ -166,7 +163,7 @@ def score(judge: Path, models: tuple[str, ...] = (), *, settings: Scoring) -> No
             lines += sheet_rows(drawings, rows, images, nearest)
         dials = {name: getattr(config.draw, name) for name in config.dials}
         row = {
-            "model": config.name, "sha256": model_hash(find_model(model)), "draw": dials, "seed": settings.seed,
+            "model": config.name, "sha256": digest, "draw": dials, "seed": settings.seed,
             "iterations": settings.iterations or pipeline.default_iterations, "samples": settings.images,
         }  # fmt: skip
         reached = [

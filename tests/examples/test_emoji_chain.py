@@ -66,8 +66,9 @@ def test_drawings_become_a_tuned_student_of_latents_with_a_score(script, marval,
     )  # fmt: skip
     assert "tuned/model: 3 of 3 updates done" in said.out
     assert {"fd", "held_out", "fd:efficientnet"} <= log_of(tmp_path / "tuned")[-1].keys()
-    score = ("--data", data, "--images", 2, "--device", "cpu", "--out", "r.json")
+    score = ("--data", data, "--images", 2, "--diffusion-steps", 9, "--device", "cpu", "--out", "r.json")
     script("score", "judge-0.safetensors", "teacher", "student", "tuned", *score)
     rows = json.loads((tmp_path / "r.json").read_text())["pairs"]["rows"]
-    assert [row["model"] for row in rows if row["iterations"]] == ["emoji-teacher", "student", "tuned"]
+    drawn = {row["model"]: row["draw"].get("diffusion_steps") for row in rows if row["iterations"]}
+    assert drawn == {"emoji-teacher": 9, "student": None, "tuned": None}
     assert all(0 <= row["held_out_both"] <= row["held_out_concept"] <= 1 for row in rows)
