@@ -68,9 +68,9 @@ def ask(address, *pictures, **options):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The bundled models, served: the address and the process. What visitors do leaves no stack trace behind."""
+    """Bundled models, served: the address and the process. What visitors do leaves no stack trace behind."""
     folder = tmp_path_factory.mktemp("serve")
-    with serving(cwd=folder) as found:
+    with serving("fashion-teacher", "fashion-student", "fashion-tuned", cwd=folder) as found:
         yield found
     assert "Traceback" not in (folder / "log.txt").read_text()
 
