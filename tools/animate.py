@@ -61,7 +61,7 @@ def unmasking_frames(
         ValueError: as `Pipeline.sample`.
     """
     moments = [unmasking(pipeline, classes, seed, iterations) for pipeline in pipelines]
-    names = [pipelines[0].named(asked)[1] for asked in classes]
+    names = [pipelines[0].named(asked)[1].removesuffix(" style") for asked in classes]
     frames = []
     for k in range(iterations + 1):
         labels = [
