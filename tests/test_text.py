@@ -5,7 +5,7 @@ import torch
 
 from marval.io.images import to_pil
 from marval.pipeline import Pipeline
-from marval.text import TextPrompt, nearest_prompts, read_prompt
+from marval.text import TextPrompt, alike, nearest_prompts, read_prompt
 from texts import embedding, text_config, text_model
 
 
@@ -52,6 +52,20 @@ def test_a_prompt_draws_what_its_label_and_its_vector_draw(pipeline, encoder):
     assert pipeline.labels(["taxi, flat style"]) == [3]
     with pytest.raises(ValueError, match="prompt number 6: expected 0 to 5"):
         pipeline.sample([6])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a zebra on the moon", ["zebra", "crescent moon", "full moon"]),
+        ("pizzas", ["pizza"]),
+        ("my own Zebra", ["zebra"]),
+        ("?", []),
+    ],
+)
+def test_without_an_encoder_known_prompts_of_the_same_words_are_suggested(prompt, expected):
+    known = ("rolling on the floor", "full moon", "crescent moon", "pizza", "zebra")
+    assert set(alike(prompt, known)[: len(expected)]) == set(expected)
 
 
 def test_the_nearest_known_prompts_are_those_of_like_meaning(pipeline, encoder):

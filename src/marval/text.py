@@ -114,6 +114,18 @@ def vectors_of(prompts: Sequence[TextPrompt], config: ModelConfig, model: MAR) -
     return prompt_vectors(sentences.to(weight.dtype), styles, len(config.styles))
 
 
+def alike(sentence: str, known: Sequence[str], count: int = 3) -> list[str]:
+    """The known sentences that are made of words of another one, as far as there are any, or are spelled alike."""
+    text = plain_sentence(sentence)
+
+    def share(name: str) -> float:
+        words = plain_sentence(name).split()
+        return sum(len(word) for word in words if word in text.split()) / sum(map(len, words))
+
+    common = [name for name in sorted(known, key=share, reverse=True) if share(name) >= 0.25]
+    return [*dict.fromkeys([*common, *difflib.get_close_matches(text, known, n=count, cutoff=0.4)])][:count]
+
+
 def encoded(sentence: str, config: ModelConfig) -> Float[Tensor, " e"]:
     """A sentence's embedding by a model's encoder.
 
@@ -128,8 +140,8 @@ def encoded(sentence: str, config: ModelConfig) -> Float[Tensor, " e"]:
             )
         return embedding
     except ValueError as error:
-        near = difflib.get_close_matches(plain_sentence(sentence), config.class_names, n=3, cutoff=0.4)
-        known = ", ".join(map(repr, near or config.class_names[:5]))
+        near = alike(sentence, config.class_names) or config.class_names[:5]
+        known = ", ".join(map(repr, near))
         raise ValueError(
             f"{sentence[:60]!r} is none of the prompts that the model knows ({known}, ...): {error}"
         ) from None
