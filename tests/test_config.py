@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from typing import get_args, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -24,7 +24,8 @@ JOINT = dataclasses.replace(tiny_config().mar, joint_draw=True)
 
 def numbers(stage, kind):
     """The names of a stage's settings that are numbers of this kind."""
-    return [name for name, hint in get_type_hints(stage).items() if kind in (hint, *get_args(hint))]
+    hints = {name: hint for name, hint in get_type_hints(stage).items() if get_origin(hint) is not tuple}
+    return [name for name, hint in hints.items() if kind in (hint, *get_args(hint))]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -67,6 +68,7 @@ def test_names_that_are_paths_are_refused(name):
         (lambda: TuneConfig(updates=100, anchor=0.5), "updates 100: expected more than the 100 of anchor_warmup"),
         (lambda: TrainConfig(updates=50, warmup=51), "warmup 51: expected at most the 50 updates"),
         (lambda: TuneConfig(gradient_iterations=9), "gradient_iterations 9: expected at most the 8"),
+        (lambda: TuneConfig(iterations=()), r"iterations \(\): expected one or more whole numbers from 1"),
         (lambda: TuneConfig(prompt="{x}"), r"prompt '\{x\}': expected exactly one \{\}"),
         (lambda: settings_of(TrainConfig, "imagenet"), "preset 'imagenet': expected one of full size, imagenet256-"),
     ],
@@ -84,8 +86,8 @@ def test_short_runs_have_a_short_warm_up_and_presets_are_sound():
         assert settings_of(TuneConfig, f"imagenet256-{size}").gradient_iterations == 4
     assert settings_of(DistillConfig, "fashion-mnist") == DistillConfig()
     TuneConfig(updates=50, max_distance_ratio=math.inf)  # without an anchor its warm-up is not used; never stop
-    tuned = TuneConfig(iterations=8, gradient_iterations=8).within(4)
-    assert (tuned.iterations, tuned.gradient_iterations) == (4, 4)
+    tuned = TuneConfig(iterations=(8, 2, 16), gradient_iterations=8).within(4)
+    assert (tuned.iterations, tuned.gradient_iterations) == ((4, 2), 4)
     assert DistillConfig().within(49) == DistillConfig()
 
 

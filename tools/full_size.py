@@ -93,7 +93,7 @@ def planned(stage, images):
         settings = DistillConfig.imagenet256("base")
         meter = distill_step(mar, settings, images, False, 256)
     else:
-        settings = dataclasses.replace(TuneConfig.imagenet256("base"), iterations=4, gradient_iterations=1)
+        settings = dataclasses.replace(TuneConfig.imagenet256("base"), iterations=(4,), gradient_iterations=1)
         meter = tune_step(mar, settings, images, False, 4)
     row = row_of(stage, mar, settings, machine)
     return (row["weights_gib"] + row["optimiser_gib"]) * GIB + meter.peak

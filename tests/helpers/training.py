@@ -22,7 +22,7 @@ TRAIN = TrainConfig(batch_size=8, tokens_per_image=6, warmup=2, decay=2, **EVERY
 DISTILL = DistillConfig(
     batch_size=8, tokens_per_image=6, warmup=1, decay=2, guidance=1.5, guidance_schedule="linear", **EVERY
 )
-TUNE = TuneConfig(batch_size=4, iterations=4, gradient_iterations=4, learning_rate=1e-3, probe_every=50, **EVERY)
+TUNE = TuneConfig(batch_size=4, iterations=(4,), gradient_iterations=4, learning_rate=1e-3, probe_every=50, **EVERY)
 STUDENT = dataclasses.replace(tiny_config(), draw=OneStep(guidance=1.5, guidance_schedule="linear"))
 
 
@@ -31,10 +31,11 @@ def brightness(images, prompts):
     return images.mean(dim=(1, 2, 3))
 
 
-def distance_reward(decay=0.9):
+def distance_reward(decay=0.9, turns=1):
     """The Fréchet distance to the tiny data, in pixels."""
     rows = PixelFeatures()(tiny_data().images).double()
-    return FrechetReward("pixels", PixelFeatures(), RealMoments.of(rows.mean(dim=0), rows.mT.cov()), decay, "tiny data")
+    real = RealMoments.of(rows.mean(dim=0), rows.mT.cov())
+    return FrechetReward("pixels", PixelFeatures(), real, decay, "tiny data", turns=turns)
 
 
 def steady_probe(pipeline):
@@ -81,7 +82,8 @@ def run_anchored(out, *, resume=False, **changes):
 
 def run_distance(out, *, resume=False, **changes):
     """Tune a student with a Fréchet distance, and a little of another reward."""
-    reward = WeightedReward({"fd:pixels": (distance_reward(), 1.0), "brightness": (brightness, 0.01)})
+    distance = distance_reward(turns=len(changes.get("iterations", TUNE.iterations)))
+    reward = WeightedReward({"fd:pixels": (distance, 1.0), "brightness": (brightness, 0.01)})
     return run_tune(out, resume=resume, **{"reward": reward, "moments_warmup": 1, **changes})
 
 

@@ -54,6 +54,17 @@ def test_other_images_count_and_get_no_gradient():
     assert others.grad is None
 
 
+def test_images_of_another_turn_have_a_distance_and_averages_of_their_own():
+    both, alone = distance_reward(turns=2), distance_reward()
+    for seed in range(2):
+        apart = alone.observe([images(seed)], Workers(), starting=seed == 0)
+        both.observe([0.5 * images(seed)], Workers(), starting=seed == 0, turn=0)
+        assert both.observe([images(seed)], Workers(), starting=False, turn=1) == pytest.approx(apart)
+    seen = images(1)
+    both.seen, alone.seen = ([(seen, reward.along_axes(seen))] for reward in (both, alone))
+    torch.testing.assert_close(both(seen, [""] * 6), alone(seen, [""] * 6))  # over the start of its own turn
+
+
 def test_a_batch_that_it_has_not_seen_and_features_that_are_not_finite_are_refused():
     reward, some = distance_reward(), images(0)
     with pytest.raises(ValueError, match="fd:pixels: it is of a whole batch"):

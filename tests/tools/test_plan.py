@@ -85,7 +85,7 @@ def test_a_run_logs_the_operations_that_a_plan_counts(guidance):
 
 
 def test_a_tuning_step_costs_what_torch_counts_of_a_real_one():
-    settings = TuneConfig(iterations=4, gradient_iterations=2, batch_size=1, autocast=False)
+    settings = TuneConfig(iterations=(4,), gradient_iterations=2, batch_size=1, autocast=False)
     model = tiny_model().requires_grad_(True)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         condition = model.embed(torch.tensor([0]))

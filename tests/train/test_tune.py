@@ -124,6 +124,11 @@ def test_a_distance_falls_after_the_moments_are_gathered(tmp_path):
     assert "reward" not in log[4]  # the student does not learn yet
     assert log[5]["reward"] == pytest.approx(-1, abs=0.3)  # in units of the distance at its start
     assert log[24]["fd:pixels"] < 0.8 * log[5]["fd:pixels"]
+    run_distance(
+        tmp_path / "in turn", updates=24, moments_warmup=4, batch_size=16, learning_rate=3e-3, iterations=(4, 1)
+    )
+    log = {line["update"]: line for line in log_of(tmp_path / "in turn")}
+    assert all(log[last]["fd:pixels"] < 0.8 * log[first]["fd:pixels"] for first, last in ((5, 23), (6, 24)))
     with pytest.raises(ValueError, match="--updates 4: expected more than the 4 of --moments-warmup"):
         run_distance(tmp_path / "never", updates=4, moments_warmup=4)
 

@@ -201,7 +201,7 @@ def tune(student: str, *, rewards: Rewards, settings: TuneConfig, output: TunedR
             print(f"the held-out Fréchet distance and diversity are on {judge.network.name}, which is not tuned on")
         if workers.main and judge.classifier is None and held_out is None:
             print("no --judge and no --held-out reward: the Fréchet distance and the diversity alone say when to stop")
-        watch = probe(judge, samples, settings.iterations, workers, held_out)
+        watch = probe(judge, samples, settings.default_iterations, workers, held_out)
         ended = tune_student(pipeline.model, config, reward, settings, run, probe=watch, anchor=anchor)
         if workers.main:
             print(f"{output.out / 'model'}: {ended}")
@@ -226,7 +226,9 @@ def distance_to(
 
         found = workers.agree(workers.together(measure))
         assert found is not None  # as the main process has it
-        return FrechetReward(name, network, found[0], settings.moments_decay, found[1], workers.device)
+        return FrechetReward(
+            name, network, found[0], settings.moments_decay, found[1], workers.device, len(settings.iterations)
+        )
 
     return make
 

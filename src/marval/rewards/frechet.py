@@ -33,8 +33,8 @@ class RealMoments(NamedTuple):
 class RunningMoments(nn.Module):
     """Exponential averages of drawn images' moments, without the bias of an average's start; in float64.
 
-    With them go the real images' moments, whose directions are the axes: a resumed run needs all. Only the axes are on
-    the device.
+    Kinds of images that take turns (those of several K) have averages of their own. With them go the real images'
+    moments, whose directions are the axes: a resumed run needs all. Only the axes are on the device.
     """
 
     real_mean: Tensor
@@ -46,31 +46,33 @@ class RunningMoments(nn.Module):
     squares: Tensor
     start: Tensor
 
-    def __init__(self, real: RealMoments, decay: float, device: torch.device | str):
+    def __init__(self, real: RealMoments, decay: float, device: torch.device | str, turns: int = 1):
         super().__init__()
         self.decay, width, size = decay, len(real.mean), min(DIRECTIONS, len(real.mean))
         buffers = {
             "real_mean": real.mean.to(device), "directions": real.directions.to(device), "variances": real.variances,
-            "weight": torch.zeros(()), "mean": torch.zeros(width), "products": torch.zeros(size, size),
-            "squares": torch.zeros(width - size),
-            "start": torch.zeros(()),  # the distance of the student that was not tuned yet
+            "weight": torch.zeros(turns), "mean": torch.zeros(turns, width), "products": torch.zeros(turns, size, size),
+            "squares": torch.zeros(turns, width - size),
+            "start": torch.zeros(turns),  # the distance of the student that was not tuned yet
         }  # fmt: skip
         for name, value in buffers.items():
             self.register_buffer(name, value.double())
 
-    def add(self, features: Float[Tensor, "n f"]) -> None:
+    def add(self, features: Float[Tensor, "n f"], turn: int = 0) -> None:
         """Take a batch of features along the axes."""
-        first, others, share = features[:, : len(self.products)], features[:, len(self.products) :], 1 - self.decay
-        self.weight.lerp_(torch.ones_like(self.weight), share)
-        self.mean.lerp_(features.mean(dim=0), share)
-        self.products.lerp_(first.mT @ first / len(features), share)
-        self.squares.lerp_(others.square().mean(dim=0), share)
+        size, share = self.products.shape[1], 1 - self.decay
+        first, others = features[:, :size], features[:, size:]
+        self.weight[turn].lerp_(torch.ones_like(self.weight[turn]), share)
+        self.mean[turn].lerp_(features.mean(dim=0), share)
+        self.products[turn].lerp_(first.mT @ first / len(features), share)
+        self.squares[turn].lerp_(others.square().mean(dim=0), share)
 
-    def now(self) -> Moments:
+    def now(self, turn: int = 0) -> Moments:
         """Return mean, covariances and variances of what was taken."""
-        mean, size = self.mean / self.weight, len(self.products)
-        covariance = self.products / self.weight - mean[:size, None] * mean[:size]
-        return Moments(mean, covariance, (self.squares / self.weight - mean[size:].square()).clamp(min=0))
+        weight, size = self.weight[turn], self.products.shape[1]
+        mean = self.mean[turn] / weight
+        covariance = self.products[turn] / weight - mean[:size, None] * mean[:size]
+        return Moments(mean, covariance, (self.squares[turn] / weight - mean[size:].square()).clamp(min=0))
 
 
 class FrechetReward:
@@ -86,26 +88,28 @@ class FrechetReward:
         decay: of the averages, in every update.
         identity: says which features and which data; a resumed run must have the same.
         device: where images and network are.
+        turns: kinds of images that take turns, each with its own distance.
     """
 
     def __init__(
         self, name: str, network: Any, real: RealMoments, decay: float, identity: str = "",
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "cpu", turns: int = 1,
     ):  # fmt: skip
-        self.name, self.network = name, network
-        self.moments = RunningMoments(real, decay, device)
+        self.name, self.network, self.turn = name, network, 0
+        self.moments = RunningMoments(real, decay, device, turns)
         self.sha256 = hashlib.sha256(identity.encode()).hexdigest()
         self.seen: list[tuple[Tensor, Tensor]] = []  # this process's images of the batch, and their features
 
     def observe(
         self, parts: Sequence[Float[Tensor, "_ c h w"]], workers: Workers, starting: bool,
-        others: Sequence[Float[Tensor, "_ c h w"]] = (),
+        others: Sequence[Float[Tensor, "_ c h w"]] = (), turn: int = 0,
     ) -> float:  # fmt: skip
         """Take a batch, of which this process has some parts, and return the distance.
 
         Args:
             starting: the student has not learned yet; later distances are divided by this one.
             others: more images of the update, which count in the moments, and which no gradient is for.
+            turn: the kind of all these images.
 
         Raises:
             ValueError: some features are not finite.
@@ -113,11 +117,11 @@ class FrechetReward:
         self.seen = workers.together(self.features_of, parts)
         with torch.no_grad():
             counted = [*self.seen, *workers.together(self.features_of, others)]
-        self.moments.add(workers.gather(torch.cat([features.detach() for _, features in counted])))
-        drawn = self.moments.now()
+        self.moments.add(workers.gather(torch.cat([features.detach() for _, features in counted])), turn)
+        drawn, self.turn = self.moments.now(turn), turn
         at = frechet_distance(drawn, self.moments.variances)
-        if starting:
-            self.moments.start.copy_(at.distance)
+        if starting or not self.moments.start[turn]:
+            self.moments.start[turn] = at.distance
         device = self.moments.directions.device
         self.drawn = Moments(*(moment.to(device) for moment in drawn))
         self.at = FrechetDistance(at.distance.to(device), Moments(*(slope.to(device) for slope in at.slopes)))
@@ -140,7 +144,9 @@ class FrechetReward:
         features = next((features for seen, features in self.seen if seen is images), None)
         if features is None:
             raise ValueError(f"reward fd:{self.name}: it is of a whole batch, which observe() must have seen")
-        return -(frechet_first_order(features, self.drawn, self.at) / self.moments.start.to(features)).float()
+        return -(
+            frechet_first_order(features, self.drawn, self.at) / self.moments.start[self.turn].to(features)
+        ).float()
 
 
 def recomputed(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

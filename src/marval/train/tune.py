@@ -58,7 +58,7 @@ def tuned_config(
     if settings.anchor and anchor is None:
         raise ValueError("the anchor needs the teacher: name it with --teacher")
     settings = settings.within(student.mar.num_tokens)
-    config = dataclasses.replace(student, name=settings.name, iterations=settings.iterations)
+    config = dataclasses.replace(student, name=settings.name, iterations=settings.default_iterations)
     waits = settings.anchor_warmup if settings.anchor else 0, settings.moments_warmup if distances else 0
     if (warmup := max(waits)) >= settings.updates:  # the settings themselves compare with the anchor's
         raise ValueError(f"--updates {settings.updates}: expected more than the {warmup} of --moments-warmup")
@@ -123,8 +123,8 @@ def drawn_parts(
     for rows in workers.parts(settings.batch_size, settings.accumulate):
         tokens = sample(
             student, draw, student.embed(labels[rows].to(workers.device)),
-            iterations=settings.iterations, gradient_iterations=settings.gradient_iterations, orders=config.order,
-            seeds=seeds[rows], noise=noise[:, rows], guidance=None if w is None else w[rows],
+            iterations=settings.iterations[settings.turn(update)], gradient_iterations=settings.gradient_iterations,
+            orders=config.order, seeds=seeds[rows], noise=noise[:, rows], guidance=None if w is None else w[rows],
             autocast=settings.autocast,
         )  # fmt: skip
         yield ImagePart(workers.share(rows, settings.batch_size), labels[rows].tolist(), decode(tokens))
@@ -132,7 +132,7 @@ def drawn_parts(
 
 def observed(
     parts: Iterable[ImagePart], others: Iterable[ImagePart], distances: Mapping[str, FrechetReward], workers: Workers,
-    student_update: int, figures: Figures,
+    turn: int, student_update: int, figures: Figures,
 ) -> list[ImagePart]:  # fmt: skip
     """Draw all parts and show them to the distances, before any gradient; add these to `figures`, return the parts.
 
@@ -144,7 +144,7 @@ def observed(
     with torch.set_grad_enabled(student_update >= 0):
         whole = list(parts)
         for name, distance in distances.items():
-            figures[name] = distance.observe([part.images for part in whole], workers, student_update <= 0, more)
+            figures[name] = distance.observe([part.images for part in whole], workers, student_update <= 0, more, turn)
     return whole
 
 
@@ -190,7 +190,7 @@ def tune(
                 others = itertools.chain.from_iterable(
                     drawn_parts(*how, i + 1) for i in range(settings.moments_batches)
                 )
-                parts = observed(parts, others, distances, workers, student_update, figures)
+                parts = observed(parts, others, distances, workers, settings.turn(update), student_update, figures)
             if student_update >= 0:
                 for share, labels, images in parts:
                     loss, rewards = workers.together(policy_loss, reward, images, [asked[label] for label in labels])
