@@ -69,6 +69,7 @@ def test_names_that_are_paths_are_refused(name):
         (lambda: TrainConfig(updates=50, warmup=51), "warmup 51: expected at most the 50 updates"),
         (lambda: TuneConfig(gradient_iterations=9), "gradient_iterations 9: expected at most the 8"),
         (lambda: TuneConfig(iterations=()), r"iterations \(\): expected one or more whole numbers from 1"),
+        (lambda: TuneConfig(joint_draw=True, train="head"), "joint_draw: .*expected anchor 0, train all"),
         (lambda: TuneConfig(prompt="{x}"), r"prompt '\{x\}': expected exactly one \{\}"),
         (lambda: settings_of(TrainConfig, "imagenet"), "preset 'imagenet': expected one of full size, imagenet256-"),
     ],

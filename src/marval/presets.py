@@ -162,6 +162,7 @@ class TuneConfig(RunConfig):
     moments_decay: Decay = 0.9  # of the averaged moments of drawn images, with an fd reward
     moments_batches: Whole = 3  # batches that are drawn for them at every update beside the one that has gradients
     moments_warmup: Whole = 20  # updates in which they are only gathered, before the student's first
+    joint_draw: bool = False  # let a student's mask tokens read noise, so that tokens drawn together learn to agree
     train: Literal["all", "head", "low-rank"] = "all"  # what learns: the student, its head, or low-rank changes to it
     rank: Count = 8  # of low-rank training
     prompt: Template = "a high-quality and harmonious picture of {}"  # for rewards, of a class: {} is its name
@@ -194,6 +195,8 @@ class TuneConfig(RunConfig):
             raise ValueError(
                 f"gradient_iterations {self.gradient_iterations}: expected at most the {most} of iterations"
             )
+        if self.joint_draw and (self.anchor or self.train != "all"):
+            raise ValueError("joint_draw: the whole student learns it, without an anchor; expected anchor 0, train all")
         if self.anchor and self.anchor_warmup >= self.updates:
             raise ValueError(f"updates {self.updates}: expected more than the {self.anchor_warmup} of anchor_warmup")
 

@@ -1,16 +1,22 @@
 """What a joint draw is for: two tokens that are always equal, drawn in one iteration."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from marval.config import Chain, MARConfig, ModelConfig, PixelSpace
+from marval.config import Chain, MARConfig, ModelConfig, OneStep, PixelSpace
 from marval.data import ImageData
+from marval.evaluate.features import PixelFeatures
 from marval.pipeline import load
-from marval.presets import DistillConfig, TrainConfig
+from marval.presets import DistillConfig, TrainConfig, TuneConfig
+from marval.rewards import FrechetReward, WeightedReward
+from marval.rewards.frechet import RealMoments
 from marval.runtime.folder import open_run
 from marval.runtime.rng import generator
 from marval.train.distill import distill
 from marval.train.teacher import train_teacher
+from marval.train.tune import tune
 
 SPACE = PixelSpace((1, 4), 3, 1, shift=0.5, scale=2.0)  # a token for each of four pixels
 MAR = MARConfig(
@@ -61,3 +67,23 @@ def test_a_joint_draw_learns_to_agree_in_one_iteration_and_other_students_cannot
         distill(teacher.model, teacher.config, settings, stripes(), run)
     found = agreement(load(tmp_path), 1)
     assert found > 0.3 if reveal else abs(found) < 0.1
+
+
+def test_a_student_that_is_tuned_for_the_distance_learns_a_joint_draw(teacher, tmp_path):
+    student = dataclasses.replace(teacher.config, draw=OneStep(clip=True))
+    rows = PixelFeatures()(stripes().images).double()
+    reward = FrechetReward("pixels", PixelFeatures(), RealMoments.of(rows.mean(dim=0), rows.mT.cov()), 0.5)
+    settings = TuneConfig(
+        updates=100, iterations=(1,), learning_rate=1e-3, joint_draw=True, moments_warmup=2, moments_batches=0,
+        probe_every=1000, **EVERY,
+    )  # fmt: skip
+    falling = iter((2.0, 1.0))
+
+    def probe(pipeline):
+        return {"fd": next(falling), "diversity": 1.0}
+
+    with open_run(tmp_path) as run:
+        tune(teacher.model, student, WeightedReward({"fd:pixels": (reward, 1.0)}), settings, run, probe)
+    tuned = load(tmp_path)
+    assert tuned.config.mar.joint_draw
+    assert agreement(tuned, 1) > 0.8

@@ -93,13 +93,13 @@ class MAR(nn.Module):
         self.head.initialize(generator)
         return self
 
-    def draw_jointly(self, generator: torch.Generator) -> "MAR":
-        """Let mask tokens read noise, by a layer that starts as MAR's others do; return the network itself.
+    def draw_jointly(self, generator: torch.Generator, gain: float = 1.0) -> "MAR":
+        """Let mask tokens read noise, by a layer that starts as MAR's others do times `gain`; return the network.
 
         From zeros, tokens would stay independent for long: little tells the layers behind to look at the noise.
         """
         layer = nn.Linear(self.config.token_dim, self.config.decoder_dim)
-        nn.init.xavier_uniform_(layer.weight, generator=generator)
+        nn.init.xavier_uniform_(layer.weight, gain, generator)
         nn.init.zeros_(layer.bias)
         self.noise_proj = layer.to(self.mask_token)
         return self

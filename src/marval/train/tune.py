@@ -20,6 +20,7 @@ from marval.runtime.distributed import Workers
 from marval.runtime.folder import Run, data_identity, model_identity
 from marval.runtime.log import LOG, Figures, Log, add_means, due
 from marval.runtime.optim import Optimizer, fast_products, update_ema
+from marval.runtime.rng import generator
 from marval.runtime.state import State, save_network
 from marval.sampling import DrawTokens, draw_function, sample
 from marval.sampling.fast import compile_blocks
@@ -29,6 +30,8 @@ from marval.train.distill import Probe
 from marval.train.draws import tune_draws
 from marval.train.keeper import Keeper
 from marval.train.low_rank import add_low_rank, merged
+
+NOISE_GAIN = 0.3  # of a joint draw's first weights: more would spoil the contexts that the student knows
 
 
 class ImagePart(NamedTuple):
@@ -58,7 +61,8 @@ def tuned_config(
     if settings.anchor and anchor is None:
         raise ValueError("the anchor needs the teacher: name it with --teacher")
     settings = settings.within(student.mar.num_tokens)
-    config = dataclasses.replace(student, name=settings.name, iterations=settings.default_iterations)
+    mar = dataclasses.replace(student.mar, joint_draw=student.mar.joint_draw or settings.joint_draw)
+    config = dataclasses.replace(student, mar=mar, name=settings.name, iterations=settings.default_iterations)
     waits = settings.anchor_warmup if settings.anchor else 0, settings.moments_warmup if distances else 0
     if (warmup := max(waits)) >= settings.updates:  # the settings themselves compare with the anchor's
         raise ValueError(f"--updates {settings.updates}: expected more than the {warmup} of --moments-warmup")
@@ -86,12 +90,16 @@ def trainable(student: MAR, settings: TuneConfig, workers: Workers) -> MAR:
 
 
 def copy_networks(
-    student: MAR, settings: TuneConfig, workers: Workers, anchored: AnchorLoss | None,
+    student: MAR, config: ModelConfig, settings: TuneConfig, workers: Workers, anchored: AnchorLoss | None,
     distances: Mapping[str, FrechetReward],
 ) -> tuple[MAR, MAR, dict[str, nn.Module], dict[str, Optimizer]]:  # fmt: skip
     """Copy a student that learns and its average; all networks and optimizers that a resumed run needs, by name."""
     workers.parts(settings.batch_size, settings.accumulate)  # refuses a batch that cannot be split
-    student = trainable(copy.deepcopy(student), settings, workers)
+    student = copy.deepcopy(student)
+    if config.mar.joint_draw and not student.config.joint_draw:
+        student.config = config.mar
+        student.draw_jointly(generator(settings.seed, "noise in mask tokens"), NOISE_GAIN)
+    student = trainable(student, settings, workers)
     ema = copy.deepcopy(student).requires_grad_(False)
     workers.place(ema)
     workers.place(student, settings.autocast)
@@ -167,7 +175,7 @@ def tune(
     workers, device = run.workers, run.workers.device
     space, draw = token_space(config.space, device), draw_function(config, device)
     anchored = None if anchor is None else AnchorLoss(anchor, student_config, space, workers, settings.anchor_to)
-    student, ema, networks, adams = copy_networks(student, settings, workers, anchored, distances)
+    student, ema, networks, adams = copy_networks(student, config, settings, workers, anchored, distances)
     state = State(run, origin, networks, adams)
     start, watched = state.load()
     keeper = Keeper(settings, by_distance=alone, **watched)
