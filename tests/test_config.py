@@ -15,7 +15,7 @@ from tiny import tiny_config, tiny_model
 STAGES = (TrainConfig, DistillConfig, TuneConfig)
 ZERO_IS_FINE = {
     "seed", "warmup", "decay", "anchor_warmup", "timestep", "guidance", "energy", "anchor", "weight_decay",
-    "label_drop", "mask_ratio_min", "reveal", "ema_decay", "min_diversity_ratio", "moments_warmup", "moments_decay",
+    "label_drop", "mask_ratio_min", "ema_decay", "min_diversity_ratio", "moments_warmup", "moments_decay",
     "moments_batches",
 }  # fmt: skip
 
@@ -63,7 +63,6 @@ def test_names_that_are_paths_are_refused(name):
         (lambda: MARConfig((0, 4), 16, 3, 16, 1, 2, 16, 1, 2, 16, 1), r"token_grid \(0, 4\)"),
         (lambda: dataclasses.replace(tiny_config(), class_names=("one",)), "1 class names: expected 2"),
         (lambda: DistillConfig(updates=50), "updates 50: expected more than the 100 of warmup"),
-        (lambda: DistillConfig(reveal=1.0, energy=1.0), "reveal 1.0: expected below 1 with energy"),
         (lambda: dataclasses.replace(tiny_config(), mar=JOINT), "joint_draw=True: .* expected a one-step student"),
         (lambda: TuneConfig(updates=100, anchor=0.5), "updates 100: expected more than the 100 of anchor_warmup"),
         (lambda: TrainConfig(updates=50, warmup=51), "warmup 51: expected at most the 50 updates"),

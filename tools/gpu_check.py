@@ -47,10 +47,9 @@ from marval.sampling import DrawByChain, draw_function, image_noise, prepare, ru
 from marval.sampling.fast import compile_blocks
 from marval.spaces import Latents, token_space
 from marval.train.anchor import Anchor, AnchorLoss
-from marval.train.distill import distill, student_loss
+from marval.train.distill import Inputs, distill, student_loss, student_tokens, target_contexts
 from marval.train.draws import NoiseLevels, gsim_draws
 from marval.train.flops import gsim_flops
-from marval.train.student_draw import Inputs, student_contexts, target_contexts
 from marval.train.teacher import train_teacher
 from marval.train.tune import tune
 
@@ -259,8 +258,7 @@ def gsim_gradients(check: Check) -> dict[str, float]:
         z, levels = part.z.to(device), NoiseLevels(*(x.to(device) for x in part.theta))
         with torch.no_grad():
             c = target_contexts(teacher, inputs, guided=True, autocast=False)
-        draw = draw_function(config, check.device)
-        x_0 = draw(student.head, student_contexts(student, draw, inputs, z, False), 1.5, z[None])
+        x_0, _ = student_tokens(student, draw_function(config, check.device), inputs, 1.5, z, False)
         student_loss((teacher.head, phi), schedule, x_0, levels, c, 1.5, settings.objective)[0].backward()
         return gradients_of(student)
 

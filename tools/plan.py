@@ -34,9 +34,8 @@ from marval.runtime.rng import generator
 from marval.sampling import DrawInOneStep, draw_counts, run
 from marval.sampling.fast import cast_frozen, compile_blocks
 from marval.sampling.loop import Start
-from marval.train.distill import predicted_eps, student_loss
+from marval.train.distill import Inputs, predicted_eps, student_loss, student_tokens, target_contexts
 from marval.train.draws import NoiseLevels, masked_count
-from marval.train.student_draw import Inputs, student_contexts, target_contexts
 from tables import plan as table
 
 GIB = 2**30
@@ -99,8 +98,7 @@ def distill_step(config: MARConfig, settings: DistillConfig, images: int, recomp
         with Meter() as meter:
             with torch.no_grad():
                 c = target_contexts(teacher, inputs, guided=w != 1.0, autocast=settings.autocast)
-            c_theta = student_contexts(student, draw, inputs, z, settings.autocast)
-            x_0 = draw(student.head, c_theta, draw.guidance, z[None])
+            x_0, _ = student_tokens(student, draw, inputs, draw.guidance, z, settings.autocast)
             phi.requires_grad_(False)
             student_loss((teacher.head, phi), schedule, x_0, levels, c, w, settings.objective)[0].backward()
             phi.requires_grad_(True)

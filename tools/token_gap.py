@@ -24,7 +24,7 @@ from marval.pipeline import Pipeline
 from marval.runtime.provenance import made_by
 from marval.runtime.rng import generator
 from marval.sampling import draw_function
-from marval.train.student_draw import Inputs, student_contexts, target_contexts
+from marval.train.distill import Inputs, student_tokens, target_contexts
 
 TARGETS = 6  # hidden tokens of each image
 
@@ -65,12 +65,10 @@ def token_gaps(
 
         def drawn(pipeline: Pipeline, inputs: Inputs = inputs) -> Tensor:
             draw, model = draw_function(pipeline.config), pipeline.model
-            shape, bound = (draw.noise_draws, inputs.positions.numel(), mar.token_dim), draw.bind(model.head)
+            shape, bound = (draw.noise_draws, inputs.targets.numel(), mar.token_dim), draw.bind(model.head)
             noise = [torch.randn(shape, generator=rng) for _ in range(samples)]
             if model.config.joint_draw:  # every sample has a context of its own
-                return torch.stack(
-                    [bound(student_contexts(model, draw, inputs, z[0], False), guidance, z) for z in noise]
-                )
+                return torch.stack([student_tokens(model, draw, inputs, guidance, z[0], False)[0] for z in noise])
             contexts = target_contexts(model, inputs, guided=draw.needs_null, autocast=False)
             return torch.stack([bound(contexts, guidance, z) for z in noise])
 

@@ -98,7 +98,6 @@ class DistillConfig(RunConfig):
     guidance_schedule: Schedule | None = None  # the teacher's own when left out
     guidance_range: GuidanceRange | None = None  # train for every w in it: then w is chosen when images are drawn
     cached: bool = False  # a student whose context network reads every token once: it costs the same at any K
-    reveal: Share = 0.0  # updates that reveal some of the student's own tokens, so that tokens drawn at once agree
     energy: NotNegative = 0.0  # weight of the energy score beside the objective (docs/research.md)
     energy_tokens: Count = 2  # of an image that it is computed on,
     energy_samples: Pairs = 4  # of the student for each of them,
@@ -127,8 +126,6 @@ class DistillConfig(RunConfig):
         super().__post_init__()
         if self.warmup >= self.updates:
             raise ValueError(f"updates {self.updates}: expected more than the {self.warmup} of warmup")
-        if self.energy and self.reveal == 1:
-            raise ValueError("reveal 1.0: expected below 1 with energy: updates that reveal have no energy score")
 
     @classmethod
     def imagenet256(cls, size: Size) -> "DistillConfig":

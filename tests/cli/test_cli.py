@@ -84,7 +84,6 @@ REFUSALS = [  # what is typed, and what the line must say
     ("sample tiny --device nonsense", "--device nonsense: not here"),
     ("sample", "name a model"),
     ("distill", "the following arguments are required: TEACHER"),
-    ("distill tiny --reveal 1 --energy 1", "--reveal 1.0: expected below 1 with energy"),
     ("distill tiny --data nowhere", "unknown data 'nowhere'"),
     ("distill tiny --data folder:pictures", "classes|apple"),
     ("train --data folder:damaged", "broken.png|mend or remove"),

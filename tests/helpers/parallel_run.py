@@ -27,7 +27,7 @@ SETTINGS = {
     ),
 }  # fmt: skip
 SETTINGS["distance"] = dataclasses.replace(SETTINGS["tune"], updates=20, moments_warmup=3, iterations=(4, 2))
-SETTINGS["joint"] = dataclasses.replace(SETTINGS["distill"], reveal=0.5, energy=1.0, energy_samples=2, energy_steps=4)
+SETTINGS["joint"] = dataclasses.replace(SETTINGS["tune"], joint_draw=True)
 SETTINGS["anchored"] = dataclasses.replace(SETTINGS["tune"], updates=20, anchor=0.5, anchor_warmup=3)
 
 
@@ -60,7 +60,7 @@ def main(stage, out, resume, broken_rank=None, full_rank=None, shard=0, slow=0, 
 
         if stage == "train":
             train_teacher(tiny_config(), settings, tiny_data(), run)
-        elif stage in ("distill", "joint"):
+        elif stage == "distill":
             distill(tiny_model(), tiny_config(), settings, tiny_data(), run, probe=probe)
         else:
             rewards = {"mine": (broken if broken_rank == workers.rank else brightness, 1.0)}

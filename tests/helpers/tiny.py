@@ -1,5 +1,7 @@
 """The smallest model that does everything: 8x8 pictures in two classes, 16 tokens of 2x2 pixels."""
 
+import dataclasses
+
 import torch
 
 from marval.config import Chain, MARConfig, ModelConfig, PixelSpace
@@ -19,9 +21,10 @@ def tiny_config():
     return ModelConfig(mar, space, Chain(guidance=1.5, diffusion_steps=8, clip=True), ("cross", "square"), 4, "tiny")
 
 
-def tiny_model(seed=0):
-    """A network for it whose head is not all zeros."""
-    model = MAR(tiny_config().mar).initialize(generator(seed, "tiny")).eval().requires_grad_(False)
+def tiny_model(seed=0, **network):
+    """A network for it, or one that differs in its configuration, whose head is not all zeros."""
+    model = MAR(dataclasses.replace(tiny_config().mar, **network))
+    model.initialize(generator(seed, "tiny")).eval().requires_grad_(False)
     for parameter in model.head.final_layer.parameters():
         torch.nn.init.normal_(parameter, std=0.05, generator=generator(seed, "head"))
     return model

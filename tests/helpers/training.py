@@ -68,11 +68,12 @@ def run_distill(out, *, resume=False, data=None, teacher=0, **changes):
         return distill(tiny_model(teacher), tiny_config(), settings, data, run)
 
 
-def run_tune(out, *, resume=False, reward=brightness, student=0, anchored=None, probe=steady_probe, **changes):
+def run_tune(out, *, resume=False, reward=brightness, student=None, anchored=None, probe=steady_probe, **changes):
     """Tune a student."""
-    settings = dataclasses.replace(TUNE, **changes)
+    settings, student = dataclasses.replace(TUNE, **changes), student or tiny_model()
+    config = dataclasses.replace(STUDENT, mar=student.config)
     with open_run(out, resume=resume) as run:
-        return tune(tiny_model(student), STUDENT, reward, settings, run, probe=probe, anchor=anchored)
+        return tune(student, config, reward, settings, run, probe=probe, anchor=anchored)
 
 
 def run_anchored(out, *, resume=False, **changes):

@@ -51,9 +51,8 @@ def test_the_command_writes_a_student_that_draws_the_same_images_in_onnxruntime(
 
 
 def test_a_joint_draw_is_exported(tmp_path):
-    model, config = tiny_model().draw_jointly(generator("noise")), dataclasses.replace(STUDENT.mar, joint_draw=True)
-    model.config = config
-    assert export_onnx(model, dataclasses.replace(STUDENT, mar=config), 2, tmp_path / "student.onnx") < 1e-5
+    model = tiny_model(joint_draw=True)
+    assert export_onnx(model, dataclasses.replace(STUDENT, mar=model.config), 2, tmp_path / "student.onnx") < 1e-5
 
 
 def test_latents_come_out_ready_for_the_vae():

@@ -58,7 +58,7 @@ def weighted(weight):
         (run_train, {}, {"data": other_data()}, "data_set was 64 images"),
         (run_train, {}, {"init": tiny_model()}, "init was fresh weights, now init"),
         (run_distill, {}, {"teacher": 1}, "teacher was tiny"),
-        (run_tune, {}, {"student": 1}, "student was tiny"),
+        (run_tune, {}, {"student": tiny_model(1)}, "student was tiny"),
         (run_tune, {}, {"reward": darkness}, "reward was brightness=1 .*, now darkness=1"),
         (run_tune, {"reward": weighted(1.0)}, {"reward": weighted(-1.0)}, "reward was mine:brightness=1 .*=-1"),
         (run_anchored, {}, {"anchored": anchor_of(2)}, "teacher was teacher"),

@@ -14,19 +14,15 @@ from marval.losses.energy import energy_score
 from marval.losses.gsim import theta_loss
 from marval.model import NoiseSchedule, TokenHead
 from marval.pipeline import Pipeline, load
-from marval.presets import DistillConfig, TuneConfig
+from marval.presets import DistillConfig
 from marval.runtime.folder import open_run
 from marval.runtime.rng import generator
-from marval.sampling import DrawInOneStep, draw_counts, guidance_at
+from marval.sampling import DrawInOneStep, draw_counts, guidance_at, sample
 from marval.train import distill as distill_module
-from marval.train.anchor import anchor_of
-from marval.train.distill import distill, predicted_eps, revealed_after
-from marval.train.draws import EnergyDraws, GSIMDraws, NoiseLevels, drawn_together, gsim_draws
-from marval.train.student_draw import Inputs, energy_samples, energy_scores, student_tokens
-from marval.train.tune import tune
+from marval.train.distill import Inputs, distill, energy_scores, predicted_eps, revealed_after, student_tokens
+from marval.train.draws import EnergyDraws, gsim_draws
 from small import randn
 from tiny import tiny_config, tiny_data, tiny_model
-from training import brightness, rising_probe
 
 FULL = NoiseSchedule.full()
 SETTINGS = DistillConfig(updates=4, warmup=1, batch_size=4, tokens_per_image=4, autocast=False, guidance=1.7)
@@ -138,122 +134,35 @@ def test_the_energy_score_moves_a_student_to_its_teacher(guidance_range, tmp_pat
     assert ["energy" in row for row in rows] == [False, True, True, True, True]  # the warm-up belongs to phi
 
 
-def part_of(images, targets, *, joint=False, count=2, samples=5, revealed=0, together=0):
-    """The draws of a part of an update, of which only those of the student's tokens and of the energy score matter."""
-    places = torch.stack([torch.randperm(16, generator=generator("places", i)) for i in range(images)])[:, 2:]
-    drawn, levels = together or targets, NoiseLevels(torch.zeros(1), torch.zeros(1))
-    energy = EnergyDraws(randn(6, images * count, 4), randn(samples, images * (drawn if joint else count), 4, seed=1))
-    hidden = places[:, :drawn]
-    visible = torch.stack([torch.randperm(16, generator=generator("places", i)) for i in range(images)])[:, :2]
-    z = randn(images * drawn, 4, seed=2)
-    return GSIMDraws(visible, hidden[:, :targets], hidden, revealed, z, levels, [], None, energy, None)
+@pytest.mark.parametrize("network", [{}, {"joint_draw": True}, {"joint_draw": True, "cached": True}])
+def test_an_update_draws_what_the_sampler_draws(network):
+    model, draw, labels = tiny_model(**network), DrawInOneStep(OneStep(temperature=0.8)), torch.tensor([0, 1, 0])
+    order = torch.stack([torch.randperm(16, generator=generator("order", i)) for i in range(3)])
+    index, noise = order[..., None].expand(-1, -1, 4), randn(3, 16, 4)
+    tokens = sample(model, draw, model.embed(labels), iterations=1, seeds=0, noise=noise[None])
+    inputs = Inputs(torch.zeros(3, 16, 4), order[:, :0], order, labels)
+    x_0, _ = student_tokens(model, draw, inputs, 1.0, noise.gather(1, index).flatten(0, 1), False)
+    torch.testing.assert_close(x_0, tokens.gather(1, index).flatten(0, 1))
 
 
-def seen_by(part):
-    """What context networks see in it."""
-    tokens, labels = randn(len(part.visible), 16, 4, seed=3), torch.arange(len(part.visible)) % 2
-    return Inputs(tokens, part.visible, part.targets, labels)
+def test_energy_scores_are_of_the_first_targets_of_every_image():
+    images, targets, count, samples, steps = 3, 4, 2, 5, 6
+    c, c_theta = randn(2, images * targets, 7), randn(1, images * targets, 7)
+    w, noise = randn(images * targets), EnergyDraws(randn(steps, images * count, 3), randn(samples, images * count, 3))
+    calls = []
 
-
-def joint_model():
-    """A student that draws jointly, with weights that say so."""
-    model = tiny_model().draw_jointly(generator("noise"))
-    model.config = dataclasses.replace(model.config, joint_draw=True)
-    return model
-
-
-@pytest.mark.parametrize("joint", [False, True])
-def test_energy_scores_are_of_the_first_targets_of_every_image(joint):
-    images, targets, count, samples = 3, 4, 2, 5
-    part = part_of(images, targets, joint=joint, together=6 if joint else 0)
-    inputs, draw, model = seen_by(part), DrawInOneStep(), joint_model() if joint else tiny_model()
-    w, c, calls = randn(images).repeat_interleave(targets), randn(2, images * targets, 16), []
-    x_0, c_theta, _ = student_tokens(model, draw, inputs, 1.0, part, False)
-    found = energy_samples(model, draw, inputs, 1.0, part, (x_0, c_theta), False)
-    rows = [image * targets + target for image in range(images) for target in range(count)]
-    if joint:  # GSIM's draw, and others with noise of their own for all that are drawn together
-        expected = [x_0[rows]]
-        for noise in part.energy.student:
-            again, *_ = student_tokens(model, draw, inputs, 1.0, part._replace(z=noise), False)
-            expected.append(again[rows])
-            assert (again[rows] - x_0[rows]).abs().min() > 1e-4
-    else:
-        expected = [draw(model.head, c_theta[:, rows], 1.0, noise[None]) for noise in part.energy.student]
-    torch.testing.assert_close(found, torch.stack(expected))
-    assert len(found) == samples + joint
-
-    def chain(contexts, guidance, z):
+    def draw(contexts, guidance, z):
         calls.append((contexts, guidance, z))
         return z[0]
 
-    scores = energy_scores(chain, c, w, part, found)
-    for given, right in zip(calls[0], (c[:, rows], w[rows], part.energy.teacher), strict=True):
-        assert torch.equal(given, right)
-    torch.testing.assert_close(scores, energy_score(found, part.energy.teacher[0]))
-
-
-def test_what_is_revealed_is_the_students_own_draw_which_gets_no_gradient():
-    images, targets, revealed, model, draw = 3, 4, 2, joint_model(), DrawInOneStep()
-    part = part_of(images, targets, joint=True, together=7, revealed=revealed)
-    inputs = seen_by(part)
-    everything = inputs._replace(positions=part.together)
-    whole, _, same = student_tokens(
-        model, draw, everything, 1.0, part._replace(targets=part.together, revealed=0), False
-    )
-    assert same is everything
-    x_0, _, seen = student_tokens(model.requires_grad_(True), draw, inputs, 1.0, part, False)
-    whole = whole.unflatten(0, (images, -1))
-    torch.testing.assert_close(x_0, whole[:, :targets].flatten(0, 1))
-    assert torch.equal(seen.visible, torch.cat([part.visible, part.together[:, -revealed:]], 1))
-    assert torch.equal(seen.positions, part.targets)
-    assert x_0.requires_grad
-    assert not seen.tokens.requires_grad
-    shown = seen.tokens.gather(1, part.together[:, -revealed:, None].expand(-1, -1, 4))
-    torch.testing.assert_close(shown, whole[:, -revealed:])
-    untouched = torch.ones(images, 16, dtype=torch.bool).scatter(1, part.together[:, -revealed:], False)
-    assert torch.equal(seen.tokens[untouched], inputs.tokens[untouched])
-
-
-def test_any_number_is_drawn_together_and_revealed_in_a_share_of_updates():
-    settings, mar = dataclasses.replace(SETTINGS, reveal=0.3), dataclasses.replace(tiny_config().mar, joint_draw=True)
-    counts = torch.tensor([drawn_together(settings, mar, 16, update) for update in range(2000)])
-    drawn, revealed = counts.T
-    assert (drawn.min(), drawn.max()) == (1, 16)
-    assert abs(drawn.float().mean() - 8.5) < 0.5
-    assert (revealed < drawn).all()
-    assert abs((revealed > 0).float().mean() - 0.3 * 15 / 16) < 0.04
-    assert set(revealed[drawn == 4].tolist()) == {0, 1, 2, 3}
-    assert drawn_together(settings, tiny_config().mar, 16, 0) == (4, 0)
-    for update in range(20):
-        part = gsim_draws(dataclasses.replace(settings, energy=1.0), mar, update)
-        assert torch.equal(part.together[:, : part.targets.shape[1]], part.targets)
-        assert part.targets.shape[1] == min(4, part.together.shape[1] - part.revealed)
-        assert (part.energy is None) == (part.revealed > 0)
-
-
-@pytest.mark.parametrize("others", [{}, {"guidance_range": (1.0, 4.0)}, {"cached": True}])
-def test_a_student_that_reveals_draws_jointly_goes_on_where_it_stopped_and_can_be_tuned(others, tmp_path):
-    teacher, config = tiny_model(), tiny_config()
-    settings = dataclasses.replace(
-        SETTINGS, reveal=0.5, energy=1.0, energy_steps=4, updates=8, decay=1, log_every=1, **others
-    )
-    for name, stops in (("whole", (8,)), ("parts", (4, 8))):
-        for updates in stops:
-            with open_run(tmp_path / name, resume=updates != stops[0]) as run:
-                distill(teacher, config, dataclasses.replace(settings, updates=updates), tiny_data(), run)
-    student, again = load(tmp_path / "whole"), load(tmp_path / "parts")
-    assert all(torch.equal(a, b) for a, b in zip(student.model.parameters(), again.model.parameters(), strict=True))
-    assert student.config.mar.joint_draw
-    assert student.model.noise_proj.weight.abs().max() > 0
-    rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()][1:]
-    assert {row["revealed"] > 0 for row in rows} == {True, False}
-    assert all(("energy" in row) == (row["revealed"] == 0) for row in rows)
-    tuning = TuneConfig(updates=3, anchor=1.0, anchor_warmup=1, batch_size=4, autocast=False)
-    anchor = anchor_of(Pipeline(teacher, config), student, tiny_data(), SETTINGS, tuning)
-    assert anchor.settings.reveal > 0
-    with open_run(tmp_path / "tuned") as run:
-        tune(student.model, student.config, brightness, tuning, run, rising_probe(), anchor)
-    assert load(tmp_path / "tuned").config.mar.joint_draw
+    scores = energy_scores((draw, c), (draw, c_theta), w, noise, images)
+    rows = [image * targets + target for image in range(images) for target in range(count)]
+    (of_teacher, of_student) = calls
+    for given, expected in zip(of_teacher, (c[:, rows], w[rows], noise.teacher), strict=True):
+        assert torch.equal(given, expected)
+    for given, expected in zip(of_student[:2], (c_theta[:, rows * samples], w[rows * samples]), strict=True):
+        assert torch.equal(given, expected)
+    torch.testing.assert_close(scores, energy_score(noise.student, noise.teacher[0]))
 
 
 def test_the_guidance_of_a_range_is_each_images_own():

@@ -30,9 +30,11 @@ from training import (
         (run_distill, {}, distill_module, "theta_loss"),
         (run_tune, {}, tune_module, "policy_loss"),
         (run_tune, {"train": "low-rank", "rank": 2}, tune_module, "policy_loss"),
+        (run_tune, {"joint_draw": True}, tune_module, "policy_loss"),
         (run_anchored, {}, tune_module, "policy_loss"),
         (run_distance, {}, tune_module, "policy_loss"),
         (run_anchored, {"anchor_to": "student"}, tune_module, "policy_loss"),
+        (run_anchored, {"student": tiny_model(joint_draw=True, cached=True)}, tune_module, "policy_loss"),
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(run, changes, module, loss, tmp_path, monkeypatch):

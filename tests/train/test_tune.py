@@ -6,19 +6,20 @@ import pytest
 import torch
 
 from marval.config import OneStep
-from marval.pipeline import load
+from marval.pipeline import Pipeline, load
 from marval.presets import TuneConfig
 from marval.rewards import ClassifierReward, Prompt, WeightedReward, prompts_of
 from marval.rewards.classifier import Classifier
 from marval.runtime.distributed import Workers
 from marval.runtime.rng import generator
 from marval.sampling import DrawInOneStep, draw_function, sample
+from marval.train.anchor import anchor_of
 from marval.train.draws import tune_draws
 from marval.train.keeper import Keeper
 from marval.train.low_rank import add_low_rank, merged
 from marval.train.tune import trainable
-from tiny import tiny_config, tiny_model
-from training import TUNE, brightness, log_of, run_distance, run_tune, state_of
+from tiny import tiny_config, tiny_data, tiny_model
+from training import DISTILL, STUDENT, TUNE, brightness, log_of, run_distance, run_tune, state_of
 
 
 @pytest.mark.parametrize("template", ["{}", "no class", "car: {}"])
@@ -131,6 +132,14 @@ def test_a_distance_falls_after_the_moments_are_gathered(tmp_path):
     assert all(log[last]["fd:pixels"] < 0.8 * log[first]["fd:pixels"] for first, last in ((5, 23), (6, 24)))
     with pytest.raises(ValueError, match="--updates 4: expected more than the 4 of --moments-warmup"):
         run_distance(tmp_path / "never", updates=4, moments_warmup=4)
+
+
+def test_the_teacher_of_a_student_that_draws_jointly_may_be_its_anchor():
+    model = tiny_model(joint_draw=True, cached=True, guidance_range=(1.0, 3.0))
+    student, teacher = (
+        Pipeline(model, dataclasses.replace(STUDENT, mar=model.config)), Pipeline(tiny_model(), tiny_config())
+    )  # fmt: skip
+    assert anchor_of(teacher, student, tiny_data(), DISTILL, TUNE).teacher is teacher.model
 
 
 def test_low_rank_factors_reach_every_use_of_a_weight_and_merge(monkeypatch):

@@ -1,5 +1,6 @@
 """The MAR network (Li et al. 2024, arXiv 2406.11838): a masked transformer that gives every hidden token a context."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -93,13 +94,15 @@ class MAR(nn.Module):
         self.head.initialize(generator)
         return self
 
-    def draw_jointly(self, generator: torch.Generator, gain: float = 1.0) -> "MAR":
-        """Let mask tokens read noise, by a layer that starts as MAR's others do times `gain`; return the network.
+    def draw_jointly(self, generator: torch.Generator) -> "MAR":
+        """Let mask tokens read noise, by a layer that starts as MAR's others do, times 0.3; return the network.
 
-        From zeros, tokens would stay independent for long: little tells the layers behind to look at the noise.
+        Larger weights would spoil the contexts that the network gives. From zeros, tokens would stay independent for
+        long: little tells the layers behind to look at the noise.
         """
+        self.config = dataclasses.replace(self.config, joint_draw=True)
         layer = nn.Linear(self.config.token_dim, self.config.decoder_dim)
-        nn.init.xavier_uniform_(layer.weight, gain, generator)
+        nn.init.xavier_uniform_(layer.weight, 0.3, generator)
         nn.init.zeros_(layer.bias)
         self.noise_proj = layer.to(self.mask_token)
         return self

@@ -19,10 +19,14 @@ from marval.sampling import draw_function
 from marval.sampling.draw import is_guided
 from marval.sampling.fast import cast_frozen, compile_blocks
 from marval.spaces import TokenSpace
-from marval.train.distill import DrawnPart, masked_parts, phi_steps, student_loss
-from marval.train.student_draw import student_tokens, target_contexts
-
-REVEAL = 0.5  # share of updates that reveal, where the student draws jointly
+from marval.train.distill import (
+    DrawnPart,
+    masked_parts,
+    phi_steps,
+    student_loss,
+    student_tokens,
+    target_contexts,
+)
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,7 @@ def anchor_of(
             f"--teacher {name}: {student.config.name} has other sizes, tokens or classes; expected its teacher"
         )
     same = ("batch_size", "accumulate", "gradient_clip", "autocast", "compile", "seed")
-    kept = {field: getattr(settings, field) for field in same}
-    recipe = dataclasses.replace(recipe, energy=0.0, reveal=REVEAL if student.config.mar.joint_draw else 0.0, **kept)
+    recipe = dataclasses.replace(recipe, energy=0.0, **{field: getattr(settings, field) for field in same})
     return Anchor(guide.model, data, recipe)
 
 
@@ -114,11 +117,11 @@ class AnchorLoss:
                 torch._foreach_copy_(list(score.parameters()), list(phi.parameters()))
         figures, drawn = Figures(), list[DrawnPart]()
         for share, w, inputs, part in masked_parts(update, settings, self.config, self.loader, workers):
-            with torch.set_grad_enabled(student_update >= 0):
-                x_0, _, seen = student_tokens(student, self.draw, inputs, w, part, settings.autocast)
             with torch.no_grad():
                 guided = score is self.teacher.head and is_guided(w)
-                c = target_contexts(self.teacher, seen, guided=guided, autocast=settings.autocast)
+                c = target_contexts(self.teacher, inputs, guided=guided, autocast=settings.autocast)
+            with torch.set_grad_enabled(student_update >= 0):
+                x_0, _ = student_tokens(student, self.draw, inputs, w, part.z, settings.autocast)
             if student_update >= 0:
                 loss, l1, l2 = student_loss((score, phi), schedule, x_0, part.theta, c, w, settings.objective)
                 (loss * weight * share).backward()

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,27 +14,37 @@ from torch import Tensor
 from marval.config import Chain, ModelConfig, Objective, OneStep
 from marval.data import TrainingData
 from marval.data.loader import Loader
+from marval.losses.energy import energy_score
 from marval.losses.gsim import phi_loss, theta_loss
 from marval.model import MAR, NoiseSchedule, TokenHead
+from marval.model.cached import Groups
 from marval.pipeline import Pipeline
 from marval.presets import DistillConfig
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import Run, data_identity, model_identity
 from marval.runtime.log import LOG, Figures, Log, add_means, due
 from marval.runtime.optim import Optimizer, fast_products, learning_rate_factor, update_ema
-from marval.runtime.rng import generator
 from marval.runtime.state import State
-from marval.sampling import draw_function, guidance_at, guided_eps
-from marval.sampling.draw import Guidance, is_guided
+from marval.sampling import DrawTokens, draw_function, guidance_at, guided_eps
+from marval.sampling.draw import Draw, Guidance, is_guided
 from marval.sampling.fast import cast_frozen, compile_blocks
 from marval.spaces import token_space
-from marval.train.draws import GSIMDraws, NoiseLevels, gsim_draws
+from marval.train.draws import EnergyDraws, GSIMDraws, NoiseLevels, gsim_draws
 from marval.train.flops import gsim_flops
-from marval.train.student_draw import Inputs, energy_samples, energy_scores, student_tokens, target_contexts
 
 Probe = Callable[[Pipeline], dict[str, float]]  # figures of a model, on fixed seeds
 # A part's tokens as the student drew them, which phi learns from: weight in the batch, contexts, w, x_0, levels.
 DrawnPart = tuple[float, Tensor, Guidance, Tensor, list[NoiseLevels]]
+
+
+class Inputs(NamedTuple):
+    """What a context network sees."""
+
+    tokens: Tensor  # (b, l, c)
+    visible: Tensor  # (b, v)
+    targets: Tensor  # (b, q), whose contexts are asked for
+    given: Tensor  # labels (b,) or vectors of prompts (b, f)
+    groups: Groups | None = None  # what is drawn together, of a network with a cache
 
 
 def student_config(teacher: ModelConfig, settings: DistillConfig) -> tuple[ModelConfig, DistillConfig]:
@@ -43,9 +54,7 @@ def student_config(teacher: ModelConfig, settings: DistillConfig) -> tuple[Model
     w = teacher.draw.guidance if settings.guidance is None else settings.guidance
     schedule = settings.guidance_schedule or teacher.draw.guidance_schedule
     settings = dataclasses.replace(settings.within(teacher.mar.num_tokens), guidance=w, guidance_schedule=schedule)
-    mar = dataclasses.replace(
-        teacher.mar, guidance_range=settings.guidance_range, cached=settings.cached, joint_draw=settings.reveal > 0
-    )
+    mar = dataclasses.replace(teacher.mar, guidance_range=settings.guidance_range, cached=settings.cached)
     draw = OneStep(settings.timestep, teacher.draw.clip, w, schedule)
     name, iterations, order = settings.name, settings.iterations, settings.order
     return dataclasses.replace(teacher, mar=mar, draw=draw, name=name, iterations=iterations, order=order), settings
@@ -73,16 +82,64 @@ def masked_parts(
     what context networks see, and its draws.
     """
     draws = gsim_draws(settings, student.mar, update, workers.device)
-    visible, tokens = draws.visible.shape[1], student.mar.num_tokens
-    revealed = revealed_after(visible, tokens, student.iterations)
-    if student.mar.joint_draw:  # in an iteration of the sampler that draws as many
-        revealed = min(visible + draws.together.shape[1], tokens - 1) / tokens
+    revealed = revealed_after(draws.visible.shape[1], student.mar.num_tokens, student.iterations)
     w = guidance_at(student.draw.guidance, student.draw.guidance_schedule, revealed)
-    for rows, x, given in loader(update):
+    for rows, tokens, given in loader(update):
         part = draws.part(rows)
         own = w if part.guidance is None else part.guidance
-        inputs = Inputs(x, part.visible, part.targets, given, part.groups)
+        inputs = Inputs(tokens, part.visible, part.targets, given, part.groups)
         yield workers.share(rows, settings.batch_size), own, inputs, part
+
+
+def target_contexts(
+    model: MAR, inputs: Inputs, *, guided: bool, autocast: bool, noise: Float[Tensor, "b q c"] | None = None
+) -> Float[Tensor, "g n d"]:
+    """The contexts `c` of the targets in float32: conditional and, when `guided`, null.
+
+    Args:
+        noise: what the targets start from, of a network that draws them jointly.
+    """
+    tokens, visible, targets, given, groups = inputs
+    conditions = [model.embed(given), *([model.null_condition(len(given))] if guided else [])]
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
+        contexts, _ = model.advance(model.start(*conditions), tokens, visible, targets, groups, noise)
+    return contexts.float()
+
+
+def student_tokens(
+    student: MAR, draw: DrawTokens, inputs: Inputs, w: Guidance, z: Float[Tensor, "n c"], autocast: bool
+) -> tuple[Float[Tensor, "n c"], Float[Tensor, "1 n d"]]:
+    """`x_0 = g_theta(z, c_theta, w)`, one AR iteration, all targets at once; and `c_theta`."""
+    noise = draw.joint_noise(z.unflatten(0, inputs.targets.shape)[None]) if student.config.joint_draw else None
+    c_theta = target_contexts(student, inputs, guided=False, autocast=autocast, noise=noise)
+    return draw(student.head, c_theta, w, z[None]), c_theta
+
+
+def energy_scores(
+    teacher: tuple[Draw, Float[Tensor, "g n d"]],
+    student: tuple[Draw, Float[Tensor, "1 n d"]],
+    w: Guidance,
+    noise: EnergyDraws,
+    images: int,
+) -> Float[Tensor, " k"]:
+    """The energy score of the student's draws for one of the teacher's chain, at the first targets of each image.
+
+    Args:
+        teacher: its way to draw, and its contexts of all targets.
+        student: the same of the student.
+    """
+    (chain, c), (draw, c_theta) = teacher, student
+    samples, count = len(noise.student), noise.student.shape[1] // images
+
+    def first(x: Tensor) -> Tensor:
+        return x.unflatten(-2, (images, -1))[..., :count, :].flatten(-3, -2)
+
+    own = first(w[:, None])[:, 0] if isinstance(w, Tensor) else w
+    with torch.no_grad():
+        y = chain(first(c), own, noise.teacher)
+    repeated = own.repeat(samples) if isinstance(own, Tensor) else own
+    x = draw(first(c_theta).repeat(1, samples, 1), repeated, noise.student.flatten(0, 1)[None])
+    return energy_score(x.unflatten(0, (samples, -1)), y)
 
 
 def predicted_eps(
@@ -140,8 +197,6 @@ def copy_networks(
     workers.parts(settings.batch_size, settings.accumulate)  # refuses a batch that cannot be split
     student = copy.deepcopy(teacher)
     student.config = config.mar
-    if config.mar.joint_draw:
-        student.draw_jointly(generator(settings.seed, "noise in mask tokens"))
     if config.mar.guidance_range is not None:
         student.head.take_guidance(config.mar.guidance_range)
     ema, phi = copy.deepcopy(student), copy.deepcopy(student.head)
@@ -193,17 +248,17 @@ def distill(
         figures, drawn = Figures(), list[DrawnPart]()
         with fast_products(device):
             for share, w, inputs, part in masked_parts(update, settings, config, loader, workers):
-                with torch.set_grad_enabled(student_update >= 0 or settings.cached):
-                    x_0, c_theta, seen = student_tokens(student, draw, inputs, w, part, autocast)
                 with torch.no_grad():
-                    c = target_contexts(teacher, seen, guided=is_guided(w), autocast=autocast)
+                    c = target_contexts(teacher, inputs, guided=is_guided(w), autocast=autocast)
+                with torch.set_grad_enabled(student_update >= 0 or settings.cached):
+                    x_0, c_theta = student_tokens(student, draw, inputs, w, part.z, autocast)
                 if student_update >= 0:
                     heads = teacher.head, phi
                     loss, l1, l2 = student_loss(heads, schedule, x_0, part.theta, c, w, settings.objective)
                     add_means(figures, share, l1=l1, l2=l2)
                     if part.energy is not None:
-                        samples = energy_samples(student, draw, inputs, w, part, (x_0, c_theta), autocast)
-                        scores = energy_scores(chain.bind(teacher.head), c, w, part, samples)
+                        drawn_by = (chain.bind(teacher.head), c), (draw.bind(student.head), c_theta)
+                        scores = energy_scores(*drawn_by, w, part.energy, len(inputs.tokens))
                         loss = loss + settings.energy * scores.mean()
                         add_means(figures, share, energy=scores)
                     (loss * share).backward()
@@ -213,8 +268,6 @@ def distill(
                     add_means(figures, share, context=loss)
                 add_means(figures, share, token_square=x_0.square(), real_square=inputs.tokens.square())
                 drawn.append((share, c[:1], w, x_0.detach(), part.phi))
-                if config.mar.joint_draw:
-                    figures["revealed"] = part.revealed
             if student_update >= 0 or settings.cached:
                 adam = adams["student" if student_update >= 0 else "contexts"]
                 figures["gradient_norm"] = adam.step(settings.learning_rate * factor)

@@ -32,15 +32,16 @@ def masked_count(num_tokens: int, ratio_min: float, ratio_std: float, rng: torch
 
 def masks(
     settings: TrainConfig | DistillConfig, num_tokens: int, update: int, rng: torch.Generator
-) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b h"]]:
-    """Draw every image's visible positions, and the hidden ones.
+) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b q"]]:
+    """Draw every image's visible positions, and the hidden ones that enter the loss.
 
     One ratio for the batch. It decides the shapes of tensors, so the host must know it: it has a CPU stream of its own.
     """
     host = generator(settings.seed, "mask ratio", update)
     hidden = masked_count(num_tokens, settings.mask_ratio_min, settings.mask_ratio_std, host)
     order = torch.rand(settings.batch_size, num_tokens, generator=rng, device=rng.device).argsort(dim=1)
-    return order[:, : num_tokens - hidden], order[:, num_tokens - hidden :]
+    visible = num_tokens - hidden
+    return order[:, :visible], order[:, visible : visible + settings.tokens_per_image]
 
 
 class NoiseLevels(NamedTuple):
@@ -78,8 +79,7 @@ def teacher_draws(
 ) -> TeacherDraws:
     """Draw masks, dropped classes and noise for a batch."""
     rng = generator(settings.seed, "noise", update, device=device)
-    visible, hidden = masks(settings, mar.num_tokens, update, rng)
-    targets = hidden[:, : settings.tokens_per_image]
+    visible, targets = masks(settings, mar.num_tokens, update, rng)
     drop = torch.rand(settings.batch_size, generator=rng, device=rng.device) < settings.label_drop
     return TeacherDraws(visible, targets, drop.float(), noise_levels((*targets.shape, mar.token_dim), ALL_LEVELS, rng))
 
@@ -92,27 +92,8 @@ def drawn_guidance(mar: MARConfig, images: int, rng: torch.Generator) -> Float[T
     return low * (high / low) ** torch.rand(images, generator=rng, device=rng.device)
 
 
-def drawn_together(settings: DistillConfig, mar: MARConfig, hidden: int, update: int) -> tuple[int, int]:
-    """Draw how many of the hidden tokens a student draws together, and how many of those are revealed.
-
-    Without a joint draw only targets are drawn, and none is revealed. Else any number is drawn, as with any K; in a
-    share of updates after the warm-up any number of those is revealed, but not all. The host must know both, as `masks`
-    its ratio.
-    """
-    if not mar.joint_draw:
-        return min(hidden, settings.tokens_per_image), 0
-    host = generator(settings.seed, "joint draw", update)
-    drawn = int(torch.randint(1, hidden + 1, (), generator=host))
-    reveals = bool(torch.rand((), generator=host) < settings.reveal) and drawn > 1 and update >= settings.warmup
-    return drawn, int(torch.randint(1, drawn, (), generator=host)) if reveals else 0
-
-
 class EnergyDraws(NamedTuple):
-    """The noise of the energy score's samples, for the first targets of each image.
-
-    In a joint draw each of the student's has the noise of all tokens that are drawn together (e = d), and there is one
-    less: what GSIM draws is one of the m.
-    """
+    """The noise of the energy score's samples, for the first targets of each image."""
 
     teacher: Tensor  # (T, b, e, c), or (T, n, c) of a part
     student: Tensor  # (m, b, e, c), or (m, n, c) of a part
@@ -138,8 +119,6 @@ def drawn_groups(settings: DistillConfig, mar: MARConfig, update: int, visible: 
             break
         sizes.append(count)
         shown += count
-    if mar.joint_draw:  # all targets are drawn together
-        return Groups([*sizes, visible - shown], [targets])
     together = shown + count - visible  # what is left of the next group, of which the visible tokens may hold some
     return Groups([*sizes, visible - shown], [min(together, targets - i) for i in range(0, targets, together)])
 
@@ -148,10 +127,8 @@ class GSIMDraws(NamedTuple):
     """The draws of an update of GSIM."""
 
     visible: Int[Tensor, "b v"]
-    targets: Int[Tensor, "b q"]  # that enter the loss
-    together: Int[Tensor, "b d"]  # that the student draws at once: the targets first, those that are revealed last
-    revealed: int  # of each image's, before the targets' score is matched
-    z: Tensor  # the student's noise: (b, d, c), or (n, c) of a part
+    targets: Int[Tensor, "b q"]
+    z: Tensor  # the student's noise: (b, q, c), or (n, c) of a part
     theta: NoiseLevels
     phi: list[NoiseLevels]  # of each of its steps
     guidance: Tensor | None  # w of every image (b,), or of every target (n,) of a part; None: the same for all
@@ -163,29 +140,24 @@ class GSIMDraws(NamedTuple):
         z, theta, phi = self.z[rows].flatten(0, 1), self.theta.part(rows), [levels.part(rows) for levels in self.phi]
         w = None if self.guidance is None else self.guidance[rows].repeat_interleave(self.targets.shape[1])
         energy = None if self.energy is None else self.energy.part(rows)
-        places = self.visible[rows], self.targets[rows], self.together[rows]
-        return GSIMDraws(*places, self.revealed, z, theta, phi, w, energy, self.groups)
+        return GSIMDraws(self.visible[rows], self.targets[rows], z, theta, phi, w, energy, self.groups)
 
 
 def gsim_draws(settings: DistillConfig, mar: MARConfig, update: int, device: torch.device | str = "cpu") -> GSIMDraws:
     """Draw masks, the student's noise, levels for theta's step and phi's, and w where it is drawn, for a batch."""
     rng = generator(settings.seed, "distill", update, device=device)
-    visible, hidden = masks(settings, mar.num_tokens, update, rng)
-    drawn, revealed = drawn_together(settings, mar, hidden.shape[1], update)
-    together = hidden[:, :drawn]
-    targets = together[:, : min(settings.tokens_per_image, drawn - revealed)]
+    visible, targets = masks(settings, mar.num_tokens, update, rng)
     shape = (*targets.shape, mar.token_dim)
-    z = torch.randn(*together.shape, mar.token_dim, generator=rng, device=device)
+    z = torch.randn(shape, generator=rng, device=device)
     theta = noise_levels(shape, THETA_LEVELS, rng)
     phi = [noise_levels(shape, ALL_LEVELS, rng) for _ in range(settings.auxiliary_steps)]
     w, energy = drawn_guidance(mar, settings.batch_size, rng), None
-    if settings.energy and not revealed:
-        tokens, joint = min(settings.energy_tokens, targets.shape[1]), mar.joint_draw
-        counts = (settings.energy_steps, tokens), (settings.energy_samples - joint, drawn if joint else tokens)
-        shapes = ((count, len(targets), each, mar.token_dim) for count, each in counts)
-        energy = EnergyDraws(*(torch.randn(form, generator=rng, device=device) for form in shapes))
-    groups = drawn_groups(settings, mar, update, visible.shape[1], drawn)
-    return GSIMDraws(visible, targets, together, revealed, z, theta, phi, w, energy, groups)
+    if settings.energy:
+        tokens = len(targets), min(settings.energy_tokens, targets.shape[1]), mar.token_dim
+        counts = settings.energy_steps, settings.energy_samples
+        energy = EnergyDraws(*(torch.randn(count, *tokens, generator=rng, device=device) for count in counts))
+    groups = drawn_groups(settings, mar, update, visible.shape[1], targets.shape[1])
+    return GSIMDraws(visible, targets, z, theta, phi, w, energy, groups)
 
 
 def tune_draws(

@@ -14,7 +14,7 @@ FROZEN_BACKWARD = 0.4  # of a pass of the head: to x_t alone, past the modulatio
 
 
 def image_flops(
-    model: MAR, settings: TrainConfig | DistillConfig, contexts: float, heads: float, cached: bool = False
+    model: MAR, settings: TrainConfig | DistillConfig, contexts: int, heads: float, cached: bool = False
 ) -> float:
     """Operations for an image in an update: 2 per multiply-add of matrix products and attention, recomputation apart.
 
@@ -40,15 +40,14 @@ def image_flops(
 
 def teacher_flops(model: MAR, settings: TrainConfig) -> float:
     """Operations for an image in an update of a teacher."""
-    return image_flops(model, settings, 3.0, 3.0)
+    return image_flops(model, settings, 3, 3.0)
 
 
 def gsim_flops(model: MAR, settings: DistillConfig) -> float:
     """Operations for an image in an update of GSIM: the student, the teacher under one or two conditions, and phi."""
-    conditions = 1.0 if settings.guidance == 1.0 and settings.guidance_range is None else 2.0
+    conditions = 1 if settings.guidance == 1.0 and settings.guidance_range is None else 2
     frozen = (conditions + 1) * (1 + FROZEN_BACKWARD)
     share = settings.energy_tokens / settings.tokens_per_image if settings.energy else 0.0
     drawn = share * (conditions * settings.energy_steps + 3 * settings.energy_samples)
-    again = 3 * (settings.energy_samples - 1) * (1 - settings.reveal) if settings.energy and settings.reveal else 0.0
-    student = image_flops(model, settings, 3 + again, 3.0, settings.cached)
+    student = image_flops(model, settings, 3, 3.0, settings.cached)
     return student + image_flops(model, settings, conditions, frozen + 3 * settings.auxiliary_steps + drawn)

@@ -31,8 +31,6 @@ from marval.train.draws import tune_draws
 from marval.train.keeper import Keeper
 from marval.train.low_rank import add_low_rank, merged
 
-NOISE_GAIN = 0.3  # of a joint draw's first weights: more would spoil the contexts that the student knows
-
 
 class ImagePart(NamedTuple):
     """Some images of a batch."""
@@ -97,8 +95,7 @@ def copy_networks(
     workers.parts(settings.batch_size, settings.accumulate)  # refuses a batch that cannot be split
     student = copy.deepcopy(student)
     if config.mar.joint_draw and not student.config.joint_draw:
-        student.config = config.mar
-        student.draw_jointly(generator(settings.seed, "noise in mask tokens"), NOISE_GAIN)
+        student.draw_jointly(generator(settings.seed, "noise in mask tokens"))
     student = trainable(student, settings, workers)
     ema = copy.deepcopy(student).requires_grad_(False)
     workers.place(ema)
