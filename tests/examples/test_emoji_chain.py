@@ -62,7 +62,7 @@ def test_drawings_become_a_tuned_student_of_latents_with_a_score(script, marval,
     held_out = f"{ROOT / 'examples/emoji/judge.py'}:Recognised"
     said = marval(
         "tune", "student", "--reward", "fd:efficientnet", "--held-out", held_out, "--moments-warmup", 1, *few, *probe,
-        "--out", "tuned",
+        "--joint-draw", "--iterations", 4, 2, "--gradient-iterations", 2, "--out", "tuned",
     )  # fmt: skip
     assert "tuned/model: 3 of 3 updates done" in said.out
     assert {"fd", "held_out", "fd:efficientnet"} <= log_of(tmp_path / "tuned")[-1].keys()
