@@ -1,4 +1,4 @@
-"""The tools that make models, pictures and figures for the documents: averages, animations, curves, gaps of tokens."""
+"""The tools that make models, pictures and figures for the documents: averages, animations, panels, curves, gaps."""
 
 import dataclasses
 import itertools
@@ -11,10 +11,12 @@ from PIL import Image, ImageSequence
 import animate
 import average
 import curves
+import side_by_side
 import token_gap
 from marval.config import OneStep
 from marval.evaluate.results import read_results, write_results
 from marval.io.checkpoint import load_model, save_model
+from marval.io.images import grid
 from marval.pipeline import Pipeline
 from small import randn
 from tiny import tiny_config, tiny_data, tiny_model
@@ -55,6 +57,25 @@ def test_the_animation_has_a_frame_for_each_iteration(tmp_path):
     frames = [np.asarray(frame.convert("L")) for frame in ImageSequence.Iterator(Image.open(tmp_path / "a.gif"))]
     assert len(frames) == 5
     assert all((a != b).any() for a, b in itertools.pairwise(frames))
+
+
+def test_panels_side_by_side_show_the_same_classes(tmp_path, monkeypatch):
+    data, model, out = tiny_data(), tmp_path / "tiny", tmp_path / "side-by-side.png"
+    monkeypatch.setattr(side_by_side, "load_images", lambda spec: {"folder:x": data}[spec])
+    real = side_by_side.real_images(data, torch.tensor([3, 1]), seed=0)
+    of = [next(i for i, other in enumerate(data.images) if torch.equal(image * 255, other.float())) for image in real]
+    assert len(set(of)) == 4
+    assert data.labels[of].tolist() == [0, 0, 0, 1]
+    save_model(model, tiny_model(), tiny_config())
+    side_by_side.main((str(model),), data="folder:x", side=2, seed=5, out=out)
+    tiny = Pipeline(tiny_model(), tiny_config())
+    left = grid(side_by_side.real_images(data, torch.tensor([2, 2]), 5).split(2), title="real images", scale=2)
+    drawn, title = tiny.sample([0, 0, 1, 1], seed=5), f"tiny, K = {tiny.default_iterations}"
+    right = grid(drawn.split(2), title=title, scale=2)
+    picture = Image.open(out)
+    assert picture.size == (left.width + 16 + right.width, left.height)
+    assert picture.crop((0, 0, *left.size)).tobytes() == left.tobytes()
+    assert picture.crop((left.width + 16, 0, *picture.size)).tobytes() == right.tobytes()
 
 
 def test_the_gap_of_tokens_is_0_for_the_teacher_itself_and_tells_a_shift_from_a_spread():
