@@ -29,8 +29,8 @@ format: .venv/installed-dev
 	$(BIN)/ruff format src tests tools examples
 	$(BIN)/ruff check --fix src tests tools examples
 
-tables: .venv/installed  ## fill the tables of docs/ from results/
-	$(BIN)/python tools/tables.py docs/results.md docs/full-size.md
+tables: .venv/installed  ## fill the tables of README and docs/ from results/
+	$(BIN)/python tools/tables.py README.md docs/results.md docs/full-size.md
 
 docs: .venv/installed-docs  ## the documentation as a site in build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

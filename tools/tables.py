@@ -1,8 +1,8 @@
 """Fill the marked tables of Markdown files from results files, with the commands that made them.
 
-    python tools/tables.py docs/results.md docs/full-size.md
+    python tools/tables.py README.md docs/results.md docs/full-size.md
 
-A table stands between `<!-- table: KIND results/FILE.json -->` and `<!-- end -->`; kinds are those of `TABLES`.
+A table stands between `<!-- table: KIND results/FILE.json ... -->` and `<!-- end -->`; kinds are those of `TABLES`.
 """
 
 import re
@@ -10,13 +10,19 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from marval.evaluate.report import lines_of, notes_of, quality_table
-from marval.evaluate.results import Results, Row, Setting, by_setting, on_one_machine, read_results
+from marval.evaluate.report import lines_of, title_of
+from marval.evaluate.results import Results, Row, Setting, on_one_machine, read_results
 from marval.io.files import write_text
 
-MARK = re.compile(r"<!-- table: (\S+) (\S+) -->(.*?)<!-- end -->", re.DOTALL)
+MARK = re.compile(r"<!-- table: (\S+) ([^>]+) -->.*?<!-- end -->", re.DOTALL)
+FIGURES = {  # of the first space of features: title and format
+    "efficientnet_recall": ("recall", ".2f"),
+    "diversity": ("diversity", ".1f"),
+    "accuracy": ("held-out accuracy", ".3f"),
+    "gflops_per_image": ("GFLOP / image", ".1f"),
+}
+BRIEF_K = 4, 16
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -24,76 +30,57 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
 
 
-def recorded(file: Path) -> Results:
-    """Return the rows of a results file, where what the former bench timed, tokens alone, is timing as well."""
-    results = read_results(file)
-    tokens = [{"decoded": False, **row} for row in results.pop("bench", [])]
-    timing = [{"decoded": True, **row} for row in results.get("timing", [])] + tokens
-    return {**results, "timing": timing} if timing else results
+def recorded(*files: Path) -> Results:
+    """Return the rows of results files, where what the former bench timed is timing as well."""
+    results: Results = {}
+    for file in files:
+        for part, rows in read_results(file).items():
+            results.setdefault("timing" if part == "bench" else part, []).extend(rows)
+    return results
 
 
-def quality(results: Results) -> str:
-    """Return quality by model and K, times where they were measured with it, and what the figures mean."""
-    rows, times = results["quality"], [row for row in results.get("timing", []) if row["decoded"]]
-    header, lines = quality_table(rows)
-    notes = notes_of(rows)
-    if any("diversity" in row and row.get("metrics", 1) < 2 for row in rows):
-        notes.append("diversity by metrics 1 is of the first 200 images of a class; today's metrics are 2.")
-    if times:
-        precisions = " or ".join(sorted({Setting.of(row).precision for row in rows}))
-        notes.append(
-            f"The images of the figures were drawn in {precisions}; times of another precision are marked. Times "
-            "include decoding."
-        )
-    for batch in sorted({row["batch"] for row in times}):
-        header.append(f"ms / image, batch {batch}")
-        for line, group in zip(lines, lines_of(rows), strict=True):
-            line.append(milliseconds(times, group[0], batch))
-    return "\n\n".join([markdown(header, lines), " ".join(notes)]).rstrip()
+def models(results: Results, figures: Sequence[str] = tuple(FIGURES)) -> str:
+    """Return Fréchet distances in every space of features, other figures in the first one, and times, by model and K.
 
-
-def milliseconds(times: Sequence[Row], row: Row, batch: int) -> str:
-    """Format the time of a row's setting in the precision of its images; another precision is marked."""
-    wanted = Setting.of(row)
-    here = [time for time in times if time["batch"] == batch and str(Setting.of(time)) == str(wanted)]
-    if not here:
-        return ""
-    time = min(here, key=lambda time: Setting.of(time).precision != wanted.precision)
-    precision = Setting.of(time).precision
-    return f"{time['seconds_per_image'] * 1000:.2f}" + (f" ({precision})" if precision != wanted.precision else "")
-
-
-def speed(results: Results) -> str:
-    """Return each model's Fréchet distance over the teacher's at the same K, and its speed-ups.
-
-    Only distances of equal numbers of images in one precision, and times of one machine in one precision, make ratios.
-    A teacher counts as it was measured first, where it was measured at several T and w.
+    Beside a time stands how many times as fast that is as the first line's model, a teacher where there is one.
     """
-    rows, timing = results["quality"], on_one_machine(results.get("timing", []))
-    teacher, first = lines_of(rows)[0][0]["model"], {row["model"]: Setting.of(row).curve for row in reversed(rows)}
-    fd: dict[tuple[Any, ...], float] = {}
-    for group in by_setting(row for row in rows if Setting.of(row).curve == first[row["model"]] and "fd" in row):
-        key = (*(group[0].get(name) for name in ("model", "iterations", "samples")), Setting.of(group[0]).precision)
-        fd.setdefault(key, statistics.mean(row["fd"] for row in group))
-    usual = statistics.mode([Setting.of(row).precision for row in timing] or [""])
+    spaces: dict[str, list[Row]] = {}
+    for row in results["quality"]:
+        spaces.setdefault(title_of("fd", [row]).partition(" (")[0], []).append(row)
     seconds = {
-        (row["model"], row["iterations"], row["batch"]): row["seconds_per_image"]
-        for row in timing
-        if Setting.of(row).curve == first.get(row["model"]) and Setting.of(row).precision == usual
+        (str(Setting.of(row)), row["batch"]): row["seconds_per_image"]
+        for row in on_one_machine(results.get("timing", []))
     }
-    batches = sorted({batch for _, _, batch in seconds})
+    batches = sorted({batch for _, batch in seconds})
+    groups = lines_of(next(iter(spaces.values())))
 
-    def speed_up(model: str, k: int, batch: int) -> str:
-        slow, fast = seconds.get((teacher, k, batch)), seconds.get((model, k, batch))
-        return f"{slow / fast:.0f}x" if slow and fast else ""
+    def time(rows: list[Row], batch: int) -> str:
+        slow, fast = (seconds.get((str(Setting.of(some[0])), batch)) for some in (groups[0], rows))
+        ratio = f" ({slow / fast:.0f}x)" if slow and fast and rows is not groups[0] else ""
+        return f"{1000 * fast:.3g}{ratio}" if fast else ""
 
-    header = ["model", "K", "samples", f"FD / {teacher}'s", *(f"speed-up, batch {batch}" for batch in batches)]
-    lines = [
-        [model, str(k), str(samples), f"{value / fd[same]:.3f}", *(speed_up(model, k, batch) for batch in batches)]
-        for (model, k, samples, precision), value in fd.items()
-        if model != teacher and (same := (teacher, k, samples, precision)) in fd
-    ]
+    header = ["model", "K", *spaces, *(FIGURES[name][0] for name in figures)]
+    header += [f"ms / image, batch {batch}" for batch in batches]
+    lines = []
+    for rows in groups:
+        alike = [[row for row in space if Setting.of(row) == Setting.of(rows[0])] for space in spaces.values()]
+        cells = [rows[0]["model"], str(rows[0]["iterations"]), *(mean(some, "fd", ".3g") for some in alike)]
+        cells += [mean(rows, name, FIGURES[name][1]) for name in figures]
+        lines.append(cells + [time(rows, batch) for batch in batches])
     return markdown(header, lines)
+
+
+def mean(rows: Sequence[Row], name: str, form: str) -> str:
+    """Format a figure's mean over the rows that have it."""
+    values = [row[name] for row in rows if name in row]
+    return format(statistics.mean(values), form) if values else ""
+
+
+def brief(results: Results) -> str:
+    """Return of `models` the distances and the times at batch 1, at two K."""
+    kept = {part: [row for row in rows if row["iterations"] in BRIEF_K] for part, rows in results.items()}
+    kept["timing"] = [row for row in kept.get("timing", []) if row["batch"] == 1]
+    return models(kept, figures=())
 
 
 def bench(results: Results) -> str:
@@ -114,27 +101,6 @@ def bench(results: Results) -> str:
             ratios = [f"{same[0][name] / row[name]:.1f}x" for name in ("seconds_per_image", "gflops_per_image")]
         lines.append(cells + ratios)
     return markdown(header, lines)
-
-
-def rewards(results: Results) -> str:
-    """Return mean rewards over class-name prompts, over all images of a model at one K."""
-    groups = by_setting(results["rewards"])
-    names = list(dict.fromkeys(name for rows in groups for row in rows for name in row["rewards"]))
-
-    def cell(rows: list[Row], name: str) -> str:
-        parts = [row["rewards"][name] for row in rows if name in row["rewards"]]
-        if not parts:
-            return ""
-        error = sum(part["standard_error"] ** 2 for part in parts) ** 0.5 / len(parts)
-        return f"{statistics.mean(part['mean'] for part in parts):.4f} ± {error:.4f}"
-
-    lines = []
-    for rows in groups:
-        images, seeds = (str(sum(row[name] for row in rows)) for name in ("samples", "seeds"))
-        cells = [rows[0]["model"], str(rows[0]["iterations"]), images, str(rows[0]["prompts"]), seeds]
-        lines.append(cells + [cell(rows, name) for name in names])
-    table = markdown(["model", "K", "images", "prompts", "seeds", *names], lines)
-    return f"{table}\n\n± is one standard error of the mean, over the images."
 
 
 def plan(results: Results) -> str:
@@ -162,10 +128,9 @@ def plan(results: Results) -> str:
 
 
 TABLES: dict[str, tuple[Callable[[Results], str], tuple[str, ...]]] = {  # and the parts that each is made of
-    "quality": (quality, ("quality", "timing")),
-    "speed": (speed, ("quality", "timing")),
+    "models": (models, ("quality", "timing")),
+    "brief": (brief, ()),  # its commands stand beside the other one
     "bench": (bench, ("timing",)),
-    "rewards": (rewards, ("rewards",)),
     "plan": (plan, ("plan",)),
 }
 
@@ -174,11 +139,10 @@ def made_by(results: Results, parts: tuple[str, ...]) -> str:
     """Return the commands that made the rows of some parts, and at which commit."""
     lines = [
         f"- {part}: `{row['made']['command']}` at commit {row['made']['commit'][:7]}"
-        for part, rows in results.items()
-        for row in rows
-        if part in parts
+        for part in parts
+        for row in results.get(part, [])
     ]
-    return "\n".join(["Made by", "", *dict.fromkeys(lines)])
+    return "\n".join(["\n\nMade by", "", *dict.fromkeys(lines)]) if lines else ""
 
 
 def fill(text: str, root: Path) -> str:
@@ -189,13 +153,14 @@ def fill(text: str, root: Path) -> str:
     """
 
     def filled(match: re.Match[str]) -> str:
-        kind, name = match[1], match[2]
+        kind, names = match[1], match[2].split()
         if kind not in TABLES:
             raise ValueError(f"unknown table {kind}: expected one of {', '.join(TABLES)}")
-        if not (root / name).is_file():
-            raise ValueError(f"{name} is not there: make it with --out {name}")
-        (table, parts), results = TABLES[kind], recorded(root / name)
-        return f"<!-- table: {kind} {name} -->\n{table(results)}\n\n{made_by(results, parts)}\n<!-- end -->"
+        for name in names:
+            if not (root / name).is_file():
+                raise ValueError(f"{name} is not there: make it with --out {name}")
+        (table, parts), results = TABLES[kind], recorded(*(root / name for name in names))
+        return f"<!-- table: {kind} {match[2]} -->\n{table(results)}{made_by(results, parts)}\n<!-- end -->"
 
     return MARK.sub(filled, text)
 

@@ -9,7 +9,7 @@ import scipy.stats
 from marval.cli import main
 from marval.evaluate.compare import compare
 from marval.evaluate.features import METRICS
-from marval.evaluate.results import merge_results, read_results, write_results
+from marval.evaluate.results import merge_results, read_results, standard_error, write_results
 from result_rows import quality, teacher, timed, write
 
 
@@ -179,3 +179,8 @@ def test_compare_refuses_what_does_not_compare(tmp_path):
         compare(first, write(tmp_path / "k.json", [quality(k=3)]))
     with pytest.raises(ValueError, match=r"nowhere\.json is not there"):
         compare(first, tmp_path / "nowhere.json")
+
+
+def test_the_one_meaning_of_plus_minus_is_the_standard_error_of_the_mean():
+    values = [3.0, 4.0, 8.0]
+    assert standard_error(values) == (5.0, pytest.approx(scipy.stats.sem(values)))
