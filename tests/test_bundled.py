@@ -1,6 +1,7 @@
 """The models that ship with the package: small, documented, and good at what their cards say."""
 
 import json
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -27,17 +28,20 @@ def test_a_bundled_model_is_small_documented_and_loads(name):
     draw = pipeline.config.draw
     assert isinstance(draw, Chain if name == "fashion-teacher" else OneStep)
     if isinstance(draw, OneStep):
-        assert (draw.guidance, draw.guidance_schedule) == (1.6, "linear")  # the mean of 1.5, 1.8 and 1.5: see the card
+        assert "guidance" in pipeline.config.dials
+        assert pipeline.config.mar.joint_draw
+    assert not re.search(r"(^|[\s=:])[/~]", pipeline.config.source)  # commands that anybody can type: no absolute path
     assert (ASSETS / name / "model.safetensors").stat().st_size <= 10e6
     assert (ROOT / "model_cards" / f"{name}.md").is_file()
-    steps = [json.loads(line)["step"] for line in (ASSETS / name / "log.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps)
-    assert len(steps) >= 5  # a tuning run may stop early
+    logged = [json.loads(line) for line in (ASSETS / name / "log.jsonl").read_text().splitlines()]
+    updates = [line.get("update", line.get("step")) for line in logged]  # "step": of older runs
+    assert updates == sorted(updates)
+    assert len(updates) >= 5  # a tuning run may stop early
 
 
 @pytest.mark.parametrize(
     ("name", "count", "accuracy"),
-    [("fashion-student", 200, 0.85), ("fashion-tuned", 200, 0.85), ("fashion-teacher", 20, 0.75)],
+    [("fashion-student", 200, 0.95), ("fashion-tuned", 200, 0.95), ("fashion-teacher", 40, 0.85)],
 )
 def test_the_held_out_judge_recognises_what_models_draw(name, count, accuracy):
     model = marval.load(name)

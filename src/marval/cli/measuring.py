@@ -174,7 +174,7 @@ def show(models: "Models", measured: Measured, sampling: Sampling, results: Resu
 def compare(first: Path, second: Path) -> None:
     """Say what differs between two results files by more than chance makes.
 
-    marval compare results/fashion-sweep.json results/mine.json
+    marval compare results/before.json results/mine.json
     marval compare student.json tuned.json
 
     Where each file holds one model (of a teacher at one T and w), they are compared whoever they are: a teacher and a
