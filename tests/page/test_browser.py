@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import marval as package
+from marval.cli.arguments import BUNDLED
 from marval.io.images import to_pil
 from marval.recipe import find_pipelines, read_recipe, redraw
 from serving import finish, shoot, slide
@@ -52,6 +53,9 @@ def test_generate_shows_the_iterations_as_they_come(visitor, width, scheme, tmp_
     assert shown.locator(".panel").count() == 3
     assert shown.locator(".pictures img").count() == 6
     assert shown.locator(".strip canvas").count() == 18
+    own = [package.load(name).config.draw.guidance for name in BUNDLED]  # the slider was not moved
+    notes = zip(shown.locator(".panel header p").all_inner_texts(), own, strict=True)
+    assert all(f" · w = {w:g} · " in note for note, w in notes)
     speeds = shown.locator(".speed").all_inner_texts()
     assert [int(told.split("×")[0]) > 2 for told in speeds] == [True, True]
     picture = shown.locator(".picture img").first
@@ -172,14 +176,14 @@ def test_what_is_drawn_is_what_the_visitor_chose_and_keys_are_enough(visitor, tm
     page.locator("#generate").get_by_label("fashion-tuned").uncheck()
     page.locator("#generate").get_by_label("sneaker").uncheck()
     page.get_by_text("Guidance and order").click()
-    slide(page, "generate", "Guidance w (some students have it baked in)", 2)
+    slide(page, "generate", "Guidance w (each model's own until you move it)", 2)
     page.get_by_label("Unmasking order").select_option("raster")
     page.locator("#generate .primary").focus()
     page.keyboard.press("Enter")
     finish(page, "generate", "Done. Time of a picture")
     shown = shown_in(page, "generate")
     notes = shown.locator(".panel header p").all_inner_texts()
-    assert notes == ["K = 7 · 100 steps · w = 2 · raster", "K = 7 · one call per iteration · raster"]
+    assert notes == ["K = 7 · 100 steps · w = 2 · raster", "K = 7 · one call per iteration · w = 2 · raster"]
     assert shown.locator(".picture figcaption span").first.inner_text() == "bag · seed 5"
     for i, name in enumerate(("fashion-teacher", "fashion-student")):
         strip = shown.locator(".strip").nth(i).locator("canvas").all()
@@ -190,7 +194,7 @@ def test_what_is_drawn_is_what_the_visitor_chose_and_keys_are_enough(visitor, tm
         assert all(tokens[: tokens.sum()].all() for tokens in drawn)  # row by row from the first token
         recipe, _ = save(page, shown.get_by_role("link", name="Save").nth(i), tmp_path / f"{name}.png")
         assert (recipe.model, recipe.class_name, recipe.seed, recipe.iterations) == (name, "bag", 5, 7)
-        assert (recipe.order, recipe.guidance) == ("raster", 2.0 if name == "fashion-teacher" else None)
+        assert (recipe.order, recipe.guidance) == ("raster", 2.0)
     given = package.load("fashion-teacher").with_draw(guidance=2.0)
     expected = to_pil(given.sample(["bag"], seed=5, iterations=7, order="raster")[0])
     assert Image.open(tmp_path / "fashion-teacher.png").tobytes() == expected.tobytes()

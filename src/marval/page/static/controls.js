@@ -21,10 +21,10 @@ export const models = Object.fromEntries(about.models.map((one, i) => [one.name,
 export const isTeacher = (name) => models[name].diffusion_steps !== null;
 export const guided = (name) => models[name].guidance !== null;
 
-// The nearest w that a model can draw with; null where it has its own baked in.
+// The w that a model draws with: its own where none is chosen, else the nearest that it can; null where it is baked in.
 export function within(name, w) {
   const [low, high] = models[name].guidance_range ?? [0, Infinity];
-  return guided(name) ? Math.min(Math.max(w, low), high) : null;
+  return guided(name) && w !== null ? Math.min(Math.max(w, low), high) : models[name].guidance;
 }
 
 // The chosen options first.
@@ -57,6 +57,7 @@ function asking(name, text, known, styles, chosen, style, many) {
 function slider(label, name, min, max, value, step = 1) {
   const range = h("input", { type: "range", name, min, max, step, value, "aria-label": label });
   const number = h("input", { type: "number", min, max, step, value, "aria-label": `${label}, as a number` });
+  for (const input of [range, number]) input.addEventListener("input", () => (range.dataset.moved = true));
   range.addEventListener("input", () => (number.value = range.value));
   number.addEventListener("input", () => (range.value = number.value));
   number.addEventListener("change", () => (number.value = range.value)); // what is out of range is brought back
@@ -79,7 +80,7 @@ export function field(kind, { name = kind, label, value }) {
     case "count": return slider(label ?? "Pictures of each model", name, 1, 8, value ?? 4);
     case "keep": return slider("Share of tokens to keep", name, 0, 1, 0.5, 0.05);
     case "order": return choice("Unmasking order", name, [OWN_ORDER, ...about.orders], []);
-    case "guidance": return slider("Guidance w (some students have it baked in)", name, 0, 10, own, 0.1);
+    case "guidance": return slider("Guidance w (each model's own until you move it)", name, 0, 10, own, 0.1);
     case "columns": return checks("Iterations K", name, counts, [1, 2, 4, 8, 16]);
   }
 }
@@ -88,6 +89,7 @@ export function field(kind, { name = kind, label, value }) {
 export function read(form) {
   const data = new FormData(form), values = Object.fromEntries(data);
   for (const input of $$("input[type=range]", form)) values[input.name] = Number(input.value);
+  if ("guidance" in values && !$("[name=guidance]", form).dataset.moved) values.guidance = null;
   for (const name of ["models", "classes", "columns"]) values[name] = data.getAll(name);
   return values;
 }
