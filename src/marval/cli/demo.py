@@ -32,8 +32,8 @@ from marval.train.distill import distill
 SAMPLES = 100  # images that each model is scored on
 REPEATS = 3  # of every timing, after one that warms up
 DRAWN = (  # model, K
-    ("fashion-teacher", 16), ("fashion-student", 4), ("fashion-student", 6), ("fashion-student", 16),
-    ("fashion-tuned", 6),
+    ("fashion-teacher", 16), ("fashion-student", 2), ("fashion-student", 4), ("fashion-student", 8),
+    ("fashion-tuned", 4),
 )  # fmt: skip
 LIVE = DistillConfig(
     updates=130, warmup=30, ema_decay=0.95, learning_rate=6e-5, auxiliary_learning_rate=4e-4,
