@@ -37,13 +37,14 @@ def unmasking(
     Raises:
         ValueError: as `Pipeline.sample`.
     """
-    token_grid, times, shown = pipeline.config.mar.token_grid, [0.0], []
+    token_grid, shown = pipeline.config.mar.token_grid, []
 
     def keep(k: int, images: Tensor, drawn: Tensor) -> None:
         shown.append(hidden_tokens_grey(images, drawn, token_grid))
 
-    final = pipeline.sample(classes, seed=seed, iterations=iterations, on_iteration=keep)  # warms up, too
-    began = time.perf_counter()
+    final = pipeline.sample(classes, seed=seed, iterations=iterations, on_iteration=keep)
+    pipeline.sample(classes[:1], seed=seed, iterations=iterations)  # warms up
+    times, began = [0.0], time.perf_counter()
     pipeline.sample(
         classes[:1], seed=seed, iterations=iterations,
         on_iteration=lambda *_: times.append(time.perf_counter() - began),
