@@ -95,7 +95,7 @@ class FrechetReward:
         self, name: str, network: Any, real: RealMoments, decay: float, identity: str = "",
         device: torch.device | str = "cpu", turns: int = 1,
     ):  # fmt: skip
-        self.name, self.network, self.turn = name, network, 0
+        self.name, self.network = name, network
         self.moments = RunningMoments(real, decay, device, turns)
         self.sha256 = hashlib.sha256(identity.encode()).hexdigest()
         self.seen: list[tuple[Tensor, Tensor]] = []  # this process's images of the batch, and their features
@@ -118,10 +118,11 @@ class FrechetReward:
         with torch.no_grad():
             counted = [*self.seen, *workers.together(self.features_of, others)]
         self.moments.add(workers.gather(torch.cat([features.detach() for _, features in counted])), turn)
-        drawn, self.turn = self.moments.now(turn), turn
+        drawn = self.moments.now(turn)
         at = frechet_distance(drawn, self.moments.variances)
         if starting or not self.moments.start[turn]:
             self.moments.start[turn] = at.distance
+        self.start = self.moments.start[turn]
         device = self.moments.directions.device
         self.drawn = Moments(*(moment.to(device) for moment in drawn))
         self.at = FrechetDistance(at.distance.to(device), Moments(*(slope.to(device) for slope in at.slopes)))
@@ -144,9 +145,7 @@ class FrechetReward:
         features = next((features for seen, features in self.seen if seen is images), None)
         if features is None:
             raise ValueError(f"reward fd:{self.name}: it is of a whole batch, which observe() must have seen")
-        return -(
-            frechet_first_order(features, self.drawn, self.at) / self.moments.start[self.turn].to(features)
-        ).float()
+        return -(frechet_first_order(features, self.drawn, self.at) / self.start.to(features)).float()
 
 
 def recomputed(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -88,13 +88,13 @@ def trainable(student: MAR, settings: TuneConfig, workers: Workers) -> MAR:
 
 
 def copy_networks(
-    student: MAR, config: ModelConfig, settings: TuneConfig, workers: Workers, anchored: AnchorLoss | None,
+    student: MAR, settings: TuneConfig, workers: Workers, anchored: AnchorLoss | None,
     distances: Mapping[str, FrechetReward],
 ) -> tuple[MAR, MAR, dict[str, nn.Module], dict[str, Optimizer]]:  # fmt: skip
     """Copy a student that learns and its average; all networks and optimizers that a resumed run needs, by name."""
     workers.parts(settings.batch_size, settings.accumulate)  # refuses a batch that cannot be split
     student = copy.deepcopy(student)
-    if config.mar.joint_draw and not student.config.joint_draw:
+    if settings.joint_draw and not student.config.joint_draw:
         student.draw_jointly(generator(settings.seed, "noise in mask tokens"))
     student = trainable(student, settings, workers)
     ema = copy.deepcopy(student).requires_grad_(False)
@@ -172,7 +172,7 @@ def tune(
     workers, device = run.workers, run.workers.device
     space, draw = token_space(config.space, device), draw_function(config, device)
     anchored = None if anchor is None else AnchorLoss(anchor, student_config, space, workers, settings.anchor_to)
-    student, ema, networks, adams = copy_networks(student, config, settings, workers, anchored, distances)
+    student, ema, networks, adams = copy_networks(student, settings, workers, anchored, distances)
     state = State(run, origin, networks, adams)
     start, watched = state.load()
     keeper = Keeper(settings, by_distance=alone, **watched)
