@@ -122,7 +122,8 @@ def alike(sentence: str, known: Sequence[str], count: int = 3) -> list[str]:
         words = plain_sentence(name).split()
         return sum(len(word) for word in words if word in text.split()) / sum(map(len, words))
 
-    common = [name for name in sorted(known, key=share, reverse=True) if share(name) >= 0.25]
+    shares = {name: share(name) for name in known}
+    common = [name for name in sorted(shares, key=shares.__getitem__, reverse=True) if shares[name] >= 0.25]
     return [*dict.fromkeys([*common, *difflib.get_close_matches(text, known, n=count, cutoff=0.4)])][:count]
 
 

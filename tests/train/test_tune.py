@@ -130,6 +130,7 @@ def test_a_distance_falls_after_the_moments_are_gathered(tmp_path):
     )
     log = {line["update"]: line for line in log_of(tmp_path / "in turn")}
     assert all(log[last]["fd:pixels"] < 0.8 * log[first]["fd:pixels"] for first, last in ((5, 23), (6, 24)))
+    assert [log[update]["iterations"] for update in (1, 2, 3)] == [4, 1, 4]
     with pytest.raises(ValueError, match="--updates 4: expected more than the 4 of --moments-warmup"):
         run_distance(tmp_path / "never", updates=4, moments_warmup=4)
 

@@ -114,7 +114,7 @@ def copy_networks(
 
 def drawn_parts(
     student: MAR, draw: DrawTokens, space: TokenSpace, settings: TuneConfig, config: ModelConfig, update: int,
-    workers: Workers, distances: bool, batch: int = 0,
+    iterations: int, workers: Workers, distances: bool, batch: int = 0,
 ) -> Iterable[ImagePart]:  # fmt: skip
     """Draw this process's parts of a batch, one by one.
 
@@ -128,8 +128,8 @@ def drawn_parts(
     for rows in workers.parts(settings.batch_size, settings.accumulate):
         tokens = sample(
             student, draw, student.embed(labels[rows].to(workers.device)),
-            iterations=settings.iterations[settings.turn(update)], gradient_iterations=settings.gradient_iterations,
-            orders=config.order, seeds=seeds[rows], noise=noise[:, rows], guidance=None if w is None else w[rows],
+            iterations=iterations, gradient_iterations=settings.gradient_iterations, orders=config.order,
+            seeds=seeds[rows], noise=noise[:, rows], guidance=None if w is None else w[rows],
             autocast=settings.autocast,
         )  # fmt: skip
         yield ImagePart(workers.share(rows, settings.batch_size), labels[rows].tolist(), decode(tokens))
@@ -189,13 +189,17 @@ def tune(
         student_update = update - warmup  # below 0 only phi learns, and moments are gathered
         with fast_products(device):
             figures = Figures() if anchored is None else anchored.step(student, update, settings.anchor, student_update)
-            how = (student, draw, space, settings, config, update, workers, bool(distances))
+            turn = settings.turn(update)
+            iterations = settings.iterations[turn]
+            if len(settings.iterations) > 1:
+                figures["iterations"] = float(iterations)
+            how = (student, draw, space, settings, config, update, iterations, workers, bool(distances))
             parts: Iterable[ImagePart] = drawn_parts(*how)
             if distances:
                 others = itertools.chain.from_iterable(
                     drawn_parts(*how, i + 1) for i in range(settings.moments_batches)
                 )
-                parts = observed(parts, others, distances, workers, settings.turn(update), student_update, figures)
+                parts = observed(parts, others, distances, workers, turn, student_update, figures)
             if student_update >= 0:
                 for share, labels, images in parts:
                     loss, rewards = workers.together(policy_loss, reward, images, [asked[label] for label in labels])
