@@ -204,6 +204,17 @@ def test_two_processes_evaluate_as_one_and_say_what_made_the_row(workspace):
     assert len(rows[0]["sha256"]) == len(rows[0]["data_sha256"]) == 64
 
 
+def test_every_temperature_has_rows_images_and_a_column_of_its_own(workspace, run):
+    code, out, error = run(*measuring("--temperature", 0.5, 1, "--keep-images", "kept"))
+    assert code == 0, error
+    names = {"student-K2-temperature0.5-seed0-8", "student-K2-seed0-8"}
+    assert {folder.name for folder in (workspace / "kept").iterdir()} == names
+    cold, own = read_results(workspace / "results/evaluate.json")["quality"]
+    assert (cold["draw"]["temperature"], own["draw"]["temperature"]) == (0.5, 1.0)
+    assert cold["fd"] != own["fd"]
+    assert "temperature" in out
+
+
 def test_kept_images_serve_rows_that_are_measured_already_and_rewards(workspace, run):
     arguments = measuring("--iterations", 2, 2, samples=6)
     for more in ((), ("--keep-images", "kept", "--npz")):

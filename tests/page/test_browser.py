@@ -175,15 +175,17 @@ def test_what_is_drawn_is_what_the_visitor_chose_and_keys_are_enough(visitor, tm
     slide(page, "generate", "Iterations K", 7)
     page.locator("#generate").get_by_label("fashion-tuned").uncheck()
     page.locator("#generate").get_by_label("sneaker").uncheck()
-    page.get_by_text("Guidance and order").click()
+    page.get_by_text("Guidance, temperature and order").click()
     slide(page, "generate", "Guidance w (each model's own until you move it)", 2)
+    slide(page, "generate", "Temperature (lower: more typical pictures)", 0.5)
     page.get_by_label("Unmasking order").select_option("raster")
     page.locator("#generate .primary").focus()
     page.keyboard.press("Enter")
     finish(page, "generate", "Done. Time of a picture")
     shown = shown_in(page, "generate")
     notes = shown.locator(".panel header p").all_inner_texts()
-    assert notes == ["K = 7 · 100 steps · w = 2 · raster", "K = 7 · one call per iteration · w = 2 · raster"]
+    inner = ("100 steps", "one call per iteration")
+    assert notes == [f"K = 7 · {calls} · w = 2 · temperature 0.5 · raster" for calls in inner]
     assert shown.locator(".picture figcaption span").first.inner_text() == "bag · seed 5"
     for i, name in enumerate(("fashion-teacher", "fashion-student")):
         strip = shown.locator(".strip").nth(i).locator("canvas").all()
@@ -194,8 +196,8 @@ def test_what_is_drawn_is_what_the_visitor_chose_and_keys_are_enough(visitor, tm
         assert all(tokens[: tokens.sum()].all() for tokens in drawn)  # row by row from the first token
         recipe, _ = save(page, shown.get_by_role("link", name="Save").nth(i), tmp_path / f"{name}.png")
         assert (recipe.model, recipe.class_name, recipe.seed, recipe.iterations) == (name, "bag", 5, 7)
-        assert (recipe.order, recipe.guidance) == ("raster", 2.0)
-    given = package.load("fashion-teacher").with_draw(guidance=2.0)
+        assert (recipe.order, recipe.guidance, recipe.temperature) == ("raster", 2.0, 0.5)
+    given = package.load("fashion-teacher").with_draw(guidance=2.0, temperature=0.5)
     expected = to_pil(given.sample(["bag"], seed=5, iterations=7, order="raster")[0])
     assert Image.open(tmp_path / "fashion-teacher.png").tobytes() == expected.tobytes()
 
@@ -256,7 +258,7 @@ def test_every_tab_can_be_read_and_named(visitor, width, scheme):
     page = visitor(width, scheme)
     slide(page, "generate", "Pictures of each model", 1)
     slide(page, "generate", "Iterations K", 2)
-    page.get_by_text("Guidance and order").click()
+    page.get_by_text("Guidance, temperature and order").click()
     page.click("#generate .primary")
     finish(page, "generate", "Done. Time of a picture")
     shown_in(page, "generate").get_by_role("button", name="Edit").nth(1).click()

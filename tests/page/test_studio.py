@@ -146,6 +146,7 @@ REFUSED = [
     ({"seed": True}, "0 to 999999"),
     ({"iterations": 17}, "17 iterations for 16 tokens"),
     ({"guidance": float("inf")}, "guidance"),
+    ({"temperature": -1.0}, "temperature -1"),
     ({"order": "spiral"}, "spiral"),
     ({"reward": "os:getcwd"}, "unexpected keyword argument 'reward'"),
     ({"redrawn": [1]}, "draw or upload a picture first"),

@@ -36,7 +36,7 @@ class Sampling(Checked):
     iterations: tuple[int, ...] = ()  # the numbers K of AR iterations
     diffusion_steps: tuple[int, ...] = ()  # T of the teachers' chains, one or several
     guidance: tuple[float, ...] = ()  # w of teachers, and of students that take it, one or several; 1 is none
-    temperature: float | None = None  # scales the noise of teachers' chains, and that students start from
+    temperature: tuple[float, ...] = ()  # of teachers' chains' noise, and of what students start from, one or several
     order: Order | None = None  # in which tokens are drawn
     dtype: Dtype = "float32"  # of the weights
     compile: bool = False  # compile the networks' blocks: on a GPU, for many pictures

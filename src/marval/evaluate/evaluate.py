@@ -21,7 +21,7 @@ from marval.evaluate.draw import (
 from marval.evaluate.features import FEWEST, METRICS
 from marval.evaluate.judge import Columns, Judge, RewardJudge
 from marval.evaluate.models import Models, runs_of
-from marval.evaluate.results import Row, Setting, check_rows, figures_of, merge_results, read_results
+from marval.evaluate.results import Row, Setting, check_rows, dials_of, figures_of, merge_results, read_results
 from marval.evaluate.speed import flops_per_image
 from marval.io.files import check_output
 from marval.pipeline import Pipeline
@@ -54,11 +54,7 @@ def drawings_of(models: Models, settings: Quality) -> list[Drawing]:
         for seed in dict.fromkeys(settings.seeds):
             folder, k = None, run["iterations"]
             if settings.keep_images is not None:
-                draw = "".join(
-                    f"-{name}{run['draw'][key]:g}"
-                    for name, key in (("T", "diffusion_steps"), ("w", "guidance"))
-                    if key in run["draw"]
-                )
+                draw = "".join(f"-{dial}{value}" for dial, value in dials_of(run["draw"]).items() if value)
                 name = f"{run['model'] or 'model'}-K{k}{draw}-seed{seed}-{settings.samples}"
                 folder = settings.keep_images / name
             key = run | {"samples": settings.samples, "seed": seed}

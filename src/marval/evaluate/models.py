@@ -28,12 +28,12 @@ def load_models(
     *,
     diffusion_steps: Sequence[int] = (),
     guidance: Sequence[float] = (),
-    temperature: float | None = None,
+    temperature: Sequence[float] = (),
     order: Order | None = None,
     dtype: Dtype = "float32",
     compile: bool = False,
 ) -> Models:
-    """Load models, each once for each T (the largest first) and w that it can draw with; `FULL_SIZES` at random.
+    """Load models, each for every T (the largest first), w and temperature that it takes; `FULL_SIZES` at random.
 
     Args:
         dtype: see `Pipeline.to`.
@@ -48,8 +48,7 @@ def load_models(
         loaded += random_pair(full, device) if full else [(model_hash(find_model(name)), load(name, device))]
     commit()  # as the code is now: the command may run for hours
     dials: dict[str, Sequence[float]] = {
-        "diffusion_steps": sorted(diffusion_steps, reverse=True), "guidance": guidance,
-        "temperature": () if temperature is None else (temperature,),
+        "diffusion_steps": sorted(diffusion_steps, reverse=True), "guidance": guidance, "temperature": temperature,
     }  # fmt: skip
     known_dials = {dial for _, pipeline in loaded for dial in pipeline.config.dials}
     for _, pipeline in loaded:

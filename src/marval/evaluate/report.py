@@ -11,7 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from marval.evaluate.features import FEATURES
-from marval.evaluate.results import Row, Setting, by_setting, on_one_machine, read_results, standard_error
+from marval.evaluate.results import (
+    DIALS,
+    Row,
+    Setting,
+    by_setting,
+    dials_of,
+    on_one_machine,
+    read_results,
+    standard_error,
+)
 from marval.io.files import atomic_path
 
 WIDTH = 200  # characters, where no terminal says how many
@@ -52,7 +61,7 @@ def lines_of(quality: Sequence[Row]) -> list[list[Row]]:
 
     def place(rows: list[Row]) -> tuple[Any, ...]:
         row, draw = rows[0], rows[0]["draw"]
-        chain = -(draw.get("diffusion_steps") or 0), draw.get("guidance") or 0
+        chain = -(draw.get("diffusion_steps") or 0), draw.get("guidance") or 0, draw.get("temperature", 1)
         return models.index(row["model"]), *chain, row["iterations"], row["samples"]
 
     return sorted(by_setting(quality), key=place)
@@ -61,25 +70,22 @@ def lines_of(quality: Sequence[Row]) -> list[list[Row]]:
 def quality_table(quality: Sequence[Row]) -> Cells:
     """Quality by model and K: of several seeds, mean and standard error.
 
-    T and w have columns where a teacher was measured at several, and so has the order.
+    What a model was measured at several of has a column: T, w, temperature, the order.
     """
     names = [name for name in COLUMNS if any(name in row for row in quality)]
     models = len({row["model"] for row in quality})
     chains = len({Setting.of(row).curve for row in quality}) > models
     orders = len({(row["model"], row.get("order")) for row in quality}) > models
-    header = ["model", "K", *(["order"] if orders else []), *(["T", "w"] if chains else []), "samples"]
+    groups = lines_of(quality)
+    dials = [dial for dial in DIALS if chains and any(dials_of(rows[0]["draw"])[dial] for rows in groups)]
+    header = ["model", "K", *(["order"] if orders else []), *dials, "samples"]
     lines = []
-    for rows in lines_of(quality):
+    for rows in groups:
         row = rows[0]
         cells = [row["model"], str(row["iterations"]), *([str(row.get("order"))] if orders else [])]
-        cells += [*(_chain(row) if chains else ()), str(row["samples"])]
+        cells += [*(dials_of(row["draw"])[dial] for dial in dials), str(row["samples"])]
         lines.append(cells + [_cell([row[name] for row in rows if name in row], name) for name in names])
     return header + [title_of(name, quality) for name in names], lines
-
-
-def _chain(row: Row) -> tuple[str, str]:
-    steps, guidance = (row["draw"].get(name) for name in ("diffusion_steps", "guidance"))
-    return str(steps or ""), "" if guidance is None else f"{guidance:g}"
 
 
 def _cell(values: list[float], name: str) -> str:
@@ -94,13 +100,13 @@ def speed_table(timing: Sequence[Row]) -> Cells:
     settings: dict[Setting, list[Row]] = {}
     for row in on_one_machine(timing):
         settings.setdefault(replace(Setting.of(row), batch=None), []).append(row)
-    header = ["model", "K", "T", "w", "precision", "ms / image (batch)", "images / s (batch)", "GFLOP / image"]
+    header = ["model", "K", *DIALS, "precision", "ms / image (batch)", "images / s (batch)", "GFLOP / image"]
     header += ["of it decoding", "MiB"]
     lines = []
     for rows in settings.values():
         alone, best = min(rows, key=lambda row: row["batch"]), min(rows, key=lambda row: row["seconds_per_image"])
         lines.append([
-            alone["model"], str(alone["iterations"]), *_chain(alone), Setting.of(alone).precision,
+            alone["model"], str(alone["iterations"]), *dials_of(alone["draw"]).values(), Setting.of(alone).precision,
             f"{alone['seconds_per_image'] * 1000:.4g} ({alone['batch']})",
             f"{1 / best['seconds_per_image']:.4g} ({best['batch']})",
             f"{best['gflops_per_image']:.4g}" if "gflops_per_image" in best else "",

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,18 @@ def check_rows(rows: Iterable[Row], results: Results, part: str, out: Path) -> N
 # Rows
 
 
+DIALS = "T", "w", "temperature"
+
+
+def dials_of(draw: Mapping[str, Any]) -> dict[str, str]:
+    """T of a teacher, w where it can be chosen, and a temperature that is not 1; "" for what a draw has not."""
+    values = {
+        "T": draw.get("diffusion_steps"), "w": draw.get("guidance"),
+        "temperature": None if draw.get("temperature") == 1 else draw.get("temperature"),
+    }  # fmt: skip
+    return {title: "" if values[title] is None else f"{values[title]:g}" for title in DIALS}
+
+
 @dataclass(frozen=True)
 class Setting:
     """Who drew what a row measures, and how: all that the rows of one table line have in common (not the seed)."""
@@ -124,11 +136,7 @@ class Setting:
     @classmethod
     def of(cls, row: Row) -> "Setting":
         """The setting of a row of any part."""
-        draw, chain = row["draw"], ""
-        for name, title in (("diffusion_steps", "T="), ("guidance", "w="), ("temperature", "temperature ")):
-            value = draw.get(name)
-            if value is not None and (name, value) != ("temperature", 1):
-                chain += f", {title}{value:g}"
+        chain = "".join(f", {title}={value}" for title, value in dials_of(row["draw"]).items() if value)
         return cls(
             row["model"], chain, row.get("order"), row["iterations"], row.get("samples"), row.get("batch"),
             row.get("dtype", "bfloat16" if row.get("autocast") else "float32"), bool(row.get("compiled")),

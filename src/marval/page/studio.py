@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from marval.checks import Checked, Rule
-from marval.config import Chain, Count, Guidance, Order, Share
+from marval.config import Chain, Count, Guidance, NotNegative, Order, Share
 from marval.evaluate.speed import synchronize
 from marval.io.checkpoint import model_hash
 from marval.io.find import find_model
@@ -67,6 +67,7 @@ class Wanted(Checked):
     iterations: Count | None = None
     order: Order | None = None
     guidance: Guidance | None = None
+    temperature: NotNegative | None = None
     picture: dict | None = None  # the one to edit, as the server gave it
     redrawn: tuple[int, ...] | None = None  # the tokens of it to draw anew
     keep: Share | None = None  # or the share of its tokens that stay, chosen by the seed
@@ -146,8 +147,8 @@ class Studio:
         pipeline, count = served.pipeline, served.pipeline.config.mar.num_tokens
         label, name = pipeline.named(wanted.class_name, wanted.style)
         iterations = wanted.iterations or pipeline.default_iterations
-        if wanted.guidance is not None and "guidance" in pipeline.config.dials:
-            pipeline = pipeline.with_draw(guidance=float(wanted.guidance))
+        dials = {name: getattr(wanted, name) for name in ("guidance", "temperature") if name in pipeline.config.dials}
+        pipeline = pipeline.with_draw(**{name: float(value) for name, value in dials.items() if value is not None})
         asked = name if label is None else label
         recipe = make_recipe(wanted.model, served.weights, pipeline, asked, wanted.seed, iterations, wanted.order)
         redrawn = wanted.redrawn

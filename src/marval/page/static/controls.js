@@ -81,6 +81,7 @@ export function field(kind, { name = kind, label, value }) {
     case "keep": return slider("Share of tokens to keep", name, 0, 1, 0.5, 0.05);
     case "order": return choice("Unmasking order", name, [OWN_ORDER, ...about.orders], []);
     case "guidance": return slider("Guidance w (each model's own until you move it)", name, 0, 10, own, 0.1);
+    case "temperature": return slider("Temperature (lower: more typical pictures)", name, 0, 1.5, 1, 0.05);
     case "columns": return checks("Iterations K", name, counts, [1, 2, 4, 8, 16]);
   }
 }
@@ -89,7 +90,9 @@ export function field(kind, { name = kind, label, value }) {
 export function read(form) {
   const data = new FormData(form), values = Object.fromEntries(data);
   for (const input of $$("input[type=range]", form)) values[input.name] = Number(input.value);
-  if ("guidance" in values && !$("[name=guidance]", form).dataset.moved) values.guidance = null;
+  for (const dial of ["guidance", "temperature"]) {
+    if (dial in values && !$(`[name=${dial}]`, form).dataset.moved) values[dial] = null;
+  }
   for (const name of ["models", "classes", "columns"]) values[name] = data.getAll(name);
   return values;
 }

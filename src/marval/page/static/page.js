@@ -39,14 +39,16 @@ class Column {
 }
 
 function generate(form) {
-  const { models: names, classes: chosen, classes_style: style, seed, iterations, guidance, order, count } = read(form);
+  const { models: names, classes: chosen, classes_style: style, seed, iterations, count } = read(form);
+  const { guidance, temperature, order } = read(form);
   const classes = chosen.length ? chosen : models[names[0]]?.classes;
   const own = order === OWN_ORDER ? null : order, columns = {}, pictures = [];
   for (const model of names) {
     const steps = models[model].diffusion_steps;
-    const inner = (steps ? `${steps} steps` : "one call per iteration") + (guided(model) ? ` · w = ${within(model, guidance)}` : "");
+    const dials = [...(guided(model) ? [`w = ${within(model, guidance)}`] : []), ...(temperature === null ? [] : [`temperature ${temperature}`])];
+    const inner = [steps ? `${steps} steps` : "one call per iteration", ...dials].join(" · ");
     columns[model] = new Column(model, count, `K = ${iterations} · ${inner} · ${own ?? models[model].order}`);
-    const given = { model, style, iterations, order: own, guidance: within(model, guidance) };
+    const given = { model, style, iterations, order: own, guidance: within(model, guidance), temperature };
     for (let i = 0; i < count; i++) pictures.push({ ...given, class: classes[i % classes.length], seed: seed + i });
   }
   $(".shown", form).replaceChildren(...Object.values(columns).map((column) => column.root));
