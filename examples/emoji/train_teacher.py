@@ -1,9 +1,9 @@
 """Train a teacher of emoji whose network has sizes of your choice; 5.8 million parameters by default.
 
 python examples/emoji/make_dataset.py data/emoji
-python examples/train_vae.py folder:data/emoji models/emoji-vae --channels 16
-marval cache cache/emoji --images data/emoji --vae models/emoji-vae --image-size 32
-python examples/emoji/train_teacher.py latents:cache/emoji --out runs/emoji-teacher
+python examples/train_vae.py folder:data/emoji models/emoji-vae
+marval cache cache/emoji --images data/emoji --vae models/emoji-vae --image-size 32 --no-mirrors
+python examples/emoji/train_teacher.py latents:cache/emoji --patch 2 --out runs/emoji-teacher
 
 Any other data of `marval train` will do. `marval distill`, `tune`, `sample` and `evaluate` take the model as it is. A
 run that was stopped goes on with the same command and --resume; it may then get more or fewer --updates, so that the
@@ -19,7 +19,7 @@ import marval
 from marval.checks import Checked
 from marval.cli.options import read
 from marval.cli.training import Run
-from marval.config import Count, Decay, ModelConfig, Name, Positive, Whole
+from marval.config import Count, Decay, ModelConfig, Name, Positive, Weighting, Whole
 from marval.data import LatentData, load_data
 from marval.presets import ENCODER, PRESETS, TrainConfig
 from marval.runtime.provenance import command_line
@@ -30,6 +30,7 @@ from marval.train.teacher import latent_teacher_config, teacher_config, train_te
 class Sizes(Checked):
     """the network"""
 
+    patch: Count | None = None  # latents, or pixels, along a token's side; when left out 1, or what suits the pixels
     width: Count = 192  # channels of the encoder and of the decoder
     depth: Count = 4  # blocks of each of them
     heads: Count = 3  # of their attention
@@ -45,11 +46,12 @@ class Sizes(Checked):
 class Training(TrainConfig):
     """how it is trained"""
 
-    updates: Count = 100_000
-    batch_size: Count = 32
+    updates: Count = 60_000
+    batch_size: Count = 64
     tokens_per_image: Count = 64  # masked tokens of an image that enter the loss
-    learning_rate: Positive = 5e-4  # AdamW's
-    decay: Whole = 25_000  # updates of linear decay to 0, at the end
+    learning_rate: Positive = 8e-4  # AdamW's
+    weighting: Weighting = "v"  # of noise levels in the loss
+    decay: Whole = 15_000  # updates of linear decay to 0, at the end
     save_every: Count = 250  # updates between two saved states
 
 
@@ -61,13 +63,15 @@ class Output(Run):
 
 
 def sized(config: ModelConfig, sizes: Sizes) -> ModelConfig:
-    """A model's configuration with a network of other sizes."""
+    """A model's configuration with tokens and a network of other sizes."""
+    space = dataclasses.replace(config.space, patch=sizes.patch or config.space.patch)
     mar = dataclasses.replace(
-        config.mar, encoder_dim=sizes.width, encoder_depth=sizes.depth, encoder_heads=sizes.heads,
+        config.mar, token_grid=space.token_grid, token_dim=space.token_dim,
+        encoder_dim=sizes.width, encoder_depth=sizes.depth, encoder_heads=sizes.heads,
         decoder_dim=sizes.width, decoder_depth=sizes.depth, decoder_heads=sizes.heads, head_width=sizes.head_width,
         head_depth=sizes.head_depth, buffer_size=sizes.buffer_size, dropout=sizes.dropout,
     )  # fmt: skip
-    return dataclasses.replace(config, mar=mar)
+    return dataclasses.replace(config, space=space, mar=mar, iterations=min(config.iterations, mar.num_tokens))
 
 
 def train(data: str, *, sizes: Sizes, settings: Training, output: Output) -> None:

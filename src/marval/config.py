@@ -20,6 +20,7 @@ Schedule = Literal["linear", "constant"]
 Size = Literal["base", "large", "huge"]
 Order = Literal["random", "raster", "halton", "spread"]
 Dtype = Literal["float32", "bfloat16"]
+Weighting = Literal["eps", "v"]  # of noise levels in a teacher's loss
 Objective = Literal["gsim", "sim", "sid"]
 Count = Annotated[int, Rule("a whole number from 1", lambda x: x >= 1)]
 Counts = Annotated[tuple[Count, ...], Rule("one or more whole numbers from 1", lambda x: len(x) > 0)]

@@ -24,6 +24,7 @@ from marval.config import (
     Steps,
     Template,
     Timestep,
+    Weighting,
     Whole,
 )
 
@@ -60,6 +61,7 @@ class TrainConfig(RunConfig):
     decay: Whole = 3000  # updates of linear decay to 0, at the end
     weight_decay: NotNegative = 0.02  # of the transformer's matrices only, as in MAR
     ema_decay: Decay = 0.9995  # of the averaged weights, which are the model
+    weighting: Weighting = "eps"  # of noise levels in the loss: eps as in MAR; v: more of a picture's structure first
     label_drop: Share = 0.1  # images that are trained without their class, for guidance
     mask_ratio_min: Share = 0.0  # the smallest share of masked tokens; MAR: 0.7; low ones teach the last iterations
     mask_ratio_std: Positive = 0.6  # of that share, below 1; MAR: 0.25

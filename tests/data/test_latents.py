@@ -99,6 +99,18 @@ def test_a_cache_holds_the_moments_of_every_image_and_its_mirror(pictures, tmp_p
     assert cache(pictures, tmp_path / "cache", scale=0.2325).scale == 0.2325
 
 
+def test_a_cache_without_mirrors_holds_and_reads_each_image_as_it_is(pictures, tmp_path, capsys):
+    both, one = cache(pictures, tmp_path / "both"), cache(pictures, tmp_path / "one", mirrors=False)
+    assert f"{COUNT} images in {tmp_path / 'one'}" in capsys.readouterr().out
+    assert one.moments(3).shape == (1, 4, 4, 4)
+    everything, keys = torch.arange(COUNT), torch.arange(COUNT)
+    plain = torch.stack([both.moments(i, 0) for i in range(COUNT)])
+    assert torch.equal(one.read(everything, keys), plain)
+    assert not torch.equal(both.read(everything, keys), plain)
+    with pytest.raises(ValueError, match="caches something else .another mirrors"):
+        cache(pictures, tmp_path / "one")
+
+
 def test_a_cache_of_captioned_images_trains_a_model_of_text(tmp_path, encoder):
     root = write_captioned(tmp_path / "emoji")
     (root / "taxi-3d.png").write_bytes(b"damaged")

@@ -50,8 +50,8 @@ def test_drawings_become_a_tuned_student_of_latents_with_a_score(script, marval,
     data, few = "folder:drawings", ("--updates", 3, "--batch-size", 4, "--device", "cpu")
     sizes = ("--size", 8, "--stride", 2, "--channels", 4, "--width", 8)
     script("train_vae", data, "vae", *sizes, "--held-out", f"{data}@held-out", *few)
-    marval("cache", "cache", "--images", "drawings", "--vae", "vae", "--image-size", 8)
-    small = ("--width", 16, "--depth", 1, "--heads", 2, "--head-width", 8, "--head-depth", 1)
+    marval("cache", "cache", "--images", "drawings", "--vae", "vae", "--image-size", 8, "--no-mirrors")
+    small = ("--patch", 2, "--width", 16, "--depth", 1, "--heads", 2, "--head-width", 8, "--head-depth", 1)
     script("train_teacher", "latents:cache", *small, "--warmup", 1, "--decay", 1, *few, "--out", "teacher")
     for seed in (0, 1):
         judge = ("--epochs", 2, "--width", 4, "--device", "cpu", "--seed", seed, "--out", f"judge-{seed}.safetensors")

@@ -61,6 +61,7 @@ class Latents(Checked):
     vae: str = ""  # a folder in diffusers' form (marval convert vae makes one), a bundled one, or a hub id
     image_size: Count = 256  # pixels a side, after a centre crop
     scale: Positive | None = None  # of the latents; 1 / standard deviation when left out (ImageNet, KL-16: 0.2325)
+    mirrors: bool = True  # train on mirrors as well; not where left and right differ, as letters do
     batch_size: Count = 32  # images encoded at a time (each with its mirror)
     device: str = "auto"  # auto, cpu, cuda, ...
 
@@ -84,7 +85,7 @@ def cache(out: Path, *, latents: Latents) -> None:
     with start_workers(usable_device(latents.device)) as workers:
         done = cache_latents(
             latents.images, latents.vae, out, image_size=latents.image_size, batch_size=latents.batch_size,
-            scale=latents.scale, workers=workers,
+            scale=latents.scale, mirrors=latents.mirrors, workers=workers,
         )  # fmt: skip
         if workers.main and not done:
             print(f"{out}: stopped; the same command goes on")

@@ -38,6 +38,7 @@ def cache_latents(
     image_size: int = 256,
     batch_size: int = 32,
     scale: float | None = None,
+    mirrors: bool = True,
     workers: Workers | None = None,
 ) -> LatentData | None:
     """Encode a folder of images (of classes, or with captions) into a cache; goes on where an earlier run stopped.
@@ -46,6 +47,7 @@ def cache_latents(
         vae: the VAE's folder, a bundled one or a hub id, which the index names for the models trained on the cache.
         image_size: pixels a side, after `centre_crop`.
         scale: the latents' scale; fitted (1 / standard deviation) when None.
+        mirrors: encode every image's mirror as well, which training then draws for half of the images.
         workers: the processes that share the shards.
 
     Returns:
@@ -55,13 +57,13 @@ def cache_latents(
     class_names, files, captioned = list_images(images, captions=True)
     vae = vae_place(vae)
     encoder = load_vae(vae, workers.device, download=True)
-    trial = _moments(encoder, torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8), workers.device)
+    trial = _moments(encoder, torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8), False, workers.device)
     if not math.log2(image_size / trial.shape[-1]).is_integer():
         raise ValueError(f"--image-size {image_size}: expected a multiple of the VAE's stride")
     sha256 = vae_hash(vae)
     plan = {
         "listing": listing_hash(images, files), "vae_sha256": sha256 or vae,  # its name where the weights are no files
-        "image_size": image_size, "shard_size": SHARD,
+        "image_size": image_size, "shard_size": SHARD, **({} if mirrors else {"mirrors": False}),
     }  # fmt: skip
     if workers.main:
         _claim(out, plan)
@@ -73,7 +75,9 @@ def cache_latents(
         for i in missing:
             if workers.stop.is_set():
                 break
-            tensors, metadata = _encode(encoder, shards[i], image_size, batch_size, workers.device, advance)
+            tensors, metadata = _encode(
+                encoder, shards[i], image_size, batch_size, mirrors, workers.device, advance
+            )  # fmt: skip
             damaged += metadata["corrupt"]
             write_tensors(shard_file(out, i), tensors, {"marval": json.dumps(metadata)})
             check_damaged(damaged, len(files), ADVICE.format(out))
@@ -100,7 +104,7 @@ def _claim(out: Path, plan: dict[str, Any]) -> None:
     """Write what will be cached; the first shard makes it final."""
     if any(out.glob("shard-*.safetensors")):
         before = json.loads((out / PLAN).read_text())
-        if changed := [key for key in plan if before.get(key) != plan[key]]:
+        if changed := [key for key in {**before, **plan} if before.get(key) != plan.get(key)]:
             raise ValueError(
                 f"{out} caches something else (another {', '.join(changed)}): choose another folder, or remove it"
             )
@@ -108,11 +112,14 @@ def _claim(out: Path, plan: dict[str, Any]) -> None:
 
 
 @torch.inference_mode()
-def _moments(vae: Any, images: UInt8[Tensor, "b 3 h w"], device: torch.device) -> Float[Tensor, "b 2 c2 h2 w2"]:
-    """Encode images and their mirrors: the posterior's mean and log-variance, stacked in the channels."""
+def _moments(
+    vae: Any, images: UInt8[Tensor, "b 3 h w"], mirrors: bool, device: torch.device
+) -> Float[Tensor, "b s c2 h2 w2"]:
+    """Encode images (and their mirrors): the posterior's mean and log-variance, stacked in the channels."""
     x = images.to(device).float() / 127.5 - 1
-    both = torch.cat([x, x.flip(3)]).to(vae.dtype)
-    return vae.encode(both).latent_dist.parameters.float().cpu().unflatten(0, (2, -1)).transpose(0, 1)
+    sides = [x, x.flip(3)] if mirrors else [x]
+    parameters = vae.encode(torch.cat(sides).to(vae.dtype)).latent_dist.parameters
+    return parameters.float().cpu().unflatten(0, (len(sides), -1)).transpose(0, 1)
 
 
 def _encode(
@@ -120,6 +127,7 @@ def _encode(
     files: Sequence[Labelled],
     size: int,
     batch_size: int,
+    mirrors: bool,
     device: torch.device,
     advance: Callable[[int], None],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -133,13 +141,13 @@ def _encode(
         picture = centre_crop(read_image(Path(file[0])).convert("RGB"), size)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
-    moments, kept, damaged = [torch.zeros(0, 2, 2, 0, 0)], list[int](), list[str]()
+    moments, kept, damaged = [torch.zeros(0, 1 + mirrors, 2, 0, 0)], list[int](), list[str]()
     results = zip(in_threads(read, files), range(len(files)), strict=True)
     while batch := list(islice(results, batch_size)):
         damaged += [str(image) for image, _ in batch if isinstance(image, ValueError)]
         images = [(image, place) for image, place in batch if isinstance(image, Tensor)]
         if images:
-            moments.append(_moments(vae, torch.stack([image for image, _ in images]), device))
+            moments.append(_moments(vae, torch.stack([image for image, _ in images]), mirrors, device))
             kept += [place for _, place in images]
         advance(len(batch))
     encoded = torch.cat(moments[1:] or moments)
@@ -179,4 +187,5 @@ def _write_index(
         index["captions"] = captioned.captions(kept, "").to_dict()
     write_text(out / INDEX, json.dumps({**about, "scale": scale, **index}) + "\n")
     left_out = f", {len(damaged)} that cannot be read are listed in {out / INDEX}" if damaged else ""
-    print(f"{sum(counts)} images and their mirrors in {out}{left_out}; the latents' scale (1 / std) is {fitted:.4f}")
+    what = "images" if about.get("mirrors") is False else "images and their mirrors"
+    print(f"{sum(counts)} {what} in {out}{left_out}; the latents' scale (1 / std) is {fitted:.4f}")

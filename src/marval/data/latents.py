@@ -1,4 +1,4 @@
-"""Caches of a VAE's latents, as a training reads them: the posterior's moments of every image and of its mirror.
+"""Caches of a VAE's latents, as a training reads them: the posterior's moments of images and their mirrors.
 
 A cache is a folder with `plan.json` (what is cached: the VAE by its weights, the images by their names, sizes and
 times), `shard-00000.safetensors` and so on (each written whole, so that a killed run goes on where it was), and
@@ -40,6 +40,7 @@ class LatentData:
     vae: str
     vae_sha256: str = ""
     captions: Captions | None = None
+    mirrors: bool = True  # it has them
     _mapped: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # shards in use
 
     def __len__(self) -> int:
@@ -55,6 +56,7 @@ class LatentData:
                 folder, torch.tensor(index["labels"]), tuple(index["class_names"]), tuple(index["shape"]),
                 starts, index["scale"], index["image_size"], index["vae"], index.get("vae_sha256", ""),
                 Captions.from_dict(index["captions"], encoder) if encoder and index.get("captions") else None,
+                index.get("mirrors", True),
             )  # fmt: skip
         except FileNotFoundError:
             kind = "an unfinished" if (folder / PLAN).is_file() else "no"
@@ -68,7 +70,7 @@ class LatentData:
 
     def read(self, indices: Int[Tensor, " b"], keys: Int[Tensor, " b"]) -> Float[Tensor, "b c2 h w"]:
         """Read the posterior's moments of each image or, if its key says so, of its mirror, in half precision."""
-        mirrored = (random_words(~keys, 1)[:, 0] & 1).tolist()
+        mirrored = (random_words(~keys, 1)[:, 0] & int(self.mirrors)).tolist()
         return torch.stack([self.moments(i, side) for i, side in zip(indices.tolist(), mirrored, strict=True)])
 
     def tokens(

@@ -6,7 +6,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from marval.config import Weighting
 from marval.model import NoiseSchedule, TokenHead
+
+MOST = 30.0  # the largest of the weights 1 / alpha_t^2
+
+
+def level_weights(schedule: NoiseSchedule, weighting: Weighting) -> Float[Tensor, " t"] | None:
+    """The weight of each level's error of eps, of mean 1; None where all are the same.
+
+    `v` gives 1 / alpha_t^2, at most `MOST`: the error of v = alpha eps - sigma x_0 (arXiv 2202.00512), in which that of
+    x_0 counts as much as that of eps. Plain errors of eps are mostly those of small levels, of details.
+    """
+    if weighting == "eps":
+        return None
+    weights = (1 / schedule.alpha.square()).clamp(max=MOST)
+    return weights / weights.mean()
 
 
 def denoising_loss(
@@ -16,12 +31,18 @@ def denoising_loss(
     context: Float[Tensor, "n d"],
     t: Int[Tensor, " n"],
     eps: Float[Tensor, "n c"],
+    weights: Float[Tensor, " t"] | None = None,
 ) -> Float[Tensor, " n"]:
-    """`|eps - eps_theta(x_t, t, c)|^2` per token, averaged over channels; plus the variance bound where learned."""
+    """`|eps - eps_theta(x_t, t, c)|^2` per token, averaged over channels; plus the variance bound where learned.
+
+    Args:
+        weights: of every level's error; None: 1.
+    """
     x_t = schedule.add_noise(x_0, eps, t)
     output = head(x_t, t.float(), context).float()
     predicted, variance_channel = output[:, : head.token_dim], output[:, head.token_dim :]
     loss = (predicted - eps).square().mean(dim=1)
+    loss = loss if weights is None else loss * weights[t]
     if variance_channel.shape[1] == 0:
         return loss
     return loss + variance_bound(schedule, x_0, x_t, t, predicted.detach(), variance_channel)

@@ -11,7 +11,7 @@ from torch import Tensor
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, PixelSpace
 from marval.data import ImageData, LatentData, TrainingData, patch_size
 from marval.data.loader import Loader
-from marval.losses.denoising import denoising_loss
+from marval.losses.denoising import denoising_loss, level_weights
 from marval.model import MAR, NoiseSchedule
 from marval.model.blocks import gather_rows
 from marval.presets import PRESETS, TrainConfig, preset_size
@@ -86,13 +86,18 @@ def teacher_loss(
     given: Shaped[Tensor, "b *f"],
     draws: TeacherDraws,
     autocast: bool,
+    weights: Float[Tensor, " t"] | None = None,
 ) -> Float[Tensor, ""]:
-    """The diffusion loss of some images' targets (`draws.part`), in the context of their visible tokens."""
+    """The diffusion loss of some images' targets (`draws.part`), in the context of their visible tokens.
+
+    Args:
+        weights: of the noise levels.
+    """
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
         condition = model.embed(given, draws.drop)
         context = model.context(tokens, draws.visible, draws.targets, condition).flatten(0, 1)
         x_0 = gather_rows(tokens, draws.targets).flatten(0, 1)
-        return denoising_loss(model.head, schedule, x_0, context, *draws.levels).mean()
+        return denoising_loss(model.head, schedule, x_0, context, *draws.levels, weights).mean()
 
 
 def first_network(config: ModelConfig, seed: int, data: TrainingData, init: MAR | None) -> MAR:
@@ -141,7 +146,7 @@ def train_teacher(
     flops = teacher_flops(model, settings)
     log = Log(run.folder / LOG, workers, start, settings.updates, batch_size, run.tensorboard, flops)
     space, schedule = token_space(config.space, device), NoiseSchedule.full(device)
-    loader = Loader(data, settings, space, workers)
+    loader, weights = Loader(data, settings, space, workers), level_weights(schedule, settings.weighting)
 
     for update in workers.updates(start, settings.updates):
         draws = teacher_draws(settings, config.mar, update, device)
@@ -150,7 +155,7 @@ def train_teacher(
             for i, (rows, tokens, given) in enumerate(loader(update)):
                 if config.mar.dropout:
                     torch.manual_seed(generator(settings.seed, "dropout", update, workers.rank, i).initial_seed())
-                loss = teacher_loss(model, schedule, tokens, given, draws.part(rows), settings.autocast)
+                loss = teacher_loss(model, schedule, tokens, given, draws.part(rows), settings.autocast, weights)
                 share = workers.share(rows, batch_size)
                 (loss * share).backward()
                 add_means(figures, share, loss=loss)
