@@ -107,16 +107,16 @@ def check_rows(rows: Iterable[Row], results: Results, part: str, out: Path) -> N
 # Rows
 
 
-DIALS = "T", "w", "temperature"
+DIALS = {"T": "diffusion_steps", "w": "guidance", "temperature": "temperature"}  # titles, and names in a draw
 
 
 def dials_of(draw: Mapping[str, Any]) -> dict[str, str]:
     """T of a teacher, w where it can be chosen, and a temperature that is not 1; "" for what a draw has not."""
-    values = {
-        "T": draw.get("diffusion_steps"), "w": draw.get("guidance"),
-        "temperature": None if draw.get("temperature") == 1 else draw.get("temperature"),
-    }  # fmt: skip
-    return {title: "" if values[title] is None else f"{values[title]:g}" for title in DIALS}
+    values = {title: draw.get(name) for title, name in DIALS.items()}
+    return {
+        title: "" if value is None or (title, value) == ("temperature", 1) else f"{value:g}"
+        for title, value in values.items()
+    }
 
 
 @dataclass(frozen=True)

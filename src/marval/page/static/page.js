@@ -39,8 +39,8 @@ class Column {
 }
 
 function generate(form) {
-  const { models: names, classes: chosen, classes_style: style, seed, iterations, count } = read(form);
-  const { guidance, temperature, order } = read(form);
+  const values = read(form), { models: names, classes: chosen, classes_style: style, seed } = values;
+  const { iterations, count, guidance, temperature, order } = values;
   const classes = chosen.length ? chosen : models[names[0]]?.classes;
   const own = order === OWN_ORDER ? null : order, columns = {}, pictures = [];
   for (const model of names) {
