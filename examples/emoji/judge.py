@@ -149,7 +149,7 @@ def train(data: str, *, settings: Training) -> None:
         with torch.autocast(images.device.type, torch.bfloat16):
             logits = judge(images)
         targets = drawings.concept[rows].to(device), drawings.style[rows].to(device)
-        loss = sum(F.cross_entropy(x.float(), y, label_smoothing=0.1) for x, y in zip(logits, targets, strict=True))
+        loss = sum(F.cross_entropy(x.float(), y) for x, y in zip(logits, targets, strict=True))
         loss.backward()
         if (step + 1) % 25 == 0 or step + 1 == steps:
             log(step + 1, {"loss": loss.detach()})
@@ -167,7 +167,7 @@ def load_judge(file: Path) -> Judge:
 
 
 class Recognised(nn.Module):
-    """A reward: the logarithm of the probability that the judge in EMOJI_JUDGE gives a prompt's concept and style."""
+    """A reward: the probability that the judge in EMOJI_JUDGE gives a prompt's concept and style."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +177,8 @@ class Recognised(nn.Module):
         logits, names = self.judge(images), (self.judge.concepts, self.judge.styles)
         asked = [prompt.class_name for prompt in prompts], [prompt.style for prompt in prompts]
         targets = [torch.tensor([*map(known.index, said)]) for known, said in zip(names, asked, strict=True)]
-        return -sum(F.cross_entropy(x, y.to(x.device), reduction="none") for x, y in zip(logits, targets, strict=True))
+        given = [F.cross_entropy(x, y.to(x.device), reduction="none") for x, y in zip(logits, targets, strict=True)]
+        return torch.exp(-sum(given))
 
 
 if __name__ == "__main__":

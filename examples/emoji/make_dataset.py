@@ -242,23 +242,23 @@ def write_pictures(folder: Path, captions: dict[Emoji, list[str]], tarballs: dic
     return [dict(zip(["file_name", "caption", "style", "concept", "split"], row, strict=True)) for row in rows]
 
 
-def make(out: Path, size: int, chosen: str) -> str:
-    """Make the data set and say how large it is.
+def make(out: Path, size: int, chosen: Path | None) -> str:
+    """Make the data set, of the concepts of a list or of all, and say how large it is.
 
     Raises:
         ValueError: `out` is there already, a package is not what it should be, or a name is unknown.
     """
     if out.exists():
         raise ValueError(f"{out} is there already: remove it, or name another folder")
-    listed = read_list(HERE / "concepts.txt" if chosen == "all" else Path(chosen))
+    listed = read_list(chosen or HERE / "concepts.txt")
     packages = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "marval" / "emoji"
     tarballs = {style: find_tarball(package, packages) for style, package in STYLES.items()}
     words = read_tarball(find_tarball(ANNOTATIONS, packages), r"package/annotations/(en)/annotations\.json")["en"]
     entries = read_tarball(tarballs["flat"], r"package/(emoji)\.json")["emoji"]
     every = read_emoji(json.loads(entries), json.loads(words)["annotations"]["annotations"])
     if unknown := listed.keys() - every.keys():
-        raise ValueError(f"{chosen}: no emoji is called {min(unknown)}; expected a name that --concepts all has")
-    names = every if chosen == "all" else listed
+        raise ValueError(f"{chosen}: no emoji is called {min(unknown)}; without --concepts, captions.csv has all names")
+    names = every if chosen is None else listed
     captions = add_captions([every[name] for name in names], every.values(), listed)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".emoji-") as partial:
@@ -279,7 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the folder to make")
     parser.add_argument("--size", type=int, choices=(32, 64), default=32, help="pixels a side")
-    parser.add_argument("--concepts", default=str(HERE / "concepts.txt"), help='a list such as concepts.txt, or "all"')
+    parser.add_argument("--concepts", type=Path, metavar="FILE", help="a list such as concepts.txt; all when left out")
     options = parser.parse_args()
     try:
         print(make(options.out, options.size, options.concepts))

@@ -46,12 +46,12 @@ class Sizes(Checked):
 class Training(TrainConfig):
     """how it is trained"""
 
-    updates: Count = 60_000
+    updates: Count = 14_000
     batch_size: Count = 64
     tokens_per_image: Count = 64  # masked tokens of an image that enter the loss
     learning_rate: Positive = 8e-4  # AdamW's
     weighting: Weighting = "v"  # of noise levels in the loss
-    decay: Whole = 15_000  # updates of linear decay to 0, at the end
+    decay: Whole = 3_000  # updates of linear decay to 0, at the end
     save_every: Count = 250  # updates between two saved states
 
 

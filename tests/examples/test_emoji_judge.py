@@ -70,8 +70,8 @@ def test_as_a_reward_it_prefers_what_a_prompt_asks_for(scripts, judge, monkeypat
     images = drawings.images.requires_grad_()
     right, wrong = reward(images, prompts), reward(images, prompts[::-1])
     right.sum().backward()
-    assert (right.exp() > 0.5).all()
-    assert (wrong.exp() < 0.1).all()
+    assert (right > 0.5).all()
+    assert (wrong < 0.1).all()
     assert images.grad.abs().sum() > 0
     monkeypatch.setenv("EMOJI_JUDGE", "gone.safetensors")
     with pytest.raises(ValueError, match=r"gone.safetensors does not exist: make one with examples/emoji/judge.py"):
