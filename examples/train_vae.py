@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from marval.checks import Checked
 from marval.cli.arguments import usable_device
-from marval.cli.options import read
+from marval.cli.options import run_script
 from marval.config import Count, NotNegative, Positive, Whole
 from marval.data import batch_indices, load_images
 from marval.io.files import atomic_folder, write_text
@@ -296,8 +296,4 @@ def train_vae(data: str, out: Path, *, settings: Settings, course: Course) -> No
 
 
 if __name__ == "__main__":
-    try:
-        read(train_vae, sys.argv[1:], "train_vae.py")()
-    except (ValueError, KeyboardInterrupt) as error:
-        print(f"train_vae.py: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 130)
+    run_script(train_vae)

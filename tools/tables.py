@@ -86,8 +86,8 @@ def brief(results: Results) -> str:
 def bench(results: Results) -> str:
     """Return seconds per image, operations, and speed-up over the teacher at the same K and batch size."""
     lines, rows = [], results["timing"]
-    context = ["of it the context network"] if all("context_seconds" in row for row in rows) else []
-    header = ["model", "K", "batch", "s / image", *context, "GFLOP / image", "of the machine's peak", "speed-up"]
+    context = ["share of the context network"] if all("context_seconds" in row for row in rows) else []
+    header = ["model", "K", "batch", "s / image", *context, "GFLOP / image", "share of the machine's peak", "speed-up"]
     header += ["by arithmetic alone"]
     for row in rows:
         cells = [row["model"], str(row["iterations"]), str(row["batch"]), f"{row['seconds_per_image']:.1f}"]

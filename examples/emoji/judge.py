@@ -14,7 +14,6 @@ EMOJI_JUDGE=models/emoji-watch.safetensors marval tune ... --held-out examples/e
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from marval.checks import Checked
 from marval.cli.arguments import usable_device
-from marval.cli.options import read
+from marval.cli.options import run_script
 from marval.config import Count
 from marval.data import batch_indices, load_images
 from marval.io.files import check_output
@@ -182,8 +181,4 @@ class Recognised(nn.Module):
 
 
 if __name__ == "__main__":
-    try:
-        read(train, sys.argv[1:], "judge.py")()
-    except (ValueError, KeyboardInterrupt) as error:
-        print(f"judge.py: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 130)
+    run_script(train)

@@ -20,7 +20,6 @@ The sheets show drawing, picture and nearest training drawing below each other.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,14 +30,13 @@ from torch import Tensor
 
 from marval.checks import Checked
 from marval.cli.arguments import usable_device
-from marval.cli.options import read
+from marval.cli.options import run_script
 from marval.config import Count, Steps
 from marval.evaluate.models import load_models
 from marval.evaluate.results import Row, merge_results
 from marval.io.files import check_output, sha256_of
 from marval.io.images import grid, save_picture
 from marval.pipeline import Pipeline
-from marval.runtime.progress import progress
 from marval.runtime.provenance import made_by
 from marval.runtime.rng import generator
 
@@ -98,17 +96,6 @@ def asked(drawings: Drawings, pipeline: Pipeline, group: str, count: int) -> tup
     return rows, labels[rows].tolist()
 
 
-def draw(pipeline: Pipeline, labels: list[int], settings: Scoring) -> Tensor:
-    """Draw a picture of each label."""
-    parts = []
-    with progress(len(labels), f"pictures by {pipeline.config.name}") as advance:
-        for first in range(0, len(labels), TOGETHER):
-            some = labels[first : first + TOGETHER]
-            parts.append(pipeline.sample(some, seed=settings.seed + first, iterations=settings.iterations))
-            advance(len(some))
-    return torch.cat(parts)
-
-
 @torch.inference_mode()
 def limits(judge: Judge, drawings: Drawings, pipeline: Pipeline) -> dict[str, dict[str, float]]:
     """The figures of the drawings themselves, of those through a model's token space, and of copies of other styles."""
@@ -157,7 +144,7 @@ def score(judge: Path, models: tuple[str, ...] = (), *, settings: Scoring) -> No
         figures, lines, config = Row(), [], pipeline.config
         for group in GROUPS:
             rows, labels = asked(drawings, pipeline, group, settings.images)
-            images = draw(pipeline, labels, settings)
+            images = pipeline.sample(labels, seed=settings.seed, iterations=settings.iterations, batch_size=TOGETHER)
             said, nearest = figures_of(network, drawings, images, rows)
             figures |= {f"{group}_{key}": value for key, value in said.items()}
             lines += sheet_rows(drawings, rows, images, nearest)
@@ -178,8 +165,4 @@ def score(judge: Path, models: tuple[str, ...] = (), *, settings: Scoring) -> No
 
 
 if __name__ == "__main__":
-    try:
-        read(score, sys.argv[1:], "score.py")()
-    except (ValueError, KeyboardInterrupt) as error:
-        print(f"score.py: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 130)
+    run_script(score)

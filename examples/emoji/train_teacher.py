@@ -11,13 +11,12 @@ learning rate falls over the last --decay of them whenever there has been time e
 """
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import marval
 from marval.checks import Checked
-from marval.cli.options import read
+from marval.cli.options import run_script
 from marval.cli.training import Run
 from marval.config import Count, Decay, ModelConfig, Name, Positive, Weighting, Whole
 from marval.data import LatentData, load_data
@@ -94,8 +93,4 @@ def train(data: str, *, sizes: Sizes, settings: Training, output: Output) -> Non
 
 
 if __name__ == "__main__":
-    try:
-        read(train, sys.argv[1:], "train_teacher.py")()
-    except (ValueError, KeyboardInterrupt) as error:
-        print(f"train_teacher.py: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 130)
+    run_script(train)

@@ -1,4 +1,4 @@
-"""Configurations: frozen dataclasses, their JSON form and the presets. Imports no torch.
+"""Configurations: frozen dataclasses, and their JSON form. Imports no torch.
 
 A field's annotation carries its rule; every configuration checks its fields where it is made.
 """
@@ -193,7 +193,7 @@ def check_sides(image_size: tuple[int, int], token: int) -> None:
 
 @dataclass(frozen=True)
 class Chain(Checked):
-    """A teacher's way to draw a token: `steps` of guided ancestral sampling."""
+    """A teacher's way to draw a token: `diffusion_steps` of guided ancestral sampling."""
 
     guidance: Guidance = 1.0  # w; 1 is no guidance
     guidance_schedule: Schedule = "linear"

@@ -64,7 +64,7 @@ def style_number(style: str, config: ModelConfig) -> int:
     names = [plain_style(name) for name in config.styles]
     if plain_style(style) not in names:
         raise ValueError(
-            f"style {style[:60]!r}: expected {', '.join(config.styles) or 'none, which this model has not'}"
+            f"style {style[:60]!r}: expected {', '.join(config.styles) or 'none, because the model has no styles'}"
         )
     return names.index(plain_style(style))
 

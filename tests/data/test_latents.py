@@ -199,8 +199,8 @@ def test_damaged_images_are_listed_and_skipped_and_too_many_stop_the_run(picture
         Image.new("RGB", (16, 16), (i, 0, 0)).save(pictures / f"pear/more-{i}.png")
     assert len(cache(pictures, tmp_path / "more")) == COUNT + 100
     index = json.loads((tmp_path / "more/index.json").read_text())
-    assert len(index["corrupt"]) == 1
-    assert "pear/bad.png cannot be read" in index["corrupt"][0]
+    assert len(index["damaged"]) == 1
+    assert "pear/bad.png cannot be read" in index["damaged"][0]
     assert len(index["labels"]) == sum(index["counts"]) == COUNT + 100
 
 

@@ -82,7 +82,7 @@ def nothing_drawn(nothing_drawn_later):
         (measuring("--reference", "nowhere.npz"), ("nowhere.npz", "openaipublic", "SHA-256 b32732719497")),
         (measuring("--keep-images", "pictures/cross/0.png"), ("0.png",)),
         (measuring("--npz"), ("--keep-images DIR",)),
-        (measuring("--rewards", "classifier", "--judge", "j"), ("--judge", "not with --rewards")),
+        (measuring("--rewards", "classifier", "--judge", "j"), ("--judge", "cannot be combined with --rewards")),
         (("evaluate", "student", "impostor"), ("two different models are named student",)),
         (("evaluate", "student", "fashion-student"), ("fashion-student and student draw other classes",)),
         (("compare", "a.json", "b.json"), ("a.json is not there",)),

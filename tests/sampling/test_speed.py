@@ -44,7 +44,7 @@ def test_full_size_models_are_faster_than_the_straightforward_loop():
     How much faster depends on the CPU: teacher 2.7 and student 13.8 times on one machine (results/mar-base.json), 1.1
     and 7.3 times on another (results/mar-base-second.json), where plain PyTorch is faster and oneDNN slower.
     """
-    script = Path(__file__).parents[1] / "full_size.py"
+    script = Path(__file__).parents[2] / "tools" / "full_size.py"
     done = subprocess.run([sys.executable, str(script), "speed", "16"], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
     seconds = json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""The tools that make models, pictures and figures for the documents: averages, animations, panels, curves, gaps."""
+"""The tools that make models, pictures and figures for the documents: animations, panels, curves, gaps."""
 
 import dataclasses
 import itertools
@@ -9,34 +9,16 @@ import torch
 from PIL import Image, ImageSequence
 
 import animate
-import average
 import curves
 import side_by_side
 import token_gap
 from marval.config import OneStep
 from marval.evaluate.results import read_results, write_results
-from marval.io.checkpoint import load_model, save_model
+from marval.io.checkpoint import save_model
 from marval.io.images import grid
 from marval.pipeline import Pipeline
 from small import randn
 from tiny import tiny_config, tiny_data, tiny_model
-
-
-def test_averaging_is_the_mean_of_like_models(tmp_path):
-    first, second, config = tiny_model(0), tiny_model(1), tiny_config()
-    save_model(tmp_path / "first", first, config)
-    save_model(tmp_path / "second", second, config)
-    models = tuple(str(tmp_path / name) for name in ("first", "second"))
-    average.main(models, tmp_path / "mean", name="mean", order="spread")
-    mean, kept = load_model(tmp_path / "mean")
-    for name, weight in mean.state_dict().items():
-        torch.testing.assert_close(weight, (first.state_dict()[name] + second.state_dict()[name]) / 2)
-    assert (kept.name, kept.order, kept.draw) == ("mean", "spread", config.draw)
-    with pytest.raises(ValueError, match="exists already"):
-        average.main(models, tmp_path / "mean")
-    other = dataclasses.replace(config, draw=OneStep(), name="other")
-    with pytest.raises(ValueError, match="other and tiny differ in draw"):
-        average.average_models([(first, config), (second, other)])
 
 
 def test_tokens_appear_and_stay():

@@ -132,7 +132,7 @@ def check_request(models: tuple[str, ...], measured: Measured, against: Against,
 
     others = [f"--{name}" for name, value in vars(against).items() if value is not None]
     if measured.rewards is not None and others:
-        raise ValueError(f"{', '.join(others)}: not with --rewards, which are measured instead; run them apart")
+        raise ValueError(f"{', '.join(others)}: cannot be combined with --rewards: run two commands")
     if not models:
         raise ValueError("name at least one model, for example fashion-student")
     if measured.samples and (full := FULL_SIZES.keys() & set(models)):

@@ -16,6 +16,7 @@ import inspect
 import itertools
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -189,6 +190,16 @@ def read(function: Callable[..., None], arguments: Sequence[str], prog: str) -> 
         elif name in typed:
             values[name] = typed[name]
     return functools.partial(function, **values)
+
+
+def run_script(function: Callable[..., None]) -> None:
+    """Call a script's function with what was typed; a `ValueError` becomes one line on standard error, exit code 2."""
+    prog = Path(sys.argv[0]).name
+    try:
+        read(function, sys.argv[1:], prog)()
+    except (ValueError, KeyboardInterrupt) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 130)
 
 
 def with_fields(group: Any, fields: Mapping[str, Any]) -> Any:

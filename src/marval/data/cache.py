@@ -78,7 +78,7 @@ def cache_latents(
             tensors, metadata = _encode(
                 encoder, shards[i], image_size, batch_size, mirrors, workers.device, advance
             )  # fmt: skip
-            damaged += metadata["corrupt"]
+            damaged += metadata["damaged"]
             write_tensors(shard_file(out, i), tensors, {"marval": json.dumps(metadata)})
             check_damaged(damaged, len(files), ADVICE.format(out))
     if workers.stopping():  # all of them stop where one was asked to; it waits for the slowest
@@ -133,8 +133,8 @@ def _encode(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Encode a shard's files, while the next ones are decoded, to moments and labels; `kept` are these files' places.
 
-    Beside them it says why damaged ("corrupt") images cannot be read, and the number, expected sum and sum of squares
-    of the latents' samples, on which the scale is fitted.
+    Beside them it says why damaged images cannot be read, and the number, expected sum and sum of squares of the
+    samples of latents, on which the scale is fitted.
     """
 
     def read(file: Labelled) -> UInt8[Tensor, "3 h w"]:
@@ -158,7 +158,7 @@ def _encode(
     sums = {"sum": mean.sum().item(), "square": square.sum().item(), "numbers": mean.numel()}
     labels = torch.tensor([files[place][1] for place in kept]).long()
     tensors = {"moments": encoded.half(), "labels": labels, "kept": torch.tensor(kept).long()}
-    return tensors, {**sums, "corrupt": damaged}
+    return tensors, {**sums, "damaged": damaged}
 
 
 def _write_index(
@@ -177,12 +177,12 @@ def _write_index(
         if count:
             shape = [size[1] // 2, *size[2:]]
         counts.append(count)
-        damaged += metadata.pop("corrupt")
+        damaged += metadata.pop("damaged")
         sums.update(metadata)
     check_damaged(damaged, len(damaged) + len(labels), ADVICE.format(out))
     fitted = 1 / math.sqrt(sums["square"] / sums["numbers"] - (sums["sum"] / sums["numbers"]) ** 2)
     scale = fitted if about["scale"] is None else about["scale"]
-    index = {"counts": counts, "labels": labels, "shape": shape, "fitted_scale": fitted, "corrupt": damaged}
+    index = {"counts": counts, "labels": labels, "shape": shape, "fitted_scale": fitted, "damaged": damaged}
     if captioned is not None:
         index["captions"] = captioned.captions(kept, "").to_dict()
     write_text(out / INDEX, json.dumps({**about, "scale": scale, **index}) + "\n")

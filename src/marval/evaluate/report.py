@@ -101,7 +101,7 @@ def speed_table(timing: Sequence[Row]) -> Cells:
     for row in on_one_machine(timing):
         settings.setdefault(replace(Setting.of(row), batch=None), []).append(row)
     header = ["model", "K", *DIALS, "precision", "ms / image (batch)", "images / s (batch)", "GFLOP / image"]
-    header += ["of it decoding", "MiB"]
+    header += ["decoding (part of it)", "MiB"]
     lines = []
     for rows in settings.values():
         alone, best = min(rows, key=lambda row: row["batch"]), min(rows, key=lambda row: row["seconds_per_image"])

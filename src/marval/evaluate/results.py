@@ -121,7 +121,7 @@ def dials_of(draw: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Setting:
-    """Who drew what a row measures, and how: all that the rows of one table line have in common (not the seed)."""
+    """The model and settings that drew the images of a row: what the rows of one table line share (not the seed)."""
 
     model: str
     chain: str  # T of a teacher, w where it can be chosen, temperature
