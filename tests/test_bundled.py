@@ -17,6 +17,7 @@ from marval.train.classifier import classifier_accuracy
 ASSETS = Path(str(files("marval"))) / "assets"
 ROOT = Path(__file__).parents[1]
 MODELS = ("fashion-teacher", "fashion-student", "fashion-tuned")
+EMOJI = ("emoji-teacher", "emoji-student", "emoji-tuned")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -37,6 +38,30 @@ def test_a_bundled_model_is_small_documented_and_loads(name):
     updates = [line.get("update", line.get("step")) for line in logged]  # "step": of older runs
     assert updates == sorted(updates)
     assert len(updates) >= 5  # a tuning run may stop early
+
+
+@pytest.mark.parametrize("name", EMOJI)
+def test_a_bundled_model_of_emoji_is_small_documented_and_draws_what_it_knows(name, no_encoder):
+    pipeline = marval.load(name)
+    config = pipeline.config
+    assert (config.name, config.styles, config.space.vae) == (name, ("3d", "cartoon", "flat"), "emoji-vae")
+    assert len(config.class_names) == 1207
+    made_by = {"teacher": "python examples/emoji/train_teacher.py", "student": "marval distill", "tuned": "marval tune"}
+    assert config.source.startswith(made_by[name.removeprefix("emoji-")])
+    assert not re.search(r"(^|[\s=:])[/~]", config.source)
+    assert isinstance(config.draw, Chain if name == "emoji-teacher" else OneStep)
+    assert config.data == "latents:cache/emoji"  # which the example's README makes
+    files = [ASSETS / name / "model.safetensors", *(ASSETS / "emoji-vae").glob("*.safetensors")]
+    assert sum(file.stat().st_size for file in files) <= 16 * 2**20
+    assert "Fluent Emoji" in (ROOT / "model_cards" / f"{name}.md").read_text()  # the notices of its licences
+    notices = (ROOT / "examples/emoji/LICENSES.md").read_text()
+    assert (ASSETS / "emoji-vae/LICENSES.md").read_text() == notices  # they go where the models go
+    updates = [json.loads(line)["update"] for line in (ASSETS / name / "log.jsonl").read_text().splitlines()]
+    assert updates == sorted(updates)
+    assert len(updates) >= 5
+    red, blue = pipeline.sample(["a red heart, flat", "blue heart, flat style"], iterations=2)
+    assert red.shape == (3, 32, 32)
+    assert (red[0] - red[2]).mean() > 0.1 > (blue[0] - blue[2]).mean()
 
 
 @pytest.mark.parametrize(

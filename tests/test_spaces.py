@@ -1,15 +1,13 @@
 """Token spaces: cutting images into tokens and putting them together again."""
 
-import sys
 from types import SimpleNamespace
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marval.config import LatentSpace, PixelSpace
-from marval.spaces import Latents, Pixels, patchify, token_space
+from marval.spaces import Latents, Pixels, patchify
 
 sizes = st.integers(1, 4)
 
@@ -39,12 +37,6 @@ def test_token_range_is_what_black_and_white_become():
     assert low < high
     torch.testing.assert_close(black, torch.full_like(black, low))
     torch.testing.assert_close(white, torch.full_like(white, high))
-
-
-def test_latents_without_diffusers_are_a_value_error_that_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "diffusers", None)  # as if it were not installed
-    with pytest.raises(ValueError, match="install diffusers"):
-        token_space(LatentSpace((256, 256), "a-vae")).decode(torch.zeros(1, 256, 16))
 
 
 def test_latents_scale_shift_and_cut_what_a_vae_gives():

@@ -57,3 +57,5 @@ def test_the_installed_command_draws_from_an_empty_folder(wheel, tmp_path):
     assert marval.__version__ in run(folder / "bin" / "marval", "--version")
     run(folder / "bin" / "marval", "sample", "fashion-student", "--count", "2", "--out", "samples")
     assert Image.open(empty / "samples" / "grid.png").width > 28
+    run(folder / "bin" / "marval", "sample", "emoji-student", "--prompt", "a shark", "--count", "1", "--out", "emoji")
+    assert Image.open(empty / "emoji" / "00000-shark-3d-style-0.png").size == (32, 32)

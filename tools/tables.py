@@ -23,6 +23,8 @@ FIGURES = {  # of the first space of features: title and format
     "gflops_per_image": ("GFLOP / image", ".1f"),
 }
 BRIEF_K = 4, 16
+GROUPS = {"seen": "seen pairs", "held_out": "held-out pairs"}  # of concept and style, by examples/emoji/score.py
+TOLD = "concept", "style", "both"
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -83,6 +85,18 @@ def brief(results: Results) -> str:
     return models(kept, figures=())
 
 
+def pairs(results: Results) -> str:
+    """Return what a judge tells right of pictures of pairs of concept and style, and how far they are from drawings."""
+    header = ["pictures", "K", *(f"{group}: {', '.join(TOLD)}" for group in GROUPS.values())]
+    header += [f"{group}: distance from the own, the nearest drawing" for group in GROUPS.values()]
+    lines = []
+    for row in results["pairs"]:
+        told = [" / ".join(f"{row[f'{group}_{name}']:.0%}" for name in TOLD) for group in GROUPS]
+        far = [" / ".join(f"{row[f'{group}_{name}_distance']:.3f}" for name in ("own", "nearest")) for group in GROUPS]
+        lines.append([row["model"], str(row["iterations"] or ""), *told, *far])
+    return markdown(header, lines)
+
+
 def bench(results: Results) -> str:
     """Return seconds per image, operations, and speed-up over the teacher at the same K and batch size."""
     lines, rows = [], results["timing"]
@@ -130,6 +144,7 @@ def plan(results: Results) -> str:
 TABLES: dict[str, tuple[Callable[[Results], str], tuple[str, ...]]] = {  # and the parts that each is made of
     "models": (models, ("quality", "timing")),
     "brief": (brief, ()),  # its commands stand beside the other one
+    "pairs": (pairs, ("pairs",)),
     "bench": (bench, ("timing",)),
     "plan": (plan, ("plan",)),
 }

@@ -250,14 +250,14 @@ def make(out: Path, size: int, chosen: Path | None) -> str:
     """
     if out.exists():
         raise ValueError(f"{out} is there already: remove it, or name another folder")
-    listed = read_list(chosen or HERE / "concepts.txt")
+    listed = read_list(wanted := chosen or HERE / "concepts.txt")
     packages = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "marval" / "emoji"
     tarballs = {style: find_tarball(package, packages) for style, package in STYLES.items()}
     words = read_tarball(find_tarball(ANNOTATIONS, packages), r"package/annotations/(en)/annotations\.json")["en"]
     entries = read_tarball(tarballs["flat"], r"package/(emoji)\.json")["emoji"]
     every = read_emoji(json.loads(entries), json.loads(words)["annotations"]["annotations"])
     if unknown := listed.keys() - every.keys():
-        raise ValueError(f"{chosen}: no emoji is called {min(unknown)}; without --concepts, captions.csv has all names")
+        raise ValueError(f"{wanted}: no emoji is called {min(unknown)}; without --concepts, captions.csv has all names")
     names = every if chosen is None else listed
     captions = add_captions([every[name] for name in names], every.values(), listed)
     out.parent.mkdir(parents=True, exist_ok=True)

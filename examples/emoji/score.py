@@ -99,14 +99,15 @@ def asked(drawings: Drawings, pipeline: Pipeline, group: str, count: int) -> tup
 @torch.inference_mode()
 def limits(judge: Judge, drawings: Drawings, pipeline: Pipeline) -> dict[str, dict[str, float]]:
     """The figures of the drawings themselves, of those through a model's token space, and of copies of other styles."""
-    space, device = pipeline.space, pipeline.device
+    space, device, config = pipeline.space, pipeline.device, pipeline.config
+    through = Path(config.space.vae).name if config.space.kind == "latents" else f"the tokens of {config.name}"
     decoded = [space.decode(space.encode(part.to(device))).cpu() for part in drawings.images.split(TOGETHER)]
     same = drawings.concept[:, None] == drawings.concept
     other = same & (drawings.style[:, None] != drawings.style) & drawings.seen
     every = torch.ones_like(drawings.seen)
     made = {
         "drawings": (augment(drawings.images, generator("limits")), every),
-        f"drawings through the tokens of {pipeline.config.name}": (torch.cat(decoded), every),
+        f"drawings through {through}": (torch.cat(decoded), every),
         "copies": (drawings.images[other.float().argmax(dim=1)], other.any(dim=1)),
     }
     figures: dict[str, dict[str, float]] = {name: {} for name in made}

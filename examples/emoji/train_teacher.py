@@ -1,13 +1,11 @@
 """Train a teacher of emoji whose network has sizes of your choice; 5.8 million parameters by default.
 
-python examples/emoji/make_dataset.py data/emoji
-python examples/train_vae.py folder:data/emoji models/emoji-vae
-marval cache cache/emoji --images data/emoji --vae models/emoji-vae --image-size 32 --no-mirrors
-python examples/emoji/train_teacher.py latents:cache/emoji --patch 2 --out runs/emoji-teacher
+python examples/emoji/train_teacher.py latents:cache/emoji-few --patch 2 --out runs/emoji-few
 
-Any other data of `marval train` will do. `marval distill`, `tune`, `sample` and `evaluate` take the model as it is. A
-run that was stopped goes on with the same command and --resume; it may then get more or fewer --updates, so that the
-learning rate falls over the last --decay of them whenever there has been time enough.
+The README beside this file has the commands before this one. Any other data of `marval train` will do. `marval
+distill`, `tune`, `sample` and `evaluate` take the model as it is. A run that was stopped goes on with the same command
+and --resume; it may then get more or fewer --updates, so that the learning rate falls over the last --decay of them
+whenever there has been time enough.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """marval: masked auto-regressive diffusion in one step (MARVAL, CVPR 2026).
 
-student = marval.load("fashion-student")
-images = student.sample(["sneaker", "bag"], seed=0)
+student = marval.load("emoji-student")
+images = student.sample(["a taxi, 3-D style", "pizza"], seed=0)
 """
 
 import importlib

@@ -107,7 +107,7 @@ class Recipe(Checked):
 
 def plain_name(class_name: str) -> str:
     """A class as a part of a file's name: a stranger's model may call it anything."""
-    return re.sub(r"[^\w.,+()&'-]", "-", class_name)[:40]
+    return re.sub(r"(?:, |[^\w.,+()&'-])+", "-", class_name)[:40]
 
 
 def make_recipe(

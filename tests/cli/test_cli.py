@@ -35,10 +35,11 @@ def test_marval_alone_lists_the_models_that_are_there(marval, work, tmp_path):
     for name, target in (("mine", work / "tiny"), ("broken", work / "pictures")):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "model").symlink_to(target)
-    lines = marval().out.splitlines()[3:7]
-    names = ["fashion-teacher", "fashion-student", "fashion-tuned", "runs/mine"]
+    lines = marval().out.splitlines()[3:10]
+    names = [f"{kind}-{role}" for kind in ("emoji", "fashion") for role in ("teacher", "student", "tuned")]
+    names.append("runs/mine")
     assert [line.split()[0] for line in lines] == names
-    assert lines[0].split()[1:] == ["chain", "16", "28x28"]
+    assert lines[0].split()[1:] == ["chain", "16", "32x32"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -12,6 +12,7 @@ from PIL import Image
 
 demo = importlib.import_module("marval.cli.demo")  # the name itself is the verb
 STUDENTS = (("fashion-student", 4), ("fashion-tuned", 2))
+SMALL = {"SAMPLES": 10, "REPEATS": 1, "DRAWN": STUDENTS, "SUGGESTED": ("taxi", "shark"), "EMOJI": ("emoji-student",)}
 
 
 def test_the_demo_draws_scores_and_distils_without_a_network(marval, tmp_path, monkeypatch):
@@ -21,7 +22,7 @@ def test_the_demo_draws_scores_and_distils_without_a_network(marval, tmp_path, m
     monkeypatch.setattr("urllib.request.urlopen", nowhere)
     monkeypatch.setattr("marval.data.fashion.PACKAGE", tmp_path / "nothing")
     live = dataclasses.replace(demo.LIVE, updates=4, warmup=1, probe_every=2, batch_size=4, iterations=2)
-    for name, value in {"SAMPLES": 10, "REPEATS": 1, "DRAWN": STUDENTS, "LIVE": live}.items():
+    for name, value in {**SMALL, "LIVE": live}.items():
         monkeypatch.setattr(demo, name, value)
     said = marval("demo", "--device", "cpu", "--out", tmp_path).out
     report = json.loads((tmp_path / "demo.json").read_text())
@@ -29,9 +30,10 @@ def test_the_demo_draws_scores_and_distils_without_a_network(marval, tmp_path, m
     for row in report["rows"]:
         assert 0 < row["seconds_in_batch"] < row["seconds_alone"]
         assert f"{row['accuracy']:.0%}" in said
+    assert [(row["model"], row["iterations"]) for row in report["emoji"]] == [("emoji-student", 4)]
     assert len(report["live_distillation"]) == 3  # before, in between, after
-    for name in ("demo.png", "distillation.png"):
-        assert Image.open(tmp_path / name).width > 300
+    for name in ("emoji.png", "demo.png", "distillation.png"):
+        assert Image.open(tmp_path / name).width > 200
         assert name in said
     command = said.rstrip().splitlines()[-1].partition(" serve ")[0].strip()
     assert shutil.which(command)  # also where the environment is not activated
@@ -53,5 +55,7 @@ def test_the_whole_demo(tmp_path):
     teacher, student = rows["fashion-teacher", 16], rows["fashion-student", 4]
     assert teacher["seconds_alone"] > 20 * student["seconds_alone"]
     assert teacher["seconds_in_batch"] > 10 * student["seconds_in_batch"]
+    teacher, student, tuned = report["emoji"]
+    assert teacher["seconds_alone"] > 5 * max(student["seconds_alone"], tuned["seconds_alone"])
     accuracies = [row["accuracy"] for row in report["live_distillation"]]
     assert accuracies[-1] > accuracies[0] + 0.1

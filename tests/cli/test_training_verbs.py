@@ -139,9 +139,10 @@ def test_a_distance_is_judged_in_features_that_it_is_not_tuned_on(marval, refusa
 
 def test_a_latent_student_is_distilled_and_tuned_with_the_full_size_recipe(marval, refusal, tmp_path):
     """Latents for the anchor, pictures for the judge, 30 classes, no classifier, a reward that is only watched."""
-    diffusers = pytest.importorskip("diffusers")
+    from diffusers import AutoencoderKL
+
     torch.manual_seed(0)
-    diffusers.AutoencoderKL(
+    AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(4, 4, 4), norm_num_groups=2, layers_per_block=1, latent_channels=2, sample_size=16,
     ).save_pretrained(tmp_path / "vae")  # fmt: skip

@@ -21,7 +21,6 @@ SCRIPTS = {"judge": "train", "score": "score", "train_teacher": "train", "train_
 @pytest.fixture
 def script(monkeypatch):
     """Run a script of the examples in this process; its arguments are read alone where `only_read` is set."""
-    pytest.importorskip("diffusers")
     for folder in ("examples", "examples/emoji"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
 

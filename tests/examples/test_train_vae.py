@@ -19,7 +19,6 @@ from marval.runtime.rng import generator
 from marval.spaces import Latents
 from texts import write_captioned
 
-pytest.importorskip("diffusers")
 SCRIPT = Path(__file__).parents[2] / "examples/train_vae.py"
 SMALL = [
     "--size",

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import shutil
 import socket
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from marval.pipeline import load
 from marval.runtime.rng import generator
 from tiny import tiny_config, tiny_model
 
-pytest.importorskip("diffusers")
 BLOCKS = 2  # a level in the encoder; one more in the decoder
 
 
@@ -206,6 +206,8 @@ def test_a_bundled_vae_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch,
     assert {weight.dtype for weight in pipeline.space.vae.parameters()} == {torch.float32}
     pipeline.save("copy")
     assert load_model("copy")[1].space.vae == "small-vae"  # good on another machine
+    shutil.copytree(tmp_path / "assets/small-vae", "copy/small-vae")  # beside a model is its own
+    assert Path(load("copy").config.space.vae) == Path("copy/small-vae").absolute()
 
     for label in ("a", "b"):
         Path("pictures", label).mkdir(parents=True)

@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 import marval as package
-from marval.cli.arguments import BUNDLED
 from marval.io.images import to_pil
 from marval.recipe import find_pipelines, read_recipe, redraw
 from serving import finish, shoot, slide
 from uploads import BAD_FILES, content, photo
 
+K = "Iterations K (each model's own until you move it)"
 LOW_CONTRAST = (Path(__file__).parents[1] / "helpers" / "contrast.js").read_text()
 
 
@@ -45,7 +45,7 @@ def test_generate_shows_the_iterations_as_they_come(visitor, width, scheme, tmp_
       })).observe(document.body, {childList: true, subtree: true});
     }""")
     slide(page, "generate", "Pictures of each model", 2)
-    slide(page, "generate", "Iterations K", 6)
+    slide(page, "generate", K, 6)
     page.click("#generate .primary")
     finish(page, "generate", "Done. Time of a picture: fashion-teacher")
     assert {f"iteration {k}" for k in range(1, 6)} <= set(page.evaluate("window.seen"))
@@ -53,7 +53,8 @@ def test_generate_shows_the_iterations_as_they_come(visitor, width, scheme, tmp_
     assert shown.locator(".panel").count() == 3
     assert shown.locator(".pictures img").count() == 6
     assert shown.locator(".strip canvas").count() == 18
-    own = [package.load(name).config.draw.guidance for name in BUNDLED]  # the slider was not moved
+    names = shown.locator(".panel h3").all_inner_texts()
+    own = [package.load(name).config.draw.guidance for name in names]  # the slider was not moved
     notes = zip(shown.locator(".panel header p").all_inner_texts(), own, strict=True)
     assert all(f" · w = {w:g} · " in note for note, w in notes)
     speeds = shown.locator(".speed").all_inner_texts()
@@ -159,7 +160,7 @@ def test_compare_and_count(visitor, width, scheme, tmp_path):
     assert (recipe.model, recipe.iterations) == ("fashion-student", 2)
 
     page.click("#tab-why")
-    slide(page, "why", "Iterations K", 3)
+    slide(page, "why", K, 3)
     page.click("#why .primary")
     finish(page, "why", "fashion-teacher 300 calls of the head")
     assert shown_in(page, "why").locator(".count").all_text_contents() == ["6", "300", "3", "3", "3", "3"]
@@ -172,7 +173,7 @@ def test_what_is_drawn_is_what_the_visitor_chose_and_keys_are_enough(visitor, tm
     assert page.locator("#generate").get_by_label("Seed, as a number").input_value() == "999999"
     slide(page, "generate", "Seed", 5)
     slide(page, "generate", "Pictures of each model", 1)
-    slide(page, "generate", "Iterations K", 7)
+    slide(page, "generate", K, 7)
     page.locator("#generate").get_by_label("fashion-tuned").uncheck()
     page.locator("#generate").get_by_label("sneaker").uncheck()
     page.get_by_text("Guidance, temperature and order").click()
@@ -210,14 +211,14 @@ def test_a_drawing_can_be_stopped(visitor):
         start = {"edit": "#edit [value=start]", "generate": "#generate .primary"}[name]
         if name == "edit":
             page.locator("#edit [name=model]").select_option("fashion-teacher")
-        slide(page, name, "Iterations K", 49)
+        slide(page, name, K, 49)
         page.click(start)
         finish(page, name, "fashion-teacher · ")
         page.click(f"#{name} [data-stop]")
         finish(page, name, "Stopped.")
         page.wait_for_timeout(500)  # what comes late must not unsay it
         assert page.inner_text(f"#{name} .status") == "Stopped."
-        slide(page, name, "Iterations K", 1)
+        slide(page, name, K, 1)
         page.click(start)
         finish(page, name, "Drawn." if name == "edit" else "Done")
 
@@ -257,7 +258,7 @@ def test_every_tab_can_be_read_and_named(visitor, width, scheme):
     """Text contrasts with its ground (WCAG 2 AA), every control has a name, and nothing is wider than the window."""
     page = visitor(width, scheme)
     slide(page, "generate", "Pictures of each model", 1)
-    slide(page, "generate", "Iterations K", 2)
+    slide(page, "generate", K, 2)
     page.get_by_text("Guidance, temperature and order").click()
     page.click("#generate .primary")
     finish(page, "generate", "Done. Time of a picture")

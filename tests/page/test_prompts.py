@@ -8,7 +8,7 @@ from marval.config import OneStep
 from marval.io.checkpoint import save_model
 from marval.page.studio import Studio, Wanted
 from marval.recipe import find_pipelines, read_recipe, redraw
-from serving import finish, in_thread, shoot, slide
+from serving import finish, in_thread, serving, shoot, slide
 from texts import text_config, text_model
 from tiny import tiny_config, tiny_model
 
@@ -57,6 +57,8 @@ def test_visitors_type_prompts(studio, chromium, tmp_path, width, scheme):
             "apple",
         ]
         assert not form.get_by_label("classes").is_checked()
+        form.get_by_role("button", name="shark").click()
+        assert form.get_by_label("Prompt").input_value() == "shark"
         form.get_by_label("Prompt").fill("a green shark")
         form.get_by_label("Style").select_option("flat")
         slide(page, "generate", "Pictures of each model", 2)
@@ -90,3 +92,24 @@ def test_visitors_type_prompts(studio, chromium, tmp_path, width, scheme):
         finish(page, "generate", "Done. Time of a picture: classes")
         context.close()
     assert errors == []
+
+
+def test_the_bundled_models_open_with_a_prompt(chromium, tmp_path):
+    with serving(cwd=tmp_path) as (address, _):
+        page = chromium.new_context(viewport={"width": 1280, "height": 900}).new_page()
+        page.set_default_timeout(60_000)
+        page.goto(address)
+        page.wait_for_selector("[data-ready]")
+        form = page.locator("#generate")
+        assert "shark" in form.locator("datalist option").evaluate_all("all => all.map((one) => one.value)")
+        chosen = form.locator("[name=models]:checked").evaluate_all("all => all.map((one) => one.value)")
+        assert chosen == ["emoji-teacher", "emoji-student", "emoji-tuned"]
+        assert form.get_by_label("Style").locator("option").all_inner_texts() == ["3d", "cartoon", "flat"]
+        form.get_by_role("checkbox", name="emoji-teacher").uncheck()
+        form.get_by_label("Prompt").fill("a shark")
+        form.get_by_label("Style").select_option("flat")
+        page.click("#generate .primary")
+        finish(page, "generate", "Done. Time of a picture: emoji-student")
+        assert form.locator(".shown figcaption").first.inner_text().startswith("a shark, flat · seed 0")
+        assert form.locator(".shown .pictures img").count() == 8
+        shoot(page, "bundled")

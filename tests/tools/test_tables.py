@@ -61,3 +61,17 @@ def test_times_with_operations_become_a_table(tmp_path):
     assert "| s | 4 | 2 | 0.5 | 2,958 | 59% | 4.0x | 2.0x |" in text
     (tmp_path / "b.json").write_text(json.dumps({"bench": {"rows": [row | {"context_seconds": 0.5}]}}))
     assert "| t | 4 | 2 | 2.0 | 25% | 6,034 | 59% |  |  |" in table("bench", tmp_path / "b.json")
+
+
+def test_what_a_judge_tells_of_pairs_becomes_a_table(tmp_path):
+    told = {"concept": 0.916, "style": 0.874, "both": 0.8, "own_distance": 0.088, "nearest_distance": 0.0871}
+    figures = {f"{group}_{name}": value for group in ("seen", "held_out") for name, value in told.items()}
+    rows = [{"model": "drawings", "iterations": 0, **figures}, {"model": "t", "iterations": 16, **figures}]
+    rows[1]["held_out_concept"] = 0.5
+    write_results(tmp_path / "p.json", "pairs", rows)
+    header, _, drawings, teacher = table("pairs", tmp_path / "p.json").splitlines()
+    assert header.startswith(
+        "| pictures | K | seen pairs: concept, style, both | held-out pairs: concept, style, both |"
+    )
+    assert drawings == "| drawings |  | 92% / 87% / 80% | 92% / 87% / 80% | 0.088 / 0.087 | 0.088 / 0.087 |"
+    assert teacher == "| t | 16 | 92% / 87% / 80% | 50% / 87% / 80% | 0.088 / 0.087 | 0.088 / 0.087 |"

@@ -31,8 +31,8 @@ VERBS = {name: verb for group in GROUPS.values() for name, verb in group.items()
 
 TRY = """
 Try:
-  marval sample fashion-student --classes sneaker,bag --out samples
-  marval demo                          two minutes: draw, time, score, and distil a student
+  marval sample emoji-student --prompt "a shark" --style 3d --count 8
+  marval demo                          a few minutes: draw, time, score, and distil a student
   marval serve                         draw, edit and compare in a browser
 marval --help lists all verbs."""
 

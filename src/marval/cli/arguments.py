@@ -6,7 +6,9 @@ if TYPE_CHECKING:
     from marval.data import TrainingData
     from marval.pipeline import Pipeline
 
-BUNDLED = ("fashion-teacher", "fashion-student", "fashion-tuned")  # in the order of their making
+BUNDLED = (  # of each kind in the order of their making
+    "emoji-teacher", "emoji-student", "emoji-tuned", "fashion-teacher", "fashion-student", "fashion-tuned",
+)  # fmt: skip
 
 
 def usable_device(name: str) -> str:

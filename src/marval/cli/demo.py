@@ -1,17 +1,19 @@
 """`marval demo`: the main job on the bundled models, and a short live distillation; without data set or network."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -27,10 +29,13 @@ from marval.presets import DistillConfig
 from marval.rewards import Classifier, load_classifier
 from marval.runtime.folder import open_run
 from marval.runtime.provenance import made_by
+from marval.text import SUGGESTED
 from marval.train.distill import distill
 
+T = TypeVar("T")
 SAMPLES = 100  # images that each model is scored on
 REPEATS = 3  # of every timing, after one that warms up
+EMOJI = "emoji-teacher", "emoji-student", "emoji-tuned"  # which draw the suggested prompts, in every style
 DRAWN = (  # model, K
     ("fashion-teacher", 16), ("fashion-student", 2), ("fashion-student", 4), ("fashion-student", 8),
     ("fashion-tuned", 4),
@@ -42,11 +47,13 @@ LIVE = DistillConfig(
 
 
 def run(out: Path, device: str) -> None:
-    """Draw, time and score the bundled models, and write the report; then distil the teacher for half a minute."""
+    """Draw emoji; draw, time and score models of clothes, and write the report; then distil for half a minute."""
     report = out / "demo.json"
     check_output(report, folder=False)
     judge = load_classifier("fashion-judge").to(device)
     measured: dict[str, Any] = {**made_by(torch.device(device)), "samples": SAMPLES, "repeats": REPEATS}
+    measured["emoji"] = draw_emoji(out, device)
+    print(f"Pictures: {out / 'emoji.png'}\n", flush=True)
     measured["rows"] = draw_models(out, device, judge)
     write_text(report, json.dumps(measured, indent=1))
     print(f"Pictures: {out / 'demo.png'}   Report: {report}", flush=True)
@@ -55,48 +62,76 @@ def run(out: Path, device: str) -> None:
     print(f"Pictures: {out / 'distillation.png'}")
     # The environment that `make demo` made is not on a newcomer's PATH.
     marval = "marval" if shutil.which("marval") else os.path.relpath(Path(sys.executable).parent / "marval")
-    print(f"\nNext:  {marval} sample fashion-student --classes sneaker,bag --count 16 --out samples")
+    print(f'\nNext:  {marval} sample emoji-student --prompt "a shark" --style 3d --count 8')
     print(f"       {marval} train --data folder:DIR --out runs/mine      (then distill, tune: see README)")
     print(f"       {marval} serve                                        (see it all in a browser)")
 
 
+def draw_emoji(out: Path, device: str) -> list[dict[str, Any]]:
+    """Draw the suggested prompts in every style by each model, on the same seeds; print times, and save `emoji.png`."""
+    rows: list[dict[str, Any]] = []
+    pictures: dict[str, Tensor] = {}
+    table = Table("model", "K", "one picture", "one of a batch")
+    for name in EMOJI:
+        pipeline = load(name, device)
+        styles, k = pipeline.config.styles, pipeline.default_iterations
+        asked = [f"{prompt}, {style}" for style in styles for prompt in SUGGESTED]
+        print(f"{name} draws {len(asked)} prompts ...", flush=True)
+        one, every = (functools.partial(pipeline.sample, some) for some in (asked[:1], asked))
+        alone, batch, images = time_drawing(one, every, pipeline.device)
+        rows.append({"model": name, "iterations": k, "seconds_alone": alone, "seconds_in_batch": batch / len(asked)})
+        table.add_row(name, str(k), *times_told(rows))
+        for style, some in zip(styles, images.split(len(SUGGESTED)), strict=True):
+            pictures[f"{style}, {name.removeprefix('emoji-')}\n{alone * 1000:.0f} ms / image"] = some
+    Console().print(table)
+    print("(10x): that many times as fast as the teacher. Times are medians of a few rounds after a warm-up.")
+    captions = sorted(pictures, key=lambda caption: styles.index(caption.split(",")[0]))  # the models below each other
+    title = "The same seeds: teacher, one-step student, reward-tuned student"
+    shown = [pictures[caption] for caption in captions]
+    save_picture(out / "emoji.png", grid(shown, captions, SUGGESTED, title, scale=2))
+    return rows
+
+
+def times_told(rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """Tell the times of the last row, and how many times as fast as the first one's they are."""
+    first, last = rows[0], rows[-1]
+    alone, batch = (last[name] for name in ("seconds_alone", "seconds_in_batch"))
+    once, each = first["seconds_alone"] / alone, first["seconds_in_batch"] / batch
+    return f"{alone * 1000:.0f} ms ({once:.0f}x)", f"{batch * 1000:.1f} ms ({each:.0f}x)"
+
+
 def draw_models(out: Path, device: str, judge: Classifier) -> list[dict[str, Any]]:
     """Time and score every setting of `DRAWN`, print them as a table, and save `demo.png`."""
-    print(f"The same {SAMPLES} pictures from each model (times: the median of {REPEATS} rounds after a warm-up) ...")
+    print(f"The same {SAMPLES} pictures from each model ...")
     rows: list[dict[str, Any]] = []
     pictures, captions = [], []
     table = Table("model", "K", "one picture", "one of a batch", "recognised")
     for name, k in DRAWN:
         pipeline = load(name, device)
-        alone, batch, images, labels = time_drawing(pipeline, k)
+        one = functools.partial(pipeline.sample, [0], iterations=k)
+        many = functools.partial(draw_bytes, pipeline, SAMPLES, k, seed=0)
+        alone, batch, (images, labels) = time_drawing(one, many, pipeline.device)
         accuracy = recognised(judge, images, labels)
         rows.append({
-            "model": name, "iterations": k, "seconds_alone": alone, "seconds_in_batch": batch, "accuracy": accuracy
+            "model": name, "iterations": k, "seconds_alone": alone, "seconds_in_batch": batch / SAMPLES,
+            "accuracy": accuracy,
         })  # fmt: skip
-        once, each = rows[0]["seconds_alone"] / alone, rows[0]["seconds_in_batch"] / batch
-        times = f"{alone * 1000:.0f} ms ({once:.0f}x)", f"{batch * 1000:.1f} ms ({each:.0f}x)"
-        table.add_row(name, str(k), *times, f"{accuracy:.0%}")
+        table.add_row(name, str(k), *times_told(rows), f"{accuracy:.0%}")
         pictures.append(images[:10].float() / 255)
         captions.append(f"{name.removeprefix('fashion-')}, K={k}\n{alone * 1000:.0f} ms / image")
     Console().print(table)
-    print(
-        "(10x): that many times as fast as the teacher.  Recognised: the classifier sees the class that was asked for."
-    )
+    print("Recognised: the classifier sees the class that was asked for.")
     title = "The same seeds: teacher (100 diffusion steps per token, guided), one-step student, reward-tuned student"
     save_picture(out / "demo.png", grid(pictures, captions, pipeline.config.class_names, title, scale=3))
     return rows
 
 
-def time_drawing(pipeline: Pipeline, k: int) -> tuple[float, float, UInt8[Tensor, "n c h w"], Int[Tensor, " n"]]:
-    """Seconds of a picture alone, of one of a batch (medians), and the batch's images and labels."""
-    drawn = []
-
-    def draw_batch() -> None:
-        drawn.append(draw_bytes(pipeline, SAMPLES, k, seed=0))
-
-    times = in_turns([lambda: pipeline.sample([0], iterations=k), draw_batch], REPEATS, pipeline.device)
+def time_drawing(one: Callable[[], Any], many: Callable[[], T], device: torch.device) -> tuple[float, float, T]:
+    """Seconds of drawing one picture and a batch of `many`, medians, and what the batch came to."""
+    drawn: list[T] = []
+    times = in_turns([one, lambda: drawn.append(many())], REPEATS, device)
     alone, batch = map(statistics.median, times)
-    return alone, batch / SAMPLES, *drawn[0]
+    return alone, batch, drawn[-1]
 
 
 @torch.inference_mode()

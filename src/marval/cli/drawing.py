@@ -54,10 +54,10 @@ class Folder(Checked):
 
 
 def sample(model: str | None = None, *, images: Images, drawing: Drawing, output: Folder) -> None:
-    """Draw images: PNG files with their recipes inside, and a grid.
+    """Draw images: PNG files with their recipes inside, and grid.png, which shows those of the last command.
 
-    marval sample fashion-student --classes sneaker,bag --count 16 --out samples
-    marval sample --like samples/00000-sneaker-0.png --out again
+    marval sample emoji-student --prompt "a shark" --style 3d --count 8
+    marval sample --like samples/00000-shark-3d-style-0.png --out again
 
     Args:
         model: a bundled model, or a model's or run's folder; with --like the one that drew the picture, or a folder of
@@ -76,7 +76,9 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
         sample_like(images.like, model, output, drawing.device)
         return
     if model is None:
-        raise ValueError("name a model, for example: marval sample fashion-student (or a picture with --like)")
+        raise ValueError(
+            'name a model, as in: marval sample emoji-student --prompt "a shark" (or a picture with --like)'
+        )
     pipeline = marval.load(model, usable_device(drawing.device)).with_draw(
         diffusion_steps=drawing.diffusion_steps, guidance=drawing.guidance,
         guidance_schedule=drawing.guidance_schedule, temperature=drawing.temperature,
@@ -91,7 +93,7 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
         for i, asked in enumerate(asked_for(images, pipeline.config))
     ]
     files = [output.out / f"{i:05d}-{plain_name(r.class_name)}-{r.seed}.png" for i, r in enumerate(pictures)]
-    check_targets([*files, output.out / "grid.png"], output.force)
+    check_targets(files, output.force)  # the grid shows what was drawn last
     shown: list[Tensor] = []
     with progress(count, "drawing images") as advance:
         for first in range(0, count, drawing.batch_size):
@@ -173,7 +175,7 @@ class DemoOutput(Checked):
 
 
 def demo(*, output: DemoOutput) -> None:
-    """Draw, time and score the bundled models, then distil a student live: two minutes.
+    """Draw, time and score the bundled models, then distil a student live: a few minutes.
 
     marval demo
     marval demo --out my-demo

@@ -134,7 +134,7 @@ def check_request(models: tuple[str, ...], measured: Measured, against: Against,
     if measured.rewards is not None and others:
         raise ValueError(f"{', '.join(others)}: cannot be combined with --rewards: run two commands")
     if not models:
-        raise ValueError("name at least one model, for example fashion-student")
+        raise ValueError("name at least one model, for example emoji-student")
     if measured.samples and (full := FULL_SIZES.keys() & set(models)):
         raise ValueError(f"{', '.join(sorted(full))}: random weights have no quality: time them with --samples 0")
     if (measured.budget or results.plot) and not (measured.samples and measured.batches):

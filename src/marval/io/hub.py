@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 from marval.config import LatentSpace, ModelConfig
 from marval.io.checkpoint import save_model
@@ -15,23 +14,15 @@ from marval.model import MAR
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
-def hub() -> ModuleType:
-    """Import the library of the hub."""
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ValueError("the Hugging Face hub needs its package: pip install huggingface_hub") from error
-    return huggingface_hub
-
-
 def fetch(repo_id: str, patterns: Sequence[str], revision: str | None = None) -> Path:
     """Fetch a repository's files that match `patterns`, or find them in the cache, and return their folder.
 
     Call it with names that a person typed, never with names that a file holds.
     """
-    download = hub().snapshot_download
+    from huggingface_hub import snapshot_download
+
     try:
-        return Path(download(repo_id, revision=revision, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # no network, no such repository, no right to read it: many kinds
         raise ValueError(
             f"the Hugging Face hub did not give {repo_id}: {type(error).__name__}: {one_line(error)}"
@@ -47,10 +38,11 @@ def push_model(
         license: the hub's name of the weights' licence, such as "apache-2.0"; the card names none when None.
 
     Raises:
-        ValueError: huggingface_hub is not installed, or the hub refuses.
+        ValueError: the hub refuses.
     """
-    api = hub().HfApi()
-    config = published(config)
+    from huggingface_hub import HfApi
+
+    api, config = HfApi(), published(config)
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, model, config)
         write_text(Path(folder) / "README.md", model_card(repo_id, config, license))
@@ -77,10 +69,12 @@ def published(config: ModelConfig) -> ModelConfig:
 
 def model_card(repo_id: str, config: ModelConfig, license: str | None = None) -> str:
     """The README.md of a model's repository: metadata for the hub, and how to use the model."""
+    from huggingface_hub import ModelCardData
+
     kind = "one-step student" if config.draw.kind == "one_step" else "teacher"
     of, task = ("prompts", "text-to-image") if config.encoder else ("classes", "class-conditional")
     tags = ["marval", "image-generation", task, "masked-autoregressive-diffusion"]
-    header = hub().ModelCardData(library_name="marval", license=license, tags=tags).to_yaml()
+    header = ModelCardData(library_name="marval", license=license, tags=tags).to_yaml()
     space, (height, width), vae = config.space, config.space.image_size, ""
     if isinstance(space, LatentSpace):
         vae = f"It needs the VAE `{space.vae}` (SHA-256 `{space.vae_sha256 or 'unknown'}`).\n"

@@ -25,12 +25,16 @@ def load_vae(name: str, device: torch.device | str = "cpu", *, download: bool = 
         download: fetch a hub id; only where a person typed it, not where a model's file names it. Without, what
             `hf download` put into the local cache is found.
     """
-    kind, folder = _autoencoder_kl(), bundled_vae(name) or Path(name)
+    folder = bundled_vae(name) or Path(name)
     if not (is_folder := folder.is_dir()) and not HUB_ID.fullmatch(name):
         raise ValueError(f"the VAE {name[:200]!r} is no folder here, nor a hub id: name a folder in diffusers' form")
+    from diffusers import AutoencoderKL  # it takes seconds
+
     try:
         place = folder if is_folder else name
-        vae = kind.from_pretrained(place, local_files_only=not download, use_safetensors=True, low_cpu_mem_usage=False)
+        vae = AutoencoderKL.from_pretrained(
+            place, local_files_only=not download, use_safetensors=True, low_cpu_mem_usage=False
+        )
         return vae.to(device).eval().requires_grad_(False)
     except (OSError, ValueError, TypeError, RuntimeError, LookupError) as error:
         advice = "" if download or is_folder else f"nothing is fetched that a file names: hf download {name}; or "
@@ -54,7 +58,7 @@ def vae_hash(name: str) -> str:
     """Compute the SHA-256 of the weights in a VAE's folder, or of a hub id's in the hub's cache; "" without weights."""
     folder = bundled_vae(name) or Path(name)
     files = sorted(folder.glob("*.safetensors"))
-    with contextlib.suppress(ImportError, ValueError):  # not there, or the name is no hub id
+    with contextlib.suppress(ValueError):  # the name is no hub id
         from huggingface_hub import try_to_load_from_cache
 
         cached = None if folder.is_dir() else try_to_load_from_cache(name, "diffusion_pytorch_model.safetensors")
@@ -66,22 +70,14 @@ def vae_hash(name: str) -> str:
 def find_vae(space: PixelSpace | LatentSpace, folder: Path) -> PixelSpace | LatentSpace:
     """Look for a model's VAE by its path and then by its name, each in the model's folder and in the current one.
 
-    A bundled one needs no search.
+    A bundled one is looked for in the model's folder only, where a model of yours may have another of its name.
     """
-    if isinstance(space, LatentSpace) and not bundled_vae(space.vae):
-        name = Path(space.vae).name
-        for place in (folder / space.vae, Path(space.vae), folder / name, Path(name)):
-            if name and place.is_dir():
+    if isinstance(space, LatentSpace) and (name := Path(space.vae).name):
+        places = folder / space.vae, Path(space.vae), folder / name, Path(name)
+        for place in places[:1] if bundled_vae(space.vae) else places:
+            if place.is_dir():
                 return dataclasses.replace(space, vae=str(place.absolute()))
     return space
-
-
-def _autoencoder_kl() -> Any:
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ValueError("this needs a VAE: install diffusers (pip install diffusers transformers)") from error
-    return AutoencoderKL
 
 
 # latent-diffusion's names, and those of diffusers; the decoder's levels are counted from the other end.
@@ -140,13 +136,15 @@ def convert_vae(path: Path | str, out: Path | str, force: bool = False) -> None:
     Raises:
         ValueError: as `read_checkpoint` and `check_tensors`; or the folder exists or cannot be written.
     """
-    kind, out, file = _autoencoder_kl(), Path(out), find_file(Path(path))
+    from diffusers import AutoencoderKL
+
+    out, file = Path(out), find_file(Path(path))
     check_replace(out, source=file, folder=True, force=force)
     content = read_checkpoint(path)
     content = content.get("model", content.get("state_dict", content))
     tensors = {name: t for name, t in content.items() if isinstance(t, Tensor) and not name.startswith("loss.")}
     with torch.device("meta"):
-        vae = kind(**infer_vae_config(tensors, path))
+        vae = AutoencoderKL(**infer_vae_config(tensors, path))
     renamed = diffusers_tensors(tensors)
     check_tensors(path, renamed, vae.state_dict())
     vae.load_state_dict(renamed, strict=True, assign=True)

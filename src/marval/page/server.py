@@ -24,6 +24,7 @@ from marval.config import Order
 from marval.io.files import one_line
 from marval.page.guard import Guard, is_local
 from marval.page.studio import Event, Job, Studio, Wanted
+from marval.text import SUGGESTED
 
 MOST_PICTURES = 64  # of one request
 CONNECTIONS = 128  # open at once; uvicorn answers 503 to more
@@ -68,7 +69,7 @@ def build(studio: Studio) -> Starlette:
 
     async def models(request: Request) -> Response:
         served = [served.to_json(name) for name, served in studio.models.items()]
-        return JSONResponse({"models": served, "orders": get_args(Order)})
+        return JSONResponse({"models": served, "orders": get_args(Order), "suggested": SUGGESTED})
 
     async def draw(request: Request) -> Response:
         """Pictures one after the other, each of which `Wanted` describes."""

@@ -21,6 +21,10 @@ export const models = Object.fromEntries(about.models.map((one, i) => [one.name,
 export const isTeacher = (name) => models[name].diffusion_steps !== null;
 export const guided = (name) => models[name].guidance !== null;
 
+export const tokensOf = (name) => models[name].token_grid[0] * models[name].token_grid[1];
+// The K that a model draws with: its own where none is chosen.
+export const iterationsOf = (name, k) => Math.min(k ?? models[name].iterations, tokensOf(name));
+
 // The w that a model draws with: its own where none is chosen, else the nearest that it can; null where it is baked in.
 export function within(name, w) {
   const [low, high] = models[name].guidance_range ?? [0, Infinity];
@@ -43,15 +47,24 @@ function checks(label, name, options, chosen) {
   return h("fieldset", { class: "field" }, h("legend", {}, label), boxes);
 }
 
+// The prompts to suggest to visitors, of those that models of text know.
+function suggested(known) {
+  const some = about.suggested.filter((one) => known.includes(one));
+  return some.length ? some : known.slice(0, 8);
+}
+
 // The control of a class: a list (`many`: boxes) or, for models of text, a box with suggestions, and their styles.
 function asking(name, text, known, styles, chosen, style, many) {
   if (!text && many) return [checks("Classes, in turn (none: all)", name, sorted(known, chosen), chosen)];
   if (!text) return [choice("Class", name, sorted(known, chosen), chosen)];
   const list = h("datalist", { id: `known-${Math.random()}` }, known.map((one) => h("option", { value: one })));
-  const value = chosen[0] ?? known[0] ?? "";
+  const value = chosen[0] ?? "";
   const box = h("input", { name, value, list: list.id, required: true, maxlength: 200, autocomplete: "off" });
+  const some = suggested(known).map((one) => h("button", { type: "button" }, one));
+  for (const button of some) button.addEventListener("click", () => (box.value = button.textContent));
   const prompt = h("label", { class: "field" }, h("span", {}, "Prompt"), box, list);
-  return styles.length ? [prompt, choice("Style", `${name}_style`, styles, [style])] : [prompt];
+  const tries = h("div", { class: "chips", role: "group", "aria-label": "Suggestions" }, some);
+  return [prompt, ...(many ? [tries] : []), ...(styles.length ? [choice("Style", `${name}_style`, styles, [style])] : [])];
 }
 
 function slider(label, name, min, max, value, step = 1) {
@@ -66,7 +79,7 @@ function slider(label, name, min, max, value, step = 1) {
 
 export function field(kind, { name = kind, label, value }) {
   const names = Object.keys(models), { classes } = models[names[0]];
-  const tokens = Math.min(...names.map((one) => models[one].token_grid[0] * models[one].token_grid[1]));
+  const tokens = Math.max(...names.map(tokensOf));
   const alike = names.filter((one) => String(models[one].classes) === String(classes)).slice(0, 3);
   const counts = [1, 2, 4, 6, 8, 16, 32, 64, 128, 256].filter((k) => k <= tokens);
   const own = models[names.find(guided)]?.guidance ?? 1;
@@ -76,7 +89,7 @@ export function field(kind, { name = kind, label, value }) {
     case "class": return h("div", { class: "asking", "data-asking": name });
     case "classes": return h("div", { class: "asking", "data-asking": name, "data-many": true });
     case "seed": return slider("Seed", name, 0, 999999, value ?? 0);
-    case "iterations": return slider("Iterations K", name, 1, tokens, Math.min(8, tokens));
+    case "iterations": return slider("Iterations K (each model's own until you move it)", name, 1, tokens, 1);
     case "count": return slider(label ?? "Pictures of each model", name, 1, 8, value ?? 4);
     case "keep": return slider("Share of tokens to keep", name, 0, 1, 0.5, 0.05);
     case "order": return choice("Unmasking order", name, [OWN_ORDER, ...about.orders], []);
@@ -90,7 +103,7 @@ export function field(kind, { name = kind, label, value }) {
 export function read(form) {
   const data = new FormData(form), values = Object.fromEntries(data);
   for (const input of $$("input[type=range]", form)) values[input.name] = Number(input.value);
-  for (const dial of ["guidance", "temperature"]) {
+  for (const dial of ["iterations", "guidance", "temperature"]) {
     if (dial in values && !$(`[name=${dial}]`, form).dataset.moved) values[dial] = null;
   }
   for (const name of ["models", "classes", "columns"]) values[name] = data.getAll(name);
@@ -111,10 +124,17 @@ export function fit(form, last = null) {
   for (const place of $$("[data-asking]", form)) {
     const name = place.dataset.asking, many = "many" in place.dataset, same = place.dataset.text === String(text);
     const before = $$(`[name=${name}]${many && !text ? ":checked" : ""}`, place).map((input) => input.value);
-    const first = same ? before : text ? known.slice(0, 1) : known.slice(-3);
+    const first = same ? before : text ? suggested(known).slice(0, 1) : known.slice(-3);
     const style = $(`[name=${name}_style]`, place)?.value;
     place.dataset.text = text;
     place.replaceChildren(...asking(name, text, known, styles, many ? first : first.slice(0, 1), style, many));
+  }
+  const own = chosen.find((name) => !isTeacher(name)) ?? chosen[0];
+  for (const place of $$(".slider:has([name=iterations])", form)) {
+    const [number, range] = $$("input", place);
+    number.max = range.max = Math.max(...chosen.map(tokensOf));
+    if (!range.dataset.moved) range.value = models[own].iterations;
+    number.value = range.value;
   }
   for (const input of $$(".slider:has([name=guidance]) input", form)) input.disabled = !chosen.some(guided);
 }

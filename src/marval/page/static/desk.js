@@ -1,6 +1,6 @@
 // The Edit tab: a picture on the desk, the ones before it, and what is painted over.
 
-import { $, $$, fit, h, models, open, read } from "./controls.js";
+import { $, $$, fit, h, iterationsOf, models, open, read } from "./controls.js";
 import { ask, Cell, draw, pngUrl, refuse, say } from "./drawing.js";
 
 const desk = { picture: null, past: [], painted: [] };
@@ -108,8 +108,9 @@ function drawHere(form, wanted, painted, done) {
 }
 
 export function edit(form, action) {
-  const { model, seed, iterations, new_class, new_class_style, new_seed, keep, count: many, ...old } = read(form);
-  const { picture, painted } = desk, first = { model, class: old.class, style: old.class_style, seed, iterations };
+  const { model, seed, new_class, new_class_style, new_seed, keep, count: many, ...old } = read(form);
+  const iterations = iterationsOf(model, old.iterations), { picture, painted } = desk;
+  const first = { model, class: old.class, style: old.class_style, seed, iterations };
   if (action === "start") return drawHere(form, first, [], "Drawn. Now paint.");
   if (!picture) return refuse(form, "draw or upload a picture first");
   const before = { tokens: picture.tokens, recipe: picture.recipe, upload: picture.upload };

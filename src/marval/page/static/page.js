@@ -1,6 +1,8 @@
 // The page: a form becomes a list of pictures to draw.
 
-import { $, $$, field, fit, guided, h, isTeacher, models, open, OWN_ORDER, read, within } from "./controls.js";
+import {
+  $, $$, field, fit, guided, h, isTeacher, iterationsOf, models, open, OWN_ORDER, read, tokensOf, within,
+} from "./controls.js";
 import { edit, takeToDesk, wireDesk } from "./desk.js";
 import { Cell, draw, duration, Strip } from "./drawing.js";
 import { loops, panel } from "./loops.js";
@@ -40,11 +42,11 @@ class Column {
 
 function generate(form) {
   const values = read(form), { models: names, classes: chosen, classes_style: style, seed } = values;
-  const { iterations, count, guidance, temperature, order } = values;
+  const { iterations: k, count, guidance, temperature, order } = values;
   const classes = chosen.length ? chosen : models[names[0]]?.classes;
   const own = order === OWN_ORDER ? null : order, columns = {}, pictures = [];
   for (const model of names) {
-    const steps = models[model].diffusion_steps;
+    const steps = models[model].diffusion_steps, iterations = iterationsOf(model, k);
     const dials = [...(guided(model) ? [`w = ${within(model, guidance)}`] : []), ...(temperature === null ? [] : [`temperature ${temperature}`])];
     const inner = [steps ? `${steps} steps` : "one call per iteration", ...dials].join(" · ");
     columns[model] = new Column(model, count, `K = ${iterations} · ${inner} · ${own ?? models[model].order}`);
@@ -67,6 +69,10 @@ function compare(form) {
   const rows = names.map((model) => {
     const row = h("tr", { class: `tint-${models[model].tint}` }, h("th", { scope: "row" }, model));
     for (const k of columns) {
+      if (k > tokensOf(model)) {
+        row.append(h("td"));
+        continue;
+      }
       cells[`${model} ${k}`] = new Cell(model, { tell: (event) => duration(event.seconds) });
       row.append(h("td", {}, cells[`${model} ${k}`].root));
       pictures.push({ model, class: label, style, seed, iterations: Number(k) });
@@ -82,14 +88,15 @@ function compare(form) {
 // Show the loops of the chosen models at rest.
 function rest(form) {
   const { models: names, iterations } = read(form);
-  const shown = Object.fromEntries(names.map((name) => [name, loops(name, iterations)]));
+  const shown = Object.fromEntries(names.map((name) => [name, loops(name, iterationsOf(name, iterations))]));
   $(".shown", form).replaceChildren(...names.map((name) => shown[name].root));
   return shown;
 }
 
 function why(form) {
-  const { models: names, class: label, class_style: style, seed, iterations } = read(form), shown = rest(form);
-  const pictures = names.map((model) => ({ model, class: label, style, seed, iterations })).sort(studentsFirst);
+  const { models: names, class: label, class_style: style, seed, iterations: k } = read(form), shown = rest(form);
+  const picture = (model) => ({ model, class: label, style, seed, iterations: iterationsOf(model, k) });
+  const pictures = names.map(picture).sort(studentsFirst);
   const show = async (event, wanted) => {
     shown[wanted.model].tell(event.iteration, event.calls);
     await shown[wanted.model].cell.show(event, wanted);
