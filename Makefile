@@ -56,7 +56,7 @@ endef
 	@$(BIN)/python -m pip install -qqq --disable-pip-version-check --no-deps --retries 0 --timeout 30 \
 		-c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch 2>/dev/null || true
 	$(call install,torch (about 200 MB),--no-deps torch)
-	$(call install,marval and what it needs,-e '.[serve,text]')
+	$(call install,marval and what it needs,-e '.[serve]' -e '.[text]')
 	@touch $@
 
 .venv/installed-dev: .venv/installed

@@ -136,8 +136,8 @@ def test_pictures_of_classes_of_any_name_are_saved(named, marval, tmp_path):
     marval(*draw, len(NAMES), "--out", "all")
     files = sorted(file.name for file in (tmp_path / "all").iterdir())
     assert len(files) == len(NAMES) + 1
-    assert files[1] == "00001-cat,-black-1.png"
+    assert files[1] == "00001-cat-black-1.png"
     assert files[6] == f"00006-{'a' * 40}-6.png"
     assert files[7] == "00007-..-up-7.png"
     marval(*draw, 2, "--out", "two", "--classes", "cat, black", "--classes", "7")
-    assert sorted(file.name for file in (tmp_path / "two").glob("0*")) == ["00000-cat,-black-0.png", "00001-7-1.png"]
+    assert sorted(file.name for file in (tmp_path / "two").glob("0*")) == ["00000-cat-black-0.png", "00001-7-1.png"]

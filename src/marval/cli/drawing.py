@@ -54,7 +54,7 @@ class Folder(Checked):
 
 
 def sample(model: str | None = None, *, images: Images, drawing: Drawing, output: Folder) -> None:
-    """Draw images: PNG files with their recipes inside, and grid.png, which shows those of the last command.
+    """Draw images: PNG files with their recipes inside, and a grid.
 
     marval sample emoji-student --prompt "a shark" --style 3d --count 8
     marval sample --like samples/00000-shark-3d-style-0.png --out again
