@@ -48,7 +48,8 @@ define install
 endef
 
 # The CPU build of torch: PyPI's own wheel would bring several GB of CUDA packages.
-# (Where PyTorch's index cannot be reached, pip's configured sources are asked.)
+# (Where PyTorch's index cannot be reached, pip's configured sources are asked.) A comma between extras would end an
+# argument of `call`.
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer: install one, or name it: make PYTHON=..." >&2; exit 1; }
 	@"$(PYTHON)" -c '$(GOOD)' 2>/dev/null || { echo "make: $(PYTHON) is not a Python 3.11 or newer: make PYTHON=... names another" >&2; exit 1; }

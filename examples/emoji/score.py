@@ -31,7 +31,7 @@ from torch import Tensor
 from marval.checks import Checked
 from marval.cli.arguments import usable_device
 from marval.cli.options import run_script
-from marval.config import Count, Steps
+from marval.config import Count, LatentSpace, PixelSpace, Steps
 from marval.evaluate.models import load_models
 from marval.evaluate.results import Row, merge_results
 from marval.io.files import check_output, sha256_of
@@ -141,6 +141,7 @@ def score(judge: Path, models: tuple[str, ...] = (), *, settings: Scoring) -> No
     made = {"classifier_sha256": sha256_of(judge), "made": made_by(torch.device(device))}
     asked_for = {"guidance": settings.guidance, "diffusion_steps": settings.diffusion_steps}
     chosen = {name: () if value is None else (value,) for name, value in asked_for.items()}
+    limited: set[PixelSpace | LatentSpace] = set()  # token spaces whose limits are measured
     for digest, pipeline in load_models(models, device, **chosen):
         figures, lines, config = Row(), [], pipeline.config
         for group in GROUPS:
@@ -156,8 +157,9 @@ def score(judge: Path, models: tuple[str, ...] = (), *, settings: Scoring) -> No
         }  # fmt: skip
         reached = [
             {"model": name, "draw": {}, "iterations": 0, "samples": len(drawings.images), **said, **made}
-            for name, said in limits(network, drawings, pipeline).items()
+            for name, said in ({} if config.space in limited else limits(network, drawings, pipeline)).items()
         ]
+        limited.add(config.space)
         merge_results(settings.out, "pairs", [*reached, {**row, **figures, **made}])
         print(f"{config.name}: {json.dumps({name: round(value, 3) for name, value in figures.items()})}")
         if settings.sheets is not None:

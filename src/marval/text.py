@@ -19,16 +19,8 @@ from marval.model.mar import prompt_vectors
 from marval.runtime.rng import whole_number
 
 LONGEST = 1000  # characters of a prompt
-SUGGESTED = (
-    "taxi",
-    "pizza",
-    "shark",
-    "ghost",
-    "rocket",
-    "sunflower",
-    "cat face",
-    "blue heart",
-)  # to try; emoji know them
+# Prompts to try, which the bundled models of emoji know.
+SUGGESTED = "taxi", "pizza", "shark", "ghost", "rocket", "sunflower", "cat face", "blue heart"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -70,7 +71,7 @@ def run(out: Path, device: str) -> None:
 def draw_emoji(out: Path, device: str) -> list[dict[str, Any]]:
     """Draw the suggested prompts in every style by each model, on the same seeds; print times, and save `emoji.png`."""
     rows: list[dict[str, Any]] = []
-    pictures: dict[str, Tensor] = {}
+    pictures: dict[str, list[tuple[str, Tensor]]] = {}  # of each style: every model's caption and pictures
     table = Table("model", "K", "one picture", "one of a batch")
     for name in EMOJI:
         pipeline = load(name, device)
@@ -82,12 +83,12 @@ def draw_emoji(out: Path, device: str) -> list[dict[str, Any]]:
         rows.append({"model": name, "iterations": k, "seconds_alone": alone, "seconds_in_batch": batch / len(asked)})
         table.add_row(name, str(k), *times_told(rows))
         for style, some in zip(styles, images.split(len(SUGGESTED)), strict=True):
-            pictures[f"{style}, {name.removeprefix('emoji-')}\n{alone * 1000:.0f} ms / image"] = some
+            caption = f"{style}, {name.removeprefix('emoji-')}\n{alone * 1000:.0f} ms / image"
+            pictures.setdefault(style, []).append((caption, some))
     Console().print(table)
     print("(10x): that many times as fast as the teacher. Times are medians of a few rounds after a warm-up.")
-    captions = sorted(pictures, key=lambda caption: styles.index(caption.split(",")[0]))  # the models below each other
+    captions, shown = zip(*itertools.chain(*pictures.values()), strict=True)
     title = "The same seeds: teacher, one-step student, reward-tuned student"
-    shown = [pictures[caption] for caption in captions]
     save_picture(out / "emoji.png", grid(shown, captions, SUGGESTED, title, scale=2))
     return rows
 

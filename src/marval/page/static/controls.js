@@ -63,8 +63,8 @@ function asking(name, text, known, styles, chosen, style, many) {
   const some = suggested(known).map((one) => h("button", { type: "button" }, one));
   for (const button of some) button.addEventListener("click", () => (box.value = button.textContent));
   const prompt = h("label", { class: "field" }, h("span", {}, "Prompt"), box, list);
-  const tries = h("div", { class: "chips", role: "group", "aria-label": "Suggestions" }, some);
-  return [prompt, ...(many ? [tries] : []), ...(styles.length ? [choice("Style", `${name}_style`, styles, [style])] : [])];
+  const tries = many ? [h("div", { class: "chips", role: "group", "aria-label": "Suggestions" }, some)] : [];
+  return [prompt, ...tries, ...(styles.length ? [choice("Style", `${name}_style`, styles, [style])] : [])];
 }
 
 function slider(label, name, min, max, value, step = 1) {
