@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 demo = importlib.import_module("marval.cli.demo")  # the name itself is the verb
@@ -37,6 +38,17 @@ def test_the_demo_draws_scores_and_distils_without_a_network(marval, tmp_path, m
         assert name in said
     command = said.rstrip().splitlines()[-1].partition(" serve ")[0].strip()
     assert shutil.which(command)  # also where the environment is not activated
+
+
+@pytest.mark.parametrize(("longest", "draws"), [(0.0, 1), (float("inf"), 1 + (1 + 2))])
+def test_a_batch_that_takes_long_is_drawn_once(monkeypatch, longest, draws):
+    monkeypatch.setattr(demo, "LONG", longest)
+    monkeypatch.setattr(demo, "REPEATS", 2)
+    monkeypatch.setattr("marval.evaluate.speed.SHORTEST", 0.0)
+    drawn = []
+    alone, batch, last = demo.time_drawing(lambda: None, lambda: drawn.append(1) or len(drawn), torch.device("cpu"))
+    assert (len(drawn), last) == (draws, draws)
+    assert min(alone, batch) > 0
 
 
 def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_drawn(refusal, tmp_path, monkeypatch):
