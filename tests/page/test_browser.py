@@ -11,7 +11,7 @@ from PIL import Image
 import marval as package
 from marval.io.images import to_pil
 from marval.recipe import find_pipelines, read_recipe, redraw
-from serving import finish, shoot, slide
+from serving import finish, serving, shoot, slide
 from uploads import BAD_FILES, content, photo
 
 K = "Iterations K (each model's own until you move it)"
@@ -221,6 +221,41 @@ def test_a_drawing_can_be_stopped(visitor):
         slide(page, name, K, 1)
         page.click(start)
         finish(page, name, "Drawn." if name == "edit" else "Done")
+
+
+def test_what_is_stopped_or_taken_back_leaves_the_picture_that_is_edited(visitor):
+    page = visitor()
+    page.click("#tab-edit")
+    picture = "#edit .canvas img"
+    page.locator("#edit [name=model]").select_option("fashion-student")
+    slide(page, "edit", K, 1)
+    page.click("#edit [value=start]")
+    finish(page, "edit", "Drawn.")
+    first = page.get_attribute(picture, "src")
+    page.locator("#edit [name=model]").select_option("fashion-teacher")
+    slide(page, "edit", K, 49)
+    page.click("#edit [value=start]")
+    finish(page, "edit", "fashion-teacher · ")
+    page.click("#edit [data-stop]")
+    finish(page, "edit", "Stopped.")
+    assert page.get_attribute(picture, "src") == first
+    slide(page, "edit", K, 1)
+    page.click("#edit [value=start]")
+    finish(page, "edit", "Drawn.")
+    page.click("#edit [data-undo]")
+    finish(page, "edit", "Taken back.")
+    assert page.get_attribute(picture, "src") == first
+    assert page.input_value("#edit [name=model]") == "fashion-student"
+
+
+def test_a_page_of_any_model_draws_with_what_its_sliders_say(chromium, tmp_path):
+    with serving("fashion-student", cwd=tmp_path) as (address, _):
+        page = chromium.new_page()
+        page.goto(address)
+        page.wait_for_selector("[data-ready]")
+        page.click("#generate .primary")
+        finish(page, "generate", "Done")
+        page.close()
 
 
 def test_a_refusal_is_a_line_on_the_page(visitor):

@@ -91,7 +91,7 @@ def test_it_listens_on_this_machine_only_and_ends_when_it_is_told(folder, tmp_pa
         assert [(at.ip, at.port) for at in listening] == [("127.0.0.1", httpx.URL(address).port)]
         with httpx.stream("POST", address + "draw", json={"pictures": [{"model": str(folder), "class": 0}] * 64}):
             process.send_signal(signal.SIGINT)  # with a visitor there
-            assert process.wait(timeout=20) in (0, 130)
+            assert process.wait(timeout=20) == 0
     assert "Traceback" not in (tmp_path / "log.txt").read_text()
 
 

@@ -1,6 +1,7 @@
 """The server behind the page: its files, and what they ask for. docs/serve.md shows the same to programs."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -144,4 +145,5 @@ def serve(
             app, log_level="warning", server_header=False, lifespan="off", ws="none", limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=1,
         )  # fmt: skip
-        uvicorn.Server(settings).run(sockets=[listening])
+        with contextlib.suppress(KeyboardInterrupt):  # as was said
+            uvicorn.Server(settings).run(sockets=[listening])

@@ -70,6 +70,7 @@ function asking(name, text, known, styles, chosen, style, many) {
 function slider(label, name, min, max, value, step = 1) {
   const range = h("input", { type: "range", name, min, max, step, value, "aria-label": label });
   const number = h("input", { type: "number", min, max, step, value, "aria-label": `${label}, as a number` });
+  number.value = range.value; // which keeps to the steps, as a form that is sent must
   for (const input of [range, number]) input.addEventListener("input", () => (range.dataset.moved = true));
   range.addEventListener("input", () => (number.value = range.value));
   number.addEventListener("input", () => (range.value = number.value));
@@ -93,7 +94,7 @@ export function field(kind, { name = kind, label, value }) {
     case "count": return slider(label ?? "Pictures of each model", name, 1, 8, value ?? 4);
     case "keep": return slider("Share of tokens to keep", name, 0, 1, 0.5, 0.05);
     case "order": return choice("Unmasking order", name, [OWN_ORDER, ...about.orders], []);
-    case "guidance": return slider("Guidance w (each model's own until you move it)", name, 0, 10, own, 0.1);
+    case "guidance": return slider("Guidance w (each model's own until you move it)", name, 0, 10, own, 0.05);
     case "temperature": return slider("Temperature (lower: more typical pictures)", name, 0, 1.5, 1, 0.05);
     case "columns": return checks("Iterations K", name, counts, [1, 2, 4, 8, 16]);
   }

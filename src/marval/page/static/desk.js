@@ -3,21 +3,27 @@
 import { $, $$, fit, h, iterationsOf, models, open, read } from "./controls.js";
 import { ask, Cell, draw, pngUrl, refuse, say } from "./drawing.js";
 
-const desk = { picture: null, past: [], painted: [] };
+const desk = { picture: null, model: null, past: [], painted: [] };
 const cells = () => $$("#edit [data-token]");
 const pressed = (cell) => cell.getAttribute("aria-pressed") === "true";
-const grid = () => models[$("#edit [name=model]").value].token_grid;
 
-function put(picture, painted = []) {
-  if (desk.picture) desk.past.push(desk.picture);
-  Object.assign(desk, { picture, painted });
+function put(picture, model, painted = []) {
+  if (desk.picture) desk.past.push([desk.picture, desk.model]);
+  Object.assign(desk, { picture, model, painted });
   show();
 }
 
+// What is drawn onto the desk gives way to another picture.
+function stop(form) {
+  form.drawing?.abort();
+  form.drawing = null; // whose line says what follows
+}
+
 // Show the picture on the desk, or the canvas of one that is being drawn, under a button for each token.
-function show(canvas = null) {
-  const { picture, painted } = desk, [rows, columns] = grid();
+function show(canvas = null, model = desk.model) {
+  const { picture, painted } = desk;
   if (!picture && !canvas) return;
+  const [rows, columns] = models[model].token_grid;
   const url = picture && pngUrl(picture.png);
   const buttons = Array.from({ length: rows * columns }, (_, i) => h("button", {
     type: "button", "data-token": i, "aria-pressed": String(painted.includes(i)), tabindex: i ? -1 : 0,
@@ -69,7 +75,7 @@ function wirePainter(area) {
     else if (cell && event.detail === 0) paint([cell], (one) => !pressed(one)); // by the keyboard
   });
   area.addEventListener("keydown", (event) => {
-    const at = cells().indexOf(event.target), columns = grid()[1];
+    const at = cells().indexOf(event.target), columns = Number($(".cells", area)?.style.getPropertyValue("--columns"));
     const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
     if (at < 0 || !step) return;
     event.preventDefault();
@@ -84,27 +90,28 @@ function wirePainter(area) {
 // Put a picture from another place of the page onto the desk, with its model and class, and open the tab.
 export function takeToDesk(picture, wanted) {
   const form = $("#edit");
-  form.drawing?.abort();
-  form.drawing = null; // whose line says what follows
+  stop(form);
   $("[name=model]", form).value = wanted.model;
   fit(form);
   for (const name of ["class", "new_class"]) {
     $(`[name=${name}]`, form).value = wanted.class;
     if (wanted.style) $(`[name=${name}_style]`, form).value = wanted.style;
   }
-  put(picture);
+  put(picture, wanted.model);
   open($("#tab-edit"));
   say(form, "This picture is on the desk. Now paint.");
 }
 
 // Draw onto the desk; the tokens that are painted stay outlined.
-function drawHere(form, wanted, painted, done) {
-  const cell = new Cell(wanted.model, {});
-  return draw(form, [wanted], async (event) => {
+async function drawHere(form, wanted, painted, done) {
+  const cell = new Cell(wanted.model, {}), before = desk.picture;
+  const drawn = draw(form, [wanted], async (event) => {
     await cell.show(event, wanted);
-    if (event.picture) put(event.picture, painted);
-    else show(cell.canvas);
-  }, () => done);
+    if (event.picture) put(event.picture, wanted.model, painted);
+    else show(cell.canvas, wanted.model);
+  }, () => done), own = form.drawing;
+  await drawn;
+  if (form.drawing === own && desk.picture === before) show(); // stopped, or failed: what can be edited is shown again
 }
 
 export function edit(form, action) {
@@ -132,7 +139,9 @@ async function upload(form, file) {
   say(form, "Uploading…", "busy");
   try {
     const model = $("[name=model]", form).value;
-    put(await (await ask(`upload?model=${encodeURIComponent(model)}`, { body: file })).json());
+    const picture = await (await ask(`upload?model=${encodeURIComponent(model)}`, { body: file })).json();
+    stop(form);
+    put(picture, model);
     say(form, "Uploaded, cropped and encoded once. Now paint.");
   } catch (error) {
     refuse(form, error.message);
@@ -148,9 +157,17 @@ export function wireDesk(form) {
   });
   $("[data-undo]", form).addEventListener("click", () => {
     if (!desk.past.length) return refuse(form, "nothing to take back");
-    desk.picture = desk.past.pop();
+    stop(form);
+    [desk.picture, desk.model] = desk.past.pop();
+    $("[name=model]", form).value = desk.model;
+    fit(form);
     show();
     say(form, "Taken back.");
+  });
+  form.addEventListener("keydown", (event) => { // Enter presses its own section's button, not the form's first
+    if (event.key !== "Enter" || event.target.tagName !== "INPUT") return;
+    event.preventDefault();
+    $("button:not([type])", event.target.closest("section"))?.click();
   });
   wirePainter($(".canvas", form));
 }

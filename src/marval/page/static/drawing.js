@@ -37,16 +37,19 @@ export async function draw(form, pictures, show, done) {
   form.drawing?.abort();
   const control = (form.drawing = new AbortController());
   say(form, "Waiting for a turn…", "busy");
+  let left = pictures.length;
   try {
     const body = JSON.stringify({ pictures });
     const headers = { "content-type": "application/json" };
     for await (const event of lines((await ask("draw", { body, headers, signal: control.signal })).body)) {
       if (event.error) throw new Error(event.error);
+      if (event.picture) left -= 1;
       const wanted = pictures[event.index];
       await show(event, wanted);
       const which = pictures.length > 1 ? ` · picture ${event.index + 1} of ${pictures.length}` : "";
       say(form, `${wanted.model}${which} · iteration ${event.iteration} · ${duration(event.seconds)}`, "busy");
     }
+    if (left) throw new Error("the server ended");
     if (form.drawing === control) say(form, done());
   } catch (error) {
     if (form.drawing !== control) return; // another list is drawn now
