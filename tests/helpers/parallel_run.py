@@ -26,6 +26,7 @@ SETTINGS = {
         patience=99,
     ),
 }  # fmt: skip
+SETTINGS["cached"] = dataclasses.replace(SETTINGS["distill"], cached=True, guidance_range=(1.0, 4.0))
 SETTINGS["distance"] = dataclasses.replace(SETTINGS["tune"], updates=20, moments_warmup=3, iterations=(4, 2))
 SETTINGS["joint"] = dataclasses.replace(SETTINGS["tune"], joint_draw=True)
 SETTINGS["anchored"] = dataclasses.replace(SETTINGS["tune"], updates=20, anchor=0.5, anchor_warmup=3)
@@ -60,7 +61,7 @@ def main(stage, out, resume, broken_rank=None, full_rank=None, shard=0, slow=0, 
 
         if stage == "train":
             train_teacher(tiny_config(), settings, tiny_data(), run)
-        elif stage == "distill":
+        elif stage in ("distill", "cached"):
             distill(tiny_model(), tiny_config(), settings, tiny_data(), run, probe=probe)
         else:
             rewards = {"mine": (broken if broken_rank == workers.rank else brightness, 1.0)}

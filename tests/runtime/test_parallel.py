@@ -51,6 +51,7 @@ SHARDED = ("shard=1",)
     ("stage", "processes", "how"),
     [
         ("train", 1, SPLIT), ("train", 2, ()), ("train", 2, SHARDED), ("distill", 2, ()), ("distill", 3, SHARDED),
+        ("cached", 2, SHARDED),
         ("tune", 2, ()), ("tune", 2, SHARDED), ("joint", 1, SPLIT), ("joint", 2, SHARDED),
         ("anchored", 1, SPLIT), ("anchored", 2, ()), ("anchored", 3, SHARDED),
         ("distance", 1, SPLIT), ("distance", 2, ()),

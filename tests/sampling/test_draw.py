@@ -83,9 +83,7 @@ def test_clipping_keeps_tokens_in_range_and_is_off_by_default():
 
 def test_latents_have_no_range_to_clip_to():
     mar, space = small_model().config, LatentSpace((48, 64), "vae", latent_channels=4)
-    for config, kind in ((Chain(clip=True), DrawByChain), (OneStep(clip=True), DrawInOneStep)):
-        with pytest.raises(ValueError, match="clip"):
-            kind(config)
+    for config in (Chain(clip=True), OneStep(clip=True)):
         with pytest.raises(ValueError, match="clip"):
             ModelConfig(mar, space, config, tuple("abcde"), 4)
     saved = ModelConfig(mar, space, Chain(), tuple("abcde"), 4).to_dict()

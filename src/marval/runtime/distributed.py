@@ -34,7 +34,10 @@ Value = TypeVar("Value")
 P = ParamSpec("P")
 
 # What is called besides `forward`, of a MAR and of its head: FSDP gathers the weights at these calls.
-CALLED = ("context", "embed", "null_condition", "denoise", "embed_context", "embed_time", "modulate")
+CALLED = (
+    "advance", "context", "embed", "null_condition", "denoise", "embed_context", "embed_guidance", "embed_time",
+    "modulate",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from marval.config import Chain, ModelConfig, OneStep, Schedule
 from marval.model import NoiseSchedule, TokenHead
@@ -56,7 +57,7 @@ class DrawByChain(DrawTokens):
     def __init__(
         self, config: Chain, token_range: tuple[float, float] | None = None, device: torch.device | str = "cpu"
     ):
-        self.config, self.clip_range = config, clip_range(config, token_range)
+        self.config, self.clip_range = config, token_range if config.clip else None
         self.schedule = NoiseSchedule.respaced(config.diffusion_steps)
         self.times = self.schedule.timesteps.float().to(device)
         self.temperature = config.temperature
@@ -148,7 +149,7 @@ class DrawInOneStep(DrawTokens):
         device: torch.device | str = "cpu",
     ):
         self.config = config = config or OneStep()
-        self.clip_range = clip_range(config, token_range)
+        self.clip_range = token_range if config.clip else None
         self.schedule = NoiseSchedule.at(torch.tensor([config.timestep]))
         self.times = self.schedule.timesteps.float().to(device)
         self.guidance, self.guidance_schedule = config.guidance, config.guidance_schedule
@@ -162,34 +163,25 @@ class DrawInOneStep(DrawTokens):
         """Embed the time step; on a GPU, join the products of all modulations."""
         weight = head.input_proj.weight
         time = head.embed_time(self.times.to(weight.device))
-        modulate = joined_modulation(head) if weight.is_cuda and not torch.is_grad_enabled() else None
+        joined = weight.is_cuda and not isinstance(weight, DTensor) and not torch.is_grad_enabled()
+        modulate = joined_modulation(head) if joined else None
 
         def draw(
             contexts: Float[Tensor, "1 n d"], guidance: Guidance, noise: Float[Tensor, "1 n c"]
         ) -> Float[Tensor, "n c"]:
             x_t = self.temperature * self.schedule.sigma[0] * noise[0]
             y = head.embed_guidance(head.embed_context(contexts[0]) + time, guidance)
-            joined = (
-                [] if modulate is None or len(y) > MODULATED_ROWS else modulate(y)
-            )  # of more it would fill the memory
-            eps = head.denoise(x_t, joined or y)[:, : head.token_dim]
+            if modulate is None or len(y) > MODULATED_ROWS:  # the modulations of more would fill the memory
+                eps = head.denoise(x_t, y)
+            else:
+                eps = head.denoise(x_t, modulate(y))
+            eps = eps[:, : head.token_dim]
             x_0 = self.schedule.x0_from_eps(x_t, eps, 0)
             if self.clip_range is None:
                 return x_0
             return x_0.clamp(*self.clip_range) + 0 * eps  # NaN where the clip hides that eps is not finite
 
         return draw
-
-
-def clip_range(config: Chain | OneStep, token_range: tuple[float, float] | None) -> tuple[float, float] | None:
-    """The range that x_0 is kept in; None where it is not.
-
-    Raises:
-        ValueError: tokens should be clipped that have no range.
-    """
-    if config.clip and token_range is None:
-        raise ValueError("clip=True needs a range of the tokens, which latents do not have: use clip=False")
-    return token_range if config.clip else None
 
 
 def draw_function(config: ModelConfig, device: torch.device | str = "cpu") -> DrawByChain | DrawInOneStep:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from marval.model import MAR
 from marval.sampling.draw import DrawTokens
@@ -119,6 +120,7 @@ class Graphs:
         config = model.config
         numbers = len(start.tokens) * (config.buffer_size + config.num_tokens) * config.decoder_dim
         few = numbers <= LARGEST_INPUT and len(start.counts) * draw.noise_draws <= MOST_CALLS
+        few = few and not isinstance(model.mask_token, DTensor)  # of shards, nobody knows where the weights will be
         form = (draw.config, len(condition), start.known, *start.counts)
         recording = self.find(
             self.loops, few, start.tokens, form, model.parameters(),
