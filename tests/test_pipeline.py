@@ -75,6 +75,8 @@ def test_classes_may_be_names_and_integers_of_any_type():
     expected = student.sample([1, 3])
     for classes in (np.array([1, 3]), [np.uint8(1), "3"], ["b", torch.tensor(3)], "bd"):
         assert torch.equal(student.sample(classes), expected)
+    for one in (3, np.int64(3), np.array(3), torch.tensor(3)):
+        assert torch.equal(student(one, output_type="pt"), student.sample([3]))
     for classes in ([-1], [5], [True], [1.0], ["-1"], ["²"]):
         with pytest.raises((ValueError, TypeCheckError), match=r"unknown class|Type"):
             student.labels(classes)
@@ -150,7 +152,7 @@ def test_guidance_and_temperature_are_dials_of_a_student_that_takes_them():
     assert (grows - images[3.0]).abs().max() > 0.001
     cold = [student.sample([1], seed=seed, temperature=0.0, order="raster") for seed in (1, 2)]
     assert torch.equal(*cold)  # without noise only the order would tell images apart
-    with pytest.raises(ValueError, match=r"guidance 3.5: .* was distilled for w from 1 to 3"):
+    with pytest.raises(ValueError, match=r"guidance 3.5: expected a number from 1 to 3"):
         student.sample([1], guidance=3.5)
 
 
@@ -175,6 +177,10 @@ def test_inpainting_draws_what_is_left_and_no_more():
     drawn = student.sample([0], images=images, keep=keep)  # the default K is 4, two tokens are left
     assert torch.equal(drawn[..., 2:, :], images[..., 2:, :])
     assert not torch.equal(drawn, images)
+    two, keep = torch.cat([images, images]), torch.cat([keep, kept_mask([0])])  # in batches of one: each its own K
+    both = student.sample([0, 1], images=two, keep=keep, batch_size=1)
+    assert close(both[:1], drawn)
+    assert close(both[1:], student.sample([1], seed=1, images=images, keep=keep[1:]))
 
 
 def test_every_iteration_is_shown():
@@ -199,7 +205,9 @@ def test_bad_input_is_refused_with_what_was_expected():
         ({"keep": keep}, "both"),
         ({"seed": [1, 2, 3], "batch_size": 1}, "3 seeds for 2 images"),
         ({"order": torch.arange(12).expand(3, -1), "batch_size": 1}, r"shape \(12,\) or \(2, 12\)"),
-        ({"images": images[:1].expand(3, -1, -1, -1), "keep": keep[:1].expand(3, -1)}, "3 images and a mask"),
+        ({"images": images[:1].expand(3, -1, -1, -1), "keep": keep[:1].expand(3, -1)}, r"images \(3, 1, 6, 8\) and a"),
+        ({"images": images.repeat(1, 3, 1, 1), "keep": keep}, r"expected images \(2, 1, 6, 8\)"),
+        ({"images": images.repeat(1, 1, 2, 2), "keep": keep}, r"expected images \(2, 1, 6, 8\)"),
         ({"images": images, "keep": kept_mask([0, 5, 11], [1, 2])}, "same number"),
         ({"images": images / 0, "keep": keep}, "known tokens"),
         ({"iterations": 13}, "13 iterations"),

@@ -55,7 +55,7 @@ class MARConfig(Checked):
     encoder_depth: Whole
     encoder_heads: Count
     decoder_dim: Count
-    decoder_depth: Whole
+    decoder_depth: Count  # the last block is computed at the drawn tokens alone
     decoder_heads: Count
     head_width: Count
     head_depth: Whole
@@ -245,7 +245,7 @@ class ModelConfig(Checked):
         low, high = self.mar.guidance_range or (0.0, math.inf)
         if not low <= self.draw.guidance <= high:
             raise ValueError(
-                f"guidance {self.draw.guidance:g}: {self.name} was distilled for w from {low:g} to {high:g}"
+                f"guidance {self.draw.guidance:g}: expected a number from {low:g} to {high:g}, the range of {self.name}"
             )
 
     @property

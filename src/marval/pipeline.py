@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from PIL.Image import Image
@@ -16,6 +17,7 @@ from marval.io.checkpoint import load_model, save_model
 from marval.io.find import find_model
 from marval.io.hub import push_model
 from marval.io.images import to_pil
+from marval.io.text import find_encoder
 from marval.io.vae import find_vae
 from marval.model import MAR
 from marval.runtime.rng import Seeds, image_seeds
@@ -42,7 +44,8 @@ def load(name: str | Path, device: torch.device | str = "cpu", *, revision: str 
     found = find_model(name, revision)
     model, config = load_model(found, device)
     folder = found if found.is_dir() else found.parent
-    return Pipeline(model, dataclasses.replace(config, space=find_vae(config.space, folder)))
+    space, encoder = find_vae(config.space, folder), find_encoder(config.encoder, folder)
+    return Pipeline(model, dataclasses.replace(config, space=space, encoder=encoder))
 
 
 class Pipeline:
@@ -90,7 +93,7 @@ class Pipeline:
         Raises:
             ValueError: a setting that this model has not, or a value out of range.
         """
-        changes = {name: value for name, value in settings.items() if value is not None}
+        changes = {name: plain_number(value) for name, value in settings.items() if value is not None}
         if not changes:
             return self
         if other := [name for name in changes if name not in self.config.dials]:
@@ -153,8 +156,8 @@ class Pipeline:
         Raises:
             ValueError: as `sample`; both a generator and a seed.
         """
-        if isinstance(classes, str) or not isinstance(classes, Iterable):
-            classes = [classes]
+        if isinstance(classes, str) or not isinstance(classes, Iterable) or getattr(classes, "ndim", 1) == 0:
+            classes = [classes]  # type: ignore[list-item]
         wanted: Any = [each for each in classes for _ in range(num_images)]
         if isinstance(classes, Tensor):  # of prompt vectors, perhaps
             wanted = classes.repeat_interleave(num_images, dim=0)
@@ -187,7 +190,8 @@ class Pipeline:
         Args:
             style: of prompts that name none themselves; the model's first when None.
             seed: the first image's seed (the next ones count on from it), or a seed for each image.
-            iterations: K; the model's own default when None, or the number of tokens to draw where that is smaller.
+            iterations: K; the model's own default when None, or the number of tokens to draw in a batch where that is
+                smaller.
             order: "random", "raster", "halton", "spread", positions, or a function of (grid, seed); the model's own
                 when None.
             batch_size: images drawn, encoded and decoded at a time; the device never holds more of them.
@@ -210,13 +214,12 @@ class Pipeline:
         if (images is None) != (keep is None):
             raise ValueError("inpainting needs both `images` and `keep`")
         if images is not None and keep is not None:
-            if len(images) != count or keep.shape != (count, tokens):
+            shape = count, self.config.space.channels, *self.config.space.image_size
+            if images.shape != shape or keep.shape != (count, tokens) or keep.dtype != torch.bool:
                 raise ValueError(
-                    f"{len(images)} images and a mask of shape {tuple(keep.shape)} for {count} classes of {tokens} "
-                    "tokens: expected an image and a row of the mask for each class"
+                    f"images {tuple(images.shape)} and a mask {tuple(keep.shape)} of {keep.dtype}: expected images "
+                    f"{shape}, one for each class, and a mask {(count, tokens)} of torch.bool, a column for each token"
                 )
-            hidden = int((~keep).sum(dim=1).max())
-            iterations = min(self.default_iterations, hidden) if iterations is None else iterations
         drawn = []
         for first in range(0, count, batch_size):
             rows = slice(first, first + batch_size)
@@ -241,6 +244,8 @@ class Pipeline:
             images, keep = (x.to(self.device) for x in inpainted)
             if keep.all():
                 return images.cpu()
+            if iterations is None:
+                iterations = min(self.default_iterations, int((~keep).sum(dim=1).max()))
             known = (self.space.encode(images), keep)
 
         def show(k: int, tokens: Tensor, drawn: Tensor) -> None:
@@ -302,6 +307,11 @@ class Pipeline:
     def push_to_hub(self, repo_id: str, *, private: bool = False, license: str | None = None) -> str:
         """Upload the model with a card to the Hugging Face hub, and return its address; see `marval.io.hub`."""
         return push_model(repo_id, self.model, self.config, private=private, license=license)
+
+
+def plain_number(value: Any) -> Any:
+    """A number of NumPy's as Python's own, which JSON can hold; other values as they are."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def image_names(seeds: list[int], given: Tensor) -> list[str]:

@@ -46,7 +46,7 @@ class RunConfig(Checked):
     accumulate: Count = 1  # parts that a process's rows of a batch are computed in, to save memory
     checkpoint_blocks: bool = False  # recompute the transformer's activations in the backward pass, to save memory
     compile: bool = False  # compile the networks' blocks: on a GPU, after a slow start
-    autocast: bool = True  # bf16 for the transformer; head, score arithmetic, decoder and rewards stay float32
+    autocast: bool = True  # bf16 for the transformer, and in training most of a teacher's head; the rest stays float32
     save_every: Count = 250  # updates between two saved states
     log_every: Count = 10  # updates between two lines of the log
 
@@ -101,9 +101,9 @@ class DistillConfig(RunConfig):
     guidance_range: GuidanceRange | None = None  # train for every w in it: then w is chosen when images are drawn
     cached: bool = False  # a student whose context network reads every token once: it costs the same at any K
     energy: NotNegative = 0.0  # weight of the energy score beside the objective (docs/research.md)
-    energy_tokens: Count = 2  # of an image that it is computed on,
-    energy_samples: Pairs = 4  # of the student for each of them,
-    energy_steps: Steps = 25  # and T of the teacher's one
+    energy_tokens: Count = 2  # tokens of an image that the energy score is computed on
+    energy_samples: Pairs = 4  # samples of the student for each of these tokens
+    energy_steps: Steps = 25  # T of the teacher's chain, which makes the one to compare with
     timestep: Timestep = 755  # t*, the level at which the student is called
     batch_size: Count = 64
     tokens_per_image: Count = 16  # masked tokens of an image that enter the loss

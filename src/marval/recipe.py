@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from marval.checks import Checked, shorten
-from marval.config import Dtype, Finite, OneStep, Order, Schedule
+from marval.config import Dtype, Finite, Order, Schedule
 from marval.io.checkpoint import WEIGHTS
 from marval.io.files import one_line, sha256_of
 from marval.io.find import bundled_models, find_model
@@ -90,6 +90,9 @@ class Recipe(Checked):
             raise ValueError(f"expected at most {LONGEST} edits")
         fields = {key: name for name, key in KEYS.items()}
         values = {fields.get(key, key): value for key, value in dict(values).items()}
+        for name in ("guidance", "temperature"):  # JavaScript writes 1.0 as 1
+            if type(number := values.get(name)) is int and abs(number) < 2**53:
+                values[name] = float(number)
         if values.get("redrawn") is not None:
             values["redrawn"] = tuple(values["redrawn"])
         if values.get("before") is not None:
@@ -124,8 +127,6 @@ def make_recipe(
     label, class_name = pipeline.named(asked)
     how: dict[str, Any] = {"dtype": str(pipeline.model.mask_token.dtype).removeprefix("torch.")}
     how |= {name: getattr(config.draw, name) for name in config.dials}
-    if how["temperature"] == 1.0 and isinstance(config.draw, OneStep):
-        del how["temperature"]
     return Recipe(name, weights, class_name, seed, iterations, order or config.order, label, **how)
 
 

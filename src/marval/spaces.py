@@ -55,14 +55,14 @@ class Latents:
         """The VAE (diffusers' `AutoencoderKL`); a ValueError where it is not there or has other weights."""
         if self.loaded is None:
             name = self.config.vae
-            with torch.inference_mode(False):  # whoever asks first: gradients may pass through it later
-                self.loaded = self._place(load_vae(name, self.device))
             found, expected = vae_hash(name), self.config.vae_sha256
             if found and expected and found != expected:
                 raise ValueError(
                     f"the VAE {name} has other weights (SHA-256 {found[:12]}...) than the model was trained "
                     f"with ({expected[:12]}...): put that one back"
                 )
+            with torch.inference_mode(False):  # whoever asks first: gradients may pass through it later
+                self.loaded = self._place(load_vae(name, self.device))
         return self.loaded
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Latents":

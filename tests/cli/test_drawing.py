@@ -51,6 +51,14 @@ def test_a_picture_of_another_precision_is_drawn_again_in_it(run, workspace):
     assert "the same, pixel for pixel" in run("sample", "student", "--like", f"samples/{file}", "--out", "again")[1]
 
 
+def test_a_picture_that_is_drawn_again_takes_no_other_settings(run, workspace):
+    assert run("sample", "student", "--count", 1, "--iterations", 2, "--out", "first")[0] == 0
+    again = ("sample", "student", "--like", "first/00000-cross-0.png", "--out", "again")
+    for more in (("--seed", 7), ("--count", 9), ("--iterations", 3), ("--classes", "square")):
+        refused(run(*again, *more), "--like draws what the picture's recipe says")
+    assert run(*again)[0] == 0
+
+
 def test_a_picture_that_was_changed_is_told_and_stays(run, workspace):
     assert run("sample", "student", "--count", 1, "--iterations", 2)[0] == 0
     file = workspace / "samples/00000-cross-0.png"

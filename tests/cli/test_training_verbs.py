@@ -34,7 +34,7 @@ def nothing_is_read(monkeypatch):
     def never(*_, **__):
         raise AssertionError("something was read")
 
-    for name in ("marval.pipeline.load", "marval.data.load_data", "marval.data.load_images"):
+    for name in ("marval.rewards.parse_rewards", "marval.data.load_data", "marval.data.load_images"):
         monkeypatch.setattr(name, never)
 
 
@@ -49,6 +49,12 @@ def nothing_is_read(monkeypatch):
         (["tune", "fashion-student", "--probe-samples", "0"], ("--probe-samples 0",)),
         (["tune", "fashion-student", "--gradient-iterations", "9"], ("--gradient-iterations 9", "8")),
         (["tune", "fashion-student", "--prompt", "{x}"], ("--prompt '{x}'", "exactly one {}")),
+        (["distill", "fashion-student"], ("one-step student already",)),
+        (["distill", "fashion-teacher", "--guidance-range", "1", "2"], ("guidance 3", "from 1 to 2")),
+        (["tune", "fashion-teacher"], ("is a teacher",)),
+        (["tune", "fashion-student", "--anchor", "1"], ("--anchor and --teacher",)),
+        (["tune", "fashion-student", "--teacher", "fashion-teacher"], ("--anchor and --teacher",)),
+        (["tune", "fashion-student", "--reward", "fd:pixels", "--updates", "20"], ("--updates 20", "moments-warmup")),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_read(arguments, words, refusal, nothing_is_read):
@@ -168,7 +174,7 @@ def test_a_latent_student_is_distilled_and_tuned_with_the_full_size_recipe(marva
     tuning = [*recipe, "--reward", "mine.py:score", "--gradient-iterations", 2, "--anchor-warmup", 1, "--anchor", 0.5]
     pictures = ["--judge-data", "folder:pictures"]
     assert "--judge-data folder:DIR" in refusal("tune", "student", *tuning, "--teacher", "teacher", "--out", "tuned")
-    assert "the anchor needs the teacher" in refusal("tune", "student", *tuning, *pictures, "--out", "tuned")
+    assert "--anchor and --teacher: expected both" in refusal("tune", "student", *tuning, *pictures, "--out", "tuned")
     watched = ["--held-out", "mine.py:dark", "--out", "tuned"]
     assert "no --judge" not in marval("tune", "student", *tuning, *pictures, *watched, "--teacher", "teacher").out
     log = log_of(tmp_path / "tuned")

@@ -47,6 +47,10 @@ def test_a_tables_images_have_concepts_captions_and_styles(tmp_path, encoder):
     config = teacher_config("t", train, f"folder:{root}")
     assert (config.mar.text_dim, config.mar.num_styles, config.encoder) == (8, 2, ENCODER)
     assert [label_names(config)[label] for label in config.unseen] == ["apple, flat style"]
+    train.captions.style[0] = -1  # a picture without a style is of none of them
+    unstyled = teacher_config("t", train, f"folder:{root}")
+    assert [label_names(config)[label] for label in unstyled.unseen] == ["shark, 3d style", "apple, flat style"]
+    train.captions.style[0] = 0
     assert [*seen_labels(config)] == sorted(labels_in_turn(range(5), config)) == [0, 1, 2, 3, 4]
     drawn = tune_draws(TuneConfig(batch_size=500), config, 0)[0]
     assert drawn.unique().tolist() == [0, 1, 2, 3, 4]

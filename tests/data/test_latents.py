@@ -11,6 +11,7 @@ from PIL import Image
 
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig
 from marval.data import LatentData, batch_indices, cache_latents, check_data, load_data
+from marval.data.latents import PLAN
 from marval.data.loader import Loader
 from marval.io.checkpoint import load_model
 from marval.io.images import centre_crop
@@ -213,6 +214,15 @@ def test_a_cache_of_something_else_is_not_mixed_up(pictures, tmp_path):
         cache(pictures, tmp_path / "cache")
     with pytest.raises(ValueError, match="no cache"):
         load_data(f"latents:{tmp_path}")
+    (tmp_path / "cache" / PLAN).unlink()
+    with pytest.raises(ValueError, match="caches something else"):
+        cache(pictures, tmp_path / "cache")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file: expected a folder"):
+        cache_latents(tmp_path / "no pictures", "no-vae", tmp_path / "file")
 
 
 def vae_folder(folder, seed=0, **changes):
@@ -254,8 +264,10 @@ def test_a_models_vae_of_other_weights_is_refused(tmp_path):
     config = LatentSpace((16, 16), vae_place(folder), 4, 2, vae_sha256=vae_hash(folder))
     assert Latents(config).vae.config.latent_channels == 2
     vae_folder(tmp_path / "vae", seed=1)
-    with pytest.raises(ValueError, match="vae has other weights"):
-        Latents(config).vae  # noqa: B018
+    latents = Latents(config)
+    for _ in range(2):  # who asks again is not given it either
+        with pytest.raises(ValueError, match="vae has other weights"):
+            latents.vae  # noqa: B018
     assert vae_place("owner/a-hub-id") == "owner/a-hub-id"
     assert vae_hash("owner/a-hub-id") == ""
 

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from marval.evaluate.report import best_within, plot_curve, points_of, print_results
+from marval.evaluate.report import best_within, plot_curve, points_of, print_results, print_table
 from marval.evaluate.results import read_results
 from result_rows import quality, teacher, timed, write, write_curve
 
@@ -48,9 +48,21 @@ def test_the_console_shows_quality_and_speed_and_what_they_mean(tmp_path, capsys
     out = capsys.readouterr().out
     text = " ".join(out.split())
     assert "11.00 ± 1.00" in text
-    assert all(f"│ {order}" in out for order in ("spread", "raster"))  # no seeds of each other
+    assert all(f" {order} " in out for order in ("spread", "raster"))  # no seeds of each other
     assert "2000 (1)" in text  # latency at the smallest batch, throughput at the best
     assert "2 (64)" in text
     assert "± is one standard error of the mean, over 2 seeds" in text
     assert "not the published figures of these names" in text
     assert "Left out: 1 times of another machine" in text
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_narrow_terminal_folds_titles_and_cuts_no_figure(width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("marval.evaluate.report.WIDTH", None)
+    names = ["fashion-teacher", "fashion-student", "fashion-tuned"]
+    header = ["model", "held-out log-probability", *(f"precision-EfficientNet {i}" for i in range(8))]
+    print_table("results", header, [[name, *["-0.1234"] * 9] for name in names])
+    out = capsys.readouterr().out
+    assert all(name in out for name in names)
+    assert out.count("-0.1234") == 27

@@ -16,6 +16,8 @@ from marval.pipeline import Pipeline
 from texts import text_config
 from tiny import tiny_config, tiny_model
 
+FILES, VAE = ["model.safetensors", "config.json"], "*/diffusion_pytorch_model.safetensors"
+
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
@@ -53,7 +55,7 @@ def test_a_model_is_pushed_with_its_card_and_loaded_from_there(repository):
     for part in ("library_name: marval", "license: apache-2.0", "- marval", 'marval.load("me/tiny")', "1 square"):
         assert part in card
     again = marval.load("me/tiny", revision="v1")
-    assert repository.calls[-1] == {"revision": "v1", "patterns": ["model.safetensors", "config.json"]}
+    assert repository.calls[-1] == {"revision": "v1", "patterns": [*FILES, "*/config.json", VAE]}
     assert torch.equal(model.sample(["cross"], seed=3), again.sample(["cross"], seed=3))
 
 

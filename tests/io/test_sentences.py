@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from marval.io.text import ENCODER, embed_texts, load_encoder
+from marval.io.text import ENCODER, embed_texts, find_encoder, load_encoder
 
 
 @pytest.fixture
@@ -32,8 +32,20 @@ def test_any_sentence_transformers_folder_encodes(folder, monkeypatch, tmp_path)
     assert (embeddings[0] - embeddings[1]).abs().max() > 0.01
     cached = embed_texts(["a shark", "a taxi"], folder)
     torch.testing.assert_close(cached.float(), embeddings[:2], atol=1e-3, rtol=1e-2)
-    (tmp_path / "encoder").rename(tmp_path / "gone")
-    assert torch.equal(embed_texts(["a shark", "a taxi"], folder), cached)
+    monkeypatch.setattr("marval.io.text.load_encoder", None)
+    assert torch.equal(embed_texts(["a shark", "a taxi"], folder), cached)  # without the encoder
+    next((tmp_path / "encoder").rglob("*.safetensors")).write_bytes(b"other weights")
+    with pytest.raises(TypeError):  # which the cache does not hold
+        embed_texts(["a shark", "a taxi"], folder)
+
+
+def test_an_encoder_beside_a_models_files_is_found(tmp_path, monkeypatch):
+    for place in ("model", "here"):
+        (tmp_path / place / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert find_encoder("mine", tmp_path / "model") == str(tmp_path / "model/mine")
+    assert find_encoder("mine", tmp_path / "other") == str(tmp_path / "here/mine")
+    assert [find_encoder(name, tmp_path) for name in ("", ENCODER, "none")] == ["", ENCODER, "none"]
 
 
 def test_the_packaged_encoder_knows_what_is_alike():

@@ -7,7 +7,7 @@ from marval.losses.denoising import denoising_loss
 from marval.model import NoiseSchedule
 from marval.sampling import DrawByChain, draw_counts, guidance_at, prepare, run
 
-TOLERANCE = 3e-6
+TOLERANCE = 5e-6  # of rounding, which differs between processors: 2.6e-6 and 3.4e-6 were seen
 
 
 def relative_error(found, expected):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from marval.config import OneStep
 from marval.io.checkpoint import model_hash, save_model
 from marval.io.images import png_bytes, to_pil
 from marval.pipeline import Pipeline
@@ -52,6 +53,12 @@ def test_an_edited_upload_is_drawn_again_exactly(folder, tiny):
     assert again.crop((0, 2, 8, 8)).tobytes() == picture.crop((0, 2, 8, 8)).tobytes()  # tokens 2, ... are untouched
     assert again.crop((4, 0, 8, 2)).tobytes() == picture.crop((4, 0, 8, 2)).tobytes()
     assert again.crop((0, 0, 4, 2)).tobytes() != picture.crop((0, 0, 4, 2)).tobytes()
+
+
+def test_a_temperature_that_was_asked_for_is_kept_where_the_models_own_is_another(folder):
+    config = dataclasses.replace(tiny_config(), draw=OneStep(temperature=0.8))
+    student = Pipeline(tiny_model(), config).with_draw(temperature=1.0)
+    assert make_recipe("mine", "", student, 0, 5, 4).temperature == 1.0
 
 
 def test_each_edit_is_drawn_again_in_its_own_precision(folder, tiny):

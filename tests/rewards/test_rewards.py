@@ -146,6 +146,7 @@ def test_rewards_from_folders_combine_with_weights(folders):
         ("math:no_such_function", "no function"),
         ("classifier=much", "could not convert string to float: 'much'"),
         ("classifier,classifier=2", "named twice"),
+        ("classifier:nothing.safetensors,classifier=nan", "weight nan of classifier: expected a finite number"),
         ("classifier:nothing.safetensors", "does not exist: make one with marval train classifier"),
     ],
 )

@@ -98,7 +98,9 @@ def test_the_tool_trains_a_head_for_own_classes_and_phrases(tmp_path):
     }
     (tmp_path / "phrases.json").write_text(json.dumps(said))
     out, report = tmp_path / "head.safetensors", tmp_path / "report.json"
-    text_image.main(f"folder:{tmp_path / 'images'}", tmp_path / "phrases.json", steps=60, out=out, report=report)
+    text_image.main(
+        data=f"folder:{tmp_path / 'images'}", phrases=tmp_path / "phrases.json", steps=60, out=out, report=report
+    )
     figures = json.loads(report.read_text())["held_out"]
     assert (figures["phrases"], figures["chance"]) == (2, 0.5)
     assert figures["image_to_text"] > 0.9
@@ -110,7 +112,7 @@ def test_the_tool_trains_a_head_for_own_classes_and_phrases(tmp_path):
 
 def test_the_tool_trains_a_head_on_captions(tmp_path):
     out, report = tmp_path / "head.safetensors", tmp_path / "report.json"
-    text_image.main(f"folder:{write_captioned(tmp_path / 'images')}", steps=60, out=out, report=report)
+    text_image.main(data=f"folder:{write_captioned(tmp_path / 'images')}", steps=60, out=out, report=report)
     figures = json.loads(report.read_text())
     assert (figures["images"], figures["test_images"]) == (5, 1)
     learned, held_out = figures["learned"], figures["held_out"]

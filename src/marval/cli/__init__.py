@@ -2,22 +2,19 @@
 
 import contextlib
 import difflib
-import io
 import json
 import os
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NoReturn
 
 import marval
 from marval.cli.arguments import BUNDLED
 from marval.cli.converting import cache, convert
 from marval.cli.drawing import demo, sample, serve
 from marval.cli.measuring import compare, evaluate
-from marval.cli.options import read
+from marval.cli.options import in_one_line, read
 from marval.cli.training import distill, train, train_classifier, tune
 from marval.config import ModelConfig
 
@@ -37,27 +34,14 @@ Try:
 marval --help lists all verbs."""
 
 
-def main() -> None:
-    """Run a verb; a `ValueError` or `OSError` becomes one line on standard error and exit code 2."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the verb that was typed; a `ValueError` or `OSError` becomes one line on standard error and exit code 2.
+
+    Args:
+        arguments: in the place of what was typed.
+    """
     wait_passively()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an ASCII terminal gets ? for what it cannot show
-    try:
-        run_verb(sys.argv[1:])
-        print(end="", flush=True)
-    except BrokenPipeError:  # whoever read the output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own last flush
-        raise SystemExit(141) from None  # as a shell says of a program that SIGPIPE ended
-    except (ValueError, OSError) as error:
-        if os.environ.get("MARVAL_DEBUG"):
-            raise
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # under torchrun, process 0 mostly says the same, and its end ends this one
-        file = error.filename if isinstance(error, OSError) else None
-        complain(f"{file}: {error.strerror}" if file and isinstance(error, OSError) else str(error), 2)
-    except KeyboardInterrupt as interrupt:
-        complain(": ".join(["interrupted", *map(str, interrupt.args)]), 130)
+    in_one_line("marval", lambda: run_verb(sys.argv[1:] if arguments is None else arguments))
 
 
 def wait_passively() -> None:
@@ -69,9 +53,9 @@ def wait_passively() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
-def run_verb(arguments: list[str]) -> None:
+def run_verb(arguments: Sequence[str]) -> None:
     """Run the verb that the arguments begin with, of one word or two."""
-    verb, rest = (arguments or [""])[0], arguments[1:]
+    verb, rest = arguments[0] if arguments else "", arguments[1:]
     if rest and f"{verb} {rest[0]}" in VERBS:
         verb, rest = f"{verb} {rest[0]}", rest[1:]
     if not arguments:
@@ -109,9 +93,3 @@ def print_models() -> None:
             (rows, columns), kind = config.space.image_size, config.draw.kind.replace("_", " ")
             print(f"{name:<32}  {kind:<13}  {config.iterations:>3}  {columns}x{rows}")
     print(TRY)
-
-
-def complain(line: str, code: int) -> NoReturn:
-    """Print one line on standard error and exit."""
-    print(f"marval: {line}", file=sys.stderr)
-    raise SystemExit(code) from None

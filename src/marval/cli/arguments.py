@@ -36,4 +36,6 @@ def data_of(pipeline: "Pipeline", data: str | None) -> "TrainingData":
     encoder = pipeline.config.encoder
     images = load_data(data or pipeline.config.data, size=space.image_size, channels=space.channels, encoder=encoder)
     check_data(images, pipeline.config)
+    if images.captions is not None:
+        _ = images.captions.sentences  # encoded once; an encoder that is missing is refused here
     return images

@@ -63,7 +63,7 @@ class Latents(Checked):
     scale: Positive | None = None  # of the latents; 1 / standard deviation when left out (ImageNet, KL-16: 0.2325)
     mirrors: bool = True  # train on mirrors as well; not where left and right differ, as letters do
     batch_size: Count = 32  # images encoded at a time (each with its mirror)
-    device: str = "auto"  # auto, cpu, cuda, ...
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
 
 
 def cache(out: Path, *, latents: Latents) -> None:

@@ -37,12 +37,12 @@ class Drawing(Checked):
     order: Order | None = None  # in which tokens are drawn
     diffusion_steps: Steps | None = None  # T of a teacher's chain
     guidance: float | None = None  # w of a teacher, or of a student that takes it; 1 is none
-    guidance_schedule: Schedule | None = None  # w from the first iteration on, or growing linearly to it
+    guidance_schedule: Schedule | None = None  # linear: w grows over the iterations; constant: w from the first
     temperature: float | None = None  # scales the noise of a teacher's chain, or that a student starts from
-    batch_size: Count = 50  # images drawn together; another one rounds a few pixels otherwise
+    batch_size: Count = 50  # images drawn together; with another number some pixels differ by rounding
     dtype: Dtype = "float32"  # of the weights
     compile: bool = False  # compile the network's blocks: on a GPU, for many pictures
-    device: str = "auto"  # auto, cpu, cuda, ...
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ def sample(model: str | None = None, *, images: Images, drawing: Drawing, output
     from marval.text import nearest_prompts
 
     if images.like is not None:
+        if images != Images(like=images.like) or drawing != Drawing(device=drawing.device):
+            raise ValueError("--like draws what the picture's recipe says: beside it go --out, --force and --device")
         sample_like(images.like, model, output, drawing.device)
         return
     if model is None:
@@ -171,7 +173,7 @@ class DemoOutput(Checked):
     """options"""
 
     out: Path = Path("demo-out")  # a folder for the pictures and the report
-    device: str = "auto"  # auto, cpu, cuda, ...
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
 
 
 def demo(*, output: DemoOutput) -> None:
@@ -193,7 +195,7 @@ class Address(Checked):
     port: int = 7860  # the port to listen on
     auth: str | None = None  # NAME:PASSWORD to ask visitors for; MARVAL_AUTH may hold it, where nobody else sees it
     browser: bool = False  # open the page in a browser
-    device: str = "auto"  # auto, cpu, cuda, ...
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
 
 
 def serve(models: tuple[str, ...] = (), *, address: Address) -> None:

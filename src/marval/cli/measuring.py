@@ -1,7 +1,6 @@
 """The verbs that measure: evaluate and compare."""
 
 import signal
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +60,7 @@ class Results(Checked):
     plot: Path | None = None  # a picture of quality against time per image (needs matplotlib)
     keep_images: Path | None = None  # a folder that keeps the images; a run that was killed goes on there
     npz: bool = False  # write them as one .npz file in ADM's format too
-    device: str = "auto"  # auto, cpu, cuda, ...
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
 
 
 def evaluate(
@@ -72,7 +71,7 @@ def evaluate(
     marval evaluate fashion-teacher fashion-student --iterations 4 8 16 --samples 2000 --seed 0 1 2
     marval evaluate imagenet256-base --samples 0 --iterations 16 --batches 1
 
-    Quality: Fréchet distance, precision, recall, held-out accuracy, diversity. Speed: time, FLOPs, memory.
+    Quality: Fréchet distance, precision, recall, held-out accuracy, diversity. Speed: time, FLOPs, on a GPU memory.
     Distances, precision and recall are on EfficientNet's features (or --features) and named so: they are not the
     published figures, and compare with each other only, at equal numbers of samples. After a ± comes one standard
     error of the mean, over the seeds, or for rewards over the images.
@@ -82,7 +81,8 @@ def evaluate(
             student with random weights (only with --samples 0)
     """
     check_request(models, measured, against, results)
-    from marval.evaluate.evaluate import Quality, measure
+    from marval.evaluate.draw import check_folder
+    from marval.evaluate.evaluate import Quality, check_alike, drawings_of, measure
     from marval.evaluate.features import MOST
     from marval.evaluate.judge import RewardJudge, make_judge
     from marval.evaluate.models import FULL_SIZES, load_models
@@ -99,6 +99,9 @@ def evaluate(
             models, str(workers.device), diffusion_steps=sampling.diffusion_steps, guidance=sampling.guidance,
             temperature=sampling.temperature, order=sampling.order, dtype=sampling.dtype, compile=sampling.compile,
         )  # fmt: skip
+        check_alike(loaded)  # this and the next before real images are read
+        for drawing in drawings_of(loaded, quality) if workers.main else ():
+            check_folder(drawing)
         if measured.rewards is not None:
             names = [name.strip() for name in measured.rewards.split(",")]
             rewards = {name: find_reward(name, device=workers.device) for name in names}
@@ -134,7 +137,7 @@ def check_request(models: tuple[str, ...], measured: Measured, against: Against,
     if measured.rewards is not None and others:
         raise ValueError(f"{', '.join(others)}: cannot be combined with --rewards: run two commands")
     if not models:
-        raise ValueError("name at least one model, for example emoji-student")
+        raise ValueError("name at least one model, for example fashion-student")
     if measured.samples and (full := FULL_SIZES.keys() & set(models)):
         raise ValueError(f"{', '.join(sorted(full))}: random weights have no quality: time them with --samples 0")
     if (measured.budget or results.plot) and not (measured.samples and measured.batches):
@@ -185,21 +188,19 @@ def compare(first: Path, second: Path) -> None:
         first: a results file of marval evaluate
         second: another
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from marval.evaluate.compare import compare as differences_between
+    from marval.evaluate.report import print_table
 
     lines, figures = differences_between(first, second)
     counts = Counter(figure.verdict for figure in figures)
-    table = Table("setting", "figure", "first", "second", "change", "by chance", "counts")
+    rows = []
     for one in figures:
         if one.verdict == "a difference":
             values = f"{one.first:.6g}", f"{one.second:.6g}", f"{one.second - one.first:+.4g}", f"± {one.chance:.2g}"
-            table.add_row(one.setting, one.figure, *values, one.counts)
-    if table.rows:
-        Console(width=None if sys.stdout.isatty() else 160).print(table)
-    print(f"{len(table.rows)} of {len(figures)} figures differ by more than chance makes (95 % intervals: 1 in 20 may)")
+            rows.append((one.setting, one.figure, *values, one.counts))
+    if rows:
+        print_table("", ("setting", "figure", "first", "second", "change", "by chance", "counts"), rows)
+    print(f"{len(rows)} of {len(figures)} figures differ by more than chance makes (95 % intervals: 1 in 20 may)")
     for verdict, count in counts.items():
         if verdict != "a difference":
             print(f"{count} of {len(figures)} figures: {verdict}")

@@ -13,16 +13,20 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import io
 import itertools
+import os
 import re
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from marval.checks import check
 from marval.presets import PRESETS, RunConfig, settings_of
 
 SYMBOLS = {"iterations": "K", "gradient_iterations": "M", "diffusion_steps": "T", "guidance": "W"}  # the paper's
@@ -114,8 +118,9 @@ def options_of(function: Callable[..., Any], preset: str = PRESETS[0]) -> list[O
                 options.append(Option(f"{name}.{field}", annotation, getattr(start, field), texts[field], title))
         else:
             text = re.search(rf"^ +{name}: (.*(?:\n {{8}}.*)*)", inspect.getdoc(function) or "", re.MULTILINE)
-            told = " ".join(text[1].split()) if text else ""
-            options.append(Option(name, kind, parameter.default, told, "arguments", positional=True))
+            told, first = " ".join(text[1].split()) if text else "", parameter.kind is not parameter.KEYWORD_ONLY
+            group = "arguments" if first else "options"
+            options.append(Option(name, kind, parameter.default, told, group, positional=first))
     return options
 
 
@@ -188,18 +193,41 @@ def read(function: Callable[..., None], arguments: Sequence[str], prog: str) -> 
             fields = {p.partition(".")[2]: value for p, value in typed.items() if p.startswith(f"{name}.")}
             values[name] = with_fields(defaults_of(kind, preset), fields)
         elif name in typed:
+            check(options[name].flag, typed[name], kind)
             values[name] = typed[name]
     return functools.partial(function, **values)
 
 
 def run_script(function: Callable[..., None]) -> None:
-    """Call a script's function with what was typed; a `ValueError` becomes one line on standard error, exit code 2."""
+    """Call a script's function with what was typed; see `in_one_line`."""
     prog = Path(sys.argv[0]).name
+    in_one_line(prog, lambda: read(function, sys.argv[1:], prog)())
+
+
+def in_one_line(prog: str, job: Callable[[], None]) -> None:
+    """Do a command's job; a `ValueError` or `OSError` becomes one line on standard error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII terminal gets ? for what it cannot show
     try:
-        read(function, sys.argv[1:], prog)()
-    except (ValueError, KeyboardInterrupt) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 130)
+        job()
+        print(end="", flush=True)
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own last flush
+        sys.exit(141)  # as a shell says of a program that SIGPIPE ended
+    except (ValueError, OSError) as error:
+        if os.environ.get("MARVAL_DEBUG"):
+            raise
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # under torchrun, process 0 mostly says the same, and its end ends this one
+        file = error.filename if isinstance(error, OSError) else None
+        told, code = f"{file}: {error.strerror}" if file and isinstance(error, OSError) else str(error), 2
+    except KeyboardInterrupt as interrupt:
+        told, code = ": ".join(["interrupted", *map(str, interrupt.args)]), 130
+    else:
+        return
+    print(f"{prog}: {told}", file=sys.stderr)
+    sys.exit(code)
 
 
 def with_fields(group: Any, fields: Mapping[str, Any]) -> Any:

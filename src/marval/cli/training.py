@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import marval
 from marval.checks import Checked, Rule
 from marval.cli.arguments import data_of, usable_device
-from marval.config import Chain, Count, Name, OneStep, Pairs
-from marval.presets import ENCODER, DistillConfig, Preset, TrainConfig, TuneConfig, settings_of
+from marval.config import Count, Name, Pairs
+from marval.presets import ENCODER, DistillConfig, Preset, RunConfig, TrainConfig, TuneConfig, settings_of
 from marval.runtime.provenance import command_line
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Run(Checked):
     resume: bool = False  # go on from the last saved state; --updates, rates and what changes no result may differ
     tensorboard: bool = False  # write TensorBoard's event files beside the log
     shard: bool = False  # under torchrun: split the networks over the GPUs, too, where they do not fit one
-    device: str = "auto"  # auto, cpu, cuda, ...
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
 
     def check(self) -> str:
         """Refuse an output that cannot be used, before anything is read; the device by its name."""
@@ -41,8 +41,12 @@ class Run(Checked):
         return usable_device(self.device)
 
     @contextlib.contextmanager
-    def start(self, device: str) -> "Iterator[folder.Run]":
-        """Start the processes that share the work, and lock the run's folder for them."""
+    def start(self, device: str, settings: RunConfig) -> "Iterator[folder.Run]":
+        """Start the processes that share the work, and lock the run's folder for them.
+
+        Raises:
+            ValueError: a batch that cannot be split over them.
+        """
         from marval.runtime.distributed import start_workers
         from marval.runtime.folder import open_run
 
@@ -50,6 +54,7 @@ class Run(Checked):
             start_workers(device, self.shard) as workers,
             open_run(self.out, resume=self.resume, workers=workers, tensorboard=self.tensorboard) as run,
         ):
+            workers.parts(settings.batch_size, settings.accumulate)
             yield run
 
 
@@ -77,13 +82,17 @@ def train(*, what: Teacher, settings: TrainConfig, output: Run) -> None:
     device, spec = output.check(), what.data or what.preset
     if what.preset != "fashion-mnist" and not spec.startswith("latents:"):
         raise ValueError(f"{what.preset} trains on latents: make a cache with marval cache, then --data latents:DIR")
+    start = marval.load(what.init).model if what.init is not None else None
     images = load_data(spec, size=parse_size(what.size) if what.size else None, encoder=what.encoder)
     if isinstance(images, LatentData):
         config = latent_teacher_config(what.preset, what.name, images, spec, command_line())
     else:
         config = teacher_config(what.name, images, spec, command_line())
-    start = marval.load(what.init).model if what.init is not None else None
-    with output.start(device) as run:
+    with output.start(device, settings) as run:
+        if run.workers.main:
+            channels, rows, columns = images.shape
+            kind = f"latents of {channels} channels" if isinstance(images, LatentData) else "pixels"
+            print(f"{spec}: {len(images):,} images, {len(images.class_names):,} classes, {columns}x{rows} {kind}")
         done = train_teacher(config, settings, images, run, init=start)
         if run.workers.main:
             print(f"{output.out / 'model'}: {done} of {settings.updates} updates done")
@@ -118,14 +127,14 @@ def distill(teacher: str, *, what: Student, settings: DistillConfig, output: Stu
     from marval.evaluate.evaluate import probe
     from marval.evaluate.judge import make_judge
     from marval.train.distill import distill as train_student
+    from marval.train.distill import student_config
 
     device, samples = output.check(), output.probe_samples
     pipeline = marval.load(teacher)
-    if not isinstance(pipeline.config.draw, Chain):
-        raise ValueError(f"{teacher} is a one-step student already: expected a teacher")
-    settings, images = settings.within(pipeline.config.mar.num_tokens), data_of(pipeline, what.data)
+    _, settings = student_config(pipeline.config, settings)
+    images = data_of(pipeline, what.data)
     config = dataclasses.replace(pipeline.config, source=command_line())
-    with output.start(device) as run:
+    with output.start(device, settings) as run:
         watch = None
         if samples and len(images) > 1:  # one image has no Fréchet distance
             judge = make_judge(pipeline, what.judge_data or what.data, None, run.workers, limit=JUDGED)
@@ -150,7 +159,7 @@ class Rewards(Checked):
     preset: Preset = "fashion-mnist"  # the recipe; imagenet256-* are the paper's
     reward: str = "classifier"  # of the list above, NAME:FILE (:FOLDER, :HUB-ID), file.py:function, or A=1,B=0.5
     held_out: str | None = None  # rewards that are only watched, written likewise; the best model has the highest
-    judge: Path | None = None  # the held-out classifier, which may be missing; bundled for Fashion-MNIST
+    judge: Path | None = None  # the held-out classifier (optional; Fashion-MNIST has a bundled one)
     judge_data: str | None = None  # folder:DIR, the real images of distances, where the data are latents
     teacher: str | None = None  # the anchor's teacher (with --anchor)
     data: str | None = None  # the anchor's and the distances' images, or latents; the student's when left out
@@ -175,26 +184,28 @@ def tune(student: str, *, rewards: Rewards, settings: TuneConfig, output: TunedR
     from marval.rewards import WeightedReward, parse_rewards
     from marval.train.anchor import anchor_of
     from marval.train.tune import tune as tune_student
+    from marval.train.tune import tuned_settings
 
     device = output.check()
     pipeline = marval.load(student)
-    if not isinstance(pipeline.config.draw, OneStep):
-        raise ValueError(f"{student} is a teacher: distil it first (marval distill)")
-    settings = settings.within(pipeline.config.mar.num_tokens)
+    if (rewards.teacher is None) != (settings.anchor == 0):
+        raise ValueError("--anchor and --teacher: expected both, a weight above 0 and the teacher, or neither")
+    distances = any(part.strip().startswith("fd") for part in rewards.reward.split(","))
+    settings, _ = tuned_settings(pipeline.config, settings, distances)
     config = dataclasses.replace(pipeline.config, source=command_line())
     samples = output.probe_samples or (1000 if config.encoder else max(1000, 2 * len(config.class_names)))
     anchor = None
-    if settings.anchor and rewards.teacher is not None:
+    if rewards.teacher is not None:
         guide, recipe = marval.load(rewards.teacher), settings_of(DistillConfig, rewards.preset)
         anchor = anchor_of(guide, pipeline, data_of(pipeline, rewards.data), recipe, settings)
-    with output.start(device) as run:
+    with output.start(device, settings) as run:
         workers, held_out = run.workers, None
         spec = rewards.judge_data or rewards.data or config.data
-        distance = distance_to(spec, config, settings, workers)
-        reward = WeightedReward(parse_rewards(rewards.reward, workers.device, distance))
         if rewards.held_out is not None:
             watched = WeightedReward(parse_rewards(rewards.held_out, workers.device))
             held_out = RewardJudge({"held out": watched}, settings.prompt, config, workers.device)
+        distance = distance_to(spec, config, settings, workers)
+        reward = WeightedReward(parse_rewards(rewards.reward, workers.device, distance))
         features = held_out_features(reward, rewards.judge, spec)
         judge = make_judge(pipeline, spec, rewards.judge, workers, features=features, limit=JUDGED)
         if workers.main and features is not None:
@@ -260,7 +271,7 @@ class Classifier(Checked):
     epochs: Count = 4  # passes over the images
     seed: int = 0  # of weights, order and augmentation
     out: Path = Path("runs/classifier.safetensors")  # the classifier's file
-    device: str = "auto"  # auto, cpu, cuda, ...
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
 
 
 def train_classifier(*, what: Classifier) -> None:

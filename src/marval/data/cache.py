@@ -20,7 +20,7 @@ from marval.data.captions import Captioned
 from marval.data.folder import Labelled, check_damaged, list_images
 from marval.data.images import in_threads
 from marval.data.latents import INDEX, PLAN, LatentData, shard_file
-from marval.io.files import write_tensors, write_text
+from marval.io.files import check_output, write_tensors, write_text
 from marval.io.images import centre_crop, read_image
 from marval.io.vae import load_vae, vae_hash, vae_place
 from marval.runtime.distributed import Workers
@@ -53,6 +53,7 @@ def cache_latents(
     Returns:
         The cache; None when the run was asked to stop.
     """
+    check_output(out, folder=True)
     workers = workers or Workers()
     class_names, files, captioned = list_images(images, captions=True)
     vae = vae_place(vae)
@@ -103,7 +104,7 @@ def listing_hash(root: Path, files: Sequence[Labelled]) -> str:
 def _claim(out: Path, plan: dict[str, Any]) -> None:
     """Write what will be cached; the first shard makes it final."""
     if any(out.glob("shard-*.safetensors")):
-        before = json.loads((out / PLAN).read_text())
+        before = json.loads((out / PLAN).read_text()) if (out / PLAN).is_file() else {}
         if changed := [key for key in {**before, **plan} if before.get(key) != plan.get(key)]:
             raise ValueError(
                 f"{out} caches something else (another {', '.join(changed)}): choose another folder, or remove it"

@@ -206,11 +206,6 @@ def make_judge(
     spec, space = data or config.data, config.space
     real_images = None if reference is not None else real_reader(spec, config, limit)
     judge = Judge(find_features(features).to(workers.device), None, None, styles=config.mar.labels_per_class)
-    if reference is not None:
-        judge = replace(judge, reference=Reference.load(reference, workers.device))
-    elif workers.main and real_images is not None:
-        real, some = measure_data(judge.network, spec, real_images, sample)
-        judge = replace(judge, real=real, sample=some)
     if classifier is None and spec.partition(":")[0] == "fashion-mnist":
         classifier = Path("fashion-judge")
     if classifier is not None:
@@ -222,6 +217,11 @@ def make_judge(
                 "train classifier"
             )
         judge = replace(judge, classifier=network, classifier_sha256=sha256_of(classifier_file(classifier)))
+    if reference is not None:
+        judge = replace(judge, reference=Reference.load(reference, workers.device))
+    elif workers.main and real_images is not None:
+        real, some = measure_data(judge.network, spec, real_images, sample)
+        judge = replace(judge, real=real, sample=some)
     return judge
 
 

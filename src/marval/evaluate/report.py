@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +25,13 @@ from marval.evaluate.results import (
 from marval.io.files import atomic_path
 
 WIDTH = 200  # characters, where no terminal says how many
+SPACES = {"efficientnet": "-EfficientNet", "own": " on own features", "classifier": " on a classifier's"}
+SPACES["pixels"] = " on pixels"
+SAMPLED = {
+    f"{space}_{figure.lower()}": (f"{figure}{where}", ".3f")
+    for space, where in SPACES.items()
+    for figure in ("KID", "precision", "recall")
+}
 COLUMNS = {  # figure: title and format
     "fd": ("FD-EfficientNet", ".2f"),
     "fid": ("FID", ".3f"),
@@ -35,12 +43,7 @@ COLUMNS = {  # figure: title and format
     "log_probability": ("held-out log-probability", ".4f"),
     "diversity": ("diversity", ".3f"),
     "inception_kid": ("Inception KID", ".5f"),
-    "efficientnet_kid": ("KID-EfficientNet", ".3f"),
-    "efficientnet_precision": ("precision-EfficientNet", ".3f"),
-    "efficientnet_recall": ("recall-EfficientNet", ".3f"),
-    "own_kid": ("KID on own features", ".3f"),
-    "own_precision": ("precision on own features", ".3f"),
-    "own_recall": ("recall on own features", ".3f"),
+    **SAMPLED,
     "gflops_per_image": ("GFLOP / image", ".2f"),
 }
 Cells = tuple[list[str], list[list[str]]]  # header and rows
@@ -124,10 +127,10 @@ def notes_of(quality: Sequence[Row]) -> list[str]:
     if seeds:
         counts = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
         notes.append(f"± is one standard error of the mean, over {counts} seeds of the images (not of trainings).")
-    if any(name.startswith("efficientnet_") or name == "fd" for row in quality for name in row):
+    if any(name == "fd" or name in SAMPLED for row in quality for name in row):
         notes.append(
-            "Distances, KID, precision and recall on EfficientNet-Lite0's or own features are not the published "
-            "figures of these names, which are on Inception's: they compare with each other only."
+            "Distances, KID, precision and recall on such features are not the published figures of these names, which "
+            "are on Inception's: they compare with each other only."
         )
     if any("fid" in row for row in quality):
         notes.append("FID, IS and sFID have not been checked against published values (see --reference in --help).")
@@ -141,15 +144,24 @@ def print_results(out: Path) -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for title, (header, lines) in (("quality", quality_table(quality)), ("speed", speed_table(timing))):
         if lines:
-            table = Table(*header, title=f"{out}: {title}")
-            for line in lines:
-                table.add_row(*line)
-            console.print(table)
+            print_table(f"{out}: {title}", header, lines)
     notes = notes_of(quality)
     if others := len(timing) - len(on_one_machine(timing)):
         notes.append(f"Left out: {others} times of another machine or number of threads than the newest.")
     for note in notes:
         console.print(note, markup=False, highlight=False)
+
+
+def print_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Print a table whose titles are folded where the terminal is narrow, and whose cells never are."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name, width in zip(header, widths, strict=True):
+        table.add_column(name, overflow="fold", min_width=width)
+    for line in lines:
+        table.add_row(*line)
+    console.print(table, width=max(console.width, sum(widths) + 2 * len(widths)), crop=False, no_wrap=True)
 
 
 # Quality against time

@@ -25,7 +25,9 @@ def find_model(name: str | Path, revision: str | None = None) -> Path:
     missing = f"no model {str(name)!r}: expected a folder, or a bundled model such as {', '.join(near) or 'none'}"
     if HUB_ID.fullmatch(str(name)) and not Path(name).parent.is_dir():  # runs/student is a path where runs/ is here
         try:
-            return fetch(str(name), (WEIGHTS, "config.json"), revision)
+            return fetch(
+                str(name), (WEIGHTS, "config.json", "*/config.json", "*/diffusion_pytorch_model.safetensors"), revision
+            )
         except ValueError as error:
             raise ValueError(f"{missing}; {error}") from error
     raise ValueError(missing)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from marval.io.files import cache_folder, locked, one_line, write_tensors
+from marval.io.files import cache_folder, locked, one_line, sha256_of, write_tensors
 from marval.presets import ENCODER
 from marval.runtime.progress import progress
 
@@ -39,6 +39,12 @@ def transformers() -> ModuleType:
 def encoder_place(name: str) -> str:
     """Name an encoder for a model to keep: a folder by its absolute path, good from anywhere; or a package."""
     return os.path.abspath(name) if Path(name).is_dir() else name
+
+
+def find_encoder(name: str, folder: Path) -> str:
+    """Look for the encoder that a model names, in the model's folder and in the current one; else the name itself."""
+    places = (folder / name, Path(name)) if name and name != ENCODER else ()
+    return next((str(place.absolute()) for place in places if place.is_dir()), name)
 
 
 @functools.lru_cache(maxsize=4)
@@ -77,8 +83,9 @@ def load_encoder(name: str, device: torch.device | str = "cpu") -> Encoder:
 
 
 def embed_texts(texts: Sequence[str], encoder: str) -> Float[Tensor, "n e"]:
-    """Encode texts in half precision; the cache keeps them by the hash of the texts and the encoder's name."""
-    digest = hashlib.sha256(json.dumps([encoder, list(texts)]).encode()).hexdigest()
+    """Encode texts in half precision; the cache keeps them by the hash of the texts, the encoder's name and weights."""
+    weights = [sha256_of(file) for file in sorted(Path(encoder).rglob("*.safetensors"))]  # none of a package
+    digest = hashlib.sha256(json.dumps([encoder, *filter(None, [weights]), list(texts)]).encode()).hexdigest()
     file = cache_folder() / f"sentences-{digest[:24]}.safetensors"
     with locked(file.with_suffix(".lock"), wait=True):  # of several processes, one encodes
         with contextlib.suppress(OSError, SafetensorError, KeyError):

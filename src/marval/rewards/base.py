@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,16 +81,18 @@ def parse_rewards(
     Raises:
         ValueError: as `find_reward`, a weight that is no number, or a reward named twice.
     """
-    parts: dict[str, tuple[Reward, float]] = {}
-    for part in text.split(","):
-        name, _, weight = part.strip().partition("=")
-        try:
-            if name in parts:
+    try:
+        weights: dict[str, float] = {}  # all are read before anything is loaded
+        for part in text.split(","):
+            name, _, weight = part.strip().partition("=")
+            if name in weights:
                 raise ValueError(f"{name} is named twice")
-            parts[name] = (find_reward(name, device, distance), float(weight or 1))
-        except ValueError as error:
-            raise ValueError(f"--reward {text}: {error}") from error
-    return parts
+            weights[name] = float(weight or 1)
+            if not math.isfinite(weights[name]):
+                raise ValueError(f"the weight {weight} of {name}: expected a finite number")
+        return {name: (find_reward(name, device, distance), weight) for name, weight in weights.items()}
+    except ValueError as error:
+        raise ValueError(f"--reward {text}: {error}") from error
 
 
 def reward_hash(reward: Reward) -> str:

@@ -52,7 +52,8 @@ def conditioned(config: ModelConfig, data: TrainingData) -> ModelConfig:
         return config
     mar = dataclasses.replace(config.mar, text_dim=said.sentences.shape[1], num_styles=len(said.styles))
     pairs = zip(data.labels.tolist(), said.style.tolist(), strict=True)
-    seen = {label * mar.labels_per_class + max(0, style) for label, style in pairs}
+    told = [(label, max(0, style)) for label, style in pairs if style >= 0 or not said.styles]
+    seen = {label * mar.labels_per_class + style for label, style in told}
     unseen = tuple(label for label in range(mar.num_labels) if label not in seen)
     return dataclasses.replace(config, mar=mar, encoder=said.encoder, styles=said.styles, unseen=unseen)
 

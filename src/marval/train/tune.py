@@ -47,24 +47,20 @@ def distances_in(reward: Reward) -> tuple[dict[str, FrechetReward], bool]:
     return distances, len(distances) == len(parts)
 
 
-def tuned_config(
-    student: ModelConfig, settings: TuneConfig, anchor: Anchor | None, distances: Mapping[str, FrechetReward]
-) -> tuple[ModelConfig, TuneConfig, Anchor | None, int]:
-    """Check what is asked for; the tuned model's configuration, and what is used of settings and anchor.
+def tuned_settings(student: ModelConfig, settings: TuneConfig, distances: bool) -> tuple[TuneConfig, int]:
+    """Check what is asked for; the settings for this student, and the number of updates before its first.
 
-    The last is the number of updates before the student's first: only phi learns then, and moments are gathered.
+    Only phi learns in these, and moments are gathered.
+
+    Args:
+        distances: whether there are Fréchet distances among the rewards.
     """
     if not isinstance(student.draw, OneStep):
         raise ValueError(f"{student.name or 'this model'} is a teacher: distil it first (marval distill)")
-    if settings.anchor and anchor is None:
-        raise ValueError("the anchor needs the teacher: name it with --teacher")
-    settings = settings.within(student.mar.num_tokens)
-    mar = dataclasses.replace(student.mar, joint_draw=student.mar.joint_draw or settings.joint_draw)
-    config = dataclasses.replace(student, mar=mar, name=settings.name, iterations=settings.default_iterations)
     waits = settings.anchor_warmup if settings.anchor else 0, settings.moments_warmup if distances else 0
     if (warmup := max(waits)) >= settings.updates:  # the settings themselves compare with the anchor's
         raise ValueError(f"--updates {settings.updates}: expected more than the {warmup} of --moments-warmup")
-    return config, settings, anchor if settings.anchor else None, warmup
+    return settings.within(student.mar.num_tokens), warmup
 
 
 def described(config: ModelConfig, settings: TuneConfig, reward: Reward, anchor: Anchor | None) -> dict[str, Any]:
@@ -167,7 +163,11 @@ def tune(
         ValueError: the model is a teacher, the run has other settings, an anchor without a teacher, or a bad reward.
     """
     distances, alone = distances_in(reward)
-    config, settings, anchor, warmup = tuned_config(student_config, settings, anchor, distances)
+    settings, warmup = tuned_settings(student_config, settings, bool(distances))
+    if (anchor is None) != (settings.anchor == 0):
+        raise ValueError(f"anchor {settings.anchor:g}: expected a weight above 0 with the teacher, 0 without")
+    mar = dataclasses.replace(student_config.mar, joint_draw=student_config.mar.joint_draw or settings.joint_draw)
+    config = dataclasses.replace(student_config, mar=mar, name=settings.name, iterations=settings.default_iterations)
     origin = {"student": model_identity(student_config.name, student), **described(config, settings, reward, anchor)}
     workers, device = run.workers, run.workers.device
     space, draw = token_space(config.space, device), draw_function(config, device)
