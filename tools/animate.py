@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import tyro
 from jaxtyping import Bool, Float
 from PIL import Image, ImageOps
 from torch import Tensor
-from tyro.conf import Positional
 
-from marval.io.files import atomic_path
+from marval.cli.options import run_script
+from marval.io.files import atomic_path, check_output
 from marval.io.images import grid
 from marval.pipeline import Pipeline, load
 
@@ -79,7 +78,8 @@ def unmasking_frames(
 
 
 def main(
-    models: Positional[tuple[str, ...]],
+    models: tuple[str, ...] = (),
+    *,
     classes: tuple[str, ...] = (),
     iterations: int = 12,
     seed: int = 0,
@@ -98,6 +98,7 @@ def main(
     """
     if not models:
         raise ValueError("name at least one model, for example fashion-student")
+    check_output(out, folder=False)
     pipelines = [load(name, device) for name in models]
     frames = unmasking_frames(pipelines, classes or pipelines[0].config.class_names[:6], seed, iterations)
     milliseconds = [350] * (len(frames) - 1) + [2500]
@@ -107,4 +108,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_script(main)

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import tyro
-from tyro.conf import Positional
-
+from marval.cli.options import run_script
 from marval.evaluate.report import need_matplotlib
 from marval.evaluate.results import Row, read_results
 from marval.io.files import atomic_path
@@ -35,7 +33,7 @@ def lines(rows: Sequence[Row], axis: Axis, figure: str) -> dict[str, list[tuple[
     return {name: sorted((x, statistics.mean(ys)) for x, ys in points.items()) for name, points in found.items()}
 
 
-def main(axis: Positional[Axis], out: Positional[Path], files: Positional[tuple[Path, ...]]) -> None:
+def main(axis: Axis, out: Path, files: tuple[Path, ...]) -> None:
     """Draw the curves.
 
     Args:
@@ -63,4 +61,4 @@ def main(axis: Positional[Axis], out: Positional[Path], files: Positional[tuple[
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_script(main)

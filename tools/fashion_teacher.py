@@ -2,9 +2,7 @@
 
     python tools/fashion_teacher.py --out runs/teacher --steady 20000 --cooldown 10000 --device cuda
 
-The state at the end of the steady phase is kept in OUT/steady, so that a longer run can go on from there. With
---samples, 5,000 pictures of each guidance scale are drawn (K = 16, T = 100) into OUT/samples-W.npz, for
-`marval evaluate` elsewhere.
+The state at the end of the steady phase is kept in OUT/steady, so that a longer run can go on from there.
 """
 
 import argparse
@@ -13,36 +11,17 @@ import shutil
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from marval.config import Chain
 from marval.data.fashion import load_fashion_mnist
 from marval.model.blocks import Block
 from marval.model.head import ResBlock
-from marval.pipeline import Pipeline, load
+from marval.pipeline import load
 from marval.presets import TrainConfig
 from marval.runtime.distributed import Workers
 from marval.runtime.folder import open_run
-from marval.sampling import draw_function, sample
 from marval.train.teacher import teacher_config, train_teacher
-
-
-@torch.inference_mode()
-def draw_pictures(pipeline: Pipeline, count: int, guidance: float, batch: int = 2500) -> np.ndarray:
-    """`count` pictures as bytes, classes in turn; noise is drawn on the device, from one seed."""
-    device, mar = pipeline.device, pipeline.config.mar
-    draw = draw_function(pipeline.with_draw(guidance=guidance).config, device)
-    parts = []
-    for first in range(0, count, batch):
-        rows = min(batch, count - first)
-        rng = torch.Generator(device).manual_seed(first)
-        noise = torch.randn(draw.noise_draws, rows, mar.num_tokens, mar.token_dim, generator=rng, device=device)
-        labels = torch.arange(first, first + rows, device=device) % mar.num_classes
-        condition = pipeline.model.embed(labels)
-        tokens = sample(pipeline.model, draw, condition, iterations=16, seeds=first, noise=noise)
-        parts.append((pipeline.space.decode(tokens) * 255).round().byte().cpu().numpy())
-    return np.concatenate(parts)
 
 
 def main() -> None:
@@ -55,7 +34,6 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--width", type=int, default=160)
     parser.add_argument("--head-width", type=int, default=288)
-    parser.add_argument("--samples", type=float, nargs="*", default=[], help="guidance scales to draw pictures at")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
@@ -85,12 +63,7 @@ def main() -> None:
         with open_run(given.out, resume=True, workers=workers) as run:
             train_teacher(config, longer, data, run)
     print(f"trained in {time.perf_counter() - began:.0f} s", flush=True)
-    pipeline = load(given.out, given.device)
-    pipeline.save(given.out / "half", torch.float16)
-    for guidance in given.samples:
-        began = time.perf_counter()
-        np.savez_compressed(given.out / f"samples-{guidance:g}.npz", images=draw_pictures(pipeline, 5000, guidance))
-        print(f"w = {guidance:g}: 5,000 pictures in {time.perf_counter() - began:.0f} s", flush=True)
+    load(given.out, given.device).save(given.out / "half", torch.float16)
 
 
 if __name__ == "__main__":

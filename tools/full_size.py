@@ -1,4 +1,4 @@
-"""Time MAR-B with random weights on this machine; figures are printed and, with RESULTS, kept in that JSON file.
+"""Time MAR-B with random weights on this machine.
 
 python tools/full_size.py speed K [RESULTS]: seconds of one guided image (T = 100) by the official loop in plain
 PyTorch, by our teacher and by our student.
@@ -10,12 +10,15 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from marval.config import Chain, MARConfig
+from marval.cli.options import run_script
+from marval.config import Chain, Count, MARConfig
 from marval.evaluate.results import read_results, write_results
 from marval.evaluate.speed import seconds_of
+from marval.io.files import check_output
 from marval.model import MAR
 from marval.runtime.provenance import made_by
 from marval.runtime.rng import generator
@@ -27,11 +30,19 @@ from straightforward import straightforward
 CPU = torch.device("cpu")
 
 
-def report(figures):
-    """Print the figures of this command, and keep them."""
+def main(stage: Literal["speed", "cached"], count: Count, out: Path | None = None) -> None:
+    """Print the figures of a stage, and keep them.
+
+    Args:
+        stage: what is timed.
+        count: K.
+        out: a JSON file; a row of the same stage and K is replaced.
+    """
+    if out is not None:
+        check_output(out, folder=False)
+    figures = {"speed": speed, "cached": cached}[stage](count)
     print(json.dumps(figures), flush=True)
-    if len(sys.argv) > 3:
-        out, stage, count = Path(sys.argv[3]), sys.argv[1], int(sys.argv[2])
+    if out is not None:
         rows = read_results(out).get("full-size", [])
         others = [row for row in rows if (row["stage"], row["count"]) != (stage, count)]
         row = {"stage": stage, "count": count, **figures, "made": made_by(CPU)}
@@ -53,7 +64,7 @@ def speed(iterations):
         "straightforward": lambda: straightforward(model, chain, labels, iterations, [0]),  # plain PyTorch products
     }
     jobs["student"]()  # warms up
-    report({name: seconds_of(job, CPU) for name, job in jobs.items()})
+    return {name: seconds_of(job, CPU) for name, job in jobs.items()}
 
 
 def cached(iterations, batch=4):
@@ -70,8 +81,8 @@ def cached(iterations, batch=4):
     for name in ("cached", "student", "cached again"):  # a machine that is busy for a while shows
         drawn(name.split()[0], 1)  # warms up
         seconds[name] = seconds_of(lambda name=name: drawn(name.split()[0], iterations), CPU)
-    report({"batch": batch, **seconds})
+    return {"batch": batch, **seconds}
 
 
 if __name__ == "__main__":
-    {"speed": speed, "cached": cached}[sys.argv[1]](int(sys.argv[2]))
+    run_script(main)

@@ -29,13 +29,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 import marval
 from marval.config import Chain, LatentSpace, MARConfig, ModelConfig, OneStep
 from marval.data import ImageData
 from marval.evaluate.speed import flops_per_image, seconds_of, synchronize
+from marval.io.files import write_text
 from marval.model import MAR, NoiseSchedule
 from marval.pipeline import Pipeline
 from marval.presets import DistillConfig, TrainConfig, TuneConfig
@@ -54,7 +54,6 @@ from marval.train.teacher import train_teacher
 from marval.train.tune import tune
 
 ROOT = Path(__file__).parent.parent
-ATTENTION = {SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH}
 LONGEST = 3.0  # seconds of timing, after which a job is not timed again
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))  # the official sampler's loop, rendered in plain PyTorch
 
@@ -80,7 +79,7 @@ class Check:
                 False,
             )
         self.results[name] = found
-        self.out.write_text(json.dumps(self.results, indent=1, default=str))
+        write_text(self.out, json.dumps(self.results, indent=1, default=str))
         print(f"{name} ({time.perf_counter() - began:.1f} s): {json.dumps(found, default=str)[:600]}", flush=True)
         return ok
 
@@ -319,16 +318,20 @@ def one_rank(check: Check) -> dict[str, float]:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    _, config, data = tiny()
+    model, config, data = tiny()
     kind, found = check.device.type, {}
     device = check.device if kind == "cpu" else torch.device(kind, 0)
     with tempfile.TemporaryDirectory() as folder:
 
         def weights(name: str, workers: Workers, autocast: bool) -> dict[str, Tensor]:
             settings = TrainConfig(updates=2, batch_size=8, warmup=1, decay=1, autocast=autocast)
-            with open_run(Path(folder) / f"{name}-{autocast}", workers=workers) as run:
+            out = Path(folder) / f"{name}-{autocast}"
+            with open_run(out, workers=workers) as run:
                 train_teacher(config, settings, data, run)
-            return load_file(Path(folder) / f"{name}-{autocast}" / "model" / "model.safetensors")
+            student = DistillConfig(updates=3, batch_size=8, warmup=1, decay=1, autocast=autocast, guidance=1.5)
+            with open_run(out / "student", workers=workers) as run:  # it draws without gradients, and with them
+                distill(copy.deepcopy(model), config, student, data, run)
+            return load_file(out / "model" / "model.safetensors")
 
         alone = {autocast: weights("alone", Workers(device=device), autocast) for autocast in (False, True)}
         backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl"
@@ -404,11 +407,6 @@ def drawing(
         pipeline.to(dtype=torch.bfloat16)
     if "compiled" in mode:
         pipeline.compile()
-    if "static" in mode or "tuned" in mode:  # trials: all but the decoder's last block have one shape there
-        how: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs"} if "tuned" in mode else {}
-        for block in pipeline.model.decoder_blocks[:-1]:
-            block.compile(dynamic=False, **how)
-        pipeline.compile()  # the others
     pipeline.graphs.work = "graph" in mode
     labels = [i % model.config.num_classes for i in range(batch)]
 
@@ -431,8 +429,7 @@ def drawing(
 def sampling_table(check: Check, size: str, settings: list[tuple[str, int, int, str]]) -> list[dict[str, Any]]:
     """Milliseconds per image of (role, K, batch, mode), with the share of the card's limits.
 
-    A mode has some of bf16 (weights), graph, compiled (blocks, for any number of tokens), static (the decoder's, for
-    one) and tuned (these with torch's search for kernels).
+    A mode has some of bf16 (weights), graph, and compiled (blocks, for any number of tokens).
     """
     model = full_size(check, size)
     parameters = sum(p.numel() for p in model.parameters())
@@ -542,15 +539,10 @@ def most_expensive(profiler: profile, device: torch.device) -> dict[str, dict[st
     return {row.key[:80]: {"calls": row.count, "us": getattr(row, key)} for row in rows}
 
 
-def gsim_steps(
-    check: Check, size: str, batch: int, checkpoint_blocks: bool, compiled: bool = False, own: bool = False
-) -> dict[str, Any]:
+def gsim_steps(check: Check, size: str, batch: int, checkpoint_blocks: bool, compiled: bool = False) -> dict[str, Any]:
     """GSIM updates of a full-size model: time, images a second, what the GPU computes of it, memory.
 
     Every update masks another number of tokens, those that are timed too, as in a run.
-
-    Args:
-        own: attend by cuDNN, as torch itself chooses.
     """
     before = 0 if check.dry_run else torch.cuda.memory_allocated()
     model = full_size(check, size)
@@ -570,7 +562,7 @@ def gsim_steps(
     count = 2 if check.dry_run else 8
 
     def update(number: int) -> None:
-        with fast_products(check.device), sdpa_kernel(list(ATTENTION)) if own else contextlib.nullcontext():
+        with fast_products(check.device):
             held.step(student, number, 1.0, student_update=1)  # what an update of distillation computes
             adam.step(1e-6)
             update_ema(ema, student, number, settings.ema_decay)
@@ -608,24 +600,9 @@ def device_allocations(check: Check) -> int:
     return 0 if check.dry_run else torch.cuda.memory_stats().get("num_device_alloc", 0)
 
 
-# Part: profile
-
-
-def trace(check: Check) -> dict[str, Any]:
-    """Where the time of one student's image goes: the most expensive kernels."""
-    model = full_size(check, "base")
-    job, _ = drawing(model, OneStep(), 4, 1, "bf16")
-    job()
-    activities = [ProfilerActivity.CPU] + ([] if check.dry_run else [ProfilerActivity.CUDA])
-    with profile(activities=activities) as profiler:
-        job()
-        synchronize(check.device)
-    return most_expensive(profiler, check.device)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["correct", "sample", "train", "profile", "compile"]
+    parts = ["correct", "sample", "train"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--sizes", nargs="+", choices=["base", "large", "huge"], default=["base"])
     parser.add_argument("--dry-run", action="store_true", help="tiny models on a CPU")
@@ -662,7 +639,6 @@ def main() -> None:
         if not check.dry_run:
             name = "gsim base 64, memory in pieces"  # torch's default
             ok.append(check.run(name, lambda: gsim_steps(check, "base", 64, False)))
-            ok.append(check.run(f"{name}, cuDNN", lambda: gsim_steps(check, "base", 64, False, own=True)))
             torch._C._accelerator_setAllocatorSettings(GROWING)
             ok.append(check.run("graphs, memory that grows", lambda: graphs(check, teacher=False)))
         steps = [("base", 64, False, False), ("base", 256, True, True), ("base", 64, False, True)]
@@ -670,16 +646,10 @@ def main() -> None:
         for step in [("base", 4, False, False), ("base", 4, True, False)] if check.dry_run else steps:
             name = f"gsim {step[0]} {step[1]}" + ", recomputed" * step[2] + ", compiled" * step[3]
             ok.append(check.run(name, lambda step=step: gsim_steps(check, *step)))
-    if "profile" in given.parts:
-        ok.append(check.run("profile", lambda: trace(check)))
     larger = [size for size in given.sizes if size != "base" and "sample" in given.parts]
     for size in [] if check.dry_run else larger:
         rows = [("student", 16, 1, graph), ("student", 64, 1, graph), ("student", 16, many, "bf16 compiled")]
         ok.append(check.run(f"sample {size}", lambda size=size, rows=rows: sampling_table(check, size, rows)))
-    for how in ("static", "tuned") if "compile" in given.parts and not check.dry_run else ():  # the slowest last
-        torch._dynamo.reset()  # else blocks that are compiled for any number of tokens might serve
-        trial = [("student", 16, 1, f"bf16 graph {how}")]
-        ok.append(check.run(f"compile {how}", lambda trial=trial: sampling_table(check, "base", trial)))
     raise SystemExit(0 if all(ok) else 1)
 
 

@@ -15,16 +15,16 @@ from statistics import mean
 from typing import Any, Literal, cast
 
 import torch
-import tyro
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
-from tyro.conf import Positional
 
+from marval.cli.options import run_script
 from marval.config import MARConfig, Size
 from marval.evaluate.results import write_results
+from marval.io.files import check_output
 from marval.losses.gsim import phi_loss
 from marval.model import MAR, NoiseSchedule
 from marval.model.blocks import Block
@@ -178,7 +178,8 @@ def row_of(
 
 
 def main(
-    presets: Positional[tuple[Literal["imagenet256-base", "imagenet256-large", "imagenet256-huge"], ...]],
+    presets: tuple[Literal["imagenet256-base", "imagenet256-large", "imagenet256-huge"], ...],
+    *,
     gpus: int = 8,
     gpu_memory: float = 80.0,
     tflops: float = 312.0,
@@ -199,6 +200,8 @@ def main(
         compile: compile their blocks (`--compile`), which keeps less for the backward pass.
         out: a JSON file that keeps the figures.
     """
+    if out is not None:
+        check_output(out, folder=False)
     machine = {"gpus": gpus, "gpu_gib": gpu_memory, "tflops": tflops, "efficiency": efficiency, "shard": shard}
     rows: list[dict[str, Any]] = []
     for preset in presets:
@@ -214,4 +217,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_script(main)

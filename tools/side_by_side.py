@@ -7,14 +7,14 @@ import itertools
 from pathlib import Path
 
 import torch
-import tyro
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
-from tyro.conf import Positional
 
+from marval.cli.options import run_script
 from marval.data import ImageData, load_images
 from marval.data.fashion import load_fashion_sample
+from marval.io.files import check_output
 from marval.io.images import grid, save_picture
 from marval.pipeline import load
 from marval.runtime.rng import generator
@@ -28,7 +28,7 @@ def real_images(data: ImageData, counts: Int[Tensor, " c"], seed: int) -> Float[
 
 
 def main(
-    models: Positional[tuple[str, ...]], data: str = "", side: int = 8, seed: int = 0, out: Path = Path("panels.png")
+    models: tuple[str, ...], *, data: str = "", side: int = 8, seed: int = 0, out: Path = Path("panels.png")
 ) -> None:
     """Draw the same classes and seeds with each model, at its own K and guidance, beside real images.
 
@@ -39,6 +39,7 @@ def main(
         seed: the first picture's seed; the next ones count on from it.
         out: the PNG file.
     """
+    check_output(out, folder=False)
     real = load_images(data) if data else load_fashion_sample()
     labels = torch.arange(side**2) * len(real.class_names) // side**2  # class after class
     panels = [grid(real_images(real, labels.bincount(), seed).split(side), title="real images", scale=2)]
@@ -55,4 +56,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_script(main)

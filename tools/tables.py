@@ -7,10 +7,10 @@ A table stands between `<!-- table: KIND results/FILE.json ... -->` and `<!-- en
 
 import re
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from marval.cli.options import run_script
 from marval.evaluate.report import lines_of, title_of
 from marval.evaluate.results import Results, Row, Setting, on_one_machine, read_results
 from marval.io.files import write_text
@@ -180,7 +180,16 @@ def fill(text: str, root: Path) -> str:
     return MARK.sub(filled, text)
 
 
-if __name__ == "__main__":
-    for document in map(Path, sys.argv[1:]):
+def main(documents: tuple[Path, ...]) -> None:
+    """Fill the tables of documents from the results files that they name.
+
+    Args:
+        documents: Markdown files.
+    """
+    for document in documents:
         write_text(document, fill(document.read_text(), Path.cwd()))
         print(f"{document}: filled")
+
+
+if __name__ == "__main__":
+    run_script(main)

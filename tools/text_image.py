@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import tyro
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from marval.cli.options import run_script
 from marval.data import ImageData, batch_indices, load_images, split_data
 from marval.io.files import check_output, write_text
 from marval.io.text import ENCODER, load_encoder
@@ -221,13 +221,14 @@ def train_on_phrases(
 
 
 def main(
+    *,
     data: str = "fashion-mnist",
     phrases: Path | None = None,
     images: int = 8000,
     steps: int = 2000,
     seed: int = 0,
     out: Path = Path("runs/text-image.safetensors"),
-    report: Path = Path("results/text-image.json"),
+    report: Path | None = None,
     device: str = "cpu",
 ) -> None:
     """Train the head and write its report.
@@ -239,10 +240,10 @@ def main(
         steps: updates.
         seed: of images, weights and phrases.
         out: the head's file, for --reward text-image:FILE.
-        report: the JSON file of the figures.
+        report: a JSON file of the figures, which the head's file has, too.
         device: "cpu", "cuda", ...
     """
-    for file in (out, report):
+    for file in filter(None, (out, report)):
         check_output(file, folder=False)
     if images < 1 or steps < 1:
         raise ValueError(f"--images {images} --steps {steps}: expected at least 1 of each")
@@ -256,9 +257,10 @@ def main(
     figures |= {"steps": steps, "seed": seed}
     about = {"features": FEATURES, "sentences": SENTENCES, "width": head.text.out_features}
     save_described(out, head, "text_image", {**about, "classes": train.class_names, "figures": figures})
-    write_text(report, json.dumps({**made_by(torch.device(device)), **figures, **more}, indent=1) + "\n")
-    print(f"{out}: {report}: {figures['held_out']}")
+    if report is not None:
+        write_text(report, json.dumps({**made_by(torch.device(device)), **figures, **more}, indent=1) + "\n")
+    print(f"{out}: {figures['held_out']}")
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_script(main)

@@ -8,7 +8,6 @@ The distance `2 E|x - y| - E|x - x'| - E|y - y'|` (0: the same distribution) is 
 spread `E|y - y'|`, with the gap of the means and the ratio of the standard deviations.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 import marval
+from marval.cli.options import run_script
 from marval.data import TrainingData, load_data
-from marval.io.files import check_output
+from marval.io.files import check_output, write_text
 from marval.pipeline import Pipeline
 from marval.runtime.provenance import made_by
 from marval.runtime.rng import generator
@@ -81,25 +81,42 @@ def token_gaps(
     return gaps
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("teacher")
-    parser.add_argument("students", nargs="+")
-    parser.add_argument("--data", required=True, help="as marval train takes it")
-    parser.add_argument("--guidance", type=float, default=1.0, help="w of the teacher, and of students that take it")
-    parser.add_argument("--visible", type=int, nargs="+", default=[0, 5, 20], help="tokens that are known")
-    parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
-    given = vars(parser.parse_args())
-    out = given.pop("out")
+def main(
+    teacher: str,
+    students: tuple[str, ...],
+    *,
+    data: str = "",
+    guidance: float = 1.0,
+    visible: tuple[int, ...] = (0, 5, 20),
+    images: int = 32,
+    samples: int = 32,
+    seed: int = 0,
+    out: Path = Path("token-gap.json"),
+) -> None:
+    """Measure the gaps, and keep them in a JSON file.
+
+    Args:
+        teacher: a bundled model, or a model's or run's folder.
+        students: likewise, of this teacher.
+        data: the real images, as marval train takes them; the teacher's own when left out.
+        guidance: w of the teacher, and of students that take it.
+        visible: how many tokens are known.
+        images: real images, each a context for every number of known tokens.
+        samples: tokens that each model draws in each context.
+        seed: of images, masks and noise.
+        out: the JSON file.
+    """
+    settings = {name: value for name, value in locals().items() if name != "out"}
     check_output(out, folder=False)
-    settings = {**given, "students": [Path(name).name for name in given["students"]]}
-    teacher, students = marval.load(given.pop("teacher")), {Path(n).name: marval.load(n) for n in given.pop("students")}
-    gaps = token_gaps(teacher, students, load_data(given.pop("data")), **given)
-    out.write_text(json.dumps({"settings": settings, **made_by(torch.device("cpu")), "gaps": gaps}, indent=1))
+    if len({Path(name).name for name in students}) < len(students):
+        raise ValueError(f"{', '.join(students)}: expected models of different names")
+    guide = marval.load(teacher)
+    settings |= {"students": [Path(name).name for name in students], "data": data or guide.config.data}
+    pipelines = {Path(name).name: marval.load(name) for name in students}
+    gaps = token_gaps(guide, pipelines, load_data(data or guide.config.data), guidance, visible, images, samples, seed)
+    report = {"settings": settings, **made_by(torch.device("cpu")), "gaps": gaps}
+    write_text(out, json.dumps(report, indent=1, default=str))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
