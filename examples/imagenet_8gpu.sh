@@ -13,7 +13,7 @@ resume() { if compgen -G "$1/state-*" >/dev/null; then echo "--resume"; fi; }
 [ -d models/kl16 ] || marval convert vae "$vae" models/kl16
 [ -d models/mar-base ] || marval convert mar "$teacher" models/mar-base --vae models/kl16
 many cache cache/imagenet --images "$images" --vae models/kl16 --scale 0.2325   # 42 GB; shards that are there are skipped
-many distill models/mar-base --preset imagenet256-base --data latents:cache/imagenet --probe-samples 0 \
+many distill models/mar-base --preset imagenet256-base --data latents:cache/imagenet --probe-samples 0 --compile \
   --out runs/marval-base $(resume runs/marval-base)
 many evaluate runs/marval-base --samples 50000 --keep-images drawn --reference "$reference" --batches \
   --out results/marval-base.json

@@ -80,7 +80,7 @@ class Course(Checked):
 
     minutes: Positive = 60.0  # of training, all tries together
     held_out: str = ""  # images to measure on, such as folder:DIR@SPLIT of captioned ones; else a tenth of the data
-    device: str = "auto"  # auto, cpu, cuda, ...
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
     resume: bool = False  # go on with a run that was stopped
 
 

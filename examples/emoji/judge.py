@@ -123,7 +123,7 @@ class Training(Checked):
     width: Count = 32  # channels of its first layer
     seed: int = 0  # of weights, order and augmentation
     out: Path = Path("models/emoji-judge.safetensors")  # the judge's file
-    device: str = "auto"  # auto, cpu, cuda, ...
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
 
 
 def train(data: str, *, settings: Training) -> None:

@@ -2,7 +2,7 @@
 
 python examples/emoji/judge.py folder:data/emoji --out models/emoji-judge.safetensors
 python examples/emoji/score.py models/emoji-judge.safetensors runs/emoji-teacher runs/emoji-student \\
-    --data folder:data/emoji --out results/emoji.json --sheets sheets
+    --data folder:data/emoji --out results/my-emoji.json --sheets sheets
 
 Pictures are drawn of pairs of concept and style that a model was trained on ("seen") and of pairs that it never met
 ("held_out"). The results file gets a row for each model, with these figures of both groups:
@@ -33,7 +33,7 @@ from marval.cli.arguments import usable_device
 from marval.cli.options import run_script
 from marval.config import Count, LatentSpace, PixelSpace, Steps
 from marval.evaluate.models import load_models
-from marval.evaluate.results import Row, merge_results
+from marval.evaluate.results import Row, check_rows, merge_results, read_results
 from marval.io.files import check_output, sha256_of
 from marval.io.images import grid, save_picture
 from marval.pipeline import Pipeline
@@ -74,9 +74,9 @@ class Scoring(Checked):
     iterations: int | None = None  # K; the model's own when left out, as the two below
     guidance: float | None = None  # w of teachers, and of students that take it
     diffusion_steps: Steps | None = None  # T of teachers
-    out: Path = Path("results/emoji.json")  # the results file
+    out: Path = Path("results/my-emoji.json")  # the results file
     sheets: Path | None = None  # a folder for a sheet of pictures for each model
-    device: str = "auto"  # auto, cpu, cuda, ...
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
 
 
 def asked(drawings: Drawings, pipeline: Pipeline, group: str, count: int) -> tuple[Tensor, list[int]]:
@@ -142,7 +142,10 @@ def score(judge: Path, models: tuple[str, ...] = (), *, settings: Scoring) -> No
     asked_for = {"guidance": settings.guidance, "diffusion_steps": settings.diffusion_steps}
     chosen = {name: () if value is None else (value,) for name, value in asked_for.items()}
     limited: set[PixelSpace | LatentSpace] = set()  # token spaces whose limits are measured
-    for digest, pipeline in load_models(models, device, **chosen):
+    loaded = load_models(models, device, **chosen)
+    known = [{"model": p.config.name, "sha256": digest, "classifier_sha256": sha256_of(judge)} for digest, p in loaded]
+    check_rows(known, read_results(settings.out), "pairs", settings.out)
+    for digest, pipeline in loaded:
         figures, lines, config = Row(), [], pipeline.config
         for group in GROUPS:
             rows, labels = asked(drawings, pipeline, group, settings.images)

@@ -84,7 +84,7 @@ def train(data: str, *, sizes: Sizes, settings: Training, output: Output) -> Non
     else:
         config = teacher_config(sizes.name, images, data, source)
     start = marval.load(sizes.init).model if sizes.init is not None else None
-    with output.start(device) as run:
+    with output.start(device, settings) as run:
         done = train_teacher(sized(config, sizes), settings, images, run, init=start)
         if run.workers.main:
             print(f"{output.out / 'model'}: {done} of {settings.updates} updates done")
