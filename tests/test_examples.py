@@ -39,7 +39,7 @@ def test_the_pages_name_no_option_that_is_gone():
     known = {option.flag for verb in VERBS.values() for option in options_of(verb)}
     others = {"--check", "--dry-run", "--index-url", "--no-deps", "--steps"}  # of ruff, pip and tools; old commands
     others |= {"--channels", "--minutes", "--stride", "--parts", "--sizes", "--tflops"}  # train_vae, gpu_check, plan
-    others |= {"--sheets", "--patch"}  # of the emoji's scripts
+    others |= {"--sheets", "--patch", "--prefixes", "--groups", "--own"}  # of the emoji's scripts, contexts
     for document in ROOT.glob("docs/*.md"):
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![\w-])", document.read_text())) - others
         assert {flag for flag in named if flag not in known and flag.replace("--no-", "--") not in known} == set()
