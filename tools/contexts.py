@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from marval import cli
-from marval.config import ModelConfig
-from marval.data.loader import Loader
+from marval.config import MARConfig, ModelConfig
+from marval.data.loader import Batches
 from marval.model import MAR
 from marval.presets import DistillConfig
 from marval.runtime.distributed import Workers
@@ -47,7 +47,7 @@ class OwnPictures:
         return networks
 
     def parts(
-        self, update: int, settings: DistillConfig, student: ModelConfig, loader: Loader, workers: Workers
+        self, update: int, settings: DistillConfig, student: ModelConfig, loader: Batches, workers: Workers
     ) -> Iterator[Part]:
         """Do as `masked_parts`, with the first images of each part replaced."""
         if update >= settings.warmup + FIRST and (update % REFRESH == 0 or not len(self.tokens)):
@@ -73,32 +73,33 @@ class OwnPictures:
         self.tokens, self.labels = map(torch.cat, zip(*self.pool, strict=True))
 
 
-def in_order(settings: DistillConfig, config: ModelConfig, update: int, draws: GSIMDraws) -> GSIMDraws:
+def in_order(settings: DistillConfig, mar: MARConfig, update: int, draws: GSIMDraws) -> GSIMDraws:
     """Let visible tokens and targets be those of the sampler's order, which come first and next."""
     visible, targets = draws.visible.shape[1], draws.targets.shape[1]
     first = update * settings.batch_size
     seeds = range(first, first + len(draws.visible))
-    order = drawing_orders(config.order, config.mar.token_grid, seeds).to(draws.visible.device)
+    order = drawing_orders(settings.order, mar.token_grid, seeds).to(draws.visible.device)
     return draws._replace(visible=order[:, :visible], targets=order[:, visible : visible + targets])
 
 
-def drawn_otherwise(groups: int, prefixes: bool) -> Callable[..., Iterator[Part]]:
-    """Make another `masked_parts`: contexts in the sampler's order, or a mask ratio for each of some groups."""
+def prefix_draws(settings: DistillConfig, mar: MARConfig, update: int, device: torch.device | str = "cpu") -> GSIMDraws:
+    """Do as `gsim_draws`, `in_order`."""
+    return in_order(settings, mar, update, gsim_draws(settings, mar, update, device))
+
+
+def in_groups(groups: int) -> Callable[..., Iterator[Part]]:
+    """Make a `masked_parts` that masks each of some groups of a batch, its loader's parts, as a batch of its own."""
+    masked_parts = distill.masked_parts
 
     def parts(
-        update: int, settings: DistillConfig, student: ModelConfig, loader: Loader, workers: Workers
+        update: int, settings: DistillConfig, student: ModelConfig, loader: Batches, workers: Workers
     ) -> Iterator[Part]:
         small = dataclasses.replace(settings, batch_size=settings.batch_size // groups)
-        w: Guidance = student.draw.guidance
-        for i, (rows, tokens, given) in enumerate(loader(update)):
-            draws = gsim_draws(small, student.mar, update * groups + i, workers.device)
-            if prefixes:
-                draws = in_order(small, student, update * groups + i, draws)
-            revealed = distill.revealed_after(draws.visible.shape[1], student.mar.num_tokens, student.iterations)
-            w = distill.guidance_at(student.draw.guidance, student.draw.guidance_schedule, revealed)
-            part = draws.part(slice(0, len(tokens)))
-            inputs = distill.Inputs(tokens, part.visible, part.targets, given, part.groups)
-            yield workers.share(rows, settings.batch_size), w, inputs, part
+        for i, (_, tokens, given) in enumerate(loader(update)):
+            number = update * groups + i
+            batches = {number: [(slice(0, len(tokens)), tokens, given)]}
+            for share, w, inputs, part in masked_parts(number, small, student, batches.__getitem__, workers):
+                yield share / groups, w, inputs, part
 
     return parts
 
@@ -114,8 +115,10 @@ def main() -> None:
     if given.own:
         own = OwnPictures(given.own)
         distill.copy_networks, distill.masked_parts = own.copied, own.parts
-    elif given.prefixes or given.groups > 1:
-        distill.masked_parts = drawn_otherwise(given.groups, given.prefixes)
+    if given.prefixes:
+        distill.gsim_draws = prefix_draws
+    if given.groups > 1:
+        distill.masked_parts = in_groups(given.groups)
         rest += ["--accumulate", str(given.groups)]
     cli.main(rest)
 

@@ -227,21 +227,20 @@ def test_what_is_stopped_or_taken_back_leaves_the_picture_that_is_edited(visitor
     page = visitor()
     page.click("#tab-edit")
     picture = "#edit .canvas img"
-    page.locator("#edit [name=model]").select_option("fashion-student")
-    slide(page, "edit", K, 1)
-    page.click("#edit [value=start]")
-    finish(page, "edit", "Drawn.")
+
+    def start(model, iterations, words):
+        page.locator("#edit [name=model]").select_option(model)
+        slide(page, "edit", K, iterations)
+        page.click("#edit [value=start]")
+        finish(page, "edit", words)
+
+    start("fashion-student", 1, "Drawn.")
     first = page.get_attribute(picture, "src")
-    page.locator("#edit [name=model]").select_option("fashion-teacher")
-    slide(page, "edit", K, 49)
-    page.click("#edit [value=start]")
-    finish(page, "edit", "fashion-teacher · ")
+    start("fashion-teacher", 49, "fashion-teacher · ")
     page.click("#edit [data-stop]")
     finish(page, "edit", "Stopped.")
     assert page.get_attribute(picture, "src") == first
-    slide(page, "edit", K, 1)
-    page.click("#edit [value=start]")
-    finish(page, "edit", "Drawn.")
+    start("fashion-teacher", 1, "Drawn.")
     page.click("#edit [data-undo]")
     finish(page, "edit", "Taken back.")
     assert page.get_attribute(picture, "src") == first

@@ -23,7 +23,7 @@ SETTINGS = DistillConfig(updates=6, warmup=1, batch_size=4, tokens_per_image=4, 
 def test_in_the_order_of_the_sampler_targets_come_after_what_is_visible():
     config = dataclasses.replace(tiny_config(), order="spread")
     draws = gsim_draws(SETTINGS, config.mar, 3)
-    ordered = contexts.in_order(SETTINGS, config, 3, draws)
+    ordered = contexts.in_order(SETTINGS, config.mar, 3, draws)
     order = drawing_orders("spread", config.mar.token_grid, range(12, 16))
     seen = torch.cat([ordered.visible, ordered.targets], dim=1)
     assert torch.equal(seen, order[:, : seen.shape[1]])
@@ -33,7 +33,8 @@ def test_in_the_order_of_the_sampler_targets_come_after_what_is_visible():
 @pytest.mark.parametrize("groups", [1, 2])
 def test_each_group_of_a_batch_has_a_mask_ratio_of_its_own(tmp_path, monkeypatch, groups):
     shapes = []
-    whole = contexts.drawn_otherwise(groups, prefixes=True)
+    monkeypatch.setattr(distill, "gsim_draws", contexts.prefix_draws)
+    whole = contexts.in_groups(groups)
 
     def watched(*arguments):
         for part in whole(*arguments):

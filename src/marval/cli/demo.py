@@ -36,7 +36,7 @@ from marval.train.distill import distill
 
 T = TypeVar("T")
 SAMPLES = 100  # images that each model is scored on
-REPEATS = 3  # of every timing, after one that warms up;
+REPEATS = 3  # of every timing, after one that warms up
 LONG = 3.0  # seconds: a batch that takes longer is drawn once, and needs no warm-up
 EMOJI = BUNDLED[:3]  # which draw the suggested prompts, in every style
 DRAWN = (  # model, K

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +191,7 @@ def tune(student: str, *, rewards: Rewards, settings: TuneConfig, output: TunedR
     pipeline = marval.load(student)
     if (rewards.teacher is None) != (settings.anchor == 0):
         raise ValueError("--anchor and --teacher: expected both, a weight above 0 and the teacher, or neither")
-    distances = any(part.strip().startswith("fd") for part in rewards.reward.split(","))
+    distances = any(re.split("[:=]", part.strip())[0] == "fd" for part in rewards.reward.split(","))
     settings, _ = tuned_settings(pipeline.config, settings, distances)
     config = dataclasses.replace(pipeline.config, source=command_line())
     samples = output.probe_samples or (1000 if config.encoder else max(1000, 2 * len(config.class_names)))

@@ -1,6 +1,6 @@
 """The batches of a training: read ahead in a thread, while the device computes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -14,6 +14,7 @@ from marval.runtime.distributed import Workers
 from marval.runtime.philox import stream_keys
 from marval.spaces import TokenSpace
 
+Batches = Callable[[int], Iterable[tuple[slice, Tensor, Tensor]]]  # an update's parts, as `Loader` yields them
 Read = tuple[Tensor, Tensor, Tensor]  # a process's rows of a batch as they are stored, their conditions and keys
 
 

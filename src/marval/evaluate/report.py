@@ -25,8 +25,10 @@ from marval.evaluate.results import (
 from marval.io.files import atomic_path
 
 WIDTH = 200  # characters, where no terminal says how many
-SPACES = {"efficientnet": "-EfficientNet", "own": " on own features", "classifier": " on a classifier's"}
-SPACES["pixels"] = " on pixels"
+SPACES = {
+    "efficientnet": "-EfficientNet", "own": " on own features", "classifier": " on a classifier's",
+    "pixels": " on pixels",
+}  # fmt: skip
 SAMPLED = {
     f"{space}_{figure.lower()}": (f"{figure}{where}", ".3f")
     for space, where in SPACES.items()
@@ -141,7 +143,6 @@ def print_results(out: Path) -> None:
     """Print the tables of a results file."""
     results = read_results(out)
     quality, timing = results.get("quality", []), results.get("timing", [])
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for title, (header, lines) in (("quality", quality_table(quality)), ("speed", speed_table(timing))):
         if lines:
             print_table(f"{out}: {title}", header, lines)
@@ -149,12 +150,17 @@ def print_results(out: Path) -> None:
     if others := len(timing) - len(on_one_machine(timing)):
         notes.append(f"Left out: {others} times of another machine or number of threads than the newest.")
     for note in notes:
-        console.print(note, markup=False, highlight=False)
+        terminal().print(note, markup=False, highlight=False)
+
+
+def terminal() -> Console:
+    """Where results are printed: as wide as the terminal, or `WIDTH` where there is none."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH)
 
 
 def print_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     """Print a table whose titles are folded where the terminal is narrow, and whose cells never are."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = terminal()
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     table = Table(title=title or None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name, width in zip(header, widths, strict=True):

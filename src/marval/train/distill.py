@@ -13,7 +13,7 @@ from torch import Tensor
 
 from marval.config import Chain, ModelConfig, Objective, OneStep
 from marval.data import TrainingData
-from marval.data.loader import Loader
+from marval.data.loader import Batches, Loader
 from marval.losses.energy import energy_score
 from marval.losses.gsim import phi_loss, theta_loss
 from marval.model import MAR, NoiseSchedule, TokenHead
@@ -74,7 +74,7 @@ def revealed_after(visible: int, tokens: int, iterations: int) -> float:
 
 
 def masked_parts(
-    update: int, settings: DistillConfig, student: ModelConfig, loader: Loader, workers: Workers
+    update: int, settings: DistillConfig, student: ModelConfig, loader: Batches, workers: Workers
 ) -> Iterator[tuple[float, Guidance, Inputs, GSIMDraws]]:
     """Load and mask a batch of real images, part by part of this process's share.
 

@@ -105,12 +105,13 @@ export function takeToDesk(picture, wanted) {
 // Draw onto the desk; the tokens that are painted stay outlined.
 async function drawHere(form, wanted, painted, done) {
   const cell = new Cell(wanted.model, {}), before = desk.picture;
-  const drawn = draw(form, [wanted], async (event) => {
+  const ended = draw(form, [wanted], async (event) => {
     await cell.show(event, wanted);
     if (event.picture) put(event.picture, wanted.model, painted);
     else show(cell.canvas, wanted.model);
-  }, () => done), own = form.drawing;
-  await drawn;
+  }, () => done);
+  const own = form.drawing;
+  await ended;
   if (form.drawing === own && desk.picture === before) show(); // stopped, or failed: what can be edited is shown again
 }
 
